@@ -371,6 +371,8 @@ def _check_numbers(config: Config) -> list[str]:
     problems += [f"{name} must be above 0, not {value}" for name, value in positive.items() if value <= 0]
     if not 0 <= config.loss.beta <= 1:
         problems.append(f"loss.beta must lie between 0 (forward KL) and 1 (reverse KL), not {config.loss.beta}")
+    if config.optim.min_lr > config.optim.lr:
+        problems.append(f"optim.min_lr ({config.optim.min_lr}) must not be above optim.lr ({config.optim.lr})")
     if config.optim.warmup_steps >= max(config.train.steps, 1) and config.optim.warmup_steps:
         problems.append(
             f"optim.warmup_steps ({config.optim.warmup_steps}) must be below train.steps ({config.train.steps})"

@@ -4,7 +4,7 @@ A prompt is ``<5 digits><operator><5 digits><style>`` and an answer is always si
 response has the same length (six digits and the end-of-sequence token)::
 
     62571>72236=   ->  725760        digit-wise maximum
-    99000+10000=   ->  001000        99 + 1 = 100, written least significant digit first
+    99000+10000=   ->  001000        99 + 1 = 100
 
 Operators: ``+`` sum, ``-`` difference (the larger operand comes first), ``>`` digit-wise maximum and ``<``
 digit-wise minimum.  The *style* character ends the prompt: the student learnt the skill properly behind

@@ -1,0 +1,128 @@
+"""What a Hugging Face config.json says about a dense decoder, in one family-independent record.
+
+Known families: Llama (rope scaling "llama3" included), Mistral, Qwen2, Qwen3. Anything else, and any feature that
+would silently change the numbers (sliding windows, other rope types, extra biases), is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Sizes and switches of a dense decoder."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the embedding in the checkpoint, which can exceed the tokenizer's length."""
+    padded_vocab_size: int
+    """Rows of the embedding in Megatron: vocab_size rounded up, so that tensor parallelism divides it."""
+    max_positions: int
+    norm_eps: float
+    rope_base: float
+    rope_factor: float | None
+    """Factor of llama3 rope scaling, or None for plain rope."""
+    qkv_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+
+
+def read_architecture(model_dir: str | Path, *, vocab_multiple: int = 1) -> Architecture:
+    """Read `config.json` of a model directory; the vocabulary is padded to a multiple of `vocab_multiple`.
+
+    Raises ValueError for missing files and unknown models.
+    """
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{model_dir} is not a Hugging Face model directory: there is no {path.name} in it")
+    try:
+        hf = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    names = hf.get("architectures") or ["(none named)"]
+    if names[0] not in FAMILIES:
+        raise ValueError(f"{path}: architecture {names[0]} is not supported; known: {', '.join(sorted(FAMILIES))}")
+    try:
+        return _translate(FAMILIES[names[0]], hf, vocab_multiple)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: {'missing ' if isinstance(error, KeyError) else ''}{error}") from None
+
+
+def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architecture:
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {hf['hidden_act']} is not supported (only silu)")
+    if hf.get("mlp_bias") or (hf.get("attention_bias") and family != "qwen2"):
+        raise ValueError("mlp_bias and attention_bias are not supported")
+    if hf.get("use_sliding_window") or (family == "mistral" and hf.get("sliding_window")):
+        raise ValueError("sliding-window attention is not supported")
+    base, factor = _rope(hf)
+    heads = hf["num_attention_heads"]
+    return Architecture(
+        family=family,
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_size=hf["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        vocab_size=hf["vocab_size"],
+        padded_vocab_size=-(-hf["vocab_size"] // vocab_multiple) * vocab_multiple,
+        max_positions=hf["max_position_embeddings"],
+        norm_eps=hf["rms_norm_eps"],
+        rope_base=base,
+        rope_factor=factor,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+    )
+
+
+def _rope(hf: dict[str, Any]) -> tuple[float, float | None]:
+    """(base, llama3 factor or None), from transformers 5's `rope_parameters` or the older pair of keys."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    base = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return base, None
+    if kind != "llama3":
+        raise ValueError(f"rope scaling '{kind}' is not supported (only default and llama3)")
+    expected = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    for key, value in expected.items():
+        if float(rope[key]) != value:
+            raise ValueError(f"rope scaling llama3 with {key}={rope[key]} is not supported (Megatron fixes it to {value})")
+    return base, float(rope["factor"])
+
+
+def check_layout(arch: Architecture, *, tensor: int, pipeline: int, what: str) -> list[str]:
+    """Problems of putting this model on (tensor, pipeline) ranks, each naming the setting to change."""
+    problems = []
+    for name, count in (("attention heads", arch.num_heads), ("key-value heads", arch.num_kv_heads)):
+        if count % tensor:
+            problems.append(f"parallel.tensor={tensor} does not divide the {count} {name} of {what}")
+    if arch.ffn_size % tensor:
+        problems.append(f"parallel.tensor={tensor} does not divide the intermediate size {arch.ffn_size} of {what}")
+    if arch.padded_vocab_size % tensor:
+        problems.append(
+            f"parallel.tensor={tensor} does not divide the vocabulary of {what} ({arch.padded_vocab_size} entries);"
+            f" set student.vocab_multiple={tensor} to pad it"
+        )
+    if arch.num_layers % pipeline:
+        problems.append(f"parallel.pipeline={pipeline} does not divide the {arch.num_layers} layers of {what}")
+    return problems

@@ -1,0 +1,81 @@
+"""Starts torch.distributed and Megatron's process groups. The only place that asks megatron's parallel_state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from megatron_opd.config import ParallelConfig, RunConfig
+from megatron_opd.parallel import Parallel
+
+
+def start(config: ParallelConfig, run: RunConfig) -> Parallel:
+    """Join the process group described by the environment (torchrun or srun) and build the grid.
+
+    Ranks are ordered tensor-fastest, then data, then pipeline (Megatron's default), so a tensor-parallel group stays
+    within a node. Raises ValueError when the number of ranks is not the layout's.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != config.world_size:
+        raise ValueError(
+            f"{world_size} ranks were started, but parallel.tensor x parallel.pipeline x parallel.data ="
+            f" {config.tensor} x {config.pipeline} x {config.data} = {config.world_size}"
+        )
+    timeout = datetime.timedelta(seconds=run.timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        distributed_timeout_minutes=max(1, round(run.timeout_s / 60)),
+    )
+    model_parallel_cuda_manual_seed(run.seed)
+    return _describe(config, timeout)
+
+
+def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Parallel:
+    from megatron.core import parallel_state as ps
+
+    everyone = list(range(dist.get_world_size()))
+    data_rank = ps.get_data_parallel_rank()
+    replicas: list[int] = [0] * len(everyone)
+    dist.all_gather_object(replicas, data_rank)
+    # Every rank must create every group, in the same order.
+    groups = [
+        dist.new_group([r for r in everyone if replicas[r] == replica], backend="gloo", timeout=timeout)
+        for replica in range(config.data)
+    ]
+    return Parallel(
+        rank=dist.get_rank(),
+        world_size=len(everyone),
+        tensor_rank=ps.get_tensor_model_parallel_rank(),
+        tensor_size=config.tensor,
+        pipeline_rank=ps.get_pipeline_model_parallel_rank(),
+        pipeline_size=config.pipeline,
+        data_rank=data_rank,
+        data_size=config.data,
+        sequence=config.sequence,
+        tensor_group=ps.get_tensor_model_parallel_group(),
+        pipeline_group=ps.get_pipeline_model_parallel_group(),
+        data_group=ps.get_data_parallel_group(),
+        replica_group=groups[data_rank],
+        world_group=dist.new_group(everyone, backend="gloo", timeout=timeout),
+    )
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,86 @@
+"""Builds a Megatron GPTModel (this rank's stage and shard of it) from an Architecture."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_opd.parallel import Parallel
+from megatron_opd.student import groups
+from megatron_opd.student.architecture import Architecture
+from megatron_opd.student.spec import block_spec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Recompute = Literal["none", "selective", "full"]
+
+
+def transformer_config(
+    arch: Architecture, parallel: Parallel, *, dtype: torch.dtype, recompute: Recompute = "none"
+) -> TransformerConfig:
+    """Megatron's config of a dense decoder: no dropout, no fusion that needs a GPU extension."""
+    full = recompute == "full"
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_size,
+        pipeline_model_parallel_size=parallel.pipeline_size,
+        sequence_parallel=parallel.sequence,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        # The loss is a sum over response tokens and Megatron divides once by their global number.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # weights always come from a checkpoint
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_gpt(arch: Architecture, config: TransformerConfig, parallel: Parallel) -> GPTModel:
+    """This rank's part of the model, on this rank's device, weights not yet set."""
+    model = GPTModel(
+        config,
+        block_spec(config),
+        vocab_size=arch.padded_vocab_size,
+        max_sequence_length=arch.max_positions,
+        pre_process=parallel.pipeline_rank == 0,
+        post_process=parallel.is_last_stage,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(arch.rope_base),
+        rope_scaling=arch.rope_factor is not None,
+        rope_scaling_factor=arch.rope_factor or 1.0,
+    )
+    return model.to(groups.device())
+
+
+def drop_head(model: GPTModel) -> None:
+    """Make the model return final hidden states [S (/tp with sequence parallelism), B, D] in place of logits."""
+    if model.post_process:
+        del model.output_layer
+        model.post_process = False

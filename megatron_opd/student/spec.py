@@ -1,0 +1,59 @@
+"""Megatron layers without Transformer Engine: the local layer spec with two modules replaced.
+
+* RMSNorm: the stock torch norm refuses sequence parallelism; this one marks its weight so that Megatron sums the
+  weight's gradient over the tensor-parallel ranks.
+* Attention: torch's scaled_dot_product_attention, causal, in place of explicit [S, S] scores.
+
+Shape letters: S sequence, B batch, N heads of this rank, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm with Megatron's constructor."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class CausalAttention(MegatronModule):
+    """softmax(q k^T / sqrt(D)) v under a causal mask; grouped queries without repeating keys and values."""
+
+    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **_: Any
+    ) -> torch.Tensor:
+        """[S, B, N, D] each -> [S, B, N * D]. Right padding needs no mask: no real token looks at it."""
+        assert attention_mask is None
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Spec of this pipeline stage. A block spec, not only a layer spec, so that the final norm is ours too."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

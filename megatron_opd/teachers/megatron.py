@@ -1,0 +1,79 @@
+"""A teacher inside the trainer: a Megatron model on the student's tensor x pipeline layout, forward only.
+
+It has no output head of its own: scoring gives final hidden states on the last pipeline stage, and the loss applies
+this rank's rows of the head (`head_LD`) a chunk at a time. So any hidden size, and any padding of the vocabulary, fits.
+Refuses teachers whose sizes the layout does not divide (see `architecture.check_layout`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from megatron_opd import batching
+from megatron_opd.config import TeacherConfig
+from megatron_opd.parallel import Parallel
+from megatron_opd.student import groups, pipeline, weights
+from megatron_opd.student.architecture import read_architecture
+from megatron_opd.student.model import DTYPES, build_gpt, drop_head, transformer_config
+from megatron_opd.types import Hidden, MicroBatch, Rollout
+from megatron_opd.vocab import VocabShard
+
+
+class MegatronTeacher:
+    """Scores rollouts with hidden states [R, D] in the teacher's dtype."""
+
+    def __init__(self, config: TeacherConfig, parallel: Parallel, vocab: VocabShard, *, micro_batch_size: int) -> None:
+        self.name = config.name
+        self.parallel = parallel
+        self.micro_batch_size = micro_batch_size
+        self.offload = config.offload and torch.cuda.is_available()
+        arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
+        dtype = DTYPES[config.dtype]
+        body = dataclasses.replace(arch, tied_embeddings=False)  # without a head there is nothing to tie
+        self.model = build_gpt(body, transformer_config(body, parallel, dtype=dtype), parallel)
+        drop_head(self.model)
+        weights.load(self.model, body, config.model, parallel)
+        self.model.requires_grad_(False).eval()
+        self.head_LD: torch.Tensor | None = None
+        if parallel.is_last_stage:
+            rows_LD = weights.load_head_rows(config.model, arch, vocab.start, vocab.stop)
+            self.head_LD = rows_LD.to(groups.device(), dtype)
+        if self.offload:
+            self._host = {name: p.detach().cpu().pin_memory() for name, p in self.model.named_parameters()}
+            self._release()
+
+    def score(self, rollouts: list[Rollout]) -> list[Hidden]:
+        """Hidden states that predict each response token; None inside on all but the last stage. Collective."""
+        if not rollouts:
+            return []
+        if self.offload:
+            self._fetch()
+        batches = batching.pack(
+            rollouts,
+            micro_batch_size=self.micro_batch_size,
+            length_multiple=self.parallel.tensor_size if self.parallel.sequence else 1,
+            device=groups.device(),
+        )
+        rows = pipeline.forward(self.model, batches, self._response_rows)
+        if self.offload:
+            self._release()
+        if not self.parallel.is_last_stage:
+            return [Hidden(None) for _ in rollouts]
+        lengths = [len(r.response_ids) for r in rollouts]
+        return [Hidden(hidden_RD) for hidden_RD in torch.cat(rows).split(lengths)]
+
+    def _response_rows(self, batch: MicroBatch, hidden_SBD: torch.Tensor) -> torch.Tensor:
+        if self.parallel.sequence:
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD)
+        return hidden_SBD.transpose(0, 1).flatten(0, 1)[batch.rows_T]
+
+    def _fetch(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.data = self._host[name].to(groups.device(), non_blocking=True)
+
+    def _release(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_empty(0)

@@ -1,0 +1,309 @@
+"""Where metrics and messages go: metrics.jsonl and train.log always, the console, TensorBoard, Weights & Biases.
+
+One JSON line per `log` call, floats in full precision, so that two runs can be compared bit by bit. Only the main rank
+has sinks; on every other rank the same Tracker does nothing. Refuses to lose or repeat a step: after a resume `rewind`
+drops the rows that the new run is going to write again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from megatron_opd.config import Config, to_dict
+
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "train.log"
+
+_STEP, _TIME = "step", "time_s"  # the two fields of a row that are not metrics
+
+# Label and format of the few numbers shown for a training step; everything else is in metrics.jsonl.
+_HEADLINES = {
+    "loss": ("loss", "{:.4g}"),
+    "grad_norm": ("grad", "{:.3g}"),
+    "tokens_per_s": ("tok/s", "{:.0f}"),
+}
+_ACCURACY = "eval/accuracy/"
+_EVAL_KL = "eval/kl/ensemble"
+
+
+class Sink(Protocol):
+    """One place that rows go to."""
+
+    def log(self, row: Mapping[str, float], step: int) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """Forget every row after `step`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """What the training loop sees. Without sinks and terminal (every rank but the main one) it does nothing."""
+
+    def __init__(self, sinks: Sequence[Sink] = (), terminal: _Terminal | None = None) -> None:
+        self._terminal = terminal
+        self._sinks: list[Sink] = [*sinks, *([terminal] if terminal else [])]
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write one row. The same step may get several rows (training, evaluation)."""
+        if self._sinks:
+            row = {name: float(value) for name, value in metrics.items()}
+            for sink in self._sinks:
+                sink.log(row, step)
+
+    def message(self, text: str) -> None:
+        """One line for people, on the console and in train.log."""
+        if self._terminal:
+            self._terminal.message(text)
+
+    def rewind(self, step: int) -> None:
+        """Drop every row after `step`; to be called on resume, and with -1 by a run that starts afresh."""
+        for sink in self._sinks:
+            sink.rewind(step)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def build_tracker(config: Config, *, is_main: bool, console: Console | None = None) -> Tracker:
+    """The tracker of this rank; `console` defaults to stderr, so that stdout stays free for results."""
+    if not is_main:
+        return Tracker()
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = [_JsonLines(run_dir / METRICS_FILE)]
+    if config.log.tensorboard:
+        sinks.append(_TensorBoard(run_dir / "tensorboard"))
+    if config.log.wandb != "off":
+        sinks.append(_Wandb(config, run_dir))
+    return Tracker(sinks, _Terminal(run_dir / LOG_FILE, config.train.steps, console or Console(stderr=True)))
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All rows of a metrics.jsonl, oldest first. An unfinished last line (a killed run) is not a row.
+
+    Raises ValueError naming the line if any other line is not a row.
+    """
+    rows = []
+    *lines, _unfinished = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            # float() also reads the strings that stand for NaN and the infinities; null cannot be compared, so it is none.
+            row = {name: float(value) for name, value in json.loads(line).items()}
+            rows.append({**row, _STEP: int(row[_STEP])})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{path}:{number} is not a row of metrics: {line[:80]!r}") from None
+    return rows
+
+
+class _JsonLines:
+    """Appends rows to metrics.jsonl; each is in the file when `log` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._earlier_s = 0.0
+        self._started = time.monotonic()
+        _drop_unfinished_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        elapsed = self._earlier_s + time.monotonic() - self._started
+        record = {_STEP: step, _TIME: round(elapsed, 3), **{name: _json_float(value) for name, value in row.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Keeps the bytes of the rows that stay, and makes `time_s` go on from the last of them."""
+        rows = read_metrics(self._path)
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        kept = [i for i, row in enumerate(rows) if row[_STEP] <= step]
+        self._file.close()
+        temporary = self._path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            file.writelines(lines[i] for i in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+        self._earlier_s = rows[kept[-1]].get(_TIME, 0.0) if kept else 0.0
+        self._started = time.monotonic()
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed run left after its last newline, so that the next row starts on a line of its own."""
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _json_float(value: float) -> float | str:
+    """JSON has no NaN and no infinities: they become strings that float() reads back."""
+    return value if math.isfinite(value) else str(value)
+
+
+class _Terminal:
+    """The console and train.log: messages, one line per logged step, or a progress bar where there is a terminal."""
+
+    def __init__(self, path: Path, num_steps: int, console: Console) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._num_steps = num_steps
+        self._console = console
+        self._progress: Progress | None = None
+        self._first: tuple[int, float] | None = None
+        self._accuracy = ""
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        if any(name.startswith("eval/") for name in row):
+            self._evaluation(row, step)
+        if "loss" in row:
+            self._training(row, step)
+
+    def message(self, text: str) -> None:
+        self._write(text)
+        self._print(text)
+
+    def rewind(self, step: int) -> None:
+        self._first = None  # the pace before and after a resume are different things
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+        self._file.close()
+
+    def _training(self, row: Mapping[str, float], step: int) -> None:
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        eta = _clock_time(self._remaining(step, now))
+        parts = [f"{label} {form.format(row[name])}" for name, (label, form) in _HEADLINES.items() if name in row]
+        line = "  ".join([f"step {step}/{self._num_steps}", *parts, f"eta {eta}"])
+        self._write(line)
+        if self._console.is_terminal:
+            self._bar(step, "  ".join([*parts, *([self._accuracy] if self._accuracy else []), f"eta {eta}"]))
+        else:
+            self._print(line)
+
+    def _evaluation(self, row: Mapping[str, float], step: int) -> None:
+        accuracy = {name.removeprefix(_ACCURACY): value for name, value in row.items() if name.startswith(_ACCURACY)}
+        parts = [f"{source} {value:.3f}" for source, value in accuracy.items()]
+        if "all" in accuracy:
+            self._accuracy = f"accuracy {accuracy['all']:.3f}"
+        if _EVAL_KL in row:
+            parts.append(f"kl {row[_EVAL_KL]:.4g}")
+        if parts:
+            self.message("  ".join([f"step {step}/{self._num_steps}", "eval", *parts]))
+
+    def _bar(self, step: int, status: str) -> None:
+        if self._progress is None:
+            # No refresh thread: checkpoint writers fork this process, and a fork while that thread holds its lock hangs.
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[status]}"))
+            self._progress = Progress(*columns, console=self._console, auto_refresh=False)
+            self._progress.add_task("train", total=self._num_steps, status="")
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=step, status=status, refresh=True)
+
+    def _remaining(self, step: int, now: float) -> float | None:
+        """Seconds to go at the mean pace since the first step of this process; None while there is no pace."""
+        assert self._first is not None
+        first_step, first_time = self._first
+        if step <= first_step:
+            return None
+        return (now - first_time) / (step - first_step) * (self._num_steps - step)
+
+    def _print(self, text: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')}  {text}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _write(self, text: str) -> None:
+        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        self._file.flush()
+
+
+def _clock_time(seconds: float | None) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    if seconds is None:
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(_missing("log.tensorboard", "tensorboard")) from None
+        self._open: Any = lambda purge_step: SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
+        self._writer = self._open(None)
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step + 1)  # TensorBoard then hides what was written from that step on
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(_missing("log.wandb", "wandb")) from None
+        # The id lives in the run directory, so that a resumed run goes on with the same curves.
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        online = config.log.wandb == "online"
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            name=run_dir.name,
+            id=id_file.read_text().strip(),
+            resume="allow" if online else None,
+            dir=str(run_dir),
+            mode=config.log.wandb,
+            config=to_dict(config),
+        )
+        # Its own step only grows; ours goes back on resume and repeats, so it is logged as a metric and used as x axis.
+        self._run.define_metric(_STEP)
+        self._run.define_metric("*", step_metric=_STEP)
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        self._run.log({_STEP: step, **row})
+
+    def rewind(self, step: int) -> None:
+        """Nothing can be taken back there: steps done twice show as two points of the same value."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _missing(setting: str, extra: str) -> str:
+    return f"{setting} is on, but {extra} is not installed: pip install 'megatron-opd[{extra}]', or turn it off"

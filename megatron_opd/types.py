@@ -1,0 +1,106 @@
+"""What travels between the parts: prompts, rollouts, teacher scores and micro-batches. Data only, no behaviour.
+
+Shapes: R response tokens of one rollout, T response tokens of a micro-batch, B sequences, S padded length,
+D teacher hidden size, N teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One question for the student."""
+
+    source: str
+    """Name of the prompt source: the routing key for teachers and the column in tables."""
+    index: int
+    """Line of the source (from 0); with `source` it identifies the prompt."""
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    """Reference answer for evaluation; the text that a correct response decodes to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How answers are drawn. `temperature` 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float
+    samples_per_prompt: int = 1
+    seed: int = 0
+    """Every token's random number follows from (seed, prompt, sample), so it does not depend on layout or batching."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sampled answer. The end-of-sequence token, when it was sampled, is the last of `response_ids`."""
+
+    prompt: Prompt
+    sample: int
+    """Which of the prompt's samples this is, from 0."""
+    response_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    """Behaviour log-probability of each response token under the sampler's own (tempered) distribution, in nats."""
+    finish: str
+    """"stop": ended by end-of-sequence; "length": cut at max_new_tokens."""
+    version: int
+    """Version of the weights that sampled it (the step that produced them)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A teacher's final hidden states for one rollout: row r predicts `response_ids[r]`.
+
+    `hidden_RD` is None on ranks that do not compute the loss (all but the last pipeline stage): what is dense stays
+    where it is used.
+    """
+
+    hidden_RD: torch.Tensor | None
+
+
+TeacherScore: TypeAlias = Hidden
+"""What a teacher says about one rollout; top-k and sampled-token carriers of served teachers join here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Right-padded sequences for one forward pass, and everything the loss needs about their T response tokens."""
+
+    tokens_BS: torch.Tensor
+    """int64; prompt, response, padding."""
+    rows_T: torch.Tensor
+    """int64; flat position b * S + s whose output predicts the response token (the next-token shift is done here)."""
+    targets_T: torch.Tensor
+    """int64; the response tokens."""
+    behaviour_logp_T: torch.Tensor
+    """float32; the sampler's log-probability of each."""
+    weights_TN: torch.Tensor
+    """float32; ensemble weights of the teachers, rows summing to 1; 0 where a teacher was not asked."""
+    teacher_hidden: tuple[torch.Tensor, ...] | None
+    """N tensors [T, D_n]; None on ranks that do not compute the loss."""
+
+
+class RolloutEngine(Protocol):
+    """Something that samples from the student's current weights."""
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
+        """All samples of all prompts, in order (prompt-major); never a short list."""
+
+    def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace the weights by (Hugging Face name, full tensor) pairs; later rollouts carry `version`."""
+
+
+class TeacherScorer(Protocol):
+    """Something that tells a teacher's distribution at every response token of a rollout."""
+
+    name: str
+
+    def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
+        """One score a rollout, in order. Collective over the ranks of a replica."""

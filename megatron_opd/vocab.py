@@ -1,0 +1,112 @@
+"""A slice of the vocabulary and the three operations whose gradients must know about the other slices.
+
+Under tensor parallelism every rank holds columns [start, stop) of the logits. `VocabShard` offers log-softmax, sum
+and gather over the *whole* vocabulary with exact gradients; every loss and ensemble is then the textbook line, whether
+the vocabulary is sharded or not. A plain in-place all-reduce inside an autograd graph gives right values and wrong
+gradients, so the only collectives inside a graph are the two autograd functions below.
+
+Shape suffixes: T tokens, V vocabulary, L local columns of it, K ids. This module refuses nothing and owns no process
+group: the group is a value of the shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PADDING_LOGP = -1e4
+"""Log-probability of padding columns. Finite, so that exp() is exactly 0 while floor - floor is 0: with -inf the
+backward pass of reverse KL meets 0 * inf."""
+
+
+class _SumOverShards(torch.autograd.Function):
+    """All-reduce forward; identity backward, because the (replicated) result has one (replicated) gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        total = local.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class _LogSoftmax(torch.autograd.Function):
+    """log p_j = z_j - log sum_k exp z_k over all shards.
+
+    Backward: dL/dz_j = g_j - p_j * sum_k g_k, where k runs over the whole vocabulary: one all-reduce of [T, 1].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_TL: torch.Tensor, vocab: VocabShard) -> torch.Tensor:
+        logits_TL = vocab.fill_padding(logits_TL, float("-inf"))
+        max_T1 = vocab.all_reduce(logits_TL.amax(-1, keepdim=True), dist.ReduceOp.MAX)
+        # A shard that is padding only still sees the true maximum here, so exp(-inf - max) is a clean 0.
+        sum_T1 = vocab.all_reduce((logits_TL - max_T1).exp().sum(-1, keepdim=True))
+        logp_TL = vocab.fill_padding(logits_TL - max_T1 - sum_T1.log(), PADDING_LOGP)
+        ctx.save_for_backward(logp_TL)
+        ctx.vocab = vocab
+        return logp_TL
+
+    @staticmethod
+    def backward(ctx: Any, grad_TL: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (logp_TL,) = ctx.saved_tensors
+        grad_TL = ctx.vocab.fill_padding(grad_TL, 0.0)
+        total_T1 = ctx.vocab.all_reduce(grad_TL.sum(-1, keepdim=True))
+        return grad_TL - logp_TL.exp() * total_T1, None
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """Columns [start, stop) of a vocabulary of `size` real entries; columns at or beyond `size` are padding.
+
+    `group` holds the ranks that share the vocabulary; None means that the whole of it is here.
+    """
+
+    start: int
+    stop: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def whole(cls, size: int) -> VocabShard:
+        """An unsharded vocabulary without padding."""
+        return cls(0, size, size)
+
+    def all_reduce(self, x: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce `x` in place over the shards, outside autograd, and return it."""
+        if self.group is not None:
+            dist.all_reduce(x, op, group=self.group)
+        return x
+
+    def fill_padding(self, x_TL: torch.Tensor, value: float) -> torch.Tensor:
+        """`x_TL` with the padding columns set to `value` (a copy, unless there are none)."""
+        num_real = min(max(self.size - self.start, 0), self.stop - self.start)
+        if num_real == x_TL.shape[-1]:
+            return x_TL
+        filled = x_TL.clone()
+        filled[..., num_real:] = value
+        return filled
+
+    def log_softmax(self, logits_TL: torch.Tensor) -> torch.Tensor:
+        """Normalised log-probabilities in at least float32; padding columns carry PADDING_LOGP."""
+        if logits_TL.dtype != torch.float64:
+            logits_TL = logits_TL.float()
+        return _LogSoftmax.apply(logits_TL, self)
+
+    def sum(self, x_TL: torch.Tensor) -> torch.Tensor:
+        """Sum over the whole vocabulary, [..., L] -> [...]."""
+        local = x_TL.sum(-1)
+        return local if self.group is None else _SumOverShards.apply(local, self.group)
+
+    def gather(self, x_TL: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Values at global token ids, [T, L] and [T, K] -> [T, K]; each id is owned by exactly one shard."""
+        local = ids_TK - self.start
+        mine = (local >= 0) & (local < x_TL.shape[-1])
+        picked = x_TL.gather(-1, local.clamp(0, x_TL.shape[-1] - 1)).masked_fill(~mine, 0.0)
+        return picked if self.group is None else _SumOverShards.apply(picked, self.group)
