@@ -181,6 +181,8 @@ class TrainConfig:
     """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
     eval_every: int = 0
     """Evaluate every this many steps, and before the first and after the last; 0: never."""
+    eval_teachers: bool = False
+    """Also measure each teacher's own accuracy once, before the first step (loads it whole on one rank)."""
     save_every: int = 0
     """Save a checkpoint every this many steps and after the last; 0: only after the last."""
     keep_last: int = 2

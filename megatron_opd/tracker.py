@@ -89,12 +89,13 @@ def build_tracker(config: Config, *, is_main: bool, console: Console | None = No
         return Tracker()
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = [_JsonLines(run_dir / METRICS_FILE)]
+    extra: list[Sink] = []  # made first: these may be refused, and then no file is left open
     if config.log.tensorboard:
-        sinks.append(_TensorBoard(run_dir / "tensorboard"))
+        extra.append(_TensorBoard(run_dir / "tensorboard"))
     if config.log.wandb != "off":
-        sinks.append(_Wandb(config, run_dir))
-    return Tracker(sinks, _Terminal(run_dir / LOG_FILE, config.train.steps, console or Console(stderr=True)))
+        extra.append(_Wandb(config, run_dir))
+    terminal = _Terminal(run_dir / LOG_FILE, config.train.steps, console or Console(stderr=True))
+    return Tracker([_JsonLines(run_dir / METRICS_FILE), *extra], terminal)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -106,7 +107,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     *lines, _unfinished = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            # float() also reads the strings that stand for NaN and the infinities; null cannot be compared, so it is none.
+            # float() also reads the strings that stand for NaN and the infinities.
             row = {name: float(value) for name, value in json.loads(line).items()}
             rows.append({**row, _STEP: int(row[_STEP])})
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -217,7 +218,7 @@ class _Terminal:
 
     def _bar(self, step: int, status: str) -> None:
         if self._progress is None:
-            # No refresh thread: checkpoint writers fork this process, and a fork while that thread holds its lock hangs.
+            # No refresh thread: saving a checkpoint forks, and a fork while that thread holds its lock hangs.
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[status]}"))
             self._progress = Progress(*columns, console=self._console, auto_refresh=False)
             self._progress.add_task("train", total=self._num_steps, status="")
@@ -288,7 +289,7 @@ class _Wandb:
             id=id_file.read_text().strip(),
             resume="allow" if online else None,
             dir=str(run_dir),
-            mode=config.log.wandb,
+            mode="online" if online else "offline",
             config=to_dict(config),
         )
         # Its own step only grows; ours goes back on resume and repeats, so it is logged as a metric and used as x axis.

@@ -49,7 +49,7 @@ Rebuild everything the quickstart uses, on one CPU core, from seeds alone.
       student              smaller; careless behind '=', right behind ':'
   <out>/skills.json        what was measured on the eval rows
 
-Takes about two and a half minutes. The same machine and the same releases of the
+Takes about two minutes on one core. The same machine and the same releases of the
 libraries give the same bytes; others may round differently and so give weights that
 differ a little, with the same skills (compare skills.json).
 
@@ -61,7 +61,7 @@ reader never sees half of one. Files that are there already are replaced.
 def parse_args():
     """Command line."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory that receives data/, models/ and skills.json")
+    parser.add_argument("--out", type=Path, required=True, help="receives data/, models/ and skills.json")
     return parser.parse_args()
 
 

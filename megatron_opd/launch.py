@@ -1,0 +1,95 @@
+"""From a config to running processes. `plan` is data; the local launcher, `check` and Slurm scripts read it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_opd.config import Config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """A program of the run and how many ranks of it there are."""
+
+    name: str
+    command: tuple[str, ...]
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.ranks} rank{'s' if self.ranks > 1 else ''} of `{shlex.join(self.command)}`"
+
+
+def plan(config: Config, arguments: Sequence[str]) -> list[Process]:
+    """The processes of a run; `arguments` are the config file and overrides as the user gave them."""
+    return [
+        Process(
+            name="trainer",
+            command=("python", "-m", "megatron_opd", "train", *arguments),
+            ranks=config.parallel.world_size,
+        )
+    ]
+
+
+def is_worker() -> bool:
+    """Whether torchrun or srun has started this process as a rank. Maps srun's names to torch's."""
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
+        os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"])
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(config: Config, arguments: Sequence[str]) -> int:
+    """Run the trainer's ranks on this machine and wait; returns an exit code.
+
+    Rank 0 writes to this terminal; the others write to <run.dir>/logs/, and the end of the log of a rank that failed
+    by itself is shown. When one rank fails, the others are ended.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    (trainer,) = plan(config, arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; more threads only get in each other's way
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below
+    logs = Path(config.run.dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=trainer.ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(logs), redirects={rank: Std.ALL for rank in range(1, trainer.ranks)}
+        ),
+    )
+    module, *rest = trainer.command[2:]
+    try:
+        elastic_launch(settings, sys.executable)("-m", module, *rest)
+    except ChildFailedError as error:
+        _explain(error)
+        return 1
+    except (SignalException, KeyboardInterrupt) as error:
+        print(f"stopped ({error}); the same command continues from the last checkpoint in {config.run.dir}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _explain(error: object) -> None:
+    """Say which rank failed first, and show the end of its log unless it wrote to this terminal."""
+    failures = getattr(error, "failures", {})
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    code = failure.exitcode
+    how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    print(f"rank {rank} {how}; the run has stopped", file=sys.stderr)

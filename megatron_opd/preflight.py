@@ -1,0 +1,123 @@
+"""Everything that can be known to be wrong before a rank starts, and the inputs that come out of looking.
+
+Reads config.json files, tokenizers and prompt files; loads no weights, needs no process group. All problems are
+collected and said at once. `megatron-opd check` is this, and every run begins with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_opd.config import Config, ConfigError, SourceConfig
+from megatron_opd.data import read_prompts
+from megatron_opd.student.architecture import Architecture, check_layout, read_architecture
+from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
+from megatron_opd.types import Prompt
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a run reads besides weights."""
+
+    train: list[tuple[SourceConfig, list[Prompt]]]
+    eval: list[tuple[SourceConfig, list[Prompt]]]
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    """Entries that distributions are normalised over and that may be sampled: those that every model has."""
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Check the config against the models and files that it names. Raises ConfigError listing every problem."""
+    problems: list[str] = []
+    archs = _architectures(config, problems)
+    tokenizer = _tokenizers(config, problems)
+    if tokenizer is None or len(archs) < 1 + len(config.teachers):
+        raise ConfigError(problems)
+    vocab_size = min(arch.vocab_size for arch in archs)
+    if vocab_size < len(tokenizer):
+        problems.append(
+            f"the tokenizer of student.model has {len(tokenizer)} tokens, but one of the models has only"
+            f" {vocab_size} entries in its vocabulary"
+        )
+    read = _Reader(config, tokenizer, min(arch.max_positions for arch in archs), problems)
+    inputs = Inputs(
+        train=read.sources(config.data.train, need_answer=False),
+        eval=read.sources(config.data.eval, need_answer=True),
+        eos_ids=tokenizer.eos_ids,
+        vocab_size=vocab_size,
+    )
+    if problems:
+        raise ConfigError(problems)
+    return inputs
+
+
+def _attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | None:
+    try:
+        return compute()
+    except ValueError as error:
+        problems.append(f"{what}: {error}")
+        return None
+
+
+def _architectures(config: Config, problems: list[str]) -> list[Architecture]:
+    """Of the student and then the teachers; shorter if one cannot be read."""
+    tensor = config.parallel.tensor
+    models = [("student.model", config.student.model, config.student.vocab_multiple)]
+    # A teacher's embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
+    models += [(f"teachers.{i}.model", t.model, tensor) for i, t in enumerate(config.teachers)]
+    archs = []
+    for what, model, multiple in models:
+        arch = _attempt(what, lambda: read_architecture(model, vocab_multiple=multiple), problems)  # noqa: B023
+        if arch is not None:
+            archs.append(arch)
+            problems += check_layout(arch, tensor=tensor, pipeline=config.parallel.pipeline, what=what)
+    return archs
+
+
+def _tokenizers(config: Config, problems: list[str]) -> Tokenizer | None:
+    """The student's, after comparing every teacher's with it."""
+    student = _attempt("student.model", lambda: load_tokenizer(config.student.model), problems)
+    for i, teacher in enumerate(config.teachers):
+        theirs = _attempt(f"teachers.{i}.model", lambda: load_tokenizer(teacher.model), problems)  # noqa: B023
+        why = difference(student, theirs) if student and theirs else None
+        if why:
+            problems.append(
+                f"teachers.{i}.model: the tokenizer of teacher '{teacher.name}' is not the student's: {why};"
+                " teachers with another tokenizer are not supported yet"
+            )
+    return student
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    config: Config
+    tokenizer: Tokenizer
+    context: int
+    problems: list[str]
+
+    def sources(self, sources: list[SourceConfig], *, need_answer: bool) -> list[tuple[SourceConfig, list[Prompt]]]:
+        room = self.context - self.config.rollout.max_new_tokens
+        if room < 1:
+            problem = (
+                f"rollout.max_new_tokens ({self.config.rollout.max_new_tokens}) leaves no room for a prompt in the"
+                f" models' context of {self.context} tokens"
+            )
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return []
+        limit, why = self.config.data.max_prompt_tokens, "data.max_prompt_tokens"
+        if room < limit:
+            limit, why = room, f"the models' context of {self.context} tokens less rollout.max_new_tokens"
+        found = []
+        for source in sources:
+            prompts = _attempt(
+                "data",
+                lambda: read_prompts(source, self.tokenizer, limit=(limit, why), need_answer=need_answer),  # noqa: B023
+                self.problems,
+            )
+            found.append((source, prompts or []))
+        return found

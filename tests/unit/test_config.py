@@ -1,0 +1,231 @@
+"""Settings: what is refused, in which words, and what survives a round trip."""
+
+import copy
+
+import pytest
+import yaml
+
+from megatron_opd import config as cfg
+
+MINIMAL = {
+    "run": {"dir": "runs/x"},
+    "student": {"model": "s"},
+    "teachers": [{"name": "a", "model": "ta"}, {"name": "b", "model": "tb", "weight": 3, "sources": {"code": 0}}],
+    "data": {"train": [{"name": "math", "path": "m.jsonl"}, {"name": "code", "path": "c.jsonl", "weight": 2}]},
+    "train": {"steps": 10},
+}
+
+
+def tree_with(**settings):
+    """A valid tree with `section__key` settings replaced."""
+    tree = copy.deepcopy(MINIMAL)
+    for name, value in settings.items():
+        section, key = name.split("__")
+        tree.setdefault(section, {})[key] = value
+    return tree
+
+
+def problems_of(tree):
+    with pytest.raises(cfg.ConfigError) as caught:
+        cfg.from_dict(tree)
+    return caught.value.problems
+
+
+def write(tmp_path, tree):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tree", "wrong", "nearest"),
+    [
+        (tree_with(optim__lrr=1), "optim.lrr", "optim.lr"),
+        (tree_with(train__eval_evry=1), "train.eval_evry", "train.eval_every"),
+        ({**MINIMAL, "optin": {}}, "optin", "optim"),
+        ({**MINIMAL, "teachers": [{"name": "a", "model": "t", "wieght": 1}]},
+         "teachers.0.wieght", "teachers.0.weight"),
+        ({**MINIMAL, "data": {"train": [{"name": "m", "path": "p", "wight": 1}]}},
+         "data.train.0.wight", "data.train.0.weight"),
+    ],
+)  # fmt: skip
+def test_unknown_setting_names_the_nearest_one(tree, wrong, nearest):
+    (problem,) = problems_of(tree)
+    assert problem.startswith(f"{wrong}: unknown setting")
+    assert problem.endswith(f"did you mean {nearest}?")
+
+
+def test_unknown_setting_like_no_other_gets_no_guess():
+    (problem,) = problems_of(tree_with(optim__zzzzzz=1))
+    assert problem == "optim.zzzzzz: unknown setting"
+
+
+def test_all_problems_are_reported_at_once():
+    tree = tree_with(optim__lr="fast", student__dtype="fp8", train__stepz=1)
+    del tree["run"]
+    problems = problems_of(tree)
+    assert {p.split(":")[0] for p in problems} == {"optim.lr", "student.dtype", "train.stepz", "run"}
+    with pytest.raises(cfg.ConfigError, match="4 problems") as caught:
+        cfg.from_dict(tree)
+    assert all(problem in str(caught.value) for problem in problems)
+
+
+def test_all_failed_checks_are_reported_at_once():
+    problems = problems_of(tree_with(loss__beta=2, optim__eps=-1, parallel__sequence=True, train__steps=0))
+    assert sorted(p.split()[0] for p in problems) == ["loss.beta", "optim.eps", "parallel.sequence", "train.steps"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=1e-4", "optim.lr=0.0001", "optim.lr=1.0e-4"],
+)
+def test_overrides_read_numbers_in_every_notation(tmp_path, override):
+    # YAML 1.1 reads 1e-4, without a point, as text.
+    assert cfg.load(write(tmp_path, MINIMAL), [override]).optim.lr == 1e-4
+
+
+def test_scientific_notation_in_the_file_is_a_number(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "optim: {lr: 3e-4, eps: 1e-6}\n")
+    optim = cfg.load(path).optim
+    assert (optim.lr, optim.eps) == (3e-4, 1e-6)
+
+
+def test_overrides_reach_lists_new_sections_and_mappings(tmp_path):
+    overrides = [
+        "teachers.1.weight=0.5",
+        "teachers.0.sources.code=2",
+        "data.eval=[{name: math, path: e.jsonl}]",
+        "parallel.tensor=2",
+        "log.tensorboard=true",
+        "run.dir=elsewhere",
+        "teachers.1.weight=0.25",
+    ]
+    config = cfg.load(write(tmp_path, MINIMAL), overrides)
+    assert config.teachers[1].weight == 0.25, "the last override wins"
+    assert config.teachers[0].sources == {"code": 2.0}
+    assert config.data.eval[0].path == "e.jsonl"
+    assert (config.parallel.tensor, config.log.tensorboard, config.run.dir) == (2, True, "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr", "not of the form section.key=value"),
+        ("=3", "not of the form section.key=value"),
+        ("teachers.7.weight=1", "cannot set teachers.7.weight"),
+        ("teachers.first.weight=1", "cannot set teachers.first.weight"),
+        ("train.steps.more=1", "cannot set train.steps.more"),
+        ("optim.lr=[1", "cannot set optim.lr"),
+        ("optim.lrr=1", "did you mean optim.lr?"),
+    ],
+)
+def test_bad_overrides_say_which_one(tmp_path, override, message):
+    with pytest.raises(cfg.ConfigError) as caught:
+        cfg.load(write(tmp_path, MINIMAL), [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no such file"), ("run: [1", "not valid YAML"), ("- 1\n", "expected a map"), ("", "expected a map")],
+)
+def test_unreadable_files_are_named(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(cfg.ConfigError, match=message) as caught:
+        cfg.load(path)
+    assert "broken.yaml" in str(caught.value)
+
+
+AT_LEAST_ONE = [
+    "parallel.tensor", "parallel.pipeline", "parallel.data", "student.vocab_multiple", "loss.chunk_tokens",
+    "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_new_tokens", "data.max_prompt_tokens",
+    "train.steps", "train.micro_batch_size", "train.keep_last",
+]  # fmt: skip
+NOT_NEGATIVE = [
+    "train.eval_every", "train.save_every", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay",
+    "optim.clip_grad",
+]  # fmt: skip
+POSITIVE = ["loss.temperature", "rollout.temperature", "run.timeout_s", "optim.eps"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [(s, 0) for s in AT_LEAST_ONE] + [(s, -1) for s in NOT_NEGATIVE] + [(s, 0) for s in POSITIVE]
+    + [("loss.beta", -0.1), ("loss.beta", 1.1)],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(setting, value):
+    problems = problems_of(tree_with(**{setting.replace(".", "__"): value}))
+    assert any(problem.startswith(f"{setting} must") for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("loss.beta", 0), ("loss.beta", 1), ("optim.clip_grad", 0), ("optim.warmup_steps", 9), ("train.steps", 1)],
+)
+def test_the_ends_of_the_ranges_are_allowed(setting, value):
+    cfg.from_dict(tree_with(**{setting.replace(".", "__"): value}))
+
+
+@pytest.mark.parametrize(
+    ("tree", "fragments"),
+    [
+        (tree_with(optim__warmup_steps=10), ["optim.warmup_steps (10)", "train.steps (10)"]),
+        (tree_with(optim__min_lr=0.1, optim__lr=0.01), ["optim.min_lr (0.1)", "optim.lr (0.01)"]),
+        (tree_with(parallel__sequence=True), ["parallel.sequence needs parallel.tensor > 1"]),
+        (tree_with(parallel__data=3), ["rollout.prompts_per_step (16)", "parallel.data (3)"]),
+        (tree_with(train__micro_batch_size=5), ["train.micro_batch_size (5)", "16 answers"]),
+        ({**tree_with(train__micro_batch_size=16), "parallel": {"data": 2}},
+         ["train.micro_batch_size (16)", "8 answers"]),
+        ({**MINIMAL, "teachers": []}, ["teachers: at least one"]),
+        ({**MINIMAL, "teachers": [{"name": "a", "model": "t"}] * 2}, ["teachers: the name 'a' is used twice"]),
+        ({**MINIMAL, "teachers": [{"name": "a", "model": "t", "weight": -1}, {"name": "b", "model": "t", "weight": 2}]},
+         ["teachers.0 (a): weights must not be negative"]),
+        ({**MINIMAL, "teachers": [{"name": "a", "model": "t", "sources": {"cod": 1}}]},
+         ["teachers.0.sources", "no prompt source 'cod'", "did you mean 'code'?"]),
+        ({**MINIMAL, "teachers": [{"name": "a", "model": "t", "sources": {"code": 0}}]},
+         ["every weight for prompt source 'code' is 0"]),
+        (tree_with(data__train=[]), ["data.train: at least one source"]),
+        (tree_with(data__eval=[{"name": "math", "path": "p"}] * 2), ["data.eval: the name 'math' is used twice"]),
+        (tree_with(data__train=[{"name": n, "path": "p"} for n in ("code", "code")]), ["data.train: the name 'code'"]),
+        (tree_with(data__train=[{"name": "code", "path": "p", "weight": 0}]), ["data.train: weight of 'code'"]),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(tree, fragments):
+    text = " ".join(problems_of(tree))
+    assert [f for f in fragments if f not in text] == []
+
+
+def test_an_eval_only_source_needs_a_teacher_too():
+    tree = tree_with(data__eval=[{"name": "prose", "path": "p"}])
+    tree["teachers"] = [{"name": "a", "model": "t", "sources": {"prose": 0}}]
+    assert "'prose'" in problems_of(tree)[0]
+
+
+def test_teacher_weights_normalise_per_source():
+    config = cfg.from_dict(MINIMAL)
+    assert config.teacher_weights("math") == [0.25, 0.75]
+    assert config.teacher_weights("code") == [1.0, 0.0], "a source of its own overrides the weight"
+
+
+def test_dump_round_trips_through_load(tmp_path):
+    tree = tree_with(optim__lr="1e-7", loss__beta=0.3, log__wandb="offline", run__dir="läufe/1")
+    config = cfg.from_dict(tree)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(cfg.dump(config), encoding="utf-8")
+    assert cfg.load(path) == config
+    assert cfg.dump(cfg.load(path)) == cfg.dump(config)
+
+
+def test_dump_writes_every_default_out():
+    text = yaml.safe_load(cfg.dump(cfg.from_dict(MINIMAL)))
+    assert text["optim"]["beta2"] == 0.95
+    assert text["teachers"][0]["sources"] == {}
+
+
+def test_a_config_cannot_be_changed_after_the_checks():
+    config = cfg.from_dict(MINIMAL)
+    with pytest.raises(AttributeError):
+        config.optim.lr = 1.0

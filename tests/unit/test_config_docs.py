@@ -1,0 +1,86 @@
+"""docs/config.md is what the source says."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megatron_opd import config as cfg
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("config_docs", ROOT / "tools" / "config_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def section_classes(cls):
+    """All section classes below `cls`."""
+    for field in dataclasses.fields(cls):
+        inner = cfg.field_class(cls, field.name)
+        if inner is not None:
+            yield inner
+            yield from section_classes(inner)
+
+
+def test_the_page_is_current(tool):
+    assert tool.main(["--check"]) == 0, "run: python tools/config_docs.py"
+
+
+def test_every_setting_is_on_the_page(tool):
+    page = tool.render(tool.SOURCE.read_text())
+    rows = page.count("\n| `")
+    expected = {f.name for cls in section_classes(cfg.Config) for f in dataclasses.fields(cls)}
+    assert [name for name in expected if f"\n| `{name}` |" not in page] == []
+    assert rows == sum(len(dataclasses.fields(cls)) for cls in set(section_classes(cfg.Config)))
+
+
+def test_rows_show_type_default_and_meaning(tool):
+    source = '''
+@_section
+class Inner:
+    """One."""
+    x: Literal["a", "b"]
+    """Which <one> | `<two>`."""
+    on: bool = True
+    """Whether."""
+    lr: float = 1e-05
+    """Rate."""
+    by: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Each."""
+
+@_section
+class Config:
+    """All."""
+    parts: list[Inner]
+    """Parts."""
+'''
+    page = tool.render(source)
+    assert "## `parts.N`\n\nOne.\n" in page
+    assert [line for line in page.splitlines() if line.startswith("| `")] == [
+        "| `x` | `a` \\| `b` | required | Which &lt;one> \\| `<two>`. |",
+        "| `on` | `true` \\| `false` | `true` | Whether. |",
+        "| `lr` | number | `1e-5` | Rate. |",
+        "| `by` | mapping of name to number | `{}` | Each. |",
+    ]
+
+
+def test_check_fails_on_a_stale_or_missing_page_and_writes_nothing(tool, tmp_path, capsys):
+    page = tmp_path / "docs" / "config.md"
+    assert tool.main(["--check", "--out", str(page)]) == 1
+    assert not page.exists()
+    assert tool.main(["--out", str(page)]) == 0
+    assert tool.main(["--check", "--out", str(page)]) == 0
+    page.write_text(page.read_text().replace("required", "optional", 1))
+    assert tool.main(["--check", "--out", str(page)]) == 1
+    assert "python tools/config_docs.py" in capsys.readouterr().err
+
+
+def test_a_setting_without_a_line_of_documentation_is_an_error(tool):
+    with pytest.raises(SystemExit, match=r"Config\.b has no line of documentation"):
+        tool.render("@_section\nclass Config:\n    a: int\n    'Fine.'\n    b: int = 1\n    c: int = 2\n    'Fine.'\n")

@@ -1,0 +1,194 @@
+"""The report: right numbers from a full run, something useful from half of one, clear words about none."""
+
+import io
+import json
+import re
+
+import pytest
+import yaml
+from rich.console import Console
+
+from megatron_opd import report as rp
+
+CONFIG = {
+    "train": {"steps": 4},
+    "teachers": [{"name": "zeta"}, {"name": "alpha"}],
+    "data": {"eval": [{"name": "sub"}, {"name": "add"}]},
+}
+BEFORE = {
+    "eval/accuracy/add": 0.1,
+    "eval/accuracy/sub": 0.0,
+    "eval/accuracy/all": 0.05,
+    "eval/teacher/alpha/accuracy/add": 1.0,
+    "eval/teacher/alpha/accuracy/sub": 0.25,
+    "eval/teacher/alpha/accuracy/all": 0.625,
+    "eval/teacher/zeta/accuracy/add": 0.0,
+    "eval/teacher/zeta/accuracy/all": 0.5,
+    "eval/kl/alpha": 2.0,
+    "eval/kl/zeta": 1.0,
+    "eval/kl/ensemble": 0.8,
+}
+AFTER = {
+    "eval/accuracy/add": 0.9,
+    "eval/accuracy/sub": 0.8,
+    "eval/accuracy/all": 0.85,
+    "eval/kl/alpha": 0.5,
+    "eval/kl/zeta": 1.5,
+    "eval/kl/ensemble": -1e-9,
+}
+TRAIN = {"loss": 0.5, "grad_norm": 1.0, "kl/alpha": 1.0, "kl/zeta": 1.0, "kl/ensemble": 0.5, "time/score": 0.1}
+
+
+def training_rows(num_steps):
+    """Steps of 1 s, of which the first needs 100 s to generate."""
+    return [
+        {"step": s, "time_s": 2.0 * s, **TRAIN, "tokens_per_s": 10.0 * s, "time/generate": 100.0 if s == 1 else 0.3}
+        for s in range(1, num_steps + 1)
+    ]
+
+
+def full_rows():
+    return [{"step": 0, "time_s": 0.0, **BEFORE}, *training_rows(4), {"step": 4, "time_s": 9.0, **AFTER}]
+
+
+def make_run(tmp_path, rows, config=None):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if config is not None:
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    return run_dir
+
+
+def report_of(run_dir):
+    """(what was printed, what was written)."""
+    out = io.StringIO()
+    rp.report(run_dir, console=Console(file=out, width=120))
+    assert (run_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+    return out.getvalue(), (run_dir / "report.md").read_text()
+
+
+def test_accuracy_before_teachers_after_and_gain(tmp_path):
+    table = rp.accuracy_table(rp.read_run(make_run(tmp_path, full_rows(), CONFIG)))
+    assert table.header == ["task", "student\nbefore", "zeta", "alpha", "student\nafter", "gain"], "order of the config"
+    assert table.lines == [
+        ["sub", "0.0", "-", "25.0", "80.0", "+80.0"],
+        ["add", "10.0", "0.0", "100.0", "90.0", "+80.0"],
+        ["all", "5.0", "50.0", "62.5", "85.0", "+80.0"],
+    ]
+    assert "step 4" in table.title
+
+
+def test_kl_before_and_after(tmp_path):
+    table = rp.kl_table(rp.read_run(make_run(tmp_path, full_rows(), CONFIG)))
+    assert "held-out" in table.title
+    assert table.lines == [
+        ["zeta", "1", "1.5", "1.5x further"],
+        ["alpha", "2", "0.5", "4x closer"],
+        ["ensemble", "0.8", "-1e-09", "-"],
+    ]
+
+
+def test_kl_on_rollouts_stands_in_where_nothing_was_evaluated(tmp_path):
+    rows = training_rows(3)
+    rows[-1]["kl/alpha"] = 0.25
+    table = rp.kl_table(rp.read_run(make_run(tmp_path, rows, CONFIG)))
+    assert "training rollouts" in table.title
+    assert ["alpha", "1", "0.25", "4x closer"] in table.lines
+
+
+def test_speed_is_a_median_so_that_warm_up_does_not_count(tmp_path):
+    run = rp.read_run(make_run(tmp_path, full_rows(), CONFIG))
+    assert rp.speed_table(run).lines == [
+        ["generate", "0.300", "75 %"],
+        ["score", "0.100", "25 %"],
+        ["whole step", "0.400", "100 %"],
+    ]
+    assert rp.headline(run) == "4 of 4 steps, 25 tokens/s (median), 9 s in all"
+
+
+def test_printed_and_written_tables_hold_the_same_numbers(tmp_path):
+    printed, written = report_of(make_run(tmp_path, full_rows(), CONFIG))
+    cells = [c.strip() for line in written.splitlines() if line.startswith("| ") for c in line.strip("| ").split("|")]
+    numbers = {c for c in cells if re.search(r"\d", c)}
+    assert len(numbers) > 15
+    assert [c for c in numbers if c not in printed] == []
+    assert "![four panels](report.png)" in written
+
+
+def test_paths_name_the_newest_checkpoint_by_number(tmp_path):
+    run_dir = make_run(tmp_path, full_rows(), CONFIG)
+    for name in ("step_9", "step_100", "latest"):
+        (run_dir / "checkpoints" / name).mkdir(parents=True)
+    printed, _ = report_of(run_dir)
+    assert f"newest checkpoint: {run_dir / 'checkpoints' / 'step_100'}\n" in printed
+    assert "Hugging Face export" not in printed, "there is none"
+    (run_dir / "hf").mkdir()
+    assert f"Hugging Face export: {run_dir / 'hf'}\n" in report_of(run_dir)[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "present", "absent"),
+    [
+        (training_rows(2), CONFIG, "2 of 4 steps (unfinished)", "Greedy accuracy"),
+        (training_rows(2), None, "2 steps", "of 4"),
+        ([{"step": 0, **BEFORE}], CONFIG, "0 of 4 steps (unfinished)", "Time per step"),
+        ([{"step": 1, "loss": "nan", "grad_norm": "inf", "kl/a": "nan", "time/step": "nan"}], {}, "1 step\n", "whole"),
+        ([{"step": 1, "kl/ensemble": -1e-9}], None, "-1e-09", "closer"),
+        ([{"step": 3, "time_s": 1.0}], {}, "3 steps", "Distance"),
+        ([{"step": 0, "eval/accuracy/a|b": 0.5}], None, "50.0", "all"),
+    ],
+)
+def test_missing_pieces_are_left_out(tmp_path, rows, config, present, absent):
+    printed, written = report_of(make_run(tmp_path, rows, config))
+    tables = printed.split(" in all")[0]
+    assert present in printed
+    assert present in written
+    assert absent not in tables
+
+
+def test_before_is_shown_without_an_after(tmp_path):
+    table = rp.accuracy_table(rp.read_run(make_run(tmp_path, [{"step": 0, **BEFORE}], CONFIG)))
+    assert table.lines[-1] == ["all", "5.0", "50.0", "62.5", "-", "-"]
+
+
+def test_a_teacher_named_like_a_path_stays_one_teacher(tmp_path):
+    rows = [{"step": 0, "eval/teacher/org/big/accuracy/add": 1.0, "eval/kl/org/big": 1.0, "eval/accuracy/add": 0.5}]
+    run = rp.read_run(make_run(tmp_path, rows))
+    assert run.teachers == ["org/big"]
+    assert rp.accuracy_table(run).lines == [["add", "50.0", "100.0", "-", "-"]]
+
+
+def test_a_killed_run_is_reported_up_to_its_last_whole_row(tmp_path):
+    run_dir = make_run(tmp_path, full_rows()[:-1], CONFIG)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert "4 of 4 steps" in report_of(run_dir)[0]
+
+
+def test_what_is_wrong_with_a_directory_is_said(tmp_path):
+    console = Console(file=io.StringIO())
+    with pytest.raises(ValueError, match=r"no run directory .*nowhere"):
+        rp.report(tmp_path / "nowhere", console=console)
+    with pytest.raises(ValueError, match=r"not a run directory: it has no metrics\.jsonl"):
+        rp.report(tmp_path, console=console)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is empty"):
+        rp.report(make_run(tmp_path, []), console=console)
+
+
+def test_the_panels_show_every_task_and_teacher(tmp_path, monkeypatch):
+    from matplotlib import figure
+
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    rp.plot(rp.read_run(make_run(tmp_path, full_rows(), CONFIG)), tmp_path / "p.png")
+    accuracy, kl, loss, seconds = drawn[0].axes[:4]
+    labels = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert labels == ["sub", "add", "all", "zeta (all)", "alpha (all)"]
+    (overall,) = [line for line in accuracy.lines if line.get_label() == "all"]
+    assert list(overall.get_ydata()) == [5.0, 85.0]
+    assert [line.get_ydata()[0] for line in accuracy.lines[-2:]] == [50.0, 62.5]
+    assert kl.get_yscale() == "log"
+    assert list(loss.lines[0].get_xdata()) == [1, 2, 3, 4]
+    assert {text.get_text() for text in seconds.get_legend().get_texts()} == {"generate", "score"}
+    assert seconds.get_ylim()[1] < 1, "the warm-up step does not flatten the others"
