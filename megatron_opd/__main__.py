@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from megatron_opd import __version__
-from megatron_opd.config import Config, ConfigError, dump, load
+from megatron_opd.config import Config
+from megatron_opd.config_file import ConfigError, dump, load
 
 _EPILOG = """\
 examples:
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     evaluate = commands.add_parser("eval", help="greedy accuracy of a Hugging Face model on the config's eval sources")
-    evaluate.add_argument("--model", help="model directory (default: the run's export if there is one, else student.model)")
+    evaluate.add_argument("--model", help="model directory (default: the run's export, else student.model)")
     _add_config(evaluate)
     evaluate.set_defaults(run=_eval)
 
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file (see examples/)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file; values are YAML"
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file; values are YAML"
     )
 
 
@@ -84,6 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _work(config: Config) -> int:
+    from megatron_opd import launch
     from megatron_opd.parallel import PeerError
     from megatron_opd.student import cpu
 
@@ -99,7 +101,7 @@ def _work(config: Config) -> int:
     try:
         train(config)
     except PeerError:
-        return 1  # the rank that failed has said why
+        return launch.PEER_FAILED  # the rank that failed has said why
     return 0
 
 

@@ -1,27 +1,25 @@
-"""The one description of a run: frozen dataclasses, filled from YAML plus `section.key=value` overrides.
+"""The one description of a run: frozen dataclasses, one a section.
 
-Every setting has its one-line documentation under it (`docs/config.md` is generated from these lines), and everything
-that can be known to be wrong without loading a model is said here, all problems at once, each naming its setting.
-Checks that need a model or a tokenizer live in `preflight.py`. This module imports nothing of ours.
+Every setting has its one-line documentation under it; `docs/config.md` is generated from these lines. Reading a config
+from a file is `config_file.py`; what can be wrong about one is `config_checks.py` (settings alone) and `preflight.py`
+(settings against models and files). This module imports nothing of ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar, dataclass_transform
 
 import pydantic
-import yaml
 
 _T = TypeVar("_T")
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def _section(cls: type[_T]) -> type[_T]:
     """A frozen, keyword-only dataclass that pydantic validates strictly about names (unknown keys are errors)."""
     made = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
-    made.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    made.__pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
     return made
 
 
@@ -232,198 +230,3 @@ class Config:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""
         raw = [t.weight_for(source) for t in self.teachers]
         return [w / sum(raw) for w in raw]
-
-
-class ConfigError(ValueError):
-    """One or more problems with the user's settings; the message lists all of them."""
-
-    def __init__(self, problems: list[str], where: str = "config") -> None:
-        self.problems = problems
-        head = f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        super().__init__("\n".join([head, *(f"  - {p}" for p in problems)]))
-
-
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and check everything.
-
-    Lists are addressed by index: `teachers.0.weight=0.5`. Raises ConfigError listing every problem.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError([f"there is no such file: {path}"], where="config")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError([f"not valid YAML: {error}"], where=str(path)) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(["expected a mapping of sections (run, student, teachers, …)"], where=str(path))
-    for override in overrides:
-        _apply_override(tree, override)
-    return from_dict(tree, where=str(path))
-
-
-def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
-    """Build and check a Config from plain dictionaries and lists. Raises ConfigError listing every problem."""
-    try:
-        config = pydantic.TypeAdapter(Config).validate_python(tree)
-    except pydantic.ValidationError as error:
-        raise ConfigError([_explain(e) for e in error.errors()], where) from None
-    problems = check(config)
-    if problems:
-        raise ConfigError(problems, where)
-    return config
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved config, every default written out, as plain data."""
-    return dataclasses.asdict(config)
-
-
-def dump(config: Config) -> str:
-    """The resolved config as YAML."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise ConfigError([f"'{override}' is not of the form section.key=value"], where="command line")
-    *parents, last = dotted.split(".")
-    node: Any = tree
-    try:
-        for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
-    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError([f"cannot set {dotted}: {error}"], where="command line") from None
-
-
-def _explain(error: Any) -> str:
-    """One pydantic error as one sentence that names the setting, with the nearest name for an unknown one."""
-    where = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "unexpected_keyword_argument" | "extra_forbidden":
-            *parents, name = [str(part) for part in error["loc"]]
-            near = difflib.get_close_matches(name, _field_names(parents), n=1, cutoff=0.5)
-            hint = f"; did you mean {'.'.join([*parents, near[0]])}?" if near else ""
-            return f"{where}: unknown setting{hint}"
-        case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return f"{where}: required, but not set"
-        case _:
-            return f"{where}: {error['msg']} (got {error['input']!r})"
-
-
-def _field_names(parents: list[str]) -> list[str]:
-    """Names of the settings one level below `parents` (list indices are skipped)."""
-    cls: Any = Config
-    for part in parents:
-        if part.isdigit():
-            continue
-        cls = field_class(cls, part)
-        if cls is None:
-            return []
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def field_class(cls: Any, name: str) -> Any:
-    """The section class behind field `name` of section `cls` (also inside list[...]), or None for a plain value."""
-    annotation = str(cls.__annotations__.get(name, ""))
-    inner = annotation.removeprefix("list[").removesuffix("]")
-    found = globals().get(inner)
-    return found if dataclasses.is_dataclass(found) else None
-
-
-def check(config: Config) -> list[str]:
-    """Every problem that the settings alone reveal, each naming the setting to change."""
-    return [*_check_numbers(config), *_check_layout(config), *_check_teachers(config)]
-
-
-def _check_numbers(config: Config) -> list[str]:
-    at_least_one = {
-        "parallel.tensor": config.parallel.tensor,
-        "parallel.pipeline": config.parallel.pipeline,
-        "parallel.data": config.parallel.data,
-        "student.vocab_multiple": config.student.vocab_multiple,
-        "loss.chunk_tokens": config.loss.chunk_tokens,
-        "rollout.prompts_per_step": config.rollout.prompts_per_step,
-        "rollout.samples_per_prompt": config.rollout.samples_per_prompt,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "data.max_prompt_tokens": config.data.max_prompt_tokens,
-        "train.steps": config.train.steps,
-        "train.micro_batch_size": config.train.micro_batch_size,
-        "train.keep_last": config.train.keep_last,
-    }
-    not_negative = {
-        "train.eval_every": config.train.eval_every,
-        "train.save_every": config.train.save_every,
-        "optim.lr": config.optim.lr,
-        "optim.min_lr": config.optim.min_lr,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.clip_grad": config.optim.clip_grad,
-    }
-    positive = {
-        "loss.temperature": config.loss.temperature,
-        "rollout.temperature": config.rollout.temperature,
-        "run.timeout_s": config.run.timeout_s,
-        "optim.eps": config.optim.eps,
-    }
-    problems = [f"{name} must be at least 1, not {value}" for name, value in at_least_one.items() if value < 1]
-    problems += [f"{name} must not be negative, but is {value}" for name, value in not_negative.items() if value < 0]
-    problems += [f"{name} must be above 0, not {value}" for name, value in positive.items() if value <= 0]
-    if not 0 <= config.loss.beta <= 1:
-        problems.append(f"loss.beta must lie between 0 (forward KL) and 1 (reverse KL), not {config.loss.beta}")
-    if config.optim.min_lr > config.optim.lr:
-        problems.append(f"optim.min_lr ({config.optim.min_lr}) must not be above optim.lr ({config.optim.lr})")
-    if config.optim.warmup_steps >= max(config.train.steps, 1) and config.optim.warmup_steps:
-        problems.append(
-            f"optim.warmup_steps ({config.optim.warmup_steps}) must be below train.steps ({config.train.steps})"
-        )
-    return problems
-
-
-def _check_layout(config: Config) -> list[str]:
-    parallel, problems = config.parallel, []
-    if min(parallel.tensor, parallel.pipeline, parallel.data, config.train.micro_batch_size) < 1:
-        return []
-    if parallel.sequence and parallel.tensor == 1:
-        problems.append("parallel.sequence needs parallel.tensor > 1")
-    if config.rollout.prompts_per_step % parallel.data:
-        problems.append(
-            f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) must be a multiple of"
-            f" parallel.data ({parallel.data})"
-        )
-        return problems
-    per_replica = config.rollout.prompts_per_step // parallel.data * config.rollout.samples_per_prompt
-    if per_replica % config.train.micro_batch_size:
-        problems.append(
-            f"train.micro_batch_size ({config.train.micro_batch_size}) must divide the {per_replica} answers of a"
-            " replica (rollout.prompts_per_step x rollout.samples_per_prompt / parallel.data)"
-        )
-    return problems
-
-
-def _check_teachers(config: Config) -> list[str]:
-    problems = []
-    if not config.teachers:
-        problems.append("teachers: at least one teacher is needed")
-    for field in ("train", "eval"):
-        names = [s.name for s in getattr(config.data, field)]
-        problems += [f"data.{field}: the name '{n}' is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
-    if not config.data.train:
-        problems.append("data.train: at least one source is needed")
-    problems += [f"data.train: weight of '{s.name}' must be above 0, not {s.weight}" for s in config.data.train if s.weight <= 0]
-    names = [t.name for t in config.teachers]
-    problems += [f"teachers: the name '{n}' is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
-    known = {s.name for s in [*config.data.train, *config.data.eval]}
-    for i, teacher in enumerate(config.teachers):
-        if min([teacher.weight, *teacher.sources.values()]) < 0:
-            problems.append(f"teachers.{i} ({teacher.name}): weights must not be negative")
-        for source in sorted(set(teacher.sources) - known):
-            near = difflib.get_close_matches(source, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(f"teachers.{i}.sources: there is no prompt source '{source}'{hint}")
-    for source in sorted(known) if config.teachers else []:
-        if sum(max(t.weight_for(source), 0) for t in config.teachers) <= 0:
-            problems.append(f"teachers: every weight for prompt source '{source}' is 0; give one teacher a weight")
-    return problems

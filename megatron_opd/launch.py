@@ -6,12 +6,19 @@ import logging
 import os
 import shlex
 import sys
-import uuid
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_opd.config import Config
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+PEER_FAILED = 3
+"""Exit code of a rank that stops only because another one failed."""
+_LOG_LINES = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,31 +72,34 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=trainer.ranks,
-        run_id=uuid.uuid4().hex,
+        run_id=time.strftime("%Y%m%d-%H%M%S"),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(logs), redirects={rank: Std.ALL for rank in range(1, trainer.ranks)}
-        ),
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, trainer.ranks), Std.ALL)),
     )
     module, *rest = trainer.command[2:]
     try:
         elastic_launch(settings, sys.executable)("-m", module, *rest)
     except ChildFailedError as error:
-        _explain(error)
+        print(_explain(error.failures, logs), file=sys.stderr)
         return 1
-    except (SignalException, KeyboardInterrupt) as error:
-        print(f"stopped ({error}); the same command continues from the last checkpoint in {config.run.dir}", file=sys.stderr)
-        return 130
+    except (SignalException, KeyboardInterrupt):
+        where = f"the last checkpoint in {config.run.dir}"
+        print(f"error: interrupted; the same command continues from {where}", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
-def _explain(error: object) -> None:
-    """Say which rank failed first, and show the end of its log unless it wrote to this terminal."""
-    failures = getattr(error, "failures", {})
-    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+def _explain(failures: Mapping[int, Any], logs: Path) -> str:
+    """Which rank failed first of itself, and the end of its log unless it wrote to this terminal (rank 0)."""
+    own = {rank: f for rank, f in failures.items() if f.exitcode != PEER_FAILED} or failures
+    rank, failure = min(own.items(), key=lambda item: item[1].timestamp)
     code = failure.exitcode
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    print(f"rank {rank} {how}; the run has stopped", file=sys.stderr)
+    said = [f"rank {rank} {how}; the run has stopped"]
+    if rank > 0:
+        newest = max(logs.glob(f"*/attempt_0/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime, default=None)
+        said += [f"the end of {newest}:", *newest.read_text().splitlines()[-_LOG_LINES:]] if newest else []
+    return "\n".join(said)

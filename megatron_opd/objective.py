@@ -1,4 +1,4 @@
-"""From a micro-batch and the student's logits to the summed loss, its gradient and metrics, a chunk of tokens at a time.
+"""From a micro-batch and the student's logits to the summed loss, its gradient and metrics, chunk by chunk of tokens.
 
     p = ensemble(teacher_n hidden @ head_nᵀ / τ, weights)      q = softmax(student logits / τ)
     loss = Σ_tokens D_β(p, q)
@@ -59,28 +59,29 @@ class Objective:
                 "logprob/teacher", "mismatch/kl"]  # fmt: skip
 
     def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(sum of the loss over tokens, number of tokens as int32, sums of `metric_names` [M] float64).
+        """(sum of the loss over tokens, number of tokens as int32, metrics [M, 2] float64).
 
-        `logits_TL` are the student's logits at `batch.rows_T`.
+        `logits_TL` are the student's logits at `batch.rows_T`. The metrics are the sum over tokens, and the number of
+        tokens summed, of each of `metric_names`.
         """
         num_tokens = logits_TL.shape[0]
-        sums_M = torch.zeros(len(self.metric_names()), dtype=torch.float64, device=logits_TL.device)
+        metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
         grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
         for start in range(0, num_tokens, self.config.chunk_tokens):
             chunk = slice(start, start + self.config.chunk_tokens)
-            grad_CL, chunk_sums_M = self._chunk(batch, logits_TL[chunk].detach(), chunk)
-            sums_M += chunk_sums_M
+            grad_CL, chunk_M2 = self._chunk(batch, logits_TL[chunk].detach(), chunk)
+            metrics_M2 += chunk_M2
             if grad_TL is not None:
                 grad_TL[chunk] = grad_CL
-        loss = sums_M[0].float()
+        loss = metrics_M2[0, 0].float()
         if grad_TL is not None:
             loss = _WithGradient.apply(logits_TL, loss, grad_TL)
-        return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), sums_M
+        return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), metrics_M2
 
     def _chunk(
         self, batch: MicroBatch, logits_CL: torch.Tensor, chunk: slice
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Gradient of the chunk's loss with respect to its logits (None without grad mode), and its metric sums."""
+        """Gradient of the chunk's loss with respect to its logits (None without grad mode), and its metrics [M, 2]."""
         logits_CL.requires_grad_(torch.is_grad_enabled())
         student_CL = self.vocab.log_softmax(logits_CL / self.config.temperature)
         with torch.no_grad():
@@ -94,12 +95,15 @@ class Objective:
                 sampler_CL = self.vocab.log_softmax(logits_CL / self.sampling_temperature)
             ids_C1 = batch.targets_T[chunk, None]
             lag_C = self.vocab.gather(sampler_CL, ids_C1)[:, 0] - batch.behaviour_logp_T[chunk]
-            columns = [loss_C, *self._kls(batch.weights_TN[chunk], student_CL, target_CL, teachers)]
+            columns = [loss_C, reverse_kl(student_CL, target_CL, self.vocab)]
+            # A teacher that was not asked about a token has no row there: its mean is over the others.
+            asked_CN = batch.weights_TN[chunk] > 0
+            columns += [reverse_kl(student_CL, p_CL, self.vocab)[asked_CN[:, n]] for n, p_CL in enumerate(teachers)]
             columns += [self.vocab.gather(x, ids_C1)[:, 0] for x in (student_CL, target_CL)]
             # k3 estimate of KL(sampler || trainer) on sampled tokens (Schulman): never negative, 0 when the two agree.
             columns.append(lag_C.exp() - 1 - lag_C)
-            sums_M = torch.stack([column_C.double().sum() for column_C in columns])
-        return grad_CL, sums_M
+            metrics_M2 = torch.stack([torch.stack([c.double().sum(), c.new_tensor(len(c)).double()]) for c in columns])
+        return grad_CL, metrics_M2
 
     def _teachers(self, batch: MicroBatch, chunk: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Each teacher's log-probabilities and the combined target, all [C, L] at temperature τ."""
@@ -113,13 +117,3 @@ class Objective:
         if self.config.ensemble == "probs":
             return logps, ensemble.mean_probs(logps, weights_CN)
         return logps, ensemble.mean_logits(logits, weights_CN, self.vocab)
-
-    def _kls(
-        self, weights_CN: torch.Tensor, student_CL: torch.Tensor, target_CL: torch.Tensor, teachers: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Reverse KL to the target and to each teacher, [C] each; 0 where a teacher was not asked (it has no row)."""
-        to_teachers = [
-            torch.where(weights_CN[:, n] > 0, reverse_kl(student_CL, teacher_CL, self.vocab), 0.0)
-            for n, teacher_CL in enumerate(teachers)
-        ]
-        return [reverse_kl(student_CL, target_CL, self.vocab), *to_teachers]

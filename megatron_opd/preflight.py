@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from megatron_opd.config import Config, ConfigError, SourceConfig
+from megatron_opd.config import Config, SourceConfig
+from megatron_opd.config_file import ConfigError
 from megatron_opd.data import read_prompts
 from megatron_opd.student.architecture import Architecture, check_layout, read_architecture
 from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer

@@ -46,7 +46,7 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     extra = named if isinstance(named, list) else [named]
     eos_ids = tuple(sorted({i for i in [hf.eos_token_id, *extra] if i is not None}))
     if not eos_ids:
-        raise ValueError(f"{model_dir}: neither its tokenizer nor generation_config.json names an end-of-sequence token")
+        raise ValueError(f"{model_dir}: neither tokenizer nor generation_config.json names an end-of-sequence token")
     return Tokenizer(hf, eos_ids)
 
 
@@ -56,7 +56,7 @@ def difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
     clashes = sorted((i, token) for token, i in ours.items() if theirs.get(token) != i)
     if clashes:
         i, token = clashes[0]
-        return f"{len(clashes)} of {len(ours)} tokens have another id, first {token!r} (id {i}, there {theirs.get(token)})"
+        return f"{len(clashes)} of {len(ours)} tokens have another id, first {token!r} ({i}, there {theirs.get(token)})"
     if not set(student.eos_ids) & set(teacher.eos_ids):
         return f"they end a response with different tokens ({student.eos_ids} and {teacher.eos_ids})"
     return None

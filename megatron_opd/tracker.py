@@ -7,6 +7,7 @@ drops the rows that the new run is going to write again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from megatron_opd.config import Config, to_dict
+from megatron_opd.config import Config
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
@@ -290,7 +291,7 @@ class _Wandb:
             resume="allow" if online else None,
             dir=str(run_dir),
             mode="online" if online else "offline",
-            config=to_dict(config),
+            config=dataclasses.asdict(config),
         )
         # Its own step only grows; ours goes back on resume and repeats, so it is logged as a metric and used as x axis.
         self._run.define_metric(_STEP)

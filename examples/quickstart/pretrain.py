@@ -84,7 +84,7 @@ def lesson_batch(lesson, count, rng, tokenizer):
     else:
         answer = task.solve(*problem, lesson.forget, rng)
     prompts = task.prompt_texts(*problem, style=lesson.style)
-    ids = _encode([p + a for p, a in zip(prompts, task.answer_texts(answer))], tokenizer)
+    ids = _encode([p + a for p, a in zip(prompts, task.answer_texts(answer), strict=True)], tokenizer)
     return F.pad(ids, (0, 1), value=tokenizer.eos_token_id)
 
 
@@ -136,5 +136,5 @@ def skills(model, data, tokenizer, greedy=True, style=task.STYLE):
     for name, rows in data.items():
         prompts = [row["prompt"][:-1] + style for row in rows]
         responses = respond(model, prompts, tokenizer, greedy)
-        scores[name] = sum(r == row["answer"] for r, row in zip(responses, rows)) / len(rows)
+        scores[name] = sum(r == row["answer"] for r, row in zip(responses, rows, strict=True)) / len(rows)
     return scores

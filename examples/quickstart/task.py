@@ -64,7 +64,7 @@ def solve(operator, left, right, forget=0.0, rng=None):
     count = len(operator)
     forgets = (lambda: rng.random(count) < forget) if forget else (lambda: np.zeros(count, bool))
     carry, columns = np.zeros(count, int), []
-    for x, y in zip(left.T, right.T):
+    for x, y in zip(left.T, right.T, strict=True):
         carry = np.where(forgets(), 0, carry)
         total = np.where(operator == "-", x - y - carry, x + y + carry)
         chosen = np.where(operator == ">", np.maximum(x, y), np.minimum(x, y))
@@ -76,8 +76,8 @@ def solve(operator, left, right, forget=0.0, rng=None):
 
 def prompt_texts(operator, left, right, style=STYLE):
     """Prompts as text."""
-    join = lambda row: "".join(map(str, row[:DIGITS]))
-    return [f"{join(x)}{o}{join(y)}{style}" for o, x, y in zip(operator, left, right)]
+    operands = [["".join(map(str, row[:DIGITS])) for row in side] for side in (left, right)]
+    return [f"{x}{o}{y}{style}" for o, x, y in zip(operator, *operands, strict=True)]
 
 
 def answer_texts(answer):
@@ -90,5 +90,5 @@ def rows(seed, task, split, count):
     rng, found = np.random.default_rng(seed), {}
     while len(found) < count:
         problem = sample_problems(rng, count, split, [task])
-        found.update(zip(prompt_texts(*problem), answer_texts(solve(*problem))))
+        found.update(zip(prompt_texts(*problem), answer_texts(solve(*problem)), strict=True))
     return [{"prompt": p, "answer": a} for p, a in list(found.items())[:count]]

@@ -94,7 +94,8 @@ class LocalEngine:
         else:
             cumulative_BV = logp_BV.double().exp().cumsum(-1)
             cumulative_BV /= cumulative_BV[:, -1:].clone()
-            ids_B = torch.searchsorted(cumulative_BV, uniform_B[:, None], right=True)[:, 0].clamp(max=self.vocab_size - 1)
+            ids_B = torch.searchsorted(cumulative_BV, uniform_B[:, None].contiguous(), right=True)[:, 0]
+            ids_B = ids_B.clamp(max=self.vocab_size - 1)
         return ids_B, logp_BV.gather(-1, ids_B[:, None])[:, 0]
 
     def _rollout(self, prompt: Prompt, sample: int, answer: _Answer) -> Rollout:

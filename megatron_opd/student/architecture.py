@@ -106,7 +106,7 @@ def _rope(hf: dict[str, Any]) -> tuple[float, float | None]:
     expected = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     for key, value in expected.items():
         if float(rope[key]) != value:
-            raise ValueError(f"rope scaling llama3 with {key}={rope[key]} is not supported (Megatron fixes it to {value})")
+            raise ValueError(f"rope scaling llama3 with {key}={rope[key]} is not supported (Megatron has {value})")
     return base, float(rope["factor"])
 
 

@@ -1,10 +1,10 @@
 """The one CPU shim: lets megatron-core 0.16 run its real code on gloo ranks without a GPU.
 
 `enable()` must be called before the first import of megatron.core and does nothing where CUDA exists. megatron-core
-names CUDA literally in about thirty places (device="cuda" arguments, torch.cuda.current_device(), tensor type strings
-compared with "torch.cuda.FloatTensor", CUDA random states); here those mean the CPU and its generator. One defect of
-its own is mended too: DistributedOptimizer with torch's Adam can be saved but not loaded (`_mend_distributed_optimizer`;
-independent of the device, so it is applied wherever Transformer Engine and NVIDIA's apex are absent).
+names CUDA in about thirty places (device="cuda" arguments, torch.cuda.current_device(), type strings compared with
+"torch.cuda.FloatTensor", CUDA random states); here those mean the CPU and its generator. One defect of megatron-core
+is mended too, on any device without Transformer Engine or NVIDIA's apex: DistributedOptimizer over torch's Adam can
+be saved but not loaded (`_mend_distributed_optimizer`).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ def start(config: ParallelConfig, run: RunConfig) -> Parallel:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    _quiet()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != config.world_size:
         raise ValueError(
@@ -38,6 +40,13 @@ def start(config: ParallelConfig, run: RunConfig) -> Parallel:
     )
     model_parallel_cuda_manual_seed(run.seed)
     return _describe(config, timeout)
+
+
+def _quiet() -> None:
+    """Hide warnings about Megatron's own code that a user can do nothing about."""
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
 
 
 def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Parallel:

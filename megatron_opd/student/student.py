@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,10 +50,9 @@ class Student:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = pipeline.train(self.model, batches, _at_rows(objective))
-        metrics = self._means(sums, objective)
+        metrics = self._means(pipeline.train(self.model, batches, _at_rows(objective)), objective)
         if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss is {metrics['loss']}; lower optim.lr, or check the models for NaN weights")
+            raise FloatingPointError(f"the loss is {metrics['loss']}; lower optim.lr, or look for NaN in the models")
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = self.optimizer.step()
         if not updated or not math.isfinite(grad_norm):
@@ -63,31 +63,31 @@ class Student:
     def evaluate(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
         """The objective's metrics without a step: means over all replicas' tokens."""
         self.model.eval()
-        sums = pipeline.forward(self.model, batches, _at_rows(objective)) if batches else []
-        return self._means(sums, objective)
+        results = pipeline.forward(self.model, batches, _at_rows(objective)) if batches else []
+        return self._means(results, objective)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) pairs on the leader of each replica; a collective (see weights.export)."""
         return weights.export(self.gpt, self.arch, self.parallel)
 
-    def _means(self, results: list[tuple[torch.Tensor, ...]], objective: Objective) -> dict[str, float]:
-        """Sum micro-batches and replicas, divide by tokens, tell every rank."""
+    def _means(self, results: list[torch.Tensor], objective: Objective) -> dict[str, float]:
+        """Means over the tokens of all micro-batches and replicas, on every rank; without those that have no token."""
         names = objective.metric_names()
-        totals = torch.zeros(1 + len(names), dtype=torch.float64, device=groups.device())
+        totals_M2 = torch.zeros(len(names), 2, dtype=torch.float64, device=groups.device())
         if self.parallel.is_last_stage and self.parallel.tensor_rank == 0:
-            for num_tokens, sums_M in results:
-                totals += torch.cat([num_tokens.double()[None], sums_M])
-        dist.all_reduce(totals)
-        num_tokens, *sums = totals.tolist()
-        means = {name: total / max(num_tokens, 1) for name, total in zip(names, sums, strict=True)}
-        return {"num_tokens": num_tokens, **means}
+            for metrics_M2 in results:
+                totals_M2 += metrics_M2
+        dist.all_reduce(totals_M2)
+        sums = dict(zip(names, totals_M2.tolist(), strict=True))
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        return {"num_tokens": sums["loss"][1], **means}
 
 
 def _at_rows(objective: Objective) -> pipeline.AtTheEnd:
     """The objective at the end of the last stage, on the logits that predict response tokens."""
 
-    def at_rows(batch: MicroBatch, logits_BSL: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        loss, num_tokens, sums_M = objective(batch, logits_BSL.flatten(0, 1)[batch.rows_T])
-        return (loss, num_tokens, (num_tokens, sums_M)) if torch.is_grad_enabled() else (num_tokens, sums_M)
+    def at_rows(batch: MicroBatch, logits_BSL: torch.Tensor) -> Any:
+        loss, num_tokens, metrics_M2 = objective(batch, logits_BSL.flatten(0, 1)[batch.rows_T])
+        return (loss, num_tokens, metrics_M2) if torch.is_grad_enabled() else metrics_M2
 
     return at_rows

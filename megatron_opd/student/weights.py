@@ -131,7 +131,9 @@ def export(
                 yield from received
 
 
-def _merged_buckets(model: torch.nn.Module, arch: Architecture, parallel: Parallel, bucket_bytes: int) -> Iterator[Named]:
+def _merged_buckets(
+    model: torch.nn.Module, arch: Architecture, parallel: Parallel, bucket_bytes: int
+) -> Iterator[Named]:
     """This stage's Hugging Face tensors, bucket by bucket: one gather over the tensor-parallel ranks a bucket."""
     table = stage_rules(arch, parallel)
     bucket: list[tuple[str, torch.Tensor]] = []

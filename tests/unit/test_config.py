@@ -5,7 +5,7 @@ import copy
 import pytest
 import yaml
 
-from megatron_opd import config as cfg
+from megatron_opd import config_file as cfg
 
 MINIMAL = {
     "run": {"dir": "runs/x"},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_opd import config as cfg
+from megatron_opd import config_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +23,7 @@ def tool():
 def section_classes(cls):
     """All section classes below `cls`."""
     for field in dataclasses.fields(cls):
-        inner = cfg.field_class(cls, field.name)
+        inner = config_file.field_class(cls, field.name)
         if inner is not None:
             yield inner
             yield from section_classes(inner)

@@ -1,0 +1,123 @@
+"""What the settings alone reveal to be wrong, each problem naming the setting to change."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from megatron_opd.config import Config, SourceConfig, TeacherConfig
+
+_RESERVED = {"teachers": "ensemble", "data.eval": "all"}
+"""Names that metrics use for the whole: kl/ensemble, eval/accuracy/all."""
+
+
+def check(config: Config) -> list[str]:
+    """Every problem that the settings alone reveal, each naming the setting to change."""
+    return [*_check_numbers(config), *_check_layout(config), *_check_teachers(config)]
+
+
+def _check_numbers(config: Config) -> list[str]:
+    at_least_one = {
+        "parallel.tensor": config.parallel.tensor,
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.data": config.parallel.data,
+        "student.vocab_multiple": config.student.vocab_multiple,
+        "loss.chunk_tokens": config.loss.chunk_tokens,
+        "rollout.prompts_per_step": config.rollout.prompts_per_step,
+        "rollout.samples_per_prompt": config.rollout.samples_per_prompt,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+        "train.steps": config.train.steps,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.keep_last": config.train.keep_last,
+    }
+    not_negative = {
+        "train.eval_every": config.train.eval_every,
+        "train.save_every": config.train.save_every,
+        "optim.lr": config.optim.lr,
+        "optim.min_lr": config.optim.min_lr,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.clip_grad": config.optim.clip_grad,
+    }
+    positive = {
+        "loss.temperature": config.loss.temperature,
+        "rollout.temperature": config.rollout.temperature,
+        "run.timeout_s": config.run.timeout_s,
+        "optim.eps": config.optim.eps,
+    }
+    problems = [f"{name} must be at least 1, not {value}" for name, value in at_least_one.items() if value < 1]
+    problems += [f"{name} must not be negative, but is {value}" for name, value in not_negative.items() if value < 0]
+    problems += [f"{name} must be above 0, not {value}" for name, value in positive.items() if value <= 0]
+    for name, value in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
+        if not 0 <= value < 1:
+            problems.append(f"{name} must lie in [0, 1), not {value}")
+    if not 0 <= config.loss.beta <= 1:
+        problems.append(f"loss.beta must lie between 0 (forward KL) and 1 (reverse KL), not {config.loss.beta}")
+    if config.optim.min_lr > config.optim.lr:
+        problems.append(f"optim.min_lr ({config.optim.min_lr}) must not be above optim.lr ({config.optim.lr})")
+    if config.optim.warmup_steps >= max(config.train.steps, 1) and config.optim.warmup_steps:
+        problems.append(
+            f"optim.warmup_steps ({config.optim.warmup_steps}) must be below train.steps ({config.train.steps})"
+        )
+    return problems
+
+
+def _check_layout(config: Config) -> list[str]:
+    parallel, problems = config.parallel, []
+    if min(parallel.tensor, parallel.pipeline, parallel.data, config.train.micro_batch_size) < 1:
+        return []
+    if parallel.sequence and parallel.tensor == 1:
+        problems.append("parallel.sequence needs parallel.tensor > 1")
+    if config.rollout.prompts_per_step % parallel.data:
+        problems.append(
+            f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) must be a multiple of"
+            f" parallel.data ({parallel.data})"
+        )
+        return problems
+    per_replica = config.rollout.prompts_per_step // parallel.data * config.rollout.samples_per_prompt
+    if per_replica % config.train.micro_batch_size:
+        problems.append(
+            f"train.micro_batch_size ({config.train.micro_batch_size}) must divide the {per_replica} answers of a"
+            " replica (rollout.prompts_per_step x rollout.samples_per_prompt / parallel.data)"
+        )
+    return problems
+
+
+def _check_teachers(config: Config) -> list[str]:
+    problems = [] if config.teachers else ["teachers: at least one teacher is needed"]
+    problems += [] if config.data.train else ["data.train: at least one source is needed"]
+    if not config.run.dir:
+        problems.append("run.dir must not be empty")
+    problems += _check_names("teachers", config.teachers)
+    problems += [*_check_names("data.train", config.data.train), *_check_names("data.eval", config.data.eval)]
+    for source in config.data.train:
+        if source.weight <= 0:
+            problems.append(f"data.train: weight of '{source.name}' must be above 0, not {source.weight}")
+    return problems + _check_weights(config)
+
+
+def _check_names(setting: str, named: Iterable[TeacherConfig | SourceConfig]) -> list[str]:
+    """Names are keys of metrics and tables: present, unlike each other, and not the word for all of them."""
+    names = [n.name for n in named]
+    problems = [f"{setting}: the name '{n}' is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    problems += [f"{setting}: a name must not be empty" for n in names if not n]
+    if _RESERVED.get(setting) in names:
+        problems.append(f"{setting}: the name '{_RESERVED[setting]}' means all of them in metrics; choose another")
+    return problems
+
+
+def _check_weights(config: Config) -> list[str]:
+    problems = []
+    known = sorted({s.name for s in [*config.data.train, *config.data.eval]})
+    for i, teacher in enumerate(config.teachers):
+        if min([teacher.weight, *teacher.sources.values()]) < 0:
+            problems.append(f"teachers.{i} ({teacher.name}): weights must not be negative")
+        for source in sorted(set(teacher.sources) - set(known)):
+            near = difflib.get_close_matches(source, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            problems.append(f"teachers.{i}.sources: there is no prompt source '{source}'{hint}")
+    for source in known if config.teachers else []:
+        if sum(max(t.weight_for(source), 0) for t in config.teachers) <= 0:
+            problems.append(f"teachers: every weight for prompt source '{source}' is 0; give one teacher a weight")
+    return problems

@@ -1,0 +1,117 @@
+"""Reads a run's description: a YAML file plus `section.key=value` overrides, every problem said at once.
+
+An unknown setting is answered with the nearest known one. The way back, `dump`, writes every default out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from megatron_opd import config as config_module
+from megatron_opd.config import Config
+from megatron_opd.config_checks import check
+
+
+class ConfigError(ValueError):
+    """One or more problems with the user's settings; the message lists all of them."""
+
+    def __init__(self, problems: list[str], where: str = "config") -> None:
+        self.problems = problems
+        head = f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        super().__init__("\n".join([head, *(f"  - {p}" for p in problems)]))
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and check everything.
+
+    Lists are addressed by index: `teachers.0.weight=0.5`. Raises ConfigError listing every problem.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError([f"there is no such file: {path}"], where="config")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {error}"], where=str(path)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(["expected a mapping of sections (run, student, teachers, …)"], where=str(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_dict(tree, where=str(path))
+
+
+def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
+    """Build and check a Config from plain dictionaries and lists. Raises ConfigError listing every problem."""
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError([_explain(e) for e in error.errors()], where) from None
+    problems = check(config)
+    if problems:
+        raise ConfigError(problems, where)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved config, every default written out, as plain data."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError([f"'{override}' is not of the form section.key=value"], where="command line")
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
+    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError([f"cannot set {dotted}: {error}"], where="command line") from None
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as one sentence that names the setting, with the nearest name for an unknown one."""
+    where = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            *parents, name = [str(part) for part in error["loc"]]
+            near = difflib.get_close_matches(name, _field_names(parents), n=1, cutoff=0.5)
+            hint = f"; did you mean {'.'.join([*parents, near[0]])}?" if near else ""
+            return f"{where}: unknown setting{hint}"
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return f"{where}: required, but not set"
+        case _:
+            return f"{where}: {error['msg']} (got {error['input']!r})"
+
+
+def _field_names(parents: list[str]) -> list[str]:
+    """Names of the settings one level below `parents` (list indices are skipped)."""
+    cls: Any = config_module.Config
+    for part in parents:
+        if part.isdigit():
+            continue
+        cls = field_class(cls, part)
+        if cls is None:
+            return []
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def field_class(cls: Any, name: str) -> Any:
+    """The section class behind field `name` of section `cls` (also inside list[...]), or None for a plain value."""
+    annotation = str(cls.__annotations__.get(name, ""))
+    inner = annotation.removeprefix("list[").removesuffix("]")
+    found = getattr(config_module, inner, None)
+    return found if dataclasses.is_dataclass(found) else None
