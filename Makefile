@@ -43,7 +43,7 @@ test-gpu: install ## tests that need a GPU
 
 lint: install ## style, shell scripts, types of the leaf modules, generated documentation
 	"$(BIN)/ruff" check .
-	"$(BIN)/shellcheck" .ci/run $(wildcard slurm/*.sh)
+	"$(BIN)/shellcheck" .ci/run $(wildcard tools/*.sh slurm/*.sh)
 	"$(BIN)/mypy"
 	"$(BIN)/python" tools/config_docs.py --check
 
