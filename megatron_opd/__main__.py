@@ -6,11 +6,16 @@ import argparse
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from megatron_opd import __version__
-from megatron_opd.config import Config
 from megatron_opd.config_file import ConfigError, dump, load
+from megatron_opd.run_dir import HF_EXPORT
+
+_GRACE_S = 10.0
+"""How long a rank that stops because of another one stays: launchers end everybody when the first rank exits, and the
+rank that failed should be heard first."""
 
 _EPILOG = """\
 examples:
@@ -30,9 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
+    except BrokenPipeError:  # the reader of our output has seen enough, like `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,41 +85,53 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from megatron_opd import launch
 
-    config = load(arguments.config, arguments.overrides)
     if launch.is_worker():
-        return _work(config)
+        return _work(arguments)
+    config = load(arguments.config, arguments.overrides)
     from megatron_opd.preflight import read_inputs
 
     read_inputs(config)  # every problem shows before anything is started
-    _write_resolved(config)
     return launch.launch(config, [arguments.config, *arguments.overrides])
 
 
-def _work(config: Config) -> int:
+def _work(arguments: argparse.Namespace) -> int:
+    """One rank. Whatever goes wrong on all ranks alike is said once."""
     from megatron_opd import launch
-    from megatron_opd.parallel import PeerError
-    from megatron_opd.student import cpu
+    from megatron_opd.parallel import PeerError, lost_peer
 
+    launch.end_with_parent()
     # Python would notice a signal only after the collective that it waits in; the default action ends it at once.
     # Nothing is lost: what is saved is complete, and what is being saved is not a checkpoint yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    from megatron_opd.student import cpu, groups
+
+    try:
+        config = load(arguments.config, arguments.overrides)
+        groups.check_world_size(config.parallel)
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of every machine: each has its own files
+            raise
+        return _after_the_others(launch.PEER_FAILED)
     cpu.enable()
     from megatron_opd.train import train
 
-    if os.environ["RANK"] == "0":
-        _write_resolved(config)
     try:
         train(config)
     except PeerError:
-        return launch.PEER_FAILED  # the rank that failed has said why
+        return _after_the_others(launch.PEER_FAILED)
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        _after_the_others(launch.PEER_FAILED)  # who ends this rank now also says what happened to the other
+        print(f"error: rank {os.environ['RANK']} lost another rank: {error}", file=sys.stderr, flush=True)
+        return launch.PEER_FAILED
     return 0
 
 
-def _write_resolved(config: Config) -> None:
-    directory = Path(config.run.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(dump(config))
+def _after_the_others(code: int) -> int:
+    time.sleep(_GRACE_S)
+    return code
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -138,7 +161,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     inputs = read_inputs(config)
     if not inputs.eval:
         raise ConfigError(["data.eval: there is nothing to evaluate on"])
-    exported = Path(config.run.dir) / "hf"
+    exported = Path(config.run.dir) / HF_EXPORT
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
     engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
     prompts = [p for _, source in inputs.eval for p in source]

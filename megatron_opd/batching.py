@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_opd.types import Hidden, MicroBatch, Rollout, TeacherScore
+from megatron_opd.types import MicroBatch, Rollout, TeacherScore
 
 Scores = Sequence[Sequence[TeacherScore | None]]
 """By teacher, then by rollout; None where a teacher was not asked."""
@@ -47,7 +47,7 @@ def pack(
                 targets_T=torch.tensor([t for r in rollouts[part] for t in r.response_ids], device=device),
                 behaviour_logp_T=torch.tensor([x for r in rollouts[part] for x in r.logps], device=device),
                 weights_TN=_weights(rollouts[part], weights[part]).to(device),
-                teacher_hidden=_hidden(rollouts[part], [per_teacher[part] for per_teacher in scores]),
+                teacher_hidden=tuple(_hidden(rollouts[part], per_teacher[part]) for per_teacher in scores),
             )
         )
     return batches
@@ -71,16 +71,18 @@ def _weights(rollouts: Sequence[Rollout], weights: Sequence[Sequence[float]]) ->
     return torch.tensor(rows, dtype=torch.float32).reshape(sum(len(r.response_ids) for r in rollouts), -1)
 
 
-def _hidden(rollouts: Sequence[Rollout], scores: Scores) -> tuple[torch.Tensor, ...] | None:
-    """Each teacher's rows for all response tokens [T, D_n]; zeros for rollouts it was not asked about."""
-    stacked = []
-    for per_rollout in scores:
-        known = [s.hidden_RD for s in per_rollout if isinstance(s, Hidden) and s.hidden_RD is not None]
-        if not known:
-            return None
-        rows = [
-            known[0].new_zeros(len(r.response_ids), known[0].shape[1]) if s is None else s.hidden_RD
-            for r, s in zip(rollouts, per_rollout, strict=True)
+def _hidden(rollouts: Sequence[Rollout], scores: Sequence[TeacherScore | None]) -> torch.Tensor | None:
+    """A teacher's rows for all response tokens [T, D]; zeros for rollouts it was not asked about.
+
+    None when it was asked about none of them, or on a rank that does not compute the loss.
+    """
+    rows = [None if s is None else s.hidden_RD for s in scores]
+    known = next((x for x in rows if x is not None), None)
+    if known is None:
+        return None
+    return torch.cat(
+        [
+            known.new_zeros(len(r.response_ids), known.shape[1]) if x is None else x
+            for r, x in zip(rollouts, rows, strict=True)
         ]
-        stacked.append(torch.cat([x for x in rows if x is not None]))
-    return tuple(stacked) or None
+    )

@@ -45,6 +45,8 @@ class ParallelConfig:
     """Pipeline-parallel size: the layers are split into this many stages."""
     data: int = 1
     """Data-parallel size: replicas, each with its own slice of the prompts."""
+    expert: int = 1
+    """Expert-parallel size: the experts of a mixture are spread over this many of the tensor x data ranks."""
     sequence: bool = False
     """Sequence parallelism: activations between matrices are split over the tensor-parallel ranks too."""
 

@@ -21,6 +21,7 @@ def _check_numbers(config: Config) -> list[str]:
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
         "parallel.data": config.parallel.data,
+        "parallel.expert": config.parallel.expert,
         "student.vocab_multiple": config.student.vocab_multiple,
         "loss.chunk_tokens": config.loss.chunk_tokens,
         "rollout.prompts_per_step": config.rollout.prompts_per_step,
@@ -65,10 +66,15 @@ def _check_numbers(config: Config) -> list[str]:
 
 def _check_layout(config: Config) -> list[str]:
     parallel, problems = config.parallel, []
-    if min(parallel.tensor, parallel.pipeline, parallel.data, config.train.micro_batch_size) < 1:
+    if min(parallel.tensor, parallel.pipeline, parallel.data, parallel.expert, config.train.micro_batch_size) < 1:
         return []
     if parallel.sequence and parallel.tensor == 1:
         problems.append("parallel.sequence needs parallel.tensor > 1")
+    if parallel.expert > 1 and parallel.tensor * parallel.data % parallel.expert:
+        problems.append(
+            f"parallel.expert ({parallel.expert}) must divide parallel.tensor x parallel.data"
+            f" ({parallel.tensor * parallel.data})"
+        )
     if config.rollout.prompts_per_step % parallel.data:
         problems.append(
             f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) must be a multiple of"

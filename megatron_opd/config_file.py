@@ -68,6 +68,17 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+def changes(old: Any, new: Any, name: str = "") -> list[str]:
+    """Where two resolved configs differ, a line each: `train.steps: 40 -> 80`."""
+    if type(old) is type(new) and isinstance(old, dict | list):
+        pairs = [dict(enumerate(tree)) if isinstance(tree, list) else tree for tree in (old, new)]
+        keys = list(dict.fromkeys(key for tree in pairs for key in tree))
+        absent = "(not set)"
+        nested = [changes(*(tree.get(key, absent) for tree in pairs), f"{name}.{key}".lstrip(".")) for key in keys]
+        return [line for lines in nested for line in lines]
+    return [] if old == new else [f"{name}: {old} -> {new}"]
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:

@@ -27,12 +27,12 @@ def read_prompts(
     if not path.is_file():
         raise ValueError(f"prompt source '{source.name}': there is no file {path}")
     prompts = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                prompts.append(_parse(line, number - 1, source.name, tokenizer, limit, need_answer))
+                prompts.append(_parse(line.decode("utf-8"), number - 1, source.name, tokenizer, limit, need_answer))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not prompts:
@@ -47,6 +47,8 @@ def _parse(
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise ValueError('expected an object with a text field "prompt"')

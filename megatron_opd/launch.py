@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opd import run_dir
 from megatron_opd.config import Config
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 PEER_FAILED = 3
 """Exit code of a rank that stops only because another one failed."""
 _LOG_LINES = 20
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,12 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this rank when its launcher dies without a word (SIGKILL). Only Linux can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def launch(config: Config, arguments: Sequence[str]) -> int:
     """Run the trainer's ranks on this machine and wait; returns an exit code.
 
@@ -66,8 +74,8 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
     (trainer,) = plan(config, arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; more threads only get in each other's way
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below
-    logs = Path(config.run.dir) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = run_dir.make(config.run.dir) / run_dir.LOGS
+    logs.mkdir(exist_ok=True)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -85,21 +93,27 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         print(_explain(error.failures, logs), file=sys.stderr)
         return 1
-    except (SignalException, KeyboardInterrupt):
-        where = f"the last checkpoint in {config.run.dir}"
-        print(f"error: interrupted; the same command continues from {where}", file=sys.stderr)
-        return INTERRUPTED
+    except (SignalException, KeyboardInterrupt) as error:
+        print(f"error: interrupted; {run_dir.how_to_continue(config.run.dir)}", file=sys.stderr)
+        return 128 + int(getattr(error, "sigval", signal.SIGINT))  # as shells have it
     return 0
 
 
 def _explain(failures: Mapping[int, Any], logs: Path) -> str:
     """Which rank failed first of itself, and the end of its log unless it wrote to this terminal (rank 0)."""
-    own = {rank: f for rank, f in failures.items() if f.exitcode != PEER_FAILED} or failures
-    rank, failure = min(own.items(), key=lambda item: item[1].timestamp)
-    code = failure.exitcode
-    how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    said = [f"rank {rank} {how}; the run has stopped"]
+
+    def suspicion(rank: int) -> tuple[bool, bool, float]:
+        code = failures[rank].exitcode
+        # SIGTERM is how the launcher ends the others; a rank killed by another signal is what they failed of.
+        return code in (PEER_FAILED, -signal.SIGTERM), code >= 0, failures[rank].timestamp
+
+    rank = min(failures, key=suspicion)
+    code = failures[rank].exitcode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    hint = " (did this machine run out of memory?)" if code == -signal.SIGKILL else ""
+    said = [f"rank {rank} {how}{hint}; the run has stopped"]
     if rank > 0:
         newest = max(logs.glob(f"*/attempt_0/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime, default=None)
-        said += [f"the end of {newest}:", *newest.read_text().splitlines()[-_LOG_LINES:]] if newest else []
+        lines = newest.read_text(errors="replace").splitlines()[-_LOG_LINES:] if newest else []
+        said += [f"the end of {newest}:", *lines] if lines else []
     return "\n".join(said)

@@ -83,7 +83,7 @@ class Objective:
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Gradient of the chunk's loss with respect to its logits (None without grad mode), and its metrics [M, 2]."""
         logits_CL.requires_grad_(torch.is_grad_enabled())
-        student_CL = self.vocab.log_softmax(logits_CL / self.config.temperature)
+        student_CL = self.vocab.log_softmax(logits_CL, self.config.temperature)
         with torch.no_grad():
             teachers, target_CL = self._teachers(batch, chunk)
         loss_C = divergence(student_CL, target_CL, self.vocab, self.config.beta)
@@ -92,7 +92,7 @@ class Objective:
             if self.sampling_temperature == self.config.temperature:
                 sampler_CL = student_CL
             else:
-                sampler_CL = self.vocab.log_softmax(logits_CL / self.sampling_temperature)
+                sampler_CL = self.vocab.log_softmax(logits_CL, self.sampling_temperature)
             ids_C1 = batch.targets_T[chunk, None]
             lag_C = self.vocab.gather(sampler_CL, ids_C1)[:, 0] - batch.behaviour_logp_T[chunk]
             columns = [loss_C, reverse_kl(student_CL, target_CL, self.vocab)]
@@ -107,13 +107,15 @@ class Objective:
 
     def _teachers(self, batch: MicroBatch, chunk: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Each teacher's log-probabilities and the combined target, all [C, L] at temperature τ."""
-        assert batch.teacher_hidden is not None
-        logits = [
-            (hidden_TD[chunk].to(head_LD.dtype) @ head_LD.T).float() / self.config.temperature
-            for hidden_TD, head_LD in zip(batch.teacher_hidden, self.heads, strict=True)
-        ]
-        logps = [self.vocab.log_softmax(z_CL) for z_CL in logits]
         weights_CN = batch.weights_TN[chunk]
+        logits = []
+        for hidden_TD, head_LD in zip(batch.teacher_hidden, self.heads, strict=True):
+            if hidden_TD is None:  # not asked about this micro-batch: its weights are 0, so any row will do
+                logits.append(head_LD.new_zeros(len(weights_CN), len(head_LD), dtype=torch.float32))
+            else:
+                z_CL = hidden_TD[chunk].to(head_LD.dtype) @ head_LD.T
+                logits.append(z_CL.float() / self.config.temperature)
+        logps = [self.vocab.log_softmax(z_CL) for z_CL in logits]
         if self.config.ensemble == "probs":
             return logps, ensemble.mean_probs(logps, weights_CN)
         return logps, ensemble.mean_logits(logits, weights_CN, self.vocab)

@@ -19,6 +19,11 @@ class PeerError(RuntimeError):
     """Another rank of the replica failed; the message is its message."""
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or too late (gloo has no exception of its own)."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parallel:
     """This rank's place in the tensor x pipeline x data grid, and the groups it belongs to."""
@@ -31,11 +36,15 @@ class Parallel:
     pipeline_size: int
     data_rank: int
     data_size: int
+    expert_rank: int
+    expert_size: int
     sequence: bool
     """Whether activations between matrices are split over the tensor-parallel ranks."""
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
+    """The ranks that share the experts of a mixture."""
     replica_group: dist.ProcessGroup
     """The tensor x pipeline ranks of one data-parallel replica, over gloo: objects, not activations."""
     world_group: dist.ProcessGroup

@@ -1,7 +1,7 @@
 """Everything that can be known to be wrong before a rank starts, and the inputs that come out of looking.
 
-Reads config.json files, tokenizers and prompt files; loads no weights, needs no process group. All problems are
-collected and said at once. `megatron-opd check` is this, and every run begins with it.
+Reads config.json files, headers of weights, tokenizers and prompt files; loads no weights, needs no process group. All
+problems are collected and said at once. `megatron-opd check` is this, and every run begins with it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron_opd.config import Config, SourceConfig
 from megatron_opd.config_file import ConfigError
 from megatron_opd.data import read_prompts
 from megatron_opd.student.architecture import Architecture, check_layout, read_architecture
+from megatron_opd.student.headers import check_tensors
 from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
 from megatron_opd.types import Prompt
 
@@ -75,7 +76,8 @@ def _architectures(config: Config, problems: list[str]) -> list[Architecture]:
         arch = _attempt(what, lambda: read_architecture(model, vocab_multiple=multiple), problems)  # noqa: B023
         if arch is not None:
             archs.append(arch)
-            problems += check_layout(arch, tensor=tensor, pipeline=config.parallel.pipeline, what=what)
+            problems += _attempt(what, lambda: check_tensors(model, arch), problems) or []  # noqa: B023
+            problems += check_layout(arch, config.parallel, what=what)
     return archs
 
 

@@ -38,16 +38,25 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
 
     try:
         hf = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{model_dir}: its tokenizer cannot be loaded: {first_line}") from None
-    generation = Path(model_dir) / "generation_config.json"
-    named = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    extra = named if isinstance(named, list) else [named]
-    eos_ids = tuple(sorted({i for i in [hf.eos_token_id, *extra] if i is not None}))
+    eos_ids = tuple(sorted({i for i in [hf.eos_token_id, *_also_named(Path(model_dir))] if i is not None}))
     if not eos_ids:
         raise ValueError(f"{model_dir}: neither tokenizer nor generation_config.json names an end-of-sequence token")
     return Tokenizer(hf, eos_ids)
+
+
+def _also_named(model_dir: Path) -> list[int | None]:
+    """The ends of a response by generation_config.json, which may name one or several."""
+    path = model_dir / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return named if isinstance(named, list) else [named]
 
 
 def difference(student: Tokenizer, teacher: Tokenizer) -> str | None:

@@ -8,10 +8,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+import yaml
+from safetensors import SafetensorError
+
+from megatron_opd import config_file, run_dir
 from megatron_opd.batching import pack
 from megatron_opd.config import Config
 from megatron_opd.data import PromptMix
@@ -35,12 +40,18 @@ _T = TypeVar("_T")
 def train(config: Config) -> None:
     """Run the config to its last step on this rank, from the newest checkpoint of run.dir if there is one."""
     parallel = groups.start(config.parallel, config.run)
-    try:
-        inputs = parallel.share_world(lambda: read_inputs(config))
-        with build_tracker(config, is_main=parallel.is_main) as tracker:
-            Run(config, parallel, inputs, tracker).to_the_end()
-    finally:
-        groups.stop()
+    inputs = parallel.share_world(lambda: read_inputs(config))
+    with ExitStack() as opened:
+        tracker = Tracker()
+
+        def open_run_dir() -> None:
+            nonlocal tracker
+            opened.enter_context(run_dir.claimed(config.run.dir))
+            tracker = opened.enter_context(build_tracker(config, is_main=True))
+
+        parallel.share_world(open_run_dir)
+        Run(config, parallel, inputs, tracker).to_the_end()
+    groups.stop()  # a rank that fails does not wait for the others here
 
 
 class Run:
@@ -71,6 +82,8 @@ class Run:
         self._sync(version=step)
         if step == 0:
             self._evaluate(step)
+        elif step >= num_steps:
+            self.tracker.message(f"nothing to train: train.steps is {num_steps}; a larger one continues")
         while step < num_steps:
             metrics = self._step(step)
             step += 1
@@ -83,6 +96,7 @@ class Run:
                 self.tracker.message(f"saved {path}")
         if self.config.train.export:
             self._export()
+        self.tracker.message(f"done; for tables and a plot: megatron-opd report {self.config.run.dir}")
 
     def _step(self, step: int) -> dict[str, float]:
         """One turn of the loop: from prompts to new weights in the engine."""
@@ -156,19 +170,27 @@ class Run:
 
     def _restore(self) -> int:
         loop = self.checkpoints.restore(self.student)
+        changed = self.parallel.share_world(lambda: _write_config(self.config))
         if loop is None:
             self.tracker.rewind(-1)
+            if changed is not None:
+                self.tracker.message(f"no complete checkpoint in {self.config.run.dir}: starting from the beginning")
             return 0
         self.prompts.load_state(loop["prompts"])
         self.tracker.rewind(loop["step"])
         self.tracker.message(f"resuming after step {loop['step']}")
+        for line in changed or []:
+            self.tracker.message(f"changed since the last start: {line}")
         return int(loop["step"])
 
     def _export(self) -> None:
-        out = Path(self.config.run.dir) / "hf"
+        out = Path(self.config.run.dir) / run_dir.HF_EXPORT
         weights = self.student.export()
         if self.parallel.is_main:
-            hf_dir.write(weights, out, like=self.config.student.model)
+            try:
+                hf_dir.write(weights, out, like=self.config.student.model)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"the export {out} could not be written: {error}; is the disk full?") from error
         else:
             sync(weights, None, version=0)
         self.tracker.message(f"exported {out}")
@@ -205,10 +227,20 @@ def _derived(metrics: dict[str, float]) -> dict[str, float]:
     student, teacher = metrics["logprob/student"], metrics["logprob/teacher"]
     return {
         **{name: value for name, value in metrics.items() if name != "num_tokens"},
-        "logprob/gap": teacher - student,
+        "logprob/gap": student - teacher,
         "perplexity/student": math.exp(-student),
         "perplexity/teacher": math.exp(min(-teacher, 700.0)),  # a teacher may rule a sampled token out
     }
+
+
+def _write_config(config: Config) -> list[str] | None:
+    """Write the resolved config; returns what is not as the last start of this run had it, None at the first start."""
+    path = Path(config.run.dir) / run_dir.CONFIG
+    before = yaml.safe_load(path.read_text()) if path.is_file() else None
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(config_file.dump(config))
+    temporary.replace(path)
+    return None if before is None else config_file.changes(before, config_file.to_dict(config))
 
 
 def _due(step: int, every: int, last: int) -> bool:

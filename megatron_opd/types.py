@@ -83,8 +83,9 @@ class MicroBatch:
     """float32; the sampler's log-probability of each."""
     weights_TN: torch.Tensor
     """float32; ensemble weights of the teachers, rows summing to 1; 0 where a teacher was not asked."""
-    teacher_hidden: tuple[torch.Tensor, ...] | None
-    """N tensors [T, D_n]; None on ranks that do not compute the loss."""
+    teacher_hidden: tuple[torch.Tensor | None, ...]
+    """N tensors [T, D_n]; None for a teacher that was asked about none of these tokens, and on ranks that do not
+    compute the loss."""
 
 
 class RolloutEngine(Protocol):

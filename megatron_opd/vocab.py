@@ -93,11 +93,11 @@ class VocabShard:
         filled[..., num_real:] = value
         return filled
 
-    def log_softmax(self, logits_TL: torch.Tensor) -> torch.Tensor:
-        """Normalised log-probabilities in at least float32; padding columns carry PADDING_LOGP."""
+    def log_softmax(self, logits_TL: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """Normalised log-probabilities of logits / temperature in at least float32; padding has PADDING_LOGP."""
         if logits_TL.dtype != torch.float64:
             logits_TL = logits_TL.float()
-        return _LogSoftmax.apply(logits_TL, self)
+        return _LogSoftmax.apply(logits_TL / temperature, self)
 
     def sum(self, x_TL: torch.Tensor) -> torch.Tensor:
         """Sum over the whole vocabulary, [..., L] -> [...]."""

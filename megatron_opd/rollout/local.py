@@ -27,11 +27,15 @@ class LocalEngine:
     """Samples from a Hugging Face model whose weights `load` replaces."""
 
     def __init__(self, model_dir: str | Path, *, eos_ids: tuple[int, ...], vocab_size: int) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
+        self.model: Any
+        if any(Path(model_dir).glob("*.safetensors")):
+            self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
+        else:  # a Megatron checkpoint: it has the config, and `load` brings the weights
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=torch.float32)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
@@ -40,11 +44,13 @@ class LocalEngine:
     @torch.no_grad()
     def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace the weights. Raises ValueError when a tensor is unknown, missing or has another shape."""
-        own = dict(self.model.named_parameters())  # a tied head is listed once, under the embedding's name
+        own = _places(self.model)
         missing = set(own)
         for name, tensor in weights:
             if name not in own:
                 raise ValueError(f"the engine's model has no weight '{name}'")
+            if tensor.shape != own[name].shape:  # copy_ would broadcast some of them
+                raise ValueError(f"weight '{name}' has shape {list(tensor.shape)}, not {list(own[name].shape)}")
             own[name].copy_(tensor)
             missing.discard(name)
         if missing:
@@ -122,6 +128,23 @@ class _Answer:
             self.ids.append(token)
             self.logps.append(logp)
             self.ended = ends
+
+
+def _places(model: Any) -> dict[str, torch.Tensor]:
+    """Where a weight of each name goes. A tied head is listed once, under the embedding's name; experts, which
+    transformers 5 stacks into one tensor a layer, are listed one by one under the names that checkpoints have."""
+    places: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        prefix, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj" and parameter.dim() == 3:
+            for e, expert in enumerate(parameter.data):
+                gate, up = expert.chunk(2)
+                places |= {f"{prefix}.{e}.gate_proj.weight": gate, f"{prefix}.{e}.up_proj.weight": up}
+        elif kind == "down_proj" and parameter.dim() == 3:
+            places |= {f"{prefix}.{e}.down_proj.weight": expert for e, expert in enumerate(parameter.data)}
+        else:
+            places[name] = parameter.data
+    return places
 
 
 def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> torch.Tensor:

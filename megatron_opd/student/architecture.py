@@ -1,7 +1,7 @@
-"""What a Hugging Face config.json says about a dense decoder, in one family-independent record.
+"""What a Hugging Face config.json says about a decoder, in one family-independent record.
 
-Known families: Llama (rope scaling "llama3" included), Mistral, Qwen2, Qwen3. Anything else, and any feature that
-would silently change the numbers (sliding windows, other rope types, extra biases), is refused by name.
+Known families: Llama (rope scaling "llama3" included), Mistral, Qwen2, Qwen3, Qwen3-MoE. Anything else, and any
+feature that would silently change the numbers (sliding windows, other rope types, extra biases), is refused by name.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.config import ParallelConfig
+
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """Sizes and switches of a dense decoder."""
+    """Sizes and switches of a decoder."""
 
     family: str
     num_layers: int
     hidden_size: int
     ffn_size: int
+    """Intermediate size of the MLP; of one expert in a mixture of experts."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -42,6 +46,11 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     tied_embeddings: bool
+    num_experts: int = 0
+    """Experts of each layer; 0 for a dense model."""
+    experts_per_token: int = 0
+    normalized_experts: bool = True
+    """Whether the weights of a token's experts are rescaled to sum to 1."""
 
 
 def read_architecture(model_dir: str | Path, *, vocab_multiple: int = 1) -> Architecture:
@@ -74,11 +83,14 @@ def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architec
         raise ValueError("sliding-window attention is not supported")
     base, factor = _rope(hf)
     heads = hf["num_attention_heads"]
+    moe = family.endswith("_moe")
+    if moe and (hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers")):
+        raise ValueError("a mixture of experts with dense layers in between is not supported")
     return Architecture(
         family=family,
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
-        ffn_size=hf["intermediate_size"],
+        ffn_size=hf["moe_intermediate_size" if moe else "intermediate_size"],
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
@@ -89,8 +101,11 @@ def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architec
         rope_base=base,
         rope_factor=factor,
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family.startswith("qwen3"),
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        num_experts=(hf.get("num_experts") or hf["num_local_experts"]) if moe else 0,
+        experts_per_token=hf["num_experts_per_tok"] if moe else 0,
+        normalized_experts=bool(hf.get("norm_topk_prob", False)) if moe else True,
     )
 
 
@@ -110,19 +125,23 @@ def _rope(hf: dict[str, Any]) -> tuple[float, float | None]:
     return base, float(rope["factor"])
 
 
-def check_layout(arch: Architecture, *, tensor: int, pipeline: int, what: str) -> list[str]:
-    """Problems of putting this model on (tensor, pipeline) ranks, each naming the setting to change."""
-    problems = []
+def check_layout(arch: Architecture, parallel: ParallelConfig, *, what: str) -> list[str]:
+    """Problems of putting this model on a layout, each naming the setting to change."""
+    tensor, problems = parallel.tensor, []
     for name, count in (("attention heads", arch.num_heads), ("key-value heads", arch.num_kv_heads)):
         if count % tensor:
             problems.append(f"parallel.tensor={tensor} does not divide the {count} {name} of {what}")
-    if arch.ffn_size % tensor:
+    if arch.ffn_size % tensor and not arch.num_experts:
         problems.append(f"parallel.tensor={tensor} does not divide the intermediate size {arch.ffn_size} of {what}")
     if arch.padded_vocab_size % tensor:
         problems.append(
             f"parallel.tensor={tensor} does not divide the vocabulary of {what} ({arch.padded_vocab_size} entries);"
             f" set student.vocab_multiple={tensor} to pad it"
         )
-    if arch.num_layers % pipeline:
-        problems.append(f"parallel.pipeline={pipeline} does not divide the {arch.num_layers} layers of {what}")
+    if arch.num_layers % parallel.pipeline:
+        problems.append(f"parallel.pipeline={parallel.pipeline} does not divide the {arch.num_layers} layers of {what}")
+    if arch.num_experts % parallel.expert:
+        problems.append(f"parallel.expert={parallel.expert} does not divide the {arch.num_experts} experts of {what}")
+    if arch.num_experts and tensor > 1 and not parallel.sequence:
+        problems.append(f"{what} is a mixture of experts: with parallel.tensor > 1 it needs parallel.sequence=true")
     return problems

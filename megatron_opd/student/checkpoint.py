@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_opd.parallel import Parallel
+from megatron_opd.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue
 from megatron_opd.student.student import Student
-
-MARKER = "loop.json"
 
 
 class CheckpointError(ValueError):
@@ -39,46 +39,51 @@ class Checkpoints:
     """Saves to and restores from `<run_dir>/checkpoints`."""
 
     def __init__(self, run_dir: str | Path, parallel: Parallel, *, keep_last: int) -> None:
-        self.dir = Path(run_dir) / "checkpoints"
+        self.dir = Path(run_dir) / CHECKPOINTS
         self.parallel = parallel
         self.keep_last = keep_last
 
     def save(self, student: Student, loop: dict[str, Any]) -> Path:
         """Write a checkpoint of `loop["step"]` and then remove all but the newest `keep_last`. Collective.
 
-        Raises CheckpointError (on every rank) when it cannot be written; older checkpoints are untouched then.
+        Raises CheckpointError on rank 0 (PeerError on the others) when it cannot be written; older checkpoints are
+        untouched then.
         """
         target = self.dir / f"step_{loop['step']:08d}"
-        self.parallel.share_world(lambda: _make_empty(target))
         try:
-            with _synchronous_writer():
+            self.parallel.share_world(lambda: _make_empty(target))
+            with _writing_in_this_process():
                 dist_checkpointing.save(self._state(student, loading=False, with_rng=True), str(target))
             marker = {**loop, "student": _fingerprint(student), "layout": self._layout()}
             dist.barrier(group=self.parallel.world_group)
             self.parallel.share_world(lambda: _write_json(target / MARKER, marker))
-        except Exception as error:
-            raise CheckpointError(self._failure(target, error)) from error
-        self.parallel.share_world(self._remove_old)
+        except CheckpointException as error:  # on all ranks alike; only rank 0 is told what failed where
+            failure = error
+            self.parallel.share_world(lambda: self._give_up(target, _reason(failure)))
+        except (OSError, RuntimeError) as error:
+            if not self.parallel.is_main:
+                raise  # what a single rank does alone, rank 0 does: this one has only lost its peers
+            self._give_up(target, _reason(error))
+        self.parallel.share_world(self._clean_up)
         return target
 
     def restore(self, student: Student) -> dict[str, Any] | None:
         """Load the newest complete checkpoint into the student; returns its `loop`, or None when there is none.
 
-        Raises CheckpointError when it is of another model, or saved with another kind of optimizer.
+        Raises CheckpointError on rank 0 (PeerError on the others) when it is of another model, saved with another kind
+        of optimizer, or damaged.
         """
-        newest = self.parallel.share_world(lambda: max(complete(self.dir), default=None))
+        newest = self.parallel.share_world(lambda: (complete(self.dir) or [None])[-1])
         if newest is None:
             return None
-        loop: dict[str, Any] = json.loads((newest / MARKER).read_text())
         mine = _fingerprint(student)
-        for key, value in loop["student"].items():
-            if mine.get(key) != value:
-                raise CheckpointError(
-                    f"{newest} is of another student: its {key} is {value}, that of student.model is {mine.get(key)};"
-                    " give the run another run.dir"
-                )
+        loop = self.parallel.share_world(lambda: _read_marker(newest, mine))
         with_rng = loop["layout"] == self._layout()
-        state = dist_checkpointing.load(self._state(student, loading=True, with_rng=with_rng), str(newest))
+        try:
+            state = dist_checkpointing.load(self._state(student, loading=True, with_rng=with_rng), str(newest))
+        except CheckpointException as error:
+            failure = error
+            self.parallel.share_world(lambda: _damaged(newest, _reason(failure)))
         student.gpt.load_state_dict(state["model"])
         student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
@@ -109,33 +114,84 @@ class Checkpoints:
     def _layout(self) -> list[int]:
         return [self.parallel.tensor_size, self.parallel.pipeline_size, self.parallel.data_size]
 
-    def _remove_old(self) -> None:
-        for old in sorted(complete(self.dir))[: -self.keep_last]:
-            (old / MARKER).unlink()  # from here on it is no checkpoint, however far the removal gets
+    def _clean_up(self) -> None:
+        """Remove all but the newest checkpoints, and what saves that were cut short have left."""
+        keep = complete(self.dir)[-self.keep_last :]
+        for old in set(self.dir.glob("step_*")) - set(keep):
+            (old / MARKER).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the removal gets
             shutil.rmtree(old, ignore_errors=True)
 
-    def _failure(self, target: Path, error: Exception) -> str:
-        newest = max(complete(self.dir), default=None)
-        kept = f"the last complete checkpoint is {newest}" if newest else "there is no complete checkpoint yet"
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        return f"the checkpoint {target} could not be written: {reason} ({kept}); is the disk of run.dir full?"
-
-
-def complete(directory: Path) -> list[Path]:
-    """The complete checkpoints in a directory."""
-    return [marker.parent for marker in directory.glob(f"step_*/{MARKER}")]
+    def _give_up(self, target: Path, reason: str) -> NoReturn:
+        shutil.rmtree(target, ignore_errors=True)  # half a checkpoint is of no use, and the disk may be full
+        free = shutil.disk_usage(self.dir.parent).free
+        raise CheckpointError(
+            f"the checkpoint {target} could not be written: {reason}; {free / 1e9:.1f} GB are free on the disk of"
+            f" run.dir; {how_to_continue(self.dir.parent)}"
+        )
 
 
 @contextmanager
-def _synchronous_writer() -> Iterator[None]:
-    """Megatron's writer returns its results through a manager process, which it spawns for saves that run in the
-    background. Ours do not, so a queue of this process does, without the seconds that the spawning takes."""
-    saved = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue()
+def _writing_in_this_process() -> Iterator[None]:
+    """Megatron writes in processes that it forks, made for saves in the background. Ours are not, and a fork may hang
+    where other threads hold locks, or for good when the forked process is killed; so this process writes itself."""
+    writer = filesystem_async.FileSystemWriterAsync
+    saved = writer.write_preloaded_data_multiproc, filesystem_async._results_queue
+    writer.write_preloaded_data_multiproc = staticmethod(_write_here)
+    filesystem_async._results_queue = queue.Queue()  # otherwise one of a manager process
     try:
         yield
     finally:
-        filesystem_async._results_queue = saved
+        writer.write_preloaded_data_multiproc, filesystem_async._results_queue = staticmethod(saved[0]), saved[1]
+
+
+def _write_here(transforms: list[Any], _: bool, rank: int, files: list[Any], results: queue.Queue[Any]) -> None:
+    """Write this rank's files; results gets what Megatron expects: {number of the file: its entries} or an error."""
+    done: queue.Queue[Any] = queue.Queue()
+    written = {}
+    for i, file in enumerate(files):
+        pending: queue.Queue[int] = queue.Queue()
+        pending.put(i)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, i, file, done, pending, use_fsync=True)
+        _, outcome = done.get()
+        if isinstance(outcome, Exception):
+            results.put(OSError(f"{_reason(outcome)} (rank {rank})"))
+            return
+        written[i] = outcome
+    results.put(written)
+
+
+def _reason(error: BaseException) -> str:
+    """One line: what the operating system said, where torch's own complaint about it hides that."""
+    if isinstance(error, CheckpointException):
+        causes = [cause for _, (cause, _) in sorted(error.failures.items())]
+        return _reason(causes[0]).removeprefix("Worker failure: ") if causes else "another rank failed"
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (str(cause or error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _read_marker(checkpoint: Path, mine: dict[str, Any]) -> dict[str, Any]:
+    """loop.json of a checkpoint, which must be of the student with the fingerprint `mine`."""
+    try:
+        loop: dict[str, Any] = json.loads((checkpoint / MARKER).read_text())
+        theirs = loop["student"]
+    except (ValueError, KeyError, TypeError):
+        _damaged(checkpoint, f"{MARKER} is not what was written")
+    for key, value in theirs.items():
+        if mine.get(key) != value:
+            setting = {"optimizer": "optim.distributed", "dtype": "student.dtype"}.get(key, "student.model")
+            raise CheckpointError(
+                f"{checkpoint} is of another student: its {key} is {value}, by {setting} it is {mine.get(key)} now;"
+                f" set {setting} back, or give this run a run.dir of its own"
+            )
+    return loop
+
+
+def _damaged(checkpoint: Path, reason: str) -> NoReturn:
+    raise CheckpointError(
+        f"the checkpoint {checkpoint} cannot be read: {reason}; remove this directory to continue from the one before"
+    )
 
 
 def _fingerprint(student: Student) -> dict[str, Any]:

@@ -28,8 +28,11 @@ def enable() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     if not torch.cuda.is_available() and torch.cuda.current_device is not _current_device:
         _redirect_cuda()
-    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.transformer.moe import moe_utils
 
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # it asks `is not None` of a name that it only has with Transformer Engine
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
 

@@ -23,12 +23,7 @@ def start(config: ParallelConfig, run: RunConfig) -> Parallel:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     _quiet()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != config.world_size:
-        raise ValueError(
-            f"{world_size} ranks were started, but parallel.tensor x parallel.pipeline x parallel.data ="
-            f" {config.tensor} x {config.pipeline} x {config.data} = {config.world_size}"
-        )
+    check_world_size(config)
     timeout = datetime.timedelta(seconds=run.timeout_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -36,10 +31,22 @@ def start(config: ParallelConfig, run: RunConfig) -> Parallel:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(run.timeout_s / 60)),
     )
     model_parallel_cuda_manual_seed(run.seed)
     return _describe(config, timeout)
+
+
+def check_world_size(config: ParallelConfig) -> None:
+    """Raises ValueError when the number of ranks that were started is not the layout's."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != config.world_size:
+        raise ValueError(
+            f"{world_size} ranks were started, but parallel.tensor x parallel.pipeline x parallel.data ="
+            f" {config.tensor} x {config.pipeline} x {config.data} = {config.world_size}"
+        )
 
 
 def _quiet() -> None:
@@ -70,10 +77,13 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Parallel:
         pipeline_size=config.pipeline,
         data_rank=data_rank,
         data_size=config.data,
+        expert_rank=ps.get_expert_model_parallel_rank(),
+        expert_size=config.expert,
         sequence=config.sequence,
         tensor_group=ps.get_tensor_model_parallel_group(),
         pipeline_group=ps.get_pipeline_model_parallel_group(),
         data_group=ps.get_data_parallel_group(),
+        expert_group=ps.get_expert_model_parallel_group(),
         replica_group=groups[data_rank],
         world_group=dist.new_group(everyone, backend="gloo", timeout=timeout),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ Recompute = Literal["none", "selective", "full"]
 def transformer_config(
     arch: Architecture, parallel: Parallel, *, dtype: torch.dtype, recompute: Recompute = "none"
 ) -> TransformerConfig:
-    """Megatron's config of a dense decoder: no dropout, no fusion that needs a GPU extension."""
+    """Megatron's config of the decoder: no dropout, no fusion that needs a GPU extension."""
     full = recompute == "full"
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -58,7 +58,22 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        **(_mixture(arch, parallel) if arch.num_experts else {}),
     )
+
+
+def _mixture(arch: Architecture, parallel: Parallel) -> dict[str, Any]:
+    """What a mixture of experts adds: softmax over the chosen experts equals softmax over all, rescaled."""
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_ffn_hidden_size": arch.ffn_size,
+        "moe_router_topk": arch.experts_per_token,
+        "moe_router_pre_softmax": not arch.normalized_experts,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",
+        "expert_model_parallel_size": parallel.expert_size,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def build_gpt(arch: Architecture, config: TransformerConfig, parallel: Parallel) -> GPTModel:

@@ -1,8 +1,9 @@
-"""Reads slices of tensors from a Hugging Face directory, one file or sharded with an index, without loading it."""
+"""Reads slices of tensors from a Hugging Face directory, one file or sharded with an index, in bounded memory."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,14 +11,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+_REOPEN_BYTES = 256 << 20
+"""Files are read through a memory map, whose pages count as ours until it is closed; so it is, after this much."""
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
 
 class TensorDir:
-    """The tensors of a model directory by name. Use as a context manager."""
+    """The tensors of a model directory by name. Use as a context manager.
+
+    Raises ValueError for a directory without safetensors, an index that names absent files, and damaged files.
+    """
 
     def __init__(self, model_dir: str | Path) -> None:
         self.dir = Path(model_dir)
-        self._file_of = self._index()
         self._open: dict[str, Any] = {}
+        self._bytes_read = 0
+        self._file_of = self._index()
 
     def __enter__(self) -> TensorDir:
         return self
@@ -31,10 +41,23 @@ class TensorDir:
     def shape(self, name: str) -> list[int]:
         return list(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor; raises ValueError for one that is not a floating-point type of 16 bits or more."""
+        stored = self._slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise ValueError(f"{self.dir}: tensor '{name}' has type {stored}; known: {', '.join(DTYPES)}")
+        return DTYPES[stored]
+
     def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
         """Tensor `name`, or only some rows (and columns) of it, on the CPU in the file's dtype."""
+        if self._bytes_read > _REOPEN_BYTES:
+            self._open.clear()
+            self._bytes_read = 0
         part = self._slice(name)
-        return part[rows] if columns is None else part[rows, columns]
+        tensor: torch.Tensor = part[rows] if columns is None else part[rows, columns]
+        # Pages are touched for whole rows, also where only some columns are wanted.
+        self._bytes_read += tensor.shape[0] * math.prod(part.get_shape()[1:]) * tensor.element_size()
+        return tensor
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
@@ -55,9 +78,11 @@ class TensorDir:
     def _index(self) -> dict[str, str]:
         index = self.dir / "model.safetensors.index.json"
         if index.is_file():
-            return dict(json.loads(index.read_text())["weight_map"])
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} is not an index of safetensors: {error}") from None
         single = "model.safetensors"
         if not (self.dir / single).is_file():
             raise ValueError(f"{self.dir} has neither {single} nor {index.name}")
-        self._file_of, self._open = {}, {}
         return dict.fromkeys(self._file(single).keys(), single)

@@ -50,7 +50,9 @@ class CausalAttention(MegatronModule):
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Spec of this pipeline stage. A block spec, not only a layer spec, so that the final norm is ours too."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = CausalAttention

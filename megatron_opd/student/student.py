@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_opd.config import Config
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups, optim, pipeline, weights
+from megatron_opd.student import groups, optim, pipeline, source, weights
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 from megatron_opd.types import MicroBatch
@@ -28,7 +28,7 @@ class Student:
         dtype = DTYPES[config.student.dtype]
         megatron = transformer_config(self.arch, parallel, dtype=dtype, recompute=config.student.recompute)
         self.gpt = build_gpt(self.arch, megatron, parallel)
-        weights.load(self.gpt, self.arch, config.student.model, parallel)
+        source.load(self.gpt, self.arch, config.student.model, parallel)
         self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.model, config.optim, dtype, num_steps=config.train.steps

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron_opd import batching
 from megatron_opd.config import TeacherConfig
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups, pipeline, weights
+from megatron_opd.student import groups, pipeline, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, drop_head, transformer_config
 from megatron_opd.types import Hidden, MicroBatch, Rollout
@@ -35,11 +35,11 @@ class MegatronTeacher:
         body = dataclasses.replace(arch, tied_embeddings=False)  # without a head there is nothing to tie
         self.model = build_gpt(body, transformer_config(body, parallel, dtype=dtype), parallel)
         drop_head(self.model)
-        weights.load(self.model, body, config.model, parallel)
+        source.load(self.model, body, config.model, parallel)
         self.model.requires_grad_(False).eval()
         self.head_LD: torch.Tensor | None = None
         if parallel.is_last_stage:
-            rows_LD = weights.load_head_rows(config.model, arch, vocab.start, vocab.stop)
+            rows_LD = source.load_head_rows(config.model, arch, vocab.start, vocab.stop)
             self.head_LD = rows_LD.to(groups.device(), dtype)
         if self.offload:
             self._host = {name: p.detach().cpu().pin_memory() for name, p in self.model.named_parameters()}

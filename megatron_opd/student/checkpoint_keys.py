@@ -1,0 +1,38 @@
+"""Names in a torch_dist checkpoint: layers, and experts within a layer, are stacked along leading axes.
+
+Norms in front of a matrix are filed under the matrix, as Transformer Engine fuses the two, so that a checkpoint does
+not depend on which of the two layer implementations wrote it. `tests/dist` compares this with Megatron's own answer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_opd.student.architecture import Architecture
+from megatron_opd.student.torch_dist_dir import Region
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+
+
+def region(name: str, shape: tuple[int, ...], arch: Architecture) -> Region:
+    """Where a whole parameter (layers and experts counted from the model's first) lies in a checkpoint."""
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return Region(name, shape, (0,) * len(shape), shape)
+    index, rest = int(layer[1]), layer[2]
+    expert = _EXPERT.fullmatch(rest)
+    if expert is None:
+        key, stack, at = f"decoder.layers.{_fused(rest, arch)}", (arch.num_layers,), (index,)
+    else:
+        key = f"decoder.layers.mlp.experts.experts.{expert[2]}"
+        stack, at = (arch.num_layers, arch.num_experts), (index, int(expert[1]))
+    return Region(key, (*stack, *shape), (*at, *(0,) * len(shape)), (*(1,) * len(stack), *shape))
+
+
+def _fused(name: str, arch: Architecture) -> str:
+    if name == "input_layernorm.weight":
+        return "self_attention.linear_qkv.layer_norm_weight"
+    if name == "pre_mlp_layernorm.weight" and not arch.num_experts:
+        return "mlp.linear_fc1.layer_norm_weight"
+    return name

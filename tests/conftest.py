@@ -1,0 +1,15 @@
+"""Fixtures for tests that need several ranks; the file also puts this folder on the import path (`import ranks`)."""
+
+import pytest
+import torch
+from ranks import Ranks
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Rank processes that live as long as the session: `ranks.run(2, fn, ...)`."""
+    pool = Ranks()
+    yield pool
+    pool.close()

@@ -1,0 +1,128 @@
+"""Rank processes for tests: started once a session, because importing megatron costs seconds a process.
+
+`run(n, fn, *args)` starts a fresh process group over the first n of them, calls `fn(parallel, *args)` on each and
+returns the results by rank. `fn` must be a module-level function; arguments and results travel by plain pickle.
+A rank that fails or hangs ends in `RankError`, with the traceback of the rank that failed first on top; ranks that do
+not come back then are killed (by their own process ids) and the next call starts new ones.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+
+TIMEOUT_S = 120.0
+GRACE_S = 3.0
+"""How long the other ranks may still take once one has failed."""
+
+
+class RankError(AssertionError):
+    """A rank failed or did not come back."""
+
+
+class Ranks:
+    """The pool."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+
+    def run(self, num_ranks, fn, *args, timeout_s=TIMEOUT_S, **layout):
+        """`fn(parallel, *args)` on `num_ranks` ranks; `layout` are settings of ParallelConfig (default: tensor)."""
+        while len(self._workers) < num_ranks:
+            self._workers.append(_start())
+        layout = layout or {"tensor": num_ranks}
+        port = _free_port()
+        connections = [connection for _, connection in self._workers[:num_ranks]]
+        for rank, connection in enumerate(connections):
+            connection.send_bytes(pickle.dumps((fn, args, layout, (rank, num_ranks, port))))
+        return self._results(connections, timeout_s)
+
+    def _results(self, connections, timeout_s):
+        results, failures, waiting = {}, [], set(connections)
+        deadline = time.monotonic() + timeout_s
+        while waiting and (ready := wait(waiting, timeout=max(deadline - time.monotonic(), 0))):
+            for connection in ready:
+                waiting.discard(connection)
+                rank = connections.index(connection)
+                try:
+                    result, failure = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    result, failure = None, "the process died\n"
+                    deadline = 0.0
+                results[rank] = result
+                if failure:
+                    failures.append((rank, failure))
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        silent = [rank for rank, connection in enumerate(connections) if connection in waiting]
+        if silent or any("process died" in failure for _, failure in failures):
+            self.close()
+        if failures or silent:
+            reports = [f"rank {rank}:\n{failure}" for rank, failure in failures]
+            reports += [f"ranks that did not come back and were killed: {silent}"] if silent else []
+            raise RankError("\n".join(reports))
+        return [results[rank] for rank in range(len(connections))]
+
+    def close(self):
+        for process, connection in self._workers:
+            process.kill()
+            process.join(10)
+            connection.close()
+        self._workers.clear()
+
+
+def _start():
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(connection):
+    """A rank's life: one request after the other, until the pool goes away."""
+    import torch
+
+    from megatron_opd.student import cpu
+
+    torch.set_num_threads(1)
+    cpu.enable()
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            sys.exit()
+        try:
+            reply = pickle.dumps((_call(*pickle.loads(request)), None))
+        except BaseException:
+            reply = pickle.dumps((None, traceback.format_exc()))
+        connection.send_bytes(reply)
+
+
+def _call(fn, args, layout, place):
+    from megatron.core import parallel_state
+
+    from megatron_opd.config import ParallelConfig, RunConfig
+    from megatron_opd.student import groups
+
+    rank, world_size, port = place
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        parallel = groups.start(ParallelConfig(**layout), RunConfig(dir="unused", seed=1, timeout_s=TIMEOUT_S))
+        return fn(parallel, *args)
+    finally:
+        parallel_state.destroy_model_parallel()
+        groups.stop()

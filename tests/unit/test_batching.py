@@ -1,0 +1,95 @@
+"""Packing: which outputs predict which tokens, and which teacher's rows and weights go with them."""
+
+import pytest
+import tiny
+import torch
+
+from megatron_opd.batching import pack, padded_length
+from megatron_opd.types import Hidden
+
+CPU = torch.device("cpu")
+EOS = 0  # the same id as padding
+
+
+def pack_all(rollouts, **kwargs):
+    kwargs = {"micro_batch_size": len(rollouts), "length_multiple": 1, "device": CPU, **kwargs}
+    return pack(rollouts, **kwargs)
+
+
+def marked(rollout, teacher):
+    """Scores whose rows say whose they are: [100 x teacher + index of the rollout, row]."""
+    rows = [[100.0 * teacher + rollout.prompt.index, r] for r in range(len(rollout.response_ids))]
+    return Hidden(torch.tensor(rows))
+
+
+def test_rows_are_the_positions_before_the_response_tokens():
+    (batch,) = pack_all([tiny.rollout((5, 6, 7), (8, 9)), tiny.rollout((4,), (3, 2, 1, 9))])
+    assert batch.tokens_BS.tolist() == [[5, 6, 7, 8, 9], [4, 3, 2, 1, 9]]
+    assert batch.rows_T.tolist() == [2, 3, 5, 6, 7, 8]
+    assert batch.targets_T.tolist() == [8, 9, 3, 2, 1, 9]
+    assert batch.targets_T.dtype == batch.tokens_BS.dtype == torch.int64
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_every_response_token_is_predicted_by_its_prefix(micro_batch_size, multiple):
+    """A model that outputs the token after the position it stands on must see exactly the responses."""
+    rollouts = tiny.rollouts(count=8)
+    batches = pack_all(rollouts, micro_batch_size=micro_batch_size, length_multiple=multiple)
+    assert [len(b.tokens_BS) for b in batches] == [
+        len(rollouts[i : i + micro_batch_size]) for i in range(0, 8, micro_batch_size)
+    ]
+    seen = []
+    for batch in batches:
+        assert batch.tokens_BS.shape[1] == padded_length(rollouts, multiple)
+        assert batch.tokens_BS.shape[1] % multiple == 0
+        following = batch.tokens_BS.roll(-1, dims=1).flatten()
+        assert torch.equal(following[batch.rows_T], batch.targets_T)
+        seen += batch.targets_T.tolist()
+    assert seen == [t for r in rollouts for t in r.response_ids]
+    logps = torch.cat([b.behaviour_logp_T for b in batches])
+    torch.testing.assert_close(logps, torch.tensor([x for r in rollouts for x in r.logps]))
+
+
+def test_eos_that_is_also_padding_is_trained_on_once():
+    (batch,) = pack_all(
+        [tiny.rollout((5, EOS), (7, EOS)), tiny.rollout((5, 6), (EOS,)), tiny.rollout((1, 2, 3), (4, 5, 6))]
+    )
+    assert batch.targets_T.tolist() == [7, EOS, EOS, 4, 5, 6]
+    assert batch.rows_T.tolist() == [1, 2, 7, 14, 15, 16]
+
+
+def test_padded_length_is_the_next_multiple():
+    rollouts = [tiny.rollout((1, 2), (3,)), tiny.rollout((1, 2, 3), (4, 5))]
+    assert [padded_length(rollouts, m) for m in (1, 2, 4, 5, 8)] == [5, 6, 8, 5, 8]
+
+
+def test_weights_and_scores_follow_their_rollouts():
+    rollouts = tiny.rollouts(count=5)
+    weights = [[0.25, 0.75], [0.0, 1.0], [0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]
+    scores = [[marked(r, n) if w[n] else None for r, w in zip(rollouts, weights, strict=True)] for n in (0, 1)]
+    batches = pack_all(rollouts, micro_batch_size=2, scores=scores, weights=weights)
+    for start, batch in zip((0, 2, 4), batches, strict=True):
+        part = list(range(start, min(start + 2, 5)))
+        tokens = [(i, r) for i in part for r in range(len(rollouts[i].response_ids))]
+        torch.testing.assert_close(batch.weights_TN, torch.tensor([weights[i] for i, _ in tokens]))
+        for n, hidden in enumerate(batch.teacher_hidden):
+            if not any(weights[i][n] for i in part):
+                assert hidden is None
+            else:
+                expected = [[100 * n + i, r] if weights[i][n] else [0, 0] for i, r in tokens]
+                assert hidden.tolist() == expected
+    assert batches[2].teacher_hidden[1] is None  # the last micro-batch asked the first teacher only
+
+
+def test_ranks_without_the_loss_carry_no_rows():
+    rollouts = tiny.rollouts(count=3)
+    scores = [[Hidden(None) for _ in rollouts], [None, Hidden(None), None]]
+    (batch,) = pack_all(rollouts, scores=scores, weights=[[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]])
+    assert batch.teacher_hidden == (None, None)
+
+
+def test_tokens_alone():
+    (batch,) = pack_all(tiny.rollouts(count=3))
+    assert batch.teacher_hidden == ()
+    assert batch.weights_TN.shape == (len(batch.targets_T), 0)

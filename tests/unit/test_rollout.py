@@ -1,0 +1,170 @@
+"""The embedded engine against transformers: greedy text, log-probabilities, frequencies, stops, weight loading."""
+
+import pytest
+import tiny
+import torch
+
+from megatron_opd.rollout.local import LocalEngine
+from megatron_opd.types import Prompt, Sampling
+
+EOS, VOCAB_SIZE = (2, 5), 90  # of the model's 96 entries
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.build("qwen3")
+
+
+@pytest.fixture(scope="module")
+def model_dir(model, tmp_path_factory):
+    return tiny.save(model, tmp_path_factory.mktemp("models") / "qwen3")
+
+
+@pytest.fixture
+def engine(model_dir):
+    return LocalEngine(model_dir, eos_ids=EOS, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [r.prompt for r in tiny.rollouts(count=7, longest_prompt=5)]
+
+
+@torch.no_grad()
+def next_logp(model, ids, temperature):
+    """Log-probabilities [len(ids), VOCAB_SIZE] of what follows each position, by one full forward pass."""
+    logits = model(torch.tensor([ids])).logits[0, :, :VOCAB_SIZE].double()
+    return torch.log_softmax(logits / temperature, -1)
+
+
+def test_greedy_is_transformers_greedy(engine, model, prompts):
+    answers = engine.generate(prompts, Sampling(max_new_tokens=12, temperature=0))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt.token_ids])
+        suppressed = list(range(VOCAB_SIZE, model.config.vocab_size))
+        out = model.generate(
+            ids, max_new_tokens=12, do_sample=False, eos_token_id=list(EOS), pad_token_id=0, suppress_tokens=suppressed
+        )
+        assert answer.response_ids == tuple(out[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0, 1.8])
+def test_behaviour_logps_are_those_of_a_full_forward(engine, model, prompts, temperature):
+    sampling = Sampling(max_new_tokens=9, temperature=temperature, samples_per_prompt=2, seed=3)
+    for answer in engine.generate(prompts, sampling):
+        start = len(answer.prompt.token_ids)
+        logp = next_logp(model, [*answer.prompt.token_ids, *answer.response_ids], temperature or 1.0)
+        expected = [logp[start - 1 + r, token].item() for r, token in enumerate(answer.response_ids)]
+        assert answer.logps == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_frequencies_follow_the_distribution(engine, model, temperature):
+    """Pearson's statistic of 20,000 first tokens; its mean is the degrees of freedom and its spread sqrt(2 x those)."""
+    prompt, count = Prompt(source="a", index=0, text="", token_ids=(7, 8, 9)), 20_000
+    answers = engine.generate(
+        [prompt], Sampling(max_new_tokens=1, temperature=temperature, samples_per_prompt=count, seed=11)
+    )
+    seen = torch.bincount(torch.tensor([a.response_ids[0] for a in answers]), minlength=96).double()
+    assert seen[VOCAB_SIZE:].sum() == 0
+    expected = count * next_logp(model, prompt.token_ids, temperature)[-1].exp()
+    rare = expected < 10
+    assert rare.any()
+    seen = torch.cat([seen[:VOCAB_SIZE][~rare], seen[:VOCAB_SIZE][rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    statistic, freedom = ((seen - expected) ** 2 / expected).sum().item(), len(expected) - 1
+    assert freedom > 10
+    assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_second_tokens_do_not_repeat_the_first_random_number(engine):
+    """Random numbers differ by seed, prompt, sample and position."""
+    prompts = [Prompt(source=s, index=i, text="", token_ids=(7, 8)) for s in "ab" for i in (0, 1)]
+    answers = []
+    for seed in (0, 1):
+        sampling = Sampling(max_new_tokens=6, temperature=3.0, samples_per_prompt=3, seed=seed)
+        answers += engine.generate(prompts, sampling)
+    assert len({a.response_ids for a in answers}) == 24
+    assert any(len(set(a.response_ids)) > 1 for a in answers)
+
+
+def test_a_rollout_does_not_depend_on_its_company(engine, prompts):
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, samples_per_prompt=2, seed=5)
+    together = engine.generate(prompts, sampling)
+    assert [(r.prompt, r.sample) for r in together] == [(p, s) for p in prompts for s in (0, 1)]
+    backwards = engine.generate(prompts[::-1], sampling)
+    alone = [r for p in prompts for r in engine.generate([p], sampling)]
+    by_key = {(r.prompt, r.sample): r for r in backwards}
+    for one, other in zip(together, alone, strict=True):
+        for same in (other, by_key[one.prompt, one.sample]):
+            assert one.response_ids == same.response_ids
+            assert one.logps == pytest.approx(same.logps, abs=1e-5)
+
+
+def test_first_eos_is_kept_and_ends_the_answer(engine, prompts):
+    answers = engine.generate(prompts, Sampling(max_new_tokens=40, temperature=2.0, samples_per_prompt=20, seed=1))
+    assert {a.finish for a in answers} == {"stop", "length"}
+    for answer in answers:
+        assert len(answer.logps) == len(answer.response_ids)
+        assert not set(EOS) & set(answer.response_ids[:-1])
+        assert (answer.response_ids[-1] in EOS) == (answer.finish == "stop")
+        assert answer.finish == "stop" or len(answer.response_ids) == 40
+    assert {a.response_ids[-1] for a in answers if a.finish == "stop"} == set(EOS)
+
+
+def test_ids_beyond_the_vocabulary_are_never_sampled(engine, model):
+    """Even when they are the most likely ones."""
+    weights = dict(model.named_parameters())
+    head = weights["lm_head.weight"].detach().clone()
+    head[VOCAB_SIZE:] *= 20
+    engine.load(iter([(n, head if n == "lm_head.weight" else w.detach()) for n, w in weights.items()]), version=1)
+    prompts = [Prompt(source="a", index=i, text="", token_ids=(i + 10, 3)) for i in range(8)]
+    for temperature in (0, 1.0, 4.0):
+        for answer in engine.generate(prompts, Sampling(max_new_tokens=10, temperature=temperature)):
+            assert max(answer.response_ids) < VOCAB_SIZE
+            assert min(answer.logps) > -60
+
+
+def test_load_replaces_weights_and_version(engine, prompts):
+    other = tiny.build("qwen3", seed=9)
+    greedy = Sampling(max_new_tokens=6, temperature=0)
+    assert {r.version for r in engine.generate(prompts, greedy)} == {0}
+    engine.load(((n, p.detach()) for n, p in other.named_parameters()), version=7)
+    answers = engine.generate(prompts, greedy)
+    assert {r.version for r in answers} == {7}
+    for answer in answers:
+        logp = next_logp(other, [*answer.prompt.token_ids, *answer.response_ids], 1.0)
+        start = len(answer.prompt.token_ids) - 1
+        assert logp[start : start + len(answer.response_ids)].argmax(-1).tolist() == list(answer.response_ids)
+
+
+def test_load_of_half_precision_weights(engine, model):
+    engine.load(((n, p.detach().bfloat16()) for n, p in model.named_parameters()), version=1)
+    for name, parameter in engine.model.named_parameters():
+        assert torch.equal(parameter, dict(model.named_parameters())[name].bfloat16().float())
+
+
+def test_load_of_a_tied_model(tmp_path):
+    model = tiny.build("qwen3_tied")
+    engine = LocalEngine(tiny.save(model, tmp_path / "tied"), eos_ids=EOS, vocab_size=VOCAB_SIZE)
+    other = tiny.build("qwen3_tied", seed=4)
+    engine.load(((n, p.detach()) for n, p in other.named_parameters()), version=1)
+    ids = torch.tensor([[4, 9, 11]])
+    torch.testing.assert_close(engine.model(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {**w, "model.extra": torch.zeros(2)}, "no weight 'model.extra'"),
+        (lambda w: {n: t for n, t in w.items() if n != "model.norm.weight"}, "did not arrive.*model.norm.weight"),
+        (lambda w: {**w, "model.norm.weight": torch.ones(31)}, r"model.norm.weight.*\[31\], not \[32\]"),
+        (lambda w: {**w, "model.norm.weight": torch.ones(1)}, r"model.norm.weight.*\[1\], not \[32\]"),
+    ],
+    ids=["unknown", "missing", "wrong shape", "shape that would be broadcast"],
+)
+def test_load_refuses(engine, model, change, message):
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        engine.load(iter(change(weights).items()), version=1)
+    assert engine.version == 0
