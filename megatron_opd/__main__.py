@@ -151,8 +151,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from megatron_opd.evaluate import accuracies, count_right, greedy
-    from megatron_opd.preflight import read_inputs
+    from megatron_opd.preflight import check_model, read_inputs
     from megatron_opd.report import print_accuracies
     from megatron_opd.rollout.local import LocalEngine
     from megatron_opd.tokenizer import load_tokenizer
@@ -163,10 +165,12 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise ConfigError(["data.eval: there is nothing to evaluate on"])
     exported = Path(config.run.dir) / HF_EXPORT
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
+    check_model(model, config)
     engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
     prompts = [p for _, source in inputs.eval for p in source]
     rollouts = greedy(engine, prompts, max_new_tokens=config.rollout.max_new_tokens)
-    print_accuracies(str(model), accuracies([count_right(rollouts, load_tokenizer(model))], "accuracy"))
+    counts = count_right(rollouts, load_tokenizer(model))
+    print_accuracies(str(model), accuracies([counts], "accuracy"), console=Console())
     return 0
 
 

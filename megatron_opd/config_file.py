@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         raise ConfigError([f"there is no such file: {path}"], where="config")
     try:
         tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"not valid YAML: {error}"], where=str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError(["expected a mapping of sections (run, student, teachers, …)"], where=str(path))

@@ -88,24 +88,34 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, trainer.ranks), Std.ALL)),
     )
     module, *rest = trainer.command[2:]
+    ranks = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
+    print(f"{time.strftime('%H:%M:%S')}  starting {ranks}; this takes some seconds", file=sys.stderr)
     try:
         elastic_launch(settings, sys.executable)("-m", module, *rest)
     except ChildFailedError as error:
+        _mend_terminal()
         print(_explain(error.failures, logs), file=sys.stderr)
         return 1
     except (SignalException, KeyboardInterrupt) as error:
+        _mend_terminal()
         print(f"error: interrupted; {run_dir.how_to_continue(config.run.dir)}", file=sys.stderr)
         return 128 + int(getattr(error, "sigval", signal.SIGINT))  # as shells have it
     return 0
 
 
+def _mend_terminal() -> None:
+    """Show the cursor and begin a line: rank 0 may have been ended in the middle of its progress bar."""
+    if sys.stderr.isatty():
+        print("\x1b[?25h", file=sys.stderr)
+
+
 def _explain(failures: Mapping[int, Any], logs: Path) -> str:
     """Which rank failed first of itself, and the end of its log unless it wrote to this terminal (rank 0)."""
 
-    def suspicion(rank: int) -> tuple[bool, bool, float]:
+    def suspicion(rank: int) -> tuple[bool, bool, float, int]:
         code = failures[rank].exitcode
         # SIGTERM is how the launcher ends the others; a rank killed by another signal is what they failed of.
-        return code in (PEER_FAILED, -signal.SIGTERM), code >= 0, failures[rank].timestamp
+        return code in (PEER_FAILED, -signal.SIGTERM), code >= 0, failures[rank].timestamp, rank
 
     rank = min(failures, key=suspicion)
     code = failures[rank].exitcode

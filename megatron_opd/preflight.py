@@ -6,8 +6,10 @@ problems are collected and said at once. `megatron-opd check` is this, and every
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from megatron_opd.config import Config, SourceConfig
@@ -37,15 +39,17 @@ def read_inputs(config: Config) -> Inputs:
     problems: list[str] = []
     archs = _architectures(config, problems)
     tokenizer = _tokenizers(config, problems)
-    if tokenizer is None or len(archs) < 1 + len(config.teachers):
+    if tokenizer is None:
         raise ConfigError(problems)
-    vocab_size = min(arch.vocab_size for arch in archs)
+    # Models that cannot be read are a problem already; the prompts are looked at all the same.
+    vocab_size = min((arch.vocab_size for arch in archs), default=len(tokenizer))
+    context = min((arch.max_positions for arch in archs), default=sys.maxsize)
     if vocab_size < len(tokenizer):
         problems.append(
             f"the tokenizer of student.model has {len(tokenizer)} tokens, but one of the models has only"
             f" {vocab_size} entries in its vocabulary"
         )
-    read = _Reader(config, tokenizer, min(arch.max_positions for arch in archs), problems)
+    read = _Reader(config, tokenizer, context, problems)
     inputs = Inputs(
         train=read.sources(config.data.train, need_answer=False),
         eval=read.sources(config.data.eval, need_answer=True),
@@ -76,16 +80,17 @@ def _architectures(config: Config, problems: list[str]) -> list[Architecture]:
         arch = _attempt(what, lambda: read_architecture(model, vocab_multiple=multiple), problems)  # noqa: B023
         if arch is not None:
             archs.append(arch)
-            problems += _attempt(what, lambda: check_tensors(model, arch), problems) or []  # noqa: B023
+            wrong = _attempt(what, lambda: check_tensors(model, arch), problems)  # noqa: B023
+            problems += [f"{what}: {problem}" for problem in wrong or []]
             problems += check_layout(arch, config.parallel, what=what)
     return archs
 
 
 def _tokenizers(config: Config, problems: list[str]) -> Tokenizer | None:
     """The student's, after comparing every teacher's with it."""
-    student = _attempt("student.model", lambda: load_tokenizer(config.student.model), problems)
+    student = _tokenizer("student.model", config.student.model, problems)
     for i, teacher in enumerate(config.teachers):
-        theirs = _attempt(f"teachers.{i}.model", lambda: load_tokenizer(teacher.model), problems)  # noqa: B023
+        theirs = _tokenizer(f"teachers.{i}.model", teacher.model, problems)
         why = difference(student, theirs) if student and theirs else None
         if why:
             problems.append(
@@ -93,6 +98,26 @@ def _tokenizers(config: Config, problems: list[str]) -> Tokenizer | None:
                 " teachers with another tokenizer are not supported yet"
             )
     return student
+
+
+def check_model(model: str | Path, config: Config) -> None:
+    """Raises ConfigError when a model that the config does not name cannot take the student's place in it."""
+    problems: list[str] = []
+    arch = _attempt("--model", lambda: read_architecture(model), problems)
+    wrong = _attempt("--model", lambda: check_tensors(model, arch), problems) if arch else None
+    problems += [f"--model: {problem}" for problem in wrong or []]
+    theirs = _tokenizer("--model", str(model), problems)
+    why = difference(load_tokenizer(config.student.model), theirs) if theirs else None
+    if why:
+        problems.append(f"--model: its tokenizer is not that of student.model: {why}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _tokenizer(what: str, model: str, problems: list[str]) -> Tokenizer | None:
+    if not Path(model).is_dir():
+        return None  # which is a problem that its missing config.json has made known
+    return _attempt(what, lambda: load_tokenizer(model), problems)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from megatron_opd.run_dir import CHECKPOINTS, CONFIG, HF_EXPORT, complete
 from megatron_opd.tracker import METRICS_FILE, read_metrics
 
-CHECKPOINTS, HF_EXPORT = "checkpoints", "hf"
 STAGES = ("generate", "score", "step", "sync")
 ALL = "all"
 _MISSING = "-"
@@ -73,6 +73,14 @@ def report(run_dir: str | Path, *, console: Console) -> None:
     (run.dir / "report.md").write_text("\n\n".join([*text, f"![four panels]({plot_path.name})\n"]))
 
 
+def print_accuracies(what: str, accuracies: Mapping[str, float], *, console: Console) -> None:
+    """A table of `<prefix>/<source>` and `<prefix>/all`, as evaluate.accuracies gives them."""
+    by_task = {name.rpartition("/")[2]: _percent(value) for name, value in accuracies.items()}
+    lines = [[task, by_task[task]] for task in sorted(by_task, key=lambda task: task == ALL)]
+    console.print(f"Greedy accuracy in percent, {what}", markup=False, highlight=False, soft_wrap=True)
+    console.print(_to_rich(Table(title="", header=["task", "accuracy"], lines=lines, total=len(lines) > 1)))
+
+
 def read_run(run_dir: Path) -> Run:
     """Raises ValueError that says what is wrong with the directory."""
     if not run_dir.is_dir():
@@ -83,7 +91,7 @@ def read_run(run_dir: Path) -> Run:
     rows = read_metrics(metrics)
     if not rows:
         raise ValueError(f"{metrics} is empty: the run stopped before its first step, see train.log beside it")
-    config_file = run_dir / "config.yaml"
+    config_file = run_dir / CONFIG
     config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
     names = list(dict.fromkeys(name for row in rows for name in row))
     sources = _captured(names, r"eval/(?:teacher/.+/)?accuracy/(.+)")
@@ -156,8 +164,7 @@ def headline(run: Run) -> str:
 
 def places(run: Run) -> list[tuple[str, Path]]:
     """Where everything was written: what is there, and the report that is about to be."""
-    numbered = [(int(m[0]), p) for p in run.dir.glob(f"{CHECKPOINTS}/*") if (m := re.search(r"\d+$", p.name))]
-    newest = [("newest checkpoint", max(numbered)[1])] if numbered else []
+    newest = [("newest checkpoint", path) for path in complete(run.dir / CHECKPOINTS)[-1:]]
     fixed = {
         "metrics": METRICS_FILE,
         "log": "train.log",

@@ -25,7 +25,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the special tokens that the tokenizer puts in front (a BOS, where it has one)."""
-        return list(self.hf(text)["input_ids"])
+        return list(self.hf(text, verbose=False)["input_ids"])  # too long is for us to say
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""
@@ -42,6 +42,9 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{model_dir}: its tokenizer cannot be loaded: {first_line}") from None
     eos_ids = tuple(sorted({i for i in [hf.eos_token_id, *_also_named(Path(model_dir))] if i is not None}))
+    # Without any file transformers makes an empty tokenizer up, from the kind of model alone.
+    if not any((Path(model_dir) / name).is_file() for name in hf.vocab_files_names.values()):
+        raise ValueError(f"{model_dir} has no tokenizer: none of {', '.join(hf.vocab_files_names.values())} is there")
     if not eos_ids:
         raise ValueError(f"{model_dir}: neither tokenizer nor generation_config.json names an end-of-sequence token")
     return Tokenizer(hf, eos_ids)

@@ -284,15 +284,19 @@ class _Wandb:
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         online = config.log.wandb == "online"
-        self._run = wandb.init(
-            project=config.log.wandb_project,
-            name=run_dir.name,
-            id=id_file.read_text().strip(),
-            resume="allow" if online else None,
-            dir=str(run_dir),
-            mode="online" if online else "offline",
-            config=dataclasses.asdict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb_project,
+                name=run_dir.name,
+                id=id_file.read_text().strip(),
+                resume="allow" if online else None,
+                dir=str(run_dir),
+                mode="online" if online else "offline",
+                config=dataclasses.asdict(config),
+                settings=wandb.Settings(quiet=True),  # without its own tables at the end; `report` has ours
+            )
+        except wandb.Error as error:
+            raise ValueError(f"log.wandb: {error} (or set log.wandb=offline)") from None
         # Its own step only grows; ours goes back on resume and repeats, so it is logged as a metric and used as x axis.
         self._run.define_metric(_STEP)
         self._run.define_metric("*", step_metric=_STEP)

@@ -16,7 +16,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 FAMILIES = {
-    "llama": {"rope_parameters": LLAMA3_ROPE, "head_dim": 16},
+    "llama": {"rope_parameters": LLAMA3_ROPE, "head_dim": 16, "max_position_embeddings": 16384},
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},  # not hidden_size / num_attention_heads
@@ -44,6 +44,7 @@ def hf_config(family, **changes):
         "bos_token_id": None,
         "eos_token_id": 2,
         "attn_implementation": "eager",
+        **({"experts_implementation": "eager"} if "moe" in family else {}),
     }
     return getattr(transformers, f"{name}Config")(**{**sizes, **FAMILIES.get(family, MIXTURE), **changes})
 
@@ -93,7 +94,7 @@ def rollout(prompt, response, *, source="a", index=0, draw=None):
     )
 
 
-def config(student, teachers, **sections):
+def config(student_dir, teachers, **sections):
     """A run's config; `sections` hold the settings that differ, e.g. loss={"beta": 0.0}."""
     made = {
         "parallel": c.ParallelConfig,
@@ -105,7 +106,7 @@ def config(student, teachers, **sections):
     given = {"train": {"steps": 10, "micro_batch_size": 2}, **sections}
     return c.Config(
         run=c.RunConfig(dir="unused"),
-        student=c.StudentConfig(model=student, **given.pop("student", {})),
+        student=c.StudentConfig(model=student_dir, **given.pop("student", {})),
         teachers=[c.TeacherConfig(**teacher) for teacher in teachers],
         data=c.DataConfig(train=[]),
         **{name: made[name](**settings) for name, settings in given.items()},

@@ -32,7 +32,8 @@ class LocalEngine:
 
         logging.disable_progress_bar()
         self.model: Any
-        if any(Path(model_dir).glob("*.safetensors")):
+        self.has_weights = any(Path(model_dir).glob("*.safetensors"))
+        if self.has_weights:
             self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
         else:  # a Megatron checkpoint: it has the config, and `load` brings the weights
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=torch.float32)
@@ -56,11 +57,17 @@ class LocalEngine:
         if missing:
             raise ValueError(f"weights that did not arrive at the engine: {', '.join(sorted(missing))}")
         self.version = version
+        self.has_weights = True
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
         """All samples of all prompts, prompt-major. Log-probabilities are those of the tempered distribution; greedy
         (temperature 0) reports those of temperature 1."""
+        if not self.has_weights:
+            raise ValueError(
+                f"{self.model.name_or_path or 'the model'} is a Megatron checkpoint, which this engine cannot read:"
+                " convert it with tools/convert_checkpoint.py megatron-to-hf"
+            )
         wanted = [(p, s) for p in prompts for s in range(sampling.samples_per_prompt)]
         order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][0].token_ids))
         done: dict[int, Rollout] = {}

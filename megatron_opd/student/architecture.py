@@ -21,6 +21,17 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    *_OPTIONAL_SIZES,
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
@@ -65,13 +76,30 @@ def read_architecture(model_dir: str | Path, *, vocab_multiple: int = 1) -> Arch
         hf = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-    names = hf.get("architectures") or ["(none named)"]
+    names = (hf.get("architectures") if isinstance(hf, dict) else None) or ["(none named)"]
     if names[0] not in FAMILIES:
         raise ValueError(f"{path}: architecture {names[0]} is not supported; known: {', '.join(sorted(FAMILIES))}")
     try:
+        _check_values(hf)
         return _translate(FAMILIES[names[0]], hf, vocab_multiple)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: {'missing ' if isinstance(error, KeyError) else ''}{error}") from None
+
+
+def _check_values(hf: dict[str, Any]) -> None:
+    """Raises ValueError for a size that is not a positive whole number, and the like."""
+    for key in _SIZES:
+        missing = hf.get(key) is None and key in _OPTIONAL_SIZES
+        if key in hf and not missing and (type(hf[key]) is not int or hf[key] < 1):
+            raise ValueError(f"{key} must be a whole number above 0, not {hf[key]!r}")
+    if hf["num_attention_heads"] % (hf.get("num_key_value_heads") or 1):
+        raise ValueError(
+            f"num_key_value_heads {hf['num_key_value_heads']} does not divide num_attention_heads"
+            f" {hf['num_attention_heads']}"
+        )
+    for key in ("rope_parameters", "rope_scaling"):
+        if hf.get(key) is not None and not isinstance(hf[key], dict):
+            raise ValueError(f"{key} must be an object, not {hf[key]!r}")
 
 
 def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architecture:
@@ -79,7 +107,8 @@ def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architec
         raise ValueError(f"hidden_act {hf['hidden_act']} is not supported (only silu)")
     if hf.get("mlp_bias") or (hf.get("attention_bias") and family != "qwen2"):
         raise ValueError("mlp_bias and attention_bias are not supported")
-    if hf.get("use_sliding_window") or (family == "mistral" and hf.get("sliding_window")):
+    # A Mistral config without the key means transformers' default window, not none.
+    if hf.get("use_sliding_window") or (family == "mistral" and hf.get("sliding_window", 4096)):
         raise ValueError("sliding-window attention is not supported")
     base, factor = _rope(hf)
     heads = hf["num_attention_heads"]
@@ -113,6 +142,8 @@ def _rope(hf: dict[str, Any]) -> tuple[float, float | None]:
     """(base, llama3 factor or None), from transformers 5's `rope_parameters` or the older pair of keys."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     base = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    if float(rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("partial rotary embeddings are not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return base, None
@@ -144,4 +175,11 @@ def check_layout(arch: Architecture, parallel: ParallelConfig, *, what: str) -> 
         problems.append(f"parallel.expert={parallel.expert} does not divide the {arch.num_experts} experts of {what}")
     if arch.num_experts and tensor > 1 and not parallel.sequence:
         problems.append(f"{what} is a mixture of experts: with parallel.tensor > 1 it needs parallel.sequence=true")
+    # Expert groups stay within a replica, because replicas differ in the lengths and numbers of their sequences; and
+    # with one copy of the experts on each tensor-parallel rank, nobody would sum the copies' gradients.
+    if arch.num_experts and (tensor % parallel.expert or (tensor > 1 and parallel.expert == 1)):
+        problems.append(
+            f"{what} is a mixture of experts: parallel.expert must divide parallel.tensor={tensor}"
+            f"{' and be above 1' if tensor > 1 else ''}, but is {parallel.expert}"
+        )
     return problems

@@ -198,7 +198,9 @@ def _fingerprint(student: Student) -> dict[str, Any]:
     """What must agree for a checkpoint to be of this student; padding is a matter of layout."""
     arch = dataclasses.asdict(student.arch)
     del arch["padded_vocab_size"]
-    return {**arch, "optimizer": type(student.optimizer).__name__, "dtype": str(next(student.gpt.parameters()).dtype)}
+    optimizers = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
+    kind = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
+    return {**arch, "optimizer": kind, "dtype": str(next(student.gpt.parameters()).dtype)}
 
 
 def _random_state() -> dict[str, Any]:

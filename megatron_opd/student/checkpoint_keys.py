@@ -12,7 +12,18 @@ from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.torch_dist_dir import Region
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+
+
+def is_optimizer(key: str) -> bool:
+    """Whether a tensor of a run's checkpoint belongs to the optimizer, not to the model."""
+    return _OPTIMIZER.match(key) is not None
+
+
+def is_vocab(key: str) -> bool:
+    """Whether the rows of a tensor are the entries of the vocabulary, and then padding."""
+    return key in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def region(name: str, shape: tuple[int, ...], arch: Architecture) -> Region:

@@ -1,32 +1,73 @@
-"""Whether a Hugging Face directory has the tensors that its config.json promises. Reads headers, no weights."""
+"""Whether a model directory, of either kind, has the tensors that its config.json promises. Reads headers, no weights.
+
+Tells what is missing, left over, of another shape, and which files are absent or cut short.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from megatron_opd.student.architecture import Architecture
+from megatron_opd.student.checkpoint_keys import is_optimizer, is_vocab, region
 from megatron_opd.student.safetensors_dir import TensorDir
-from megatron_opd.student.torch_dist_dir import is_torch_dist
+from megatron_opd.student.torch_dist_dir import TorchDistDir, is_torch_dist
 from megatron_opd.student.weight_map import all_rules, hf_shapes
 
 _IGNORABLE = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Ends of tensor names that hold no weights: buffers that old versions of transformers saved."""
 
+Shape = tuple[int, ...]
+
 
 def check_tensors(model_dir: str | Path, arch: Architecture, *, at_most: int = 3) -> list[str]:
-    """What is wrong with the tensors of a directory: missing, too many, of another shape, in a file cut short."""
-    if is_torch_dist(model_dir):
-        return []  # loading compares these
-    with TensorDir(model_dir) as tensors:
-        found = {name for name in tensors.names() if not name.endswith(_IGNORABLE)}
-        if arch.tied_embeddings:
-            found.discard("lm_head.weight")  # some writers save the tied head a second time
-        expected = hf_shapes(all_rules(arch))
-        wrong = [f"tensor '{name}' is missing" for name in sorted(set(expected) - found)]
-        wrong += [f"tensor '{name}' has no place by its config.json" for name in sorted(found - set(expected))]
-        for name in sorted(set(expected) & found):
-            shape = tuple(tensors.shape(name))
-            if shape != expected[name]:
-                wrong.append(f"'{name}' has shape {list(shape)}, but config.json says {list(expected[name])}")
+    """What is wrong with the tensors of a directory, a line each; after `at_most` only how many more there are.
+
+    Raises ValueError when not even the headers can be read.
+    """
+    wrong = _wrong_in_checkpoint(model_dir, arch) if is_torch_dist(model_dir) else _wrong_in_hf(model_dir, arch)
     problems = [f"{model_dir}: {problem}" for problem in wrong[:at_most]]
     return problems + ([f"{model_dir}: and {len(wrong) - at_most} more like these"] if len(wrong) > at_most else [])
+
+
+def weight_names(tensors: TensorDir, arch: Architecture) -> set[str]:
+    """The tensors of a Hugging Face directory that are weights of the model."""
+    names = {name for name in tensors.names() if not name.endswith(_IGNORABLE)}
+    if arch.tied_embeddings:
+        names.discard("lm_head.weight")  # some writers save the tied head a second time
+    return names
+
+
+def _wrong_in_hf(model_dir: str | Path, arch: Architecture) -> list[str]:
+    expected = hf_shapes(all_rules(arch))
+    with TensorDir(model_dir) as tensors:
+        found = weight_names(tensors, arch)
+        wrong = _missing_or_left_over(set(expected), found)
+        shapes = {name: tuple(tensors.shape(name)) for name in sorted(set(expected) & found)}
+    return wrong + _wrong_shapes(shapes, expected)
+
+
+def _wrong_in_checkpoint(model_dir: str | Path, arch: Architecture) -> list[str]:
+    checkpoint = TorchDistDir(model_dir)
+    regions = [region(name, rule.shape, arch) for name, rule in all_rules(arch).items()]
+    expected = {r.key: r.whole for r in regions}
+    found = {key for key in checkpoint.tensors if not is_optimizer(key)}
+    shapes = {key: checkpoint.shape(key) for key in sorted(set(expected) & found)}
+    for key, shape in shapes.items():
+        if is_vocab(key) and shape[0] >= arch.vocab_size:  # padded as whoever wrote it liked
+            expected[key] = (shape[0], *expected[key][1:])
+    wrong = _missing_or_left_over(set(expected), found) + _wrong_shapes(shapes, expected)
+    return checkpoint.damage() + wrong
+
+
+def _missing_or_left_over(expected: Set[str], found: Set[str]) -> list[str]:
+    missing = [f"tensor '{name}' is missing" for name in sorted(expected - found)]
+    return missing + [f"tensor '{name}' has no place by its config.json" for name in sorted(found - expected)]
+
+
+def _wrong_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
+    return [
+        f"'{name}' has shape {list(shape)}, but config.json says {list(expected[name])}"
+        for name, shape in found.items()
+        if shape != expected[name]
+    ]

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_opd.student import output_dir
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.weight_map import all_rules, hf_shapes
-
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
-"""What a copy of a model directory leaves out: the weights, in whatever form."""
-CHECKPOINT_FILES = ("*.distcp", ".metadata", "metadata.json", "loop.json")
-"""The same for a Megatron checkpoint."""
 
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -38,10 +33,17 @@ class HFWriter:
     """Fills a directory `out` by way of `out`.tmp. `create`, then `put` every tensor (from any rank), then `finish`."""
 
     def __init__(
-        self, out: str | Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, shard_bytes: int = 4 << 30
+        self,
+        out: str | Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        *,
+        like: str | Path,
+        shard_bytes: int = 4 << 30,
     ) -> None:
         self.out = Path(out)
-        self.temporary = self.out.with_name(self.out.name + ".tmp")
+        self.like = like
+        self.temporary = output_dir.temporary(out)
         self.dtype = dtype
         self._shards = _split(shapes, dtype, shard_bytes)
         self._headers = {name: _header(shard, dtype) for name, shard in self._shards.items()}
@@ -52,10 +54,9 @@ class HFWriter:
         }
         self.missing = set(shapes)
 
-    def create(self, like: str | Path) -> None:
-        """Lay out the files, and copy everything but weights (config, tokenizer, …) from the directory `like`."""
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        shutil.copytree(like, self.temporary, ignore=shutil.ignore_patterns(*WEIGHT_FILES, *CHECKPOINT_FILES, "*.tmp"))
+    def create(self) -> None:
+        """Lay out the files, and copy everything but weights (tokenizer, …) from the directory `like`."""
+        output_dir.start(self.out, like=self.like)
         for file, header in self._headers.items():
             with (self.temporary / file).open("wb") as out:
                 out.write(header)
@@ -73,7 +74,7 @@ class HFWriter:
         self.missing.discard(name)
 
     def finish(self) -> None:
-        """Write index and dtype, and give the directory its name; an existing one of that name is replaced."""
+        """Write index and config, and give the directory its name; an existing one of that name is replaced."""
         if len(self._shards) > 1:
             total = sum(stop - start for shard in self._shards.values() for _, start, stop in shard.values())
             index = {
@@ -81,12 +82,7 @@ class HFWriter:
                 "weight_map": {name: place.file for name, place in sorted(self._places.items())},
             }
             (self.temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        config = json.loads((self.temporary / "config.json").read_text())
-        config.pop("torch_dtype", None)  # the older name of the same key
-        config["dtype"] = str(self.dtype).removeprefix("torch.")
-        (self.temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.rmtree(self.out, ignore_errors=True)
-        self.temporary.rename(self.out)
+        output_dir.finish(self.out, like=self.like, dtype=self.dtype)
 
 
 def write(
@@ -98,15 +94,19 @@ def write(
     """
     shapes = hf_shapes(all_rules(read_architecture(like)))
     writer: HFWriter | None = None
-    for name, tensor in weights:
-        if writer is None:
-            writer = HFWriter(out, shapes, tensor.dtype, shard_bytes=shard_bytes)
-            writer.create(like)
-        writer.put(name, tensor)
-    missing = writer.missing if writer else set(shapes)
-    if writer is None or missing:
-        raise ValueError(f"{out}: weights that never came: {', '.join(sorted(missing)[:5])}")
-    writer.finish()
+    try:
+        for name, tensor in weights:
+            if writer is None:
+                writer = HFWriter(out, shapes, tensor.dtype, like=like, shard_bytes=shard_bytes)
+                writer.create()
+            writer.put(name, tensor)
+        missing = writer.missing if writer else set(shapes)
+        if writer is None or missing:
+            raise ValueError(f"{out}: weights that never came: {', '.join(sorted(missing)[:5])}")
+        writer.finish()
+    except BaseException:
+        output_dir.discard(out)
+        raise
 
 
 _Shard = dict[str, tuple[tuple[int, ...], int, int]]

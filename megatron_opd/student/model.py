@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.parallel import Parallel
@@ -87,11 +89,22 @@ def build_gpt(arch: Architecture, config: TransformerConfig, parallel: Parallel)
         post_process=parallel.is_last_stage,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(arch.rope_base),
+        rotary_base=arch.rope_base,
         rope_scaling=arch.rope_factor is not None,
         rope_scaling_factor=arch.rope_factor or 1.0,
     )
+    _mark_shards(model)
     return model.to(groups.device())
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Say which parameters are shards: Megatron does so only where it initialises weights itself, and takes any other
+    parameter for a copy that the gradient norm counts on one tensor-parallel rank alone."""
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            if module.weight is not None:  # a tied head without a weight of its own
+                set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def drop_head(model: GPTModel) -> None:

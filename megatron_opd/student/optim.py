@@ -50,11 +50,12 @@ def build_optimizer(
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
-        # The schedule advances after each step, so step k (from 1) runs at lr * k / warmup: none is wasted at 0.
+        # The schedule advances after each step. Starting at lr / warmup and rising over warmup - 1 advances makes step
+        # k (from 1) run at lr * k / warmup: none is wasted at 0.
         init_lr=config.lr / max(config.warmup_steps, 1),
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.warmup_steps,
+        lr_warmup_steps=max(config.warmup_steps - 1, 0),
         lr_decay_steps=max(num_steps, 1),
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,

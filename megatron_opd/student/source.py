@@ -1,7 +1,7 @@
 """Where a model's weights come from: a Hugging Face directory, or a Megatron (torch_dist) checkpoint.
 
-A checkpoint made by the converter, or by a run, carries the config and the tokenizer of its model, so either kind of
-directory can be named as `student.model` or `teachers.N.model`.
+A checkpoint made by the converter carries the config and the tokenizer of its model, so either kind of directory can be
+named as `student.model` or `teachers.N.model`. A run's own checkpoints do not: megatron-to-hf makes a model of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_opd.parallel import Parallel
 from megatron_opd.student import weights
@@ -45,6 +46,10 @@ def _load_torch_dist(model: GPTModel, arch: Architecture, model_dir: str | Path,
         loaded = dist_checkpointing.load({"model": wanted}, str(model_dir))
     except (KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
         raise ValueError(f"{model_dir} does not fit its config.json: {str(error).splitlines()[0]}") from None
+    except CheckpointException as error:  # torch's own, and not even an Exception: a file is damaged
+        causes = [cause for _, (cause, _) in sorted(error.failures.items())]
+        reason = str(causes[0]).splitlines()[0] if causes else "another rank failed"
+        raise ValueError(f"{model_dir} cannot be read: {reason}") from None
     left_out = model.load_state_dict(loaded["model"], strict=False).missing_keys
     assert all(name.endswith("_extra_state") for name in left_out), left_out
     zero_padding(model, arch, parallel)

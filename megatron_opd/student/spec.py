@@ -54,6 +54,11 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # Where checkpoints have this norm: Transformer Engine cannot fuse it with a mixture's experts, so its
+        # checkpoints have it under its own name; the local spec files it under linear_fc1, as for a dense MLP.
+        keys = layer.submodules.sharded_state_dict_keys_map
+        layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in keys.items() if k != "pre_mlp_layernorm."}
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = CausalAttention
     if config.qk_layernorm:

@@ -45,7 +45,8 @@ class Student:
     def step(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
         """One optimizer step on this replica's micro-batches; metrics are means over all replicas' tokens.
 
-        Raises FloatingPointError when the loss or the gradient norm is not finite; the weights are then untouched.
+        Raises FloatingPointError on every rank when the loss is not finite (the weights are then untouched) or the
+        gradient norm is not (the weights are then lost, and the run should end).
         """
         self.model.train()
         self.model.zero_grad_buffer()

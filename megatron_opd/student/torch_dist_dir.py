@@ -10,7 +10,10 @@ ranks of one write split the tensors between them.
 from __future__ import annotations
 
 import io
+import json
 import math
+import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,22 +47,46 @@ class Region:
     shape: tuple[int, ...]
 
 
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""The metadata.json by which megatron.core knows the format; written here, because importing that takes seconds."""
 Produce = Callable[[Region], torch.Tensor]
 
 
 def write(directory: str | Path, regions: Sequence[Region], produce: Produce, dtype: torch.dtype) -> None:
     """Write the regions, calling `produce` for each when its turn comes. Collective where there is a process group.
 
-    Every rank passes the same regions; they are split by size. Raises what `produce` raises and OSError.
+    Every rank passes the same regions; they are split by size. Raises, on all ranks, the ValueError of `produce` on
+    any of them, or OSError.
     """
     writer = dcp.FileSystemWriter(directory, thread_count=1, overwrite=False)
     plan = _StreamingSave(_mine(regions), produce, dtype)
-    dcp.save({}, storage_writer=writer, planner=plan, no_dist=not dist.is_initialized())
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")  # meant: one process
+    try:
+        dcp.save({}, storage_writer=writer, planner=plan, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:  # torch's, and not even an Exception
+        raise _cause(error) from None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-
-        save_config(CheckpointingConfig("torch_dist"), str(directory))
+        (Path(directory) / "metadata.json").write_text(json.dumps(_BACKEND))
         torch.save({}, Path(directory) / "common.pt")  # Megatron expects the file; a bare model has nothing in it
+
+
+def _cause(error: dcp.CheckpointException) -> BaseException:
+    """What went wrong on the first rank that failed: torch wraps it, and hides errors of the disk behind its own."""
+    known = (OSError, ValueError, KeyboardInterrupt, SystemExit)
+    causes = [cause for _, (cause, _) in sorted(error.failures.items())]
+    for first in causes:
+        cause: BaseException | None = first
+        while cause is not None:
+            if isinstance(cause, known):
+                return cause
+            cause = cause.__cause__ or cause.__context__
+    reason = str(causes[0]).splitlines()[0] if causes else "another process failed"
+    return OSError(f"writing failed ({reason}); is the disk full?")
 
 
 def _mine(regions: Sequence[Region]) -> list[Region]:
@@ -120,12 +147,30 @@ class TorchDistDir:
     def __init__(self, directory: str | Path) -> None:
         self.dir = Path(directory)
         self._reader = dcp.FileSystemReader(self.dir)
+        if not is_torch_dist(self.dir):
+            raise ValueError(f"{self.dir} is not a torch_dist checkpoint: there is no .metadata in it")
         try:
             metadata = self._reader.read_metadata()
-        except OSError as error:
-            raise ValueError(f"{self.dir} is not a torch_dist checkpoint: {error}") from None
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self.tensors: dict[str, Any] = {k: v for k, v in metadata.state_dict_metadata.items() if hasattr(v, "chunks")}
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            everything = metadata.state_dict_metadata.items()
+        except (OSError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.dir / '.metadata'} is damaged or cut short: {error}") from None
+        self.tensors: dict[str, Any] = {k: v for k, v in everything if hasattr(v, "chunks")}
+        """What is known of every tensor by key, that of the optimizer included."""
+
+    def damage(self) -> list[str]:
+        """Files that are absent or shorter than they were written; empty when there are none."""
+        ends: dict[str, int] = {}
+        for info in self._reader.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        found = []
+        for name, end in sorted(ends.items()):
+            path = self.dir / name
+            if not path.is_file():
+                found.append(f"the file {name} is missing")
+            elif path.stat().st_size < end:
+                found.append(f"the file {name} is cut short: {path.stat().st_size} bytes of {end}")
+        return found
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._metadata(key).size)
@@ -146,7 +191,7 @@ class TorchDistDir:
             raise ValueError(f"{self.dir}: {region.key} has only {found} at {region.offset}")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{self.dir}: {region.key} cannot be read: {reason}") from None
         return target

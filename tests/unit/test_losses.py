@@ -96,24 +96,33 @@ def operations(parallel):
     x = x.clone().requires_grad_()
     picked = vocab.gather(x, torch.tensor([[0, 11, 12], [47, 24, 23]]))
     (picked * torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).sum().backward()
-    logp = vocab.log_softmax(x.detach().float())
-    return picked.detach(), x.grad, vocab.sum(x.detach()), logp
+    z = torch.sin(x.detach()).requires_grad_()
+    logp = vocab.log_softmax(z, 0.7)
+    (logp * torch.cos(x.detach())).sum().backward()
+    return picked.detach(), x.grad, vocab.sum(x.detach()), logp.detach(), z.grad
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_gather_and_sum_over_shards(ranks, num_ranks):
+def test_operations_over_shards(ranks, num_ranks):
     by_rank = ranks.run(num_ranks, operations)
-    for picked, _, total, _ in by_rank:
+    for picked, _, total, *_ in by_rank:
         assert picked.tolist() == [[0, 11, 12], [95, 72, 71]]
         assert total.tolist() == [sum(range(48)), sum(range(48, 96))]
-    gradient = torch.cat([gradient for _, gradient, _, _ in by_rank], dim=-1)
+    gradient = torch.cat([answer[1] for answer in by_rank], dim=-1)
     expected = torch.zeros(2, COLUMNS, dtype=torch.float64)
     for row, column, value in ((0, 0, 1), (0, 11, 2), (0, 12, 3), (1, 47, 4), (1, 24, 5), (1, 23, 6)):
         expected[row, column] = value
     assert torch.equal(gradient, expected)
-    logp = torch.cat([logp for _, _, _, logp in by_rank], dim=-1)
+    logp, gradient = (torch.cat([answer[i] for answer in by_rank], dim=-1) for i in (3, 4))
     assert (logp[:, SIZE:] == PADDING_LOGP).all()
-    torch.testing.assert_close(logp.exp().sum(-1), torch.ones(2))
+    x = torch.arange(2.0 * COLUMNS, dtype=torch.float64).reshape(2, COLUMNS)
+
+    def log_softmax(z):
+        return oracle.log_softmax(z, SIZE, 0.7) * torch.cos(x[:, :SIZE])
+
+    expected, expected_gradient = oracle.grad(log_softmax, torch.sin(x))  # padding is a constant, whatever flows back
+    torch.testing.assert_close(logp[:, :SIZE] * torch.cos(x[:, :SIZE]), expected)
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize(

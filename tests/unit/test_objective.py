@@ -69,7 +69,8 @@ def loss_gradient_metrics(objective, batch, logits):
     return loss.item(), mine.grad, num_tokens, means
 
 
-CASES = list(product((0.0, 0.5, 1.0), ("logits", "probs"), (0.5, 1.0, 2.0), (1, 4, 100)))
+TEMPERATURE_AND_CHUNK = ((0.5, 4), (1.0, 100), (1.0, 1), (2.0, 4))
+CASES = [(beta, how, *rest) for beta, how, rest in product((0.0, 0.5, 1.0), ("logits", "probs"), TEMPERATURE_AND_CHUNK)]
 
 
 def all_cases(parallel):

@@ -36,6 +36,6 @@ def test_failing_rank_is_named_first_and_the_pool_lives_on(ranks):
 
 
 def test_hanging_rank_is_killed(ranks):
-    with pytest.raises(RankError, match=r"did not come back and were killed: \[1\]"):
+    with pytest.raises(RankError, match=r"did not come back and were killed: .*1\]"):
         ranks.run(2, sleep, 60, timeout_s=5)
     assert ranks.run(2, sum_of_ranks, 0) == [(0, 1), (1, 1)]

@@ -116,12 +116,14 @@ def test_printed_and_written_tables_hold_the_same_numbers(tmp_path):
     assert "![four panels](report.png)" in written
 
 
-def test_paths_name_the_newest_checkpoint_by_number(tmp_path):
+def test_paths_name_the_newest_complete_checkpoint(tmp_path):
     run_dir = make_run(tmp_path, full_rows(), CONFIG)
-    for name in ("step_9", "step_100", "latest"):
+    for name in ("step_00000009", "step_00000100", "step_00000101", "latest"):
         (run_dir / "checkpoints" / name).mkdir(parents=True)
+    for name in ("step_00000009", "step_00000100"):
+        (run_dir / "checkpoints" / name / "loop.json").touch()
     printed, _ = report_of(run_dir)
-    assert f"newest checkpoint: {run_dir / 'checkpoints' / 'step_100'}\n" in printed
+    assert f"newest checkpoint: {run_dir / 'checkpoints' / 'step_00000100'}\n" in printed
     assert "Hugging Face export" not in printed, "there is none"
     (run_dir / "hf").mkdir()
     assert f"Hugging Face export: {run_dir / 'hf'}\n" in report_of(run_dir)[0]

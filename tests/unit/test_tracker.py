@@ -227,6 +227,8 @@ def test_wandb_gets_the_run_and_keeps_its_id_over_a_resume(tmp_path, monkeypatch
             logged.append("finished")
 
     class FakeWandb:
+        Settings, Error = dict, RuntimeError
+
         @staticmethod
         def init(**arguments):
             started.append(arguments)

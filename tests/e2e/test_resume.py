@@ -1,0 +1,184 @@
+"""Runs that are cut off, at any time, and started again: they end where an uninterrupted run ends."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from program import MODELS, assert_user_error, checkpoints, exported, rows, started, train
+from safetensors.torch import load_file
+
+FOUR_RANKS = ["parallel.tensor=2", "parallel.pipeline=2"]
+SIX_STEPS = [
+    *("train.steps=6", "train.save_every=3", "train.eval_every=3", "optim.schedule=cosine"),
+    f"data.eval=[{{name: add, path: {Path(__file__).with_name('few.jsonl')}}}]",
+]
+TWO_STEPS = ["train.steps=2", "train.save_every=1"]
+
+# Put first on PYTHONPATH: kills the process at a chosen call of os.fsync, of which a save makes several.
+KILL_AT_FSYNC = """
+import os, signal
+calls, fsync = 0, os.fsync
+
+def counted(fd):
+    global calls
+    calls += 1
+    if calls == int(os.environ["KILL_AT_FSYNC"]) and "RANK" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(fd)
+
+os.fsync = counted
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six steps on four ranks without an interruption."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    done = train(run_dir, *FOUR_RANKS, *SIX_STEPS)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Two steps on one rank, done, with a checkpoint after each."""
+    run_dir = tmp_path_factory.mktemp("runs") / "two"
+    done = train(run_dir, *TWO_STEPS)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    def copy(run_dir, without=()):
+        to = tmp_path / "copy"
+        shutil.copytree(run_dir, to)
+        for name in without:
+            shutil.rmtree(to / name)
+        return to
+
+    return copy
+
+
+@pytest.mark.timeout(700)
+def test_killed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole, tmp_path):
+    with started(tmp_path, *FOUR_RANKS, *SIX_STEPS) as run:
+        run.wait_for_step(4)
+        run.kill_everyone()
+    assert not (tmp_path / "hf").exists()
+    done = train(tmp_path, *FOUR_RANKS, *SIX_STEPS)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 3" in done.stderr
+    assert rows(tmp_path) == rows(whole)
+    assert exported(tmp_path) == exported(whole)
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize(
+    "layout", ["parallel.tensor=1", "parallel.data=2", "parallel.pipeline=2"], ids=["TP1", "DP2", "PP2"]
+)
+def test_another_layout_continues_to_the_same_numbers(whole, copy_of, layout):
+    run_dir = copy_of(whole, without=["checkpoints/step_00000006"])
+    done = train(run_dir, *SIX_STEPS, layout)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 3" in done.stderr
+    assert "changed since the last start: parallel.tensor: 2 -> 1" in done.stderr
+    for mine, theirs in zip(rows(run_dir), rows(whole), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    theirs = load_file(whole / "hf/model.safetensors")
+    for name, tensor in load_file(run_dir / "hf/model.safetensors").items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.timeout(700)
+def test_killed_in_the_middle_of_a_save(two_steps, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(KILL_AT_FSYNC)
+    run_dir = tmp_path / "run"
+    # Of the fsyncs, the first is metrics.jsonl's; a save has two for data files, one for the metadata and one for
+    # loop.json, before that gets its name. So these are the second save's last data file, and its loop.json.
+    for kill_at, resumed in [(7, None), (5, "resuming after step 1")]:
+        env = {"PYTHONPATH": str(tmp_path / "site"), "KILL_AT_FSYNC": str(kill_at)}
+        done = train(run_dir, *TWO_STEPS, env=env)
+        assert done.returncode == 1, done.stderr
+        assert "rank 0 was ended by SIGKILL" in done.stderr
+        assert "resuming" not in done.stderr if resumed is None else resumed in done.stderr
+        assert checkpoints(run_dir) == ["step_00000001"]
+        assert (run_dir / "checkpoints/step_00000002").is_dir()  # half of it
+    assert (run_dir / "checkpoints/step_00000002/loop.tmp").is_file()
+    junk = run_dir / "checkpoints/step_00000099"  # half of one that no save will come back to
+    junk.mkdir()
+    done = train(run_dir, *TWO_STEPS)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 1" in done.stderr
+    assert checkpoints(run_dir) == ["step_00000001", "step_00000002"]
+    assert not junk.exists()
+    assert rows(run_dir) == rows(two_steps)
+    assert exported(run_dir) == exported(two_steps)
+
+
+def test_finished_run_again_changes_nothing(two_steps, copy_of):
+    run_dir = copy_of(two_steps)
+    done = train(run_dir, *TWO_STEPS)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to train" in done.stderr
+    assert "changed since the last start: train" not in done.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == (two_steps / "metrics.jsonl").read_bytes()
+    assert checkpoints(run_dir) == checkpoints(two_steps)
+    assert exported(run_dir) == exported(two_steps)
+
+
+@pytest.mark.timeout(700)
+def test_more_steps_continue_a_finished_run(two_steps, copy_of, tmp_path):
+    run_dir = copy_of(two_steps)
+    done = train(run_dir, *TWO_STEPS, "train.steps=5")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 2" in done.stderr
+    assert "changed since the last start: train.steps: 2 -> 5" in (run_dir / "train.log").read_text()
+    assert checkpoints(run_dir) == ["step_00000004", "step_00000005"]  # keep_last
+    at_once = train(tmp_path / "once", *TWO_STEPS, "train.steps=5")
+    assert at_once.returncode == 0, at_once.stderr
+    assert rows(run_dir) == rows(tmp_path / "once")
+    assert exported(run_dir) == exported(tmp_path / "once")
+
+
+def test_without_a_checkpoint_the_run_starts_from_the_beginning(two_steps, copy_of):
+    run_dir = copy_of(two_steps, without=["checkpoints", "hf"])
+    done = train(run_dir, *TWO_STEPS)
+    assert done.returncode == 0, done.stderr
+    assert f"no complete checkpoint in {run_dir}: starting from the beginning" in done.stderr
+    assert rows(run_dir) == rows(two_steps)
+    assert exported(run_dir) == exported(two_steps)
+
+
+def other_student(run_dir):
+    return f"student.model={MODELS / 'teacher_carry'}", "hidden_size is 64", "student.model"
+
+
+def other_optimizer(run_dir):
+    return "optim.distributed=false", "set optim.distributed back"
+
+
+def damaged_data(run_dir):
+    (run_dir / "checkpoints/step_00000002/__0_0.distcp").write_bytes(b"")
+    return "run.seed=1234", "cannot be read", "remove this directory to continue from the one before"
+
+
+def damaged_marker(run_dir):
+    (run_dir / "checkpoints/step_00000002/loop.json").write_text(json.dumps([]))
+    return "run.seed=1234", "cannot be read", "loop.json"
+
+
+@pytest.mark.parametrize(
+    "make_wrong",
+    [other_student, other_optimizer, damaged_data, pytest.param(damaged_marker, marks=pytest.mark.slow)],
+)
+def test_checkpoint_that_does_not_belong_or_is_damaged(two_steps, copy_of, make_wrong):
+    run_dir = copy_of(two_steps)
+    override, *fragments = make_wrong(run_dir)
+    done = train(run_dir, *TWO_STEPS, override)
+    assert_user_error(done, "step_00000002", *fragments)
+    assert checkpoints(run_dir) == checkpoints(two_steps)
+    assert rows(run_dir) == rows(two_steps)

@@ -1,0 +1,82 @@
+"""config.json to Architecture: what transformers would build, or a refusal that names the feature."""
+
+import json
+
+import pytest
+import tiny
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.student.architecture import check_layout, read_architecture
+
+
+def read(tmp_path, family, *, remove=(), hf=None, **changes):
+    tiny.hf_config(family, **changes).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+    default = "Qwen3MoeForCausalLM" if family == "qwen3_moe" else "Qwen3ForCausalLM"
+    tree = {**json.loads(path.read_text()), "architectures": [names.get(family, default)], **(hf or {})}
+    path.write_text(json.dumps({key: value for key, value in tree.items() if key not in remove}))
+    return read_architecture(tmp_path, vocab_multiple=64)
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "qwen3_moe"])
+def test_sizes(tmp_path, family):
+    arch = read(tmp_path, family)
+    config = tiny.hf_config(family)
+    assert arch.family == family.removesuffix("_tied")
+    assert arch.head_dim == (getattr(config, "head_dim", None) or 4)
+    assert (arch.num_heads, arch.num_kv_heads, arch.num_layers) == (8, 4, 2)
+    assert (arch.vocab_size, arch.padded_vocab_size) == (96, 128)
+    assert arch.tied_embeddings == config.tie_word_embeddings
+    assert arch.qkv_bias == (family == "qwen2")
+    assert arch.qk_norm == family.startswith("qwen3")
+    assert arch.rope_base == config.rope_parameters["rope_theta"]
+    assert arch.rope_factor == (8.0 if family == "llama" else None)
+    assert arch.num_experts == (4 if family == "qwen3_moe" else 0)
+
+
+def test_older_rope_keys(tmp_path):
+    older = {"rope_theta": 500000.0, "rope_scaling": {**tiny.LLAMA3_ROPE, "rope_theta": None}}
+    arch = read(tmp_path, "llama", hf=older, remove=["rope_parameters"])
+    assert (arch.rope_base, arch.rope_factor) == (500000.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "hf", "remove", "message"),
+    [
+        ("mistral", {"sliding_window": 128}, [], "sliding-window"),
+        ("mistral", {}, ["sliding_window"], "sliding-window"),  # transformers' default is 4096
+        ("qwen2", {"use_sliding_window": True}, [], "sliding-window"),
+        ("llama", {"attention_bias": True}, [], "attention_bias"),
+        ("llama", {"mlp_bias": True}, [], "mlp_bias"),
+        ("llama", {"hidden_act": "gelu"}, [], "hidden_act gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, [], "rope scaling 'yarn'"),
+        ("llama", {"rope_parameters": {**tiny.LLAMA3_ROPE, "low_freq_factor": 2}}, [], "low_freq_factor=2"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, [], "partial rotary"),
+        ("llama", {"architectures": ["GPT2LMHeadModel"]}, [], "GPT2LMHeadModel is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, [], "dense layers in between"),
+        ("llama", {}, ["rms_norm_eps"], "rms_norm_eps"),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(tmp_path, family, hf, remove, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, family, hf=hf, remove=remove)
+
+
+@pytest.mark.parametrize(
+    ("layout", "problem"),
+    [
+        ({"tensor": 1}, None),
+        ({"tensor": 2, "expert": 2, "sequence": True}, None),
+        ({"tensor": 4, "expert": 2, "sequence": True, "data": 2}, None),
+        ({"tensor": 2, "expert": 2}, "needs parallel.sequence=true"),
+        ({"tensor": 2, "sequence": True}, "parallel.expert must divide parallel.tensor=2 and be above 1"),
+        ({"data": 2, "expert": 2}, "parallel.expert must divide parallel.tensor=1"),
+        ({"tensor": 2, "data": 2, "expert": 4, "sequence": True}, "parallel.expert must divide parallel.tensor=2"),
+    ],
+    ids=str,
+)
+def test_layouts_of_a_mixture(tmp_path, layout, problem):
+    problems = check_layout(read(tmp_path, "qwen3_moe"), ParallelConfig(**layout), what="student.model")
+    assert len(problems) == (problem is not None)
+    assert problem is None or problem in problems[0]
