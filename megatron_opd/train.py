@@ -210,7 +210,7 @@ class Run:
         mine = {
             "rollout/length": fmean(len(r.response_ids) for r in rollouts),
             "rollout/truncated_frac": fmean(r.finish == "length" for r in rollouts),
-            "rollout/version_lag": fmean(version - r.version for r in rollouts),
+            "rollout/version_lag": fmean(version - v for r in rollouts for v in r.versions),
         }
         replicas = self.parallel.gather_leaders(mine)
         return {name: fmean(replica[name] for replica in replicas) for name in mine}

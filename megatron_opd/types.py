@@ -33,6 +33,9 @@ class Sampling:
 
     max_new_tokens: int
     temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
     samples_per_prompt: int = 1
     seed: int = 0
     """Every token's random number follows from (seed, prompt, sample), so it does not depend on layout or batching."""
@@ -50,8 +53,8 @@ class Rollout:
     """Behaviour log-probability of each response token under the sampler's own (tempered) distribution, in nats."""
     finish: str
     """"stop": ended by end-of-sequence; "length": cut at max_new_tokens."""
-    version: int
-    """Version of the weights that sampled it (the step that produced them)."""
+    versions: tuple[int, ...]
+    """For each response token the version of the weights that sampled it (the step that produced them)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def rollout(prompt, response, *, source="a", index=0, draw=None):
         response_ids=tuple(response),
         logps=tuple(-draw.random() * 5 for _ in response),
         finish="stop",
-        version=0,
+        versions=(0,) * len(response),
     )
 
 

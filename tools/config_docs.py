@@ -71,8 +71,11 @@ def type_text(field: ast.AnnAssign) -> str:
         choices = ast.literal_eval(f"({text.removeprefix('Literal[').removesuffix(']')},)")
         return " \\| ".join(f"`{choice}`" for choice in choices)
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "`true` \\| `false`"}
-    mapping = re.fullmatch(r"dict\[str, (\w+)\]", text)
-    return f"mapping of name to {words[mapping[1]]}" if mapping else words[text]
+    if mapping := re.fullmatch(r"dict\[str, (\w+)\]", text):
+        return f"mapping of name to {words[mapping[1]]}"
+    if many := re.fullmatch(r"list\[(\w+)\]", text):
+        return f"list of {words[many[1]]}s".replace("texts", "text")
+    return words[text]
 
 
 def default_text(field: ast.AnnAssign) -> str:
@@ -83,6 +86,8 @@ def default_text(field: ast.AnnAssign) -> str:
     empty = {"dataclasses.field(default_factory=list)": "[]", "dataclasses.field(default_factory=dict)": "{}"}
     if text in empty:
         return f"`{empty[text]}`"
+    if text.startswith("dataclasses.field("):
+        return "its defaults"
     value = ast.literal_eval(field.value)
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"`{re.sub(r'e-0+', 'e-', text)}`"

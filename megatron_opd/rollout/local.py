@@ -118,7 +118,7 @@ class LocalEngine:
             response_ids=tuple(answer.ids),
             logps=tuple(answer.logps),
             finish="stop" if answer.ended else "length",
-            version=self.version,
+            versions=(self.version,) * len(answer.ids),
         )
 
 

@@ -96,7 +96,8 @@ def _as_rollout(index: int, ids: Sequence[int]) -> Rollout:
     """One token of prompt; all the others are asked about."""
     prompt = Prompt(source="", index=index, text="", token_ids=(ids[0],))
     rest = tuple(ids[1:])
-    return Rollout(prompt=prompt, sample=0, response_ids=rest, logps=(0.0,) * len(rest), finish="length", version=0)
+    zeros = (0,) * len(rest)
+    return Rollout(prompt=prompt, sample=0, response_ids=rest, logps=zeros, finish="length", versions=zeros)
 
 
 def logps_by_transformers(model_dir: str | Path, ids: Ids, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -12,9 +12,8 @@ WORDS = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
 
 def answered(source, answer, said):
     prompt = Prompt(source=source, index=0, text="?", token_ids=(1,), answer=answer)
-    return Rollout(
-        prompt=prompt, sample=0, response_ids=tuple(map(ord, said)), logps=(0.0,) * len(said), finish="stop", version=0
-    )
+    ids, zeros = tuple(map(ord, said)), (0,) * len(said)
+    return Rollout(prompt=prompt, sample=0, response_ids=ids, logps=zeros, finish="stop", versions=zeros)
 
 
 def test_an_answer_is_right_when_it_is_the_reference():
