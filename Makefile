@@ -30,6 +30,7 @@ $(STAMP): setup.py constraints.txt
 quickstart: install ## train a student from two teachers on this machine, in minutes, and report
 	rm -rf runs/quickstart
 	"$(BIN)/megatron-opd" train examples/quickstart.yaml
+	"$(BIN)/megatron-opd" eval examples/quickstart.yaml  # the export, read back by transformers
 	"$(BIN)/megatron-opd" report runs/quickstart
 
 test: install ## fast tests

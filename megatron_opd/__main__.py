@@ -25,6 +25,7 @@ examples:
   torchrun --nproc-per-node 4 -m megatron_opd train examples/quickstart.yaml
   megatron-opd report runs/quickstart                          table and plot of a run
   megatron-opd eval examples/quickstart.yaml --model runs/quickstart/hf
+  megatron-opd serve my.yaml --only teacher-math               its SGLang servers, in a job step of their own
 
 every setting: docs/config.md
 """
@@ -68,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", help="model directory (default: the run's export, else student.model)")
     _add_config(evaluate)
     evaluate.set_defaults(run=_eval)
+
+    serve = commands.add_parser("serve", help="start the SGLang servers of a config and keep them until Ctrl-C")
+    serve.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="rollout or teacher-NAME; repeatable"
+    )
+    _add_config(serve)
+    serve.set_defaults(run=_serve)
 
     report = commands.add_parser("report", help="table and plot of a run, finished or not")
     report.add_argument("run_dir", help="run.dir of the run")
@@ -172,6 +180,27 @@ def _eval(arguments: argparse.Namespace) -> int:
     counts = count_right(rollouts, load_tokenizer(model))
     print_accuracies(str(model), accuracies([counts], "accuracy"), console=Console())
     return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from megatron_opd import launch, serve
+
+    config = load(arguments.config, arguments.overrides)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job step's end is an end like Ctrl-C
+    try:
+        with serve.running(config, say=launch.say, only=arguments.only) as servers:
+            if not servers:
+                raise ValueError(
+                    "this config starts no servers: rollout.engine and teachers.N.backend are not sglang,"
+                    " or the servers have urls"
+                )
+            launch.say(f"{len(servers)} server(s) up; Ctrl-C ends them")
+            while all(server.process.poll() is None for server in servers):
+                time.sleep(1.0)
+            ended = next(server for server in servers if server.process.poll() is not None)
+            raise ValueError(f"the server {ended.url} has ended; see {ended.log}")
+    except KeyboardInterrupt:
+        return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

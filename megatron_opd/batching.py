@@ -11,10 +11,32 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_opd.types import MicroBatch, Rollout, TeacherScore
+from megatron_opd.types import Hidden, MicroBatch, Rollout, Sampled, TeacherScore, TopK
 
+Weights = Sequence[Sequence[float]]
+"""Ensemble weights by rollout, then by teacher."""
 Scores = Sequence[Sequence[TeacherScore | None]]
-"""By teacher, then by rollout; None where a teacher was not asked."""
+"""By teacher, then by rollout; None where a teacher was not asked, or did not answer."""
+
+
+class NoTeacherLeft(RuntimeError):
+    """No teacher answered about a rollout."""
+
+
+def renormalised(rollouts: Sequence[Rollout], weights: Weights, scores: Scores) -> list[list[float]]:
+    """The teachers' weights by rollout without those that did not answer, the others raised to sum to 1 again.
+
+    Rollouts that lack no answer keep their weights bit by bit. Raises NoTeacherLeft.
+    """
+    made = []
+    for i, (rollout, row) in enumerate(zip(rollouts, weights, strict=True)):
+        left = [w if per_teacher[i] is not None else 0.0 for w, per_teacher in zip(row, scores, strict=True)]
+        total = sum(left)
+        if not total:
+            prompt = f"prompt {rollout.prompt.index} of source '{rollout.prompt.source}'"
+            raise NoTeacherLeft(f"none of the teachers of {prompt} answered")
+        made.append(list(row) if left == list(row) else [w / total for w in left])
+    return made
 
 
 def padded_length(rollouts: Sequence[Rollout], multiple: int = 1) -> int:
@@ -30,7 +52,7 @@ def pack(
     length_multiple: int,
     device: torch.device,
     scores: Scores = (),
-    weights: Sequence[Sequence[float]] = (),
+    weights: Weights = (),
 ) -> list[MicroBatch]:
     """Micro-batches of `micro_batch_size` rollouts each (the last may be smaller), in order, equally padded.
 
@@ -47,7 +69,7 @@ def pack(
                 targets_T=torch.tensor([t for r in rollouts[part] for t in r.response_ids], device=device),
                 behaviour_logp_T=torch.tensor([x for r in rollouts[part] for x in r.logps], device=device),
                 weights_TN=_weights(rollouts[part], weights[part]).to(device),
-                teacher_hidden=tuple(_hidden(rollouts[part], per_teacher[part]) for per_teacher in scores),
+                teachers=tuple(_told(rollouts[part], per_teacher[part], device) for per_teacher in scores),
             )
         )
     return batches
@@ -66,23 +88,34 @@ def _rows(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
     return torch.cat([torch.arange(s, s + len(r.response_ids)) for s, r in zip(starts, rollouts, strict=True)])
 
 
-def _weights(rollouts: Sequence[Rollout], weights: Sequence[Sequence[float]]) -> torch.Tensor:
+def _weights(rollouts: Sequence[Rollout], weights: Weights) -> torch.Tensor:
     rows = [w for r, w in zip(rollouts, weights, strict=True) for _ in r.response_ids] if weights else []
     return torch.tensor(rows, dtype=torch.float32).reshape(sum(len(r.response_ids) for r in rollouts), -1)
 
 
-def _hidden(rollouts: Sequence[Rollout], scores: Sequence[TeacherScore | None]) -> torch.Tensor | None:
-    """A teacher's rows for all response tokens [T, D]; zeros for rollouts it was not asked about.
+def _told(
+    rollouts: Sequence[Rollout], scores: Sequence[TeacherScore | None], device: torch.device
+) -> TeacherScore | None:
+    """A teacher's scores as one about all response tokens; zeros for rollouts that it says nothing about.
 
-    None when it was asked about none of them, or on a rank that does not compute the loss.
+    None when it says nothing about all of them, or on a rank that does not compute the loss.
     """
-    rows = [None if s is None else s.hidden_RD for s in scores]
-    known = next((x for x in rows if x is not None), None)
-    if known is None:
+    lengths = [len(r.response_ids) for r in rollouts]
+    known = next((s for s in scores if s is not None), None)
+    if isinstance(known, TopK):
+        ids_TK = _joined([s.ids_RK if isinstance(s, TopK) else None for s in scores], lengths)
+        logp_TK = _joined([s.logp_RK if isinstance(s, TopK) else None for s in scores], lengths)
+        return TopK(ids_TK.to(device), logp_TK.to(device))
+    if isinstance(known, Sampled):
+        return Sampled(_joined([s.logp_R if isinstance(s, Sampled) else None for s in scores], lengths).to(device))
+    if known is None or known.hidden_RD is None:
         return None
+    return Hidden(_joined([s.hidden_RD if isinstance(s, Hidden) else None for s in scores], lengths))
+
+
+def _joined(rows: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torch.Tensor:
+    """The rollouts' rows behind each other, with zeros for those that are not there (one at least is)."""
+    known = next(x for x in rows if x is not None)
     return torch.cat(
-        [
-            known.new_zeros(len(r.response_ids), known.shape[1]) if x is None else x
-            for r, x in zip(rollouts, rows, strict=True)
-        ]
+        [known.new_zeros(n, *known.shape[1:]) if x is None else x for n, x in zip(lengths, rows, strict=True)]
     )

@@ -46,7 +46,8 @@ class ParallelConfig:
     data: int = 1
     """Data-parallel size: replicas, each with its own slice of the prompts."""
     expert: int = 1
-    """Expert-parallel size: the experts of a mixture are spread over this many of the tensor x data ranks."""
+    """Expert-parallel size: the experts of a mixture are spread over this many of the tensor-parallel ranks; it must
+    divide `tensor`."""
     sequence: bool = False
     """Sequence parallelism: activations between matrices are split over the tensor-parallel ranks too."""
 
@@ -296,6 +297,11 @@ class Config:
     """The loop."""
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     """Extra metric sinks."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the run depends on servers."""
+        return self.rollout.engine == "sglang" or any(t.backend == "sglang" for t in self.teachers)
 
     def teacher_weights(self, source: str) -> list[float]:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""

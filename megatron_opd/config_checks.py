@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_opd.config import Config, SourceConfig, TeacherConfig
+from megatron_opd.config_checks_serving import check_serving
 
 _RESERVED = {"teachers": "ensemble", "data.eval": "all"}
 """Names that metrics use for the whole: kl/ensemble, eval/accuracy/all."""
@@ -13,7 +14,7 @@ _RESERVED = {"teachers": "ensemble", "data.eval": "all"}
 
 def check(config: Config) -> list[str]:
     """Every problem that the settings alone reveal, each naming the setting to change."""
-    return [*_check_numbers(config), *_check_layout(config), *_check_teachers(config)]
+    return [*_check_numbers(config), *_check_layout(config), *_check_teachers(config), *check_serving(config)]
 
 
 def _check_numbers(config: Config) -> list[str]:
@@ -70,11 +71,8 @@ def _check_layout(config: Config) -> list[str]:
         return []
     if parallel.sequence and parallel.tensor == 1:
         problems.append("parallel.sequence needs parallel.tensor > 1")
-    if parallel.expert > 1 and parallel.tensor * parallel.data % parallel.expert:
-        problems.append(
-            f"parallel.expert ({parallel.expert}) must divide parallel.tensor x parallel.data"
-            f" ({parallel.tensor * parallel.data})"
-        )
+    if parallel.tensor % parallel.expert:
+        problems.append(f"parallel.expert ({parallel.expert}) must divide parallel.tensor ({parallel.tensor})")
     if config.rollout.prompts_per_step % parallel.data:
         problems.append(
             f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) must be a multiple of"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd import run_dir
+from megatron_opd import run_dir, serve
 from megatron_opd.config import Config
 
 PEER_FAILED = 3
@@ -37,12 +37,21 @@ class Process:
 
 def plan(config: Config, arguments: Sequence[str]) -> list[Process]:
     """The processes of a run; `arguments` are the config file and overrides as the user gave them."""
+    servers = [
+        Process(
+            name=f"SGLang servers for {served.name}",
+            command=("sglang.launch_server", "--model-path", served.model, *served.arguments, *served.servers.args),
+            ranks=served.servers.count * served.servers.tensor,
+        )
+        for served in serve.to_start(config)
+    ]
     return [
+        *servers,
         Process(
             name="trainer",
             command=("python", "-m", "megatron_opd", "train", *arguments),
             ranks=config.parallel.world_size,
-        )
+        ),
     ]
 
 
@@ -62,7 +71,7 @@ def end_with_parent() -> None:
 
 
 def launch(config: Config, arguments: Sequence[str]) -> int:
-    """Run the trainer's ranks on this machine and wait; returns an exit code.
+    """Run the config's servers and the trainer's ranks on this machine and wait; returns an exit code.
 
     Rank 0 writes to this terminal; the others write to <run.dir>/logs/, and the end of the log of a rank that failed
     by itself is shown. When one rank fails, the others are ended.
@@ -71,7 +80,7 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    (trainer,) = plan(config, arguments)
+    *_, trainer = plan(config, arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; more threads only get in each other's way
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below
     logs = run_dir.make(config.run.dir) / run_dir.LOGS
@@ -89,9 +98,10 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
     )
     module, *rest = trainer.command[2:]
     ranks = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
-    print(f"{time.strftime('%H:%M:%S')}  starting {ranks}; this takes some seconds", file=sys.stderr)
     try:
-        elastic_launch(settings, sys.executable)("-m", module, *rest)
+        with serve.running(config, say=say):
+            say(f"starting {ranks}; this takes some seconds")
+            elastic_launch(settings, sys.executable)("-m", module, *rest)
     except ChildFailedError as error:
         _mend_terminal()
         print(_explain(error.failures, logs), file=sys.stderr)
@@ -101,6 +111,11 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
         print(f"error: interrupted; {run_dir.how_to_continue(config.run.dir)}", file=sys.stderr)
         return 128 + int(getattr(error, "sigval", signal.SIGINT))  # as shells have it
     return 0
+
+
+def say(message: str) -> None:
+    """A line of progress, while there is no rank yet that could log it."""
+    print(f"{time.strftime('%H:%M:%S')}  {message}", file=sys.stderr, flush=True)
 
 
 def _mend_terminal() -> None:

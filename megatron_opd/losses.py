@@ -1,8 +1,9 @@
 """Divergences between a target p (the teachers) and the student q, per token, over a possibly sharded vocabulary.
 
 Inputs are normalised log-probabilities [T, L] as `VocabShard.log_softmax` gives them; outputs are nats per token [T].
-No masks, no reduction, no temperature: those happen once, in `objective.py`. Nothing is clamped, so a negative value
-would be a bug in sight. Shape suffixes: T tokens, L local vocabulary columns.
+No masks, no reduction, no temperature: those happen once, in `objective.py`. Nothing is clamped, so a negative
+divergence would be a bug in sight. At the end is what the sampled token alone allows. Shape suffixes: T tokens, L local
+vocabulary columns.
 """
 
 from __future__ import annotations
@@ -46,3 +47,24 @@ def divergence(student_TL: torch.Tensor, target_TL: torch.Tensor, vocab: VocabSh
     if beta == 1:
         return reverse_kl(student_TL, target_TL, vocab)
     return jsd(student_TL, target_TL, vocab, beta)
+
+
+def importance(student_T: torch.Tensor, behaviour_T: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(q/mu, cap) of sampled tokens from their log-probabilities [T], and where it was cut (bool). No gradient."""
+    log_ratio_T = (student_T - behaviour_T).detach()
+    return log_ratio_T.clamp(max=math.log(cap)).exp(), log_ratio_T > math.log(cap)
+
+
+def sampled_reverse_kl(student_T: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
+    """Reverse KL from the sampled token y alone, as a policy gradient, [T] log-probabilities of y -> [T].
+
+    With the advantage A = log p(y) - log q(y), which is a constant here, the value is -w A, the k1 estimate of
+    KL(q || p) under the importance weights w = min(q(y)/mu(y), cap) of `importance`, and the gradient is
+    -w A d(log q(y)). Summed over y ~ mu, with w not cut, that is sum_v q_v (log q_v - log p_v) d(log q_v), the exact
+    gradient of KL(q || p), since sum_v q_v d(log q_v) = 0.
+
+    The per-token reverse KL of Lu and Thinking Machines Lab, "On-Policy Distillation" (2025), with Tinker's
+    importance-sampling loss; truncated weights as in Ionides 2008 and IMPALA (arXiv:1802.01561).
+    """
+    value_T = (weight_T * (student_T - target_T)).detach()
+    return value_T * (1 + (student_T - student_T.detach()))

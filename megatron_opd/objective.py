@@ -1,12 +1,13 @@
 """From a micro-batch and the student's logits to the summed loss, its gradient and metrics, chunk by chunk of tokens.
 
-    p = ensemble(teacher_n hidden @ head_nᵀ / τ, weights)      q = softmax(student logits / τ)
-    loss = Σ_tokens D_β(p, q)
+    p = ensemble(what teachers told, weights)      q = softmax(student logits / τ)
+    loss = Σ_tokens D_β(p, q)                      or, of the sampled token alone, a policy gradient (`losses.py`)
 
-A teacher's distribution exists only here, for `chunk_tokens` tokens, on the rank that owns the vocabulary shard. The
-gradient with respect to the logits is computed with the loss, chunk by chunk, so nothing of a chunk is kept for the
-backward pass but that gradient, and the backward pass does no collective. Masking is done by the micro-batch, which
-lists response tokens only; Megatron divides the sum by the global number of tokens.
+What p is made of, and over which outcomes, is in `targets.py`. A teacher's distribution exists only there, for
+`chunk_tokens` tokens, on the rank that owns the vocabulary shard. The gradient with respect to the logits is computed
+with the loss, chunk by chunk, so nothing of a chunk is kept for the backward pass but that gradient, and the backward
+pass does no collective. Masking is done by the micro-batch, which lists response tokens only; Megatron divides the sum
+by the global number of tokens.
 
 Shape suffixes: T response tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns, N teachers.
 """
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 
-from megatron_opd import ensemble
-from megatron_opd.config import LossConfig
-from megatron_opd.losses import divergence, reverse_kl
+from megatron_opd.carriers import Level, Listed, Rows, Student, chunks
+from megatron_opd.config import LossConfig, TeacherConfig
+from megatron_opd.losses import divergence, importance, reverse_kl, sampled_reverse_kl
+from megatron_opd.targets import Target, Targets
 from megatron_opd.types import MicroBatch
 from megatron_opd.vocab import VocabShard
 
@@ -41,22 +43,26 @@ class _WithGradient(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The loss of a run on this rank's shard of the vocabulary.
-
-    `heads` are the teachers' output-head rows of this shard, N tensors [L, D_n] in the teachers' dtypes.
-    """
+    """The loss of a run on this rank's shard of the vocabulary."""
 
     config: LossConfig
     sampling_temperature: float
     """Temperature of the sampler, for comparing its log-probabilities with the trainer's."""
     vocab: VocabShard
-    teacher_names: tuple[str, ...]
-    heads: tuple[torch.Tensor, ...]
+    teachers: tuple[TeacherConfig, ...]
+    heads: tuple[torch.Tensor | None, ...]
+    """By teacher: the output-head rows of this shard [L, D_n] in the teacher's dtype; None for one that does not tell
+    hidden states, and on ranks that do not compute the loss."""
 
     def metric_names(self) -> list[str]:
         """Names of the per-token sums that a call returns, in order."""
-        return ["loss", "kl/ensemble", *(f"kl/{name}" for name in self.teacher_names), "logprob/student",
-                "logprob/teacher", "mismatch/kl"]  # fmt: skip
+        lists = [teacher.name for teacher in self.teachers if teacher.carrier == "topk"]
+        return [
+            *("loss", "kl/ensemble", *(f"kl/{teacher.name}" for teacher in self.teachers)),
+            *("logprob/student", "logprob/teacher", "mismatch/kl"),
+            *(f"topk/{name}/{what}" for name in lists for what in ("mass_outside", "overlap")),
+            *(("importance/mean", "importance/capped_frac") if self.config.kind == "sampled" else ()),
+        ]
 
     def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sum of the loss over tokens, number of tokens as int32, metrics [M, 2] float64).
@@ -67,55 +73,83 @@ class Objective:
         num_tokens = logits_TL.shape[0]
         metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
         grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
-        for start in range(0, num_tokens, self.config.chunk_tokens):
-            chunk = slice(start, start + self.config.chunk_tokens)
-            grad_CL, chunk_M2 = self._chunk(batch, logits_TL[chunk].detach(), chunk)
-            metrics_M2 += chunk_M2
+        for level, rows in chunks(batch, self.teachers, self.config.chunk_tokens):
+            grad_CL, columns = self._chunk(batch, logits_TL[rows].detach(), rows, level)
+            metrics_M2 += torch.stack(
+                [torch.stack([c.detach().double().sum(), c.new_tensor(len(c)).double()]) for c in columns]
+            )
             if grad_TL is not None:
-                grad_TL[chunk] = grad_CL
+                grad_TL[rows] = grad_CL
         loss = metrics_M2[0, 0].float()
         if grad_TL is not None:
             loss = _WithGradient.apply(logits_TL, loss, grad_TL)
         return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), metrics_M2
 
     def _chunk(
-        self, batch: MicroBatch, logits_CL: torch.Tensor, chunk: slice
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Gradient of the chunk's loss with respect to its logits (None without grad mode), and its metrics [M, 2]."""
+        self, batch: MicroBatch, logits_CL: torch.Tensor, rows: Rows, level: Level
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Gradient of the chunk's loss with respect to its logits (None without grad mode), and the metrics by token,
+        each over the tokens that it has."""
         logits_CL.requires_grad_(torch.is_grad_enabled())
         student_CL = self.vocab.log_softmax(logits_CL, self.config.temperature)
-        with torch.no_grad():
-            teachers, target_CL = self._teachers(batch, chunk)
-        loss_C = divergence(student_CL, target_CL, self.vocab, self.config.beta)
+        targets = Targets(self.config, self.vocab, self.heads)
+        target = targets.at(batch, rows, level)
+        student = targets.student(student_CL, batch.targets_T[rows], target)
+        weights: list[torch.Tensor] = []
+        if self.config.kind == "sampled":
+            weight_C, cut_C = importance(student.sampled_C, batch.behaviour_logp_T[rows], self.config.importance_cap)
+            weights = [weight_C, cut_C.to(weight_C.dtype)]
+            loss_C = sampled_reverse_kl(student.sampled_C, target.sampled_C, weight_C)
+        else:
+            loss_C = divergence(*self._compared(student, target), self.config.beta)
         grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if torch.is_grad_enabled() else None
         with torch.no_grad():
-            if self.sampling_temperature == self.config.temperature:
-                sampler_CL = student_CL
-            else:
-                sampler_CL = self.vocab.log_softmax(logits_CL, self.sampling_temperature)
-            ids_C1 = batch.targets_T[chunk, None]
-            lag_C = self.vocab.gather(sampler_CL, ids_C1)[:, 0] - batch.behaviour_logp_T[chunk]
-            columns = [loss_C, reverse_kl(student_CL, target_CL, self.vocab)]
-            # A teacher that was not asked about a token has no row there: its mean is over the others.
-            asked_CN = batch.weights_TN[chunk] > 0
-            columns += [reverse_kl(student_CL, p_CL, self.vocab)[asked_CN[:, n]] for n, p_CL in enumerate(teachers)]
-            columns += [self.vocab.gather(x, ids_C1)[:, 0] for x in (student_CL, target_CL)]
-            # k3 estimate of KL(sampler || trainer) on sampled tokens (Schulman): never negative, 0 when the two agree.
-            columns.append(lag_C.exp() - 1 - lag_C)
-            metrics_M2 = torch.stack([torch.stack([c.double().sum(), c.new_tensor(len(c)).double()]) for c in columns])
-        return grad_CL, metrics_M2
+            columns = [loss_C, *self._divergences(batch, student, target, rows), student.sampled_C, target.sampled_C]
+            columns += [self._mismatch(batch, logits_CL, student, rows), *self._lists(batch, student, target, rows)]
+        return grad_CL, [*columns, *weights]
 
-    def _teachers(self, batch: MicroBatch, chunk: slice) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Each teacher's log-probabilities and the combined target, all [C, L] at temperature τ."""
-        weights_CN = batch.weights_TN[chunk]
-        logits = []
-        for hidden_TD, head_LD in zip(batch.teacher_hidden, self.heads, strict=True):
-            if hidden_TD is None:  # not asked about this micro-batch: its weights are 0, so any row will do
-                logits.append(head_LD.new_zeros(len(weights_CN), len(head_LD), dtype=torch.float32))
+    def _compared(self, student: Student, target: Target) -> tuple[torch.Tensor, torch.Tensor, VocabShard]:
+        """Student and target over what both are known on."""
+        assert target.logp is not None, "a teacher tells the sampled token alone: loss.kind must be sampled"
+        if target.outcomes is None:
+            return student.logp_CL, target.logp, self.vocab
+        assert student.logp_CO is not None
+        return student.logp_CO, target.logp, target.outcomes.space
+
+    def _divergences(self, batch: MicroBatch, student: Student, target: Target, rows: Rows) -> list[torch.Tensor]:
+        """kl/ensemble, and kl of each teacher over the tokens it was asked about."""
+        if target.logp is None:
+            columns = [student.sampled_C - target.sampled_C]
+        else:
+            columns = [reverse_kl(*self._compared(student, target))]
+        asked_CN = batch.weights_TN[rows] > 0
+        nothing = columns[0].new_empty(0)
+        for n, told in enumerate(target.told):
+            columns.append(nothing if told is None else told.reverse_kl(student)[asked_CN[:, n]])
+        return columns
+
+    def _mismatch(self, batch: MicroBatch, logits_CL: torch.Tensor, student: Student, rows: Rows) -> torch.Tensor:
+        """k3 estimate of KL(sampler || trainer) on sampled tokens (Schulman): never negative, 0 when the two agree."""
+        if self.sampling_temperature == self.config.temperature:
+            sampler_C = student.sampled_C
+        else:
+            sampler_CL = self.vocab.log_softmax(logits_CL, self.sampling_temperature)
+            sampler_C = self.vocab.gather(sampler_CL, batch.targets_T[rows, None])[:, 0]
+        lag_C = sampler_C - batch.behaviour_logp_T[rows]
+        return lag_C.exp() - 1 - lag_C
+
+    def _lists(self, batch: MicroBatch, student: Student, target: Target, rows: Rows) -> list[torch.Tensor]:
+        """Mass outside and overlap of each top-k teacher, over the tokens it was asked about."""
+        columns: list[torch.Tensor] = []
+        sizes = [t.top_k for t in self.teachers if t.carrier == "topk"]
+        top_CK = None if target.outcomes is None else self.vocab.top(student.logp_CL, max(sizes))
+        for n, (teacher, told) in enumerate(zip(self.teachers, target.told, strict=True)):
+            if teacher.carrier != "topk":
+                continue
+            if isinstance(told, Listed) and top_CK is not None:
+                asked_C = batch.weights_TN[rows, n] > 0
+                kth_C = top_CK[:, min(teacher.top_k, top_CK.shape[-1]) - 1]
+                columns += [told.mass_outside()[asked_C], told.overlap(student, kth_C)[asked_C]]
             else:
-                z_CL = hidden_TD[chunk].to(head_LD.dtype) @ head_LD.T
-                logits.append(z_CL.float() / self.config.temperature)
-        logps = [self.vocab.log_softmax(z_CL) for z_CL in logits]
-        if self.config.ensemble == "probs":
-            return logps, ensemble.mean_probs(logps, weights_CN)
-        return logps, ensemble.mean_logits(logits, weights_CN, self.vocab)
+                columns += [student.sampled_C.new_empty(0)] * 2
+        return columns

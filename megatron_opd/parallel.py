@@ -76,10 +76,15 @@ class Parallel:
         """Like `share`, from rank 0 to everybody."""
         return _share(compute, self.world_group, self.is_main)
 
+    def gather_world(self, value: _T) -> list[_T]:
+        """Every rank's value, in the order of ranks, on every rank. Collective over all ranks."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value, group=self.world_group)
+        return everyone
+
     def gather_leaders(self, value: _T) -> list[_T]:
         """Every replica's value, in the order of replicas, on every rank. Collective over all ranks."""
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, (self.is_leader, self.data_rank, value), group=self.world_group)
+        everyone = self.gather_world((self.is_leader, self.data_rank, value))
         leaders = {data_rank: value for is_leader, data_rank, value in everyone if is_leader}
         return [leaders[data_rank] for data_rank in sorted(leaders)]
 

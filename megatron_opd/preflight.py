@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_opd.config import Config, SourceConfig
+from megatron_opd.config_checks_serving import check_vocabulary
 from megatron_opd.config_file import ConfigError
 from megatron_opd.data import read_prompts
-from megatron_opd.student.architecture import Architecture, check_layout, read_architecture
+from megatron_opd.student.architecture import check_layout, read_architecture, read_limits
 from megatron_opd.student.headers import check_tensors
 from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
 from megatron_opd.types import Prompt
@@ -37,18 +38,19 @@ class Inputs:
 def read_inputs(config: Config) -> Inputs:
     """Check the config against the models and files that it names. Raises ConfigError listing every problem."""
     problems: list[str] = []
-    archs = _architectures(config, problems)
+    limits = _limits(config, problems)
     tokenizer = _tokenizers(config, problems)
     if tokenizer is None:
         raise ConfigError(problems)
     # Models that cannot be read are a problem already; the prompts are looked at all the same.
-    vocab_size = min((arch.vocab_size for arch in archs), default=len(tokenizer))
-    context = min((arch.max_positions for arch in archs), default=sys.maxsize)
+    vocab_size = min((entries for entries, _ in limits), default=len(tokenizer))
+    context = min((positions for _, positions in limits), default=sys.maxsize)
     if vocab_size < len(tokenizer):
         problems.append(
             f"the tokenizer of student.model has {len(tokenizer)} tokens, but one of the models has only"
             f" {vocab_size} entries in its vocabulary"
         )
+    problems += check_vocabulary(config, vocab_size)
     read = _Reader(config, tokenizer, context, problems)
     inputs = Inputs(
         train=read.sources(config.data.train, need_answer=False),
@@ -69,21 +71,33 @@ def _attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | 
         return None
 
 
-def _architectures(config: Config, problems: list[str]) -> list[Architecture]:
-    """Of the student and then the teachers; shorter if one cannot be read."""
+def _limits(config: Config, problems: list[str]) -> list[tuple[int, int]]:
+    """(entries of the vocabulary, longest context) of the student and the teachers; shorter if one cannot be read."""
     tensor = config.parallel.tensor
-    models = [("student.model", config.student.model, config.student.vocab_multiple)]
-    # A teacher's embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
-    models += [(f"teachers.{i}.model", t.model, tensor) for i, t in enumerate(config.teachers)]
-    archs = []
-    for what, model, multiple in models:
-        arch = _attempt(what, lambda: read_architecture(model, vocab_multiple=multiple), problems)  # noqa: B023
-        if arch is not None:
-            archs.append(arch)
-            wrong = _attempt(what, lambda: check_tensors(model, arch), problems)  # noqa: B023
-            problems += [f"{what}: {problem}" for problem in wrong or []]
-            problems += check_layout(arch, config.parallel, what=what)
-    return archs
+    found = [_on_our_ranks("student.model", config.student.model, config.student.vocab_multiple, config, problems)]
+    for i, teacher in enumerate(config.teachers):
+        what = f"teachers.{i}.model"
+        if teacher.backend == "megatron":
+            # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
+            found.append(_on_our_ranks(what, teacher.model, tensor, config, problems))
+        elif teacher.carrier == "hidden":  # of which only the head is applied here
+            arch = _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
+            found.append((arch.vocab_size, arch.max_positions) if arch else None)
+        else:
+            found.append(_attempt(what, lambda: read_limits(teacher.model), problems))  # noqa: B023
+    return [limits for limits in found if limits is not None]
+
+
+def _on_our_ranks(
+    what: str, model: str, vocab_multiple: int, config: Config, problems: list[str]
+) -> tuple[int, int] | None:
+    arch = _attempt(what, lambda: read_architecture(model, vocab_multiple=vocab_multiple), problems)
+    if arch is None:
+        return None
+    wrong = _attempt(what, lambda: check_tensors(model, arch), problems)
+    problems += [f"{what}: {problem}" for problem in wrong or []]
+    problems += check_layout(arch, config.parallel, what=what)
+    return arch.vocab_size, arch.max_positions
 
 
 def _tokenizers(config: Config, problems: list[str]) -> Tokenizer | None:

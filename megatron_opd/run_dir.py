@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-CONFIG, CHECKPOINTS, LOGS, HF_EXPORT = "config.yaml", "checkpoints", "logs", "hf"
+CONFIG, CHECKPOINTS, LOGS, HF_EXPORT, SERVERS = "config.yaml", "checkpoints", "logs", "hf", "servers"
 MARKER = "loop.json"
 """File of a checkpoint that is written last; without it there is no checkpoint."""
 _LOCK = ".lock"

@@ -1,30 +1,36 @@
 """The loop: sample, score, step, sync. Every rank runs this file; only leaders own an engine.
 
     prompts -> engine.generate -> teachers score -> pack -> student.step -> engine.load -> evaluate, save, log
+
+With `rollout.max_staleness` the first arrow runs ahead (`rollout/ahead.py`). When servers are lost for good, all ranks
+learn of it together, save what is trained, and stop.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from safetensors import SafetensorError
 
-from megatron_opd import config_file, run_dir
-from megatron_opd.batching import pack
+from megatron_opd import config_file, run_dir, serve
+from megatron_opd.batching import NoTeacherLeft, pack, renormalised
 from megatron_opd.config import Config
 from megatron_opd.data import PromptMix
 from megatron_opd.evaluate import accuracies, count_right, greedy
 from megatron_opd.objective import Objective
-from megatron_opd.parallel import Parallel
+from megatron_opd.parallel import Parallel, PeerError
 from megatron_opd.preflight import Inputs, read_inputs
 from megatron_opd.rollout import build_engine
+from megatron_opd.rollout.ahead import Ahead
+from megatron_opd.sglang.errors import SGLangError
 from megatron_opd.student import groups, hf_dir
 from megatron_opd.student.checkpoint import Checkpoints
 from megatron_opd.student.student import Student
@@ -32,9 +38,13 @@ from megatron_opd.sync import sync
 from megatron_opd.teachers import build_teachers
 from megatron_opd.tokenizer import load_tokenizer
 from megatron_opd.tracker import Tracker, build_tracker
-from megatron_opd.types import MicroBatch, Rollout, Sampling, TeacherScore, TeacherScorer
+from megatron_opd.types import MicroBatch, Prompt, Rollout, RolloutEngine, Sampling, TeacherScore, TeacherScorer
 
 _T = TypeVar("_T")
+
+
+class ServersLost(ValueError):
+    """No server is left that could do what the run needs; every rank raises it at the same place."""
 
 
 def train(config: Config) -> None:
@@ -50,7 +60,9 @@ def train(config: Config) -> None:
             tracker = opened.enter_context(build_tracker(config, is_main=True))
 
         parallel.share_world(open_run_dir)
-        Run(config, parallel, inputs, tracker).to_the_end()
+        run = Run(config, parallel, inputs, tracker)
+        opened.callback(run.close)
+        run.to_the_end()
     groups.stop()  # a rank that fails does not wait for the others here
 
 
@@ -59,69 +71,111 @@ class Run:
 
     def __init__(self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker) -> None:
         self.config, self.parallel, self.inputs, self.tracker = config, parallel, inputs, tracker
+        served = parallel.share_world(lambda: serve.with_urls(config))
         self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
-        self.teachers = build_teachers(config, parallel, vocab)
+        self.teachers = build_teachers(served, parallel, vocab)
         self.objective = Objective(
             config.loss,
             config.rollout.temperature,
             vocab,
-            tuple(teacher.name for teacher in self.teachers),
-            tuple(teacher.head_LD for teacher in self.teachers if teacher.head_LD is not None),
+            tuple(config.teachers),
+            tuple(teacher.head_LD for teacher in self.teachers),
         )
-        self.engine = None
+        self.engine: RolloutEngine | None = None
         if parallel.is_leader:
-            self.engine = build_engine(config, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+            self.engine = build_engine(served, parallel, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
             self.tokenizer = load_tokenizer(config.student.model)
         self.prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
         self.times: dict[str, float] = {}
+        self.trained = self.saved = self._restore()
+        self.cursor = self.prompts.state()
+        """Of the last batch that the student was trained on."""
+        self.ahead = Ahead(
+            self.prompts,
+            self._sample if parallel.is_leader else None,
+            num_prompts=config.rollout.prompts_per_step,
+            max_staleness=config.rollout.max_staleness,
+            num_steps=config.train.steps,
+        )
+
+    def close(self) -> None:
+        """Ends what runs beside the loop."""
+        self.ahead.close()
+        for part in (self.engine, *self.teachers):
+            if part is not None:
+                part.close()
 
     def to_the_end(self) -> None:
-        step, num_steps = self._restore(), self.config.train.steps
-        self._sync(version=step)
-        if step == 0:
-            self._evaluate(step)
-        elif step >= num_steps:
-            self.tracker.message(f"nothing to train: train.steps is {num_steps}; a larger one continues")
-        while step < num_steps:
-            metrics = self._step(step)
-            step += 1
-            self.tracker.log(metrics, step)
-            if _due(step, self.config.train.eval_every, num_steps):
-                self._evaluate(step)
-            if _due(step, self.config.train.save_every, num_steps) or step == num_steps:
-                loop = {"step": step, "version": step, "prompts": self.prompts.state()}
-                path = self.checkpoints.save(self.student, loop)
-                self.tracker.message(f"saved {path}")
+        """Every step that is left, then the export."""
+        try:
+            self._steps()
+        except ServersLost as lost:
+            if self.trained > self.saved:
+                self._save()
+            how = f"{lost}; {run_dir.how_to_continue(self.config.run.dir)}"
+            raise ServersLost(how) if self.parallel.is_main else PeerError(how) from lost
         if self.config.train.export:
             self._export()
         self.tracker.message(f"done; for tables and a plot: megatron-opd report {self.config.run.dir}")
 
-    def _step(self, step: int) -> dict[str, float]:
+    def _steps(self) -> None:
+        num_steps = self.config.train.steps
+        self._sync()
+        if self.trained == 0:
+            self._evaluate()
+        elif self.trained >= num_steps:
+            self.tracker.message(f"nothing to train: train.steps is {num_steps}; a larger one continues")
+        while self.trained < num_steps:
+            self.tracker.log(self._step(), self.trained)
+            if _due(self.trained, self.config.train.eval_every, num_steps):
+                self._evaluate()
+            if _due(self.trained, self.config.train.save_every, num_steps) or self.trained == num_steps:
+                self._save()
+
+    def _step(self) -> dict[str, float]:
         """One turn of the loop: from prompts to new weights in the engine."""
-        config, started = self.config, time.perf_counter()
-        prompts = self._mine(self.prompts.next(config.rollout.prompts_per_step))
-        sampling = Sampling(
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            seed=config.run.seed + step,
-        )
-        rollouts = self._timed("generate", lambda: self._generate(prompts, sampling))
-        batches = self._timed("score", lambda: self._pack(rollouts))
+        config, step, started = self.config, self.trained, time.perf_counter()
+        rollouts = self._timed("generate", lambda: self._on_servers(lambda: self._rollouts(step)))
+        batches = self._timed("score", lambda: self._on_servers(lambda: self._pack(rollouts)))
         metrics = self._timed("step", lambda: self.student.step(batches, self.objective))
-        self._timed("sync", lambda: self._sync(version=step + 1))
+        self.trained, self.cursor = step + 1, self.ahead.cursor
+        if config.rollout.max_staleness and not config.rollout.partial:
+            # Answers under way are not to change weights in their middle.
+            self._timed("settle", lambda: self._on_servers(self.ahead.settle))
+        self._timed("sync", self._sync)
         seconds = time.perf_counter() - started
         return {
             **_derived(metrics),
             **self._rollout_metrics(rollouts, version=step),
+            **self._server_metrics(),
             **{f"time/{stage}": t for stage, t in self.times.items()},
             "tokens_per_s": metrics["num_tokens"] / seconds,
         }
 
-    def _generate(self, prompts: list[Any], sampling: Sampling) -> list[Rollout]:
-        return self.parallel.share(lambda: self.engine.generate(prompts, sampling) if self.engine else [])
+    def _rollouts(self, step: int) -> list[Rollout]:
+        return self.parallel.share(self.ahead.take(step))
+
+    def _sample(self, step: int, prompts: list[Prompt]) -> list[Rollout]:
+        """This replica's answers; each goes to the served teachers as soon as it is finished."""
+        assert self.engine is not None
+        rollout = self.config.rollout
+        sampling = Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            samples_per_prompt=rollout.samples_per_prompt,
+            seed=self.config.run.seed + step,
+        )
+        return self.engine.generate(self._mine(prompts), sampling, on_finished=self._submit)
+
+    def _submit(self, rollout: Rollout) -> None:
+        weights = self.config.teacher_weights(rollout.prompt.source)
+        for teacher, weight in zip(self.teachers, weights, strict=True):
+            if weight > 0:
+                teacher.submit(rollout)
 
     def _pack(self, rollouts: list[Rollout]) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
@@ -133,24 +187,51 @@ class Run:
             length_multiple=self.parallel.tensor_size if self.parallel.sequence else 1,
             device=groups.device(),
             scores=scores,
-            weights=weights,
+            weights=renormalised(rollouts, weights, scores),
         )
 
-    def _sync(self, *, version: int) -> None:
-        sync(self.student.export(), self.engine, version=version)
+    def _sync(self) -> None:
+        """The student's weights into the engine."""
+        self._on_servers(lambda: sync(self.student.export(), self.engine, version=self.trained))
 
-    def _evaluate(self, step: int) -> None:
+    def _on_servers(self, compute: Callable[[], _T]) -> _T:
+        """`compute`, for which some ranks talk to servers. When those are lost on one rank, every rank raises
+        ServersLost; so this is a barrier, and no rank waits for one that has stopped."""
+        if not self.config.is_served:
+            return compute()
+        result, error = None, None
+        try:
+            result = compute()
+        except Exception as caught:
+            error = caught
+        said = None if error is None else (isinstance(error, SGLangError | NoTeacherLeft), str(error))
+        failures = [failure for failure in self.parallel.gather_world(said) if failure]
+        if not failures:
+            return cast(_T, result)
+        is_lost, message = max(failures)
+        if is_lost:
+            raise ServersLost(message) from error
+        raise error or PeerError(message)
+
+    def _save(self) -> None:
+        loop = {"step": self.trained, "version": self.trained, "prompts": self.cursor}
+        path = self.checkpoints.save(self.student, loop)
+        self.saved = self.trained
+        self.tracker.message(f"saved {path}")
+
+    def _evaluate(self) -> None:
         """Greedy accuracy, and the divergence to the teachers on those held-out answers."""
         if not self.config.train.eval_every or not self.inputs.eval:
             return
         prompts = self._mine([p for _, source in self.inputs.eval for p in source])
-        rollouts, counts = self.parallel.share(lambda: self._answer(prompts))
+        rollouts, counts = self._on_servers(lambda: self.parallel.share(lambda: self._answer(prompts)))
         metrics = accuracies(self.parallel.gather_leaders(counts), "eval/accuracy")
-        held_out = self.student.evaluate(self._pack(rollouts) if rollouts else [], self.objective)
+        batches = self._on_servers(lambda: self._pack(rollouts) if rollouts else [])
+        held_out = self.student.evaluate(batches, self.objective)
         metrics |= {f"eval/{name}": value for name, value in held_out.items() if name.startswith("kl/")}
-        if step == 0 and self.config.train.eval_teachers:
+        if self.trained == 0 and self.config.train.eval_teachers:
             metrics |= self.parallel.share_world(self._teacher_accuracies)
-        self.tracker.log(metrics, step)
+        self.tracker.log(metrics, self.trained)
 
     def _answer(self, prompts: list[Any]) -> tuple[list[Rollout], Any]:
         assert self.engine is not None
@@ -214,6 +295,15 @@ class Run:
         }
         replicas = self.parallel.gather_leaders(mine)
         return {name: fmean(replica[name] for replica in replicas) for name in mine}
+
+    def _server_metrics(self) -> dict[str, float]:
+        """What engine and teachers counted on the leaders of all replicas since the last step."""
+        totals: Counter[str] = Counter()
+        mine = [part.metrics() for part in (self.engine, *self.teachers) if part is not None]
+        for replica in self.parallel.gather_leaders(mine):
+            for counted in replica:
+                totals.update(counted)
+        return dict(totals)
 
 
 def _ask(teacher: TeacherScorer, rollouts: list[Rollout], wanted: list[bool]) -> list[TeacherScore | None]:

@@ -1,12 +1,12 @@
 """What travels between the parts: prompts, rollouts, teacher scores and micro-batches. Data only, no behaviour.
 
 Shapes: R response tokens of one rollout, T response tokens of a micro-batch, B sequences, S padded length,
-D teacher hidden size, N teachers.
+D teacher hidden size, K ids that a teacher lists for a token, N teachers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -68,8 +68,30 @@ class Hidden:
     hidden_RD: torch.Tensor | None
 
 
-TeacherScore: TypeAlias = Hidden
-"""What a teacher says about one rollout; top-k and sampled-token carriers of served teachers join here."""
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """A teacher's K log-probabilities for each token of one rollout, over its full vocabulary at temperature 1.
+
+    Row r holds `response_ids[r]` always: where it is not among the K likeliest it stands in place of the K-th. Order is
+    free. An id that is listed twice counts once; ids outside the vocabulary are fillers.
+    """
+
+    ids_RK: torch.Tensor
+    """int64."""
+    logp_RK: torch.Tensor
+    """float32, nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A teacher's log-probability of each `response_ids[r]` of one rollout, at temperature 1."""
+
+    logp_R: torch.Tensor
+    """float32, nats."""
+
+
+TeacherScore: TypeAlias = Hidden | TopK | Sampled
+"""What a teacher says about one rollout, by its carrier; in a micro-batch about all its tokens, so R is T there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,25 +108,45 @@ class MicroBatch:
     """float32; the sampler's log-probability of each."""
     weights_TN: torch.Tensor
     """float32; ensemble weights of the teachers, rows summing to 1; 0 where a teacher was not asked."""
-    teacher_hidden: tuple[torch.Tensor | None, ...]
-    """N tensors [T, D_n]; None for a teacher that was asked about none of these tokens, and on ranks that do not
-    compute the loss."""
+    teachers: tuple[TeacherScore | None, ...]
+    """What each of the N teachers says about the T tokens, fillers where its weight is 0; None for a teacher that was
+    asked about none of them, and for hidden states on ranks that do not compute the loss."""
 
 
 class RolloutEngine(Protocol):
     """Something that samples from the student's current weights."""
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
-        """All samples of all prompts, in order (prompt-major); never a short list."""
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_finished: Callable[[Rollout], None] | None = None
+    ) -> list[Rollout]:
+        """All samples of all prompts, in order (prompt-major); never a short list. `on_finished` is told of each answer
+        as soon as it is finished, from any thread."""
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace the weights by (Hugging Face name, full tensor) pairs; later rollouts carry `version`."""
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since the last call, to be summed over replicas."""
+
+    def close(self) -> None:
+        """End what runs beside the caller; requests under way fail."""
 
 
 class TeacherScorer(Protocol):
     """Something that tells a teacher's distribution at every response token of a rollout."""
 
     name: str
+    head_LD: torch.Tensor | None
+    """This rank's rows of the output head, where scores are hidden states and the loss is computed here; else None."""
+
+    def submit(self, rollout: Rollout) -> None:
+        """Start scoring a rollout that `score` will be asked about; on leaders, from any thread. May do nothing."""
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
         """One score a rollout, in order. Collective over the ranks of a replica."""
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since the last call, to be summed over replicas."""
+
+    def close(self) -> None:
+        """End what runs beside the caller."""

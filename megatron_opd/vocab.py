@@ -1,9 +1,9 @@
-"""A slice of the vocabulary and the three operations whose gradients must know about the other slices.
+"""A slice of the vocabulary and the few operations whose gradients must know about the other slices.
 
-Under tensor parallelism every rank holds columns [start, stop) of the logits. `VocabShard` offers log-softmax, sum
-and gather over the *whole* vocabulary with exact gradients; every loss and ensemble is then the textbook line, whether
-the vocabulary is sharded or not. A plain in-place all-reduce inside an autograd graph gives right values and wrong
-gradients, so the only collectives inside a graph are the two autograd functions below.
+Under tensor parallelism every rank holds columns [start, stop) of the logits. `VocabShard` offers log-softmax, sum,
+gather and the mass of the rest over the *whole* vocabulary with exact gradients; every loss and ensemble is then the
+textbook line, whether the vocabulary is sharded or not. A plain in-place all-reduce inside an autograd graph gives
+right values and wrong gradients, so the only collectives inside a graph are the two autograd functions below.
 
 Shape suffixes: T tokens, V vocabulary, L local columns of it, K ids. This module refuses nothing and owns no process
 group: the group is a value of the shard.
@@ -110,3 +110,30 @@ class VocabShard:
         mine = (local >= 0) & (local < x_TL.shape[-1])
         picked = x_TL.gather(-1, local.clamp(0, x_TL.shape[-1] - 1)).masked_fill(~mine, 0.0)
         return picked if self.group is None else _SumOverShards.apply(picked, self.group)
+
+    def log_rest(self, logp_TL: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Log of the mass of all columns but `ids_TK`, [T, L] and [T, K] -> [T]; ids beyond the vocabulary are ignored.
+
+        A sum over the columns that remain, not one minus the listed ones: of a mass of 1e-12 fp32 keeps every digit.
+        Where nothing remains it is the log of the smallest normal number, and no gradient flows.
+        """
+        width = logp_TL.shape[-1]
+        local = ids_TK - self.start
+        elsewhere = (local < 0) | (local >= width)
+        listed_TL = logp_TL.new_zeros(logp_TL.shape[0], width + 1, dtype=torch.bool)
+        listed_TL.scatter_(-1, local.masked_fill(elsewhere, width), True)
+        mass_T = self.sum(logp_TL.exp().masked_fill(listed_TL[:, :width], 0.0))
+        return mass_T.clamp_min(torch.finfo(mass_T.dtype).tiny).log()
+
+    def top(self, x_TL: torch.Tensor, k: int) -> torch.Tensor:
+        """The k largest values of the whole vocabulary, descending, [T, L] -> [T, k]; fewer if there are fewer columns.
+
+        Without a gradient. Each shard sends its own k, so k numbers a token and shard travel.
+        """
+        mine_TK = x_TL.detach().topk(min(k, x_TL.shape[-1]), dim=-1).values
+        if self.group is None:
+            return mine_TK
+        everyone = [torch.empty_like(mine_TK) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(everyone, mine_TK.contiguous(), group=self.group)
+        all_TK = torch.cat(everyone, dim=-1)
+        return all_TK.topk(min(k, all_TK.shape[-1]), dim=-1).values

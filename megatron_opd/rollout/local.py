@@ -9,7 +9,7 @@ Shape suffixes: B sequences decoded together, R response positions, V vocabulary
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -60,7 +60,9 @@ class LocalEngine:
         self.has_weights = True
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_finished: Callable[[Rollout], None] | None = None
+    ) -> list[Rollout]:
         """All samples of all prompts, prompt-major. Log-probabilities are those of the tempered distribution; greedy
         (temperature 0) reports those of temperature 1."""
         if not self.has_weights:
@@ -77,7 +79,16 @@ class LocalEngine:
             for start in range(0, len(indices), MAX_BATCH):
                 part = indices[start : start + MAX_BATCH]
                 done.update(zip(part, self._decode([wanted[i] for i in part], sampling), strict=True))
+                for i in part if on_finished else ():
+                    on_finished(done[i])
         return [done[i] for i in range(len(wanted))]
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing happens here that the loop does not see."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs beside the caller."""
 
     def _decode(self, wanted: list[tuple[Prompt, int]], sampling: Sampling) -> list[Rollout]:
         device = self.model.device

@@ -69,14 +69,8 @@ def read_architecture(model_dir: str | Path, *, vocab_multiple: int = 1) -> Arch
 
     Raises ValueError for missing files and unknown models.
     """
-    path = Path(model_dir) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{model_dir} is not a Hugging Face model directory: there is no {path.name} in it")
-    try:
-        hf = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    names = (hf.get("architectures") if isinstance(hf, dict) else None) or ["(none named)"]
+    path, hf = _read(model_dir)
+    names = hf.get("architectures") or ["(none named)"]
     if names[0] not in FAMILIES:
         raise ValueError(f"{path}: architecture {names[0]} is not supported; known: {', '.join(sorted(FAMILIES))}")
     try:
@@ -84,6 +78,27 @@ def read_architecture(model_dir: str | Path, *, vocab_multiple: int = 1) -> Arch
         return _translate(FAMILIES[names[0]], hf, vocab_multiple)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: {'missing ' if isinstance(error, KeyError) else ''}{error}") from None
+
+
+def read_limits(model_dir: str | Path) -> tuple[int, int]:
+    """(entries of the vocabulary, longest context) of a model of any architecture, for one that others run for us."""
+    path, hf = _read(model_dir)
+    text = hf.get("text_config") or hf
+    try:
+        return int(text["vocab_size"]), int(text["max_position_embeddings"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: it needs vocab_size and max_position_embeddings") from None
+
+
+def _read(model_dir: str | Path) -> tuple[Path, dict[str, Any]]:
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{model_dir} is not a Hugging Face model directory: there is no {path.name} in it")
+    try:
+        hf = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return path, hf if isinstance(hf, dict) else {}
 
 
 def _check_values(hf: dict[str, Any]) -> None:

@@ -45,6 +45,9 @@ class MegatronTeacher:
             self._host = {name: p.detach().cpu().pin_memory() for name, p in self.model.named_parameters()}
             self._release()
 
+    def submit(self, rollout: Rollout) -> None:
+        """Nothing: its ranks are busy with the student until `score`."""
+
     def score(self, rollouts: list[Rollout]) -> list[Hidden]:
         """Hidden states that predict each response token; None inside on all but the last stage. Collective."""
         if not rollouts:
@@ -64,6 +67,13 @@ class MegatronTeacher:
             return [Hidden(None) for _ in rollouts]
         lengths = [len(r.response_ids) for r in rollouts]
         return [Hidden(hidden_RD) for hidden_RD in torch.cat(rows).split(lengths)]
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing happens here that the loop does not see."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs beside the caller."""
 
     def _response_rows(self, batch: MicroBatch, hidden_SBD: torch.Tensor) -> torch.Tensor:
         if self.parallel.sequence:

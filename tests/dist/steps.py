@@ -18,9 +18,8 @@ def build(parallel, config, vocab_size):
     student = Student(config, parallel)
     vocab = student.vocab_shard(vocab_size)
     teachers = build_teachers(config, parallel, vocab)
-    heads = tuple(t.head_LD for t in teachers if t.head_LD is not None)
-    names = tuple(t.name for t in teachers)
-    objective = Objective(config.loss, config.rollout.temperature, vocab, names, heads)
+    heads = tuple(t.head_LD for t in teachers)
+    objective = Objective(config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads)
     run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
     return student, objective, lambda rollouts: Run._pack(run, rollouts) if rollouts else []
 

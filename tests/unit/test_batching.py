@@ -73,23 +73,23 @@ def test_weights_and_scores_follow_their_rollouts():
         part = list(range(start, min(start + 2, 5)))
         tokens = [(i, r) for i in part for r in range(len(rollouts[i].response_ids))]
         torch.testing.assert_close(batch.weights_TN, torch.tensor([weights[i] for i, _ in tokens]))
-        for n, hidden in enumerate(batch.teacher_hidden):
+        for n, hidden in enumerate(batch.teachers):
             if not any(weights[i][n] for i in part):
                 assert hidden is None
             else:
                 expected = [[100 * n + i, r] if weights[i][n] else [0, 0] for i, r in tokens]
-                assert hidden.tolist() == expected
-    assert batches[2].teacher_hidden[1] is None  # the last micro-batch asked the first teacher only
+                assert hidden.hidden_RD.tolist() == expected
+    assert batches[2].teachers[1] is None  # the last micro-batch asked the first teacher only
 
 
 def test_ranks_without_the_loss_carry_no_rows():
     rollouts = tiny.rollouts(count=3)
     scores = [[Hidden(None) for _ in rollouts], [None, Hidden(None), None]]
     (batch,) = pack_all(rollouts, scores=scores, weights=[[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]])
-    assert batch.teacher_hidden == (None, None)
+    assert batch.teachers == (None, None)
 
 
 def test_tokens_alone():
     (batch,) = pack_all(tiny.rollouts(count=3))
-    assert batch.teacher_hidden == ()
+    assert batch.teachers == ()
     assert batch.weights_TN.shape == (len(batch.targets_T), 0)

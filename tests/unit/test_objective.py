@@ -7,9 +7,9 @@ import oracle
 import pytest
 import torch
 
-from megatron_opd.config import LossConfig
+from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.objective import Objective
-from megatron_opd.types import MicroBatch
+from megatron_opd.types import Hidden, MicroBatch
 from megatron_opd.vocab import VocabShard
 
 NUM_TOKENS, COLUMNS, SIZE = 11, 48, 35
@@ -43,7 +43,7 @@ def teachers_and_batch(sampling_temperature=1.0):
         targets_T=targets,
         behaviour_logp_T=logp.gather(-1, targets[:, None])[:, 0].float(),
         weights_TN=weights / weights.sum(-1, keepdim=True),
-        teacher_hidden=tuple(hidden),
+        teachers=tuple(Hidden(h) for h in hidden),
     )
     return hidden, heads, batch
 
@@ -55,8 +55,8 @@ def objective_on(parallel, heads, config, sampling_temperature=1.0):
     padded = [torch.cat([h, h.new_zeros(COLUMNS - h.shape[0], h.shape[1])])[start : start + share] for h in heads]
     group = parallel.tensor_group if parallel and parallel.tensor_size > 1 else None
     vocab = VocabShard(start, start + share, SIZE, group)
-    names = ("small", "large")[: len(heads)]
-    return Objective(config, sampling_temperature, vocab, names, tuple(padded))
+    teachers = tuple(TeacherConfig(name=name, model="") for name in ("small", "large")[: len(heads)])
+    return Objective(config, sampling_temperature, vocab, teachers, tuple(padded))
 
 
 def loss_gradient_metrics(objective, batch, logits):
@@ -139,8 +139,8 @@ def alone(config=None, heads=None, sampling_temperature=1.0):
 def test_teacher_that_was_asked_about_no_token(asked, how):
     """It may come without rows; the loss is the other's and its metric has no tokens."""
     _, _, batch = teachers_and_batch()
-    only = tuple(h if n == asked else None for n, h in enumerate(batch.teacher_hidden))
-    batch = replace(batch, teacher_hidden=only, weights_TN=torch.eye(2)[[asked] * NUM_TOKENS])
+    only = tuple(h if n == asked else None for n, h in enumerate(batch.teachers))
+    batch = replace(batch, teachers=only, weights_TN=torch.eye(2)[[asked] * NUM_TOKENS])
     loss, gradient, _, means = loss_gradient_metrics(alone(LossConfig(ensemble=how)), batch, student_logits())
     assert loss == pytest.approx(NUM_TOKENS * means["kl/ensemble"])
     assert means["kl/ensemble"] == pytest.approx(means[("kl/small", "kl/large")[asked]])
@@ -151,7 +151,7 @@ def test_teacher_that_was_asked_about_no_token(asked, how):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_teacher_that_is_the_student(beta):
     hidden, heads, batch = teachers_and_batch()
-    batch = replace(batch, weights_TN=torch.ones(NUM_TOKENS, 1), teacher_hidden=(hidden[1],))
+    batch = replace(batch, weights_TN=torch.ones(NUM_TOKENS, 1), teachers=(Hidden(hidden[1]),))
     logits = torch.nn.functional.pad(hidden[1] @ heads[1].T, (0, COLUMNS - HEAD_ROWS[1]))
     loss, gradient, _, means = loss_gradient_metrics(alone(LossConfig(beta=beta), heads[1:]), batch, logits)
     assert abs(loss) <= (0 if beta in (0, 1) else 1e-5)

@@ -1,0 +1,182 @@
+"""What is wrong about settings of servers, carriers and the losses that they allow; each problem names the setting."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from megatron_opd.config import Config, RolloutConfig, ServersConfig, TeacherConfig
+
+API_KEY = "MEGATRON_OPD_API_KEY"
+"""Environment variable of the key that servers ask for."""
+
+
+def check_serving(config: Config) -> list[str]:
+    """Every such problem."""
+    problems = [*_check_engine(config.rollout), *_check_loss(config)]
+    for i, teacher in enumerate(config.teachers):
+        problems += _check_teacher(f"teachers.{i}", teacher)
+    for what, servers in _served(config):
+        problems += _check_servers(what, servers)
+    served = [what for what, _ in _served(config)]
+    if served and importlib.util.find_spec("aiohttp") is None:
+        problems.append(f"{', '.join(served)}: servers need the package aiohttp, which is not installed")
+    return problems
+
+
+def check_vocabulary(config: Config, size: int) -> list[str]:
+    """What asks for more tokens than the vocabulary of the models has, which would kill a server."""
+    asked = {"rollout.top_k": config.rollout.top_k}
+    asked |= {f"teachers.{i}.top_k": t.top_k for i, t in enumerate(config.teachers) if t.carrier == "topk"}
+    return [
+        f"{name} ({k}) must not be above {size}, the entries of the models' vocabulary"
+        for name, k in asked.items()
+        if k > size
+    ]
+
+
+def _served(config: Config) -> Iterator[tuple[str, ServersConfig]]:
+    """The settings of servers that are used."""
+    if config.rollout.engine == "sglang":
+        yield "rollout.servers", config.rollout.servers
+    for i, teacher in enumerate(config.teachers):
+        if teacher.backend == "sglang":
+            yield f"teachers.{i}.servers", teacher.servers
+
+
+def _check_engine(rollout: RolloutConfig) -> list[str]:
+    problems = []
+    if not 0 < rollout.top_p <= 1:
+        problems.append(f"rollout.top_p must be above 0 and at most 1, not {rollout.top_p}")
+    if rollout.top_k < 0:
+        problems.append(f"rollout.top_k must not be negative, but is {rollout.top_k}; 0 means all tokens")
+    if rollout.max_staleness < 0:
+        problems.append(f"rollout.max_staleness must not be negative, but is {rollout.max_staleness}")
+    if rollout.sync_bucket_mb < 1:
+        problems.append(f"rollout.sync_bucket_mb must be at least 1, not {rollout.sync_bucket_mb}")
+    if rollout.partial and rollout.max_staleness < 1:
+        problems.append("rollout.partial needs rollout.max_staleness of 1 or more: kept answers are stale")
+    if rollout.engine != "sglang":
+        only_servers = {
+            "top_p": rollout.top_p != 1,
+            "top_k": rollout.top_k != 0,
+            "max_staleness": rollout.max_staleness != 0,
+            "partial": rollout.partial,
+            "sync_verify": rollout.sync_verify,
+            "servers": rollout.servers != ServersConfig(),
+        }
+        problems += [
+            f"rollout.{name} needs rollout.engine: sglang, not {rollout.engine}"
+            for name, is_set in only_servers.items()
+            if is_set
+        ]
+    return problems
+
+
+def _check_teacher(what: str, teacher: TeacherConfig) -> list[str]:
+    problems = []
+    if teacher.top_k < 1:
+        problems.append(f"{what}.top_k must be at least 1, not {teacher.top_k}")
+    if teacher.backend != "sglang":
+        if teacher.carrier != "hidden":
+            problems.append(
+                f"{what}.carrier: {teacher.carrier} needs {what}.backend: sglang; a teacher on the trainer's ranks is"
+                " exact, so it has carrier hidden"
+            )
+        if teacher.on_failure != "fail":
+            problems.append(f"{what}.on_failure: {teacher.on_failure} needs {what}.backend: sglang")
+        if teacher.servers != ServersConfig():
+            problems.append(f"{what}.servers needs {what}.backend: sglang, not {teacher.backend}")
+    return problems
+
+
+def _check_loss(config: Config) -> list[str]:
+    """What the carriers of the teachers allow to be minimised, and how they can be combined."""
+    loss, problems = config.loss, []
+    if loss.importance_cap < 1:
+        problems.append(
+            f"loss.importance_cap must be at least 1, not {loss.importance_cap}: fresh samples have weight 1"
+        )
+    if loss.kind == "sampled" and loss.beta != 1:
+        problems.append(f"loss.kind: sampled is reverse KL, so loss.beta must be 1, not {loss.beta}")
+    for i, teacher in enumerate(config.teachers):
+        what = f"teachers.{i}.carrier: {teacher.carrier}"
+        if teacher.carrier == "sampled" and loss.kind != "sampled":
+            problems.append(f"{what} needs loss.kind: sampled; for a divergence ask for hidden or topk")
+        if teacher.carrier != "hidden" and loss.temperature != 1:
+            problems.append(
+                f"{what} needs loss.temperature: 1, not {loss.temperature}, because the normaliser of tempered"
+                " probabilities is not known; it is allowed for hidden"
+            )
+        if teacher.carrier != "hidden" and loss.ensemble == "logits" and len(config.teachers) > 1:
+            problems.append(
+                f"{what} with several teachers needs loss.ensemble: probs; an average of logits needs all tokens of"
+                " every teacher, which hidden has"
+            )
+    return problems
+
+
+def _check_servers(what: str, servers: ServersConfig) -> list[str]:
+    at_least = {"count": 1, "tensor": 1, "max_in_flight": 1, "retries": 0}
+    problems = [
+        f"{what}.{name} must be at least {least}, not {getattr(servers, name)}"
+        for name, least in at_least.items()
+        if getattr(servers, name) < least
+    ]
+    problems += [
+        f"{what}.{name} must be above 0, not {getattr(servers, name)}"
+        for name in ("start_timeout_s", "request_timeout_s", "probe_s")
+        if getattr(servers, name) <= 0
+    ]
+    problems += [f"{what}.urls: {why}" for url in servers.urls if (why := _wrong_url(url))]
+    if len({url.rstrip("/") for url in servers.urls}) < len(servers.urls):
+        problems.append(f"{what}.urls names a server twice")
+    return problems if servers.urls else problems + _check_started(what, servers)
+
+
+def _check_started(what: str, servers: ServersConfig) -> list[str]:
+    """Of servers that `train` starts."""
+    problems = []
+    if not 1 <= servers.port <= 65535:
+        problems.append(f"{what}.port must lie between 1 and 65535, not {servers.port}")
+    wanted = servers.tensor * servers.count
+    if servers.gpus and (len(set(servers.gpus)) < len(servers.gpus) or min(servers.gpus) < 0):
+        problems.append(f"{what}.gpus must be different numbers from 0 up, not {servers.gpus}")
+    elif servers.gpus and len(servers.gpus) != wanted:
+        problems.append(
+            f"{what}.gpus names {len(servers.gpus)}, but {what}.count x {what}.tensor servers take {wanted}"
+        )
+    if not servers.python:
+        problems.append(f"{what}.python must not be empty")
+    if not _is_loopback(servers.host) and not os.environ.get(API_KEY):
+        problems.append(
+            f"{what}.host: {servers.host} can be reached from elsewhere, so servers there need a key: set the"
+            f" environment variable {API_KEY}, or choose 127.0.0.1"
+        )
+    return problems
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _wrong_url(url: str) -> str | None:
+    """What is wrong with a server's address; not repeated where it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # which raises where it is not a number up to 65535
+    except ValueError as error:
+        return f"{url} is not an address: {error}"
+    if parts.username or parts.password:
+        return f"an address must not hold a user or password; put the key into the environment variable {API_KEY}"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return f"{url} must begin with http:// or https:// and a host"
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        return f"{url} must end after the port: the paths are SGLang's own"
+    return None

@@ -1,0 +1,206 @@
+"""Answers sampled by SGLang servers.
+
+A prompt's samples are requests of their own, with one server as long as it works (it computes their prefix once). What
+an answer is does not depend on which server gave it, or on how often it was interrupted: an aborted request goes on
+from its tokens (`partial`) or from its start, a failed one starts again elsewhere, and the sampled tokens keep the
+log-probabilities and weight versions that they were sampled with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Literal, Protocol
+
+import torch
+
+from megatron_opd.sglang.client import Client
+from megatron_opd.sglang.errors import BadAnswer, Down
+from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.pool import Group, Pool
+from megatron_opd.sglang.wire import Draw, Drawn
+from megatron_opd.types import Prompt, Rollout, Sampling
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+OnFinished = Callable[[Rollout], None]
+MAX_ABORTS = 64
+"""Aborts in a row of one answer, without a token between them, after which its server is taken for broken."""
+MAX_BANNED = 4096
+"""Ids of the model's vocabulary beyond the run's: each is an entry of every request."""
+
+
+class WeightSync(Protocol):
+    """How new weights reach servers."""
+
+    def push(self, clients: list[Client], weights: Weights, version: int) -> Mapping[Client, Exception]:
+        """Give them to all; servers that failed come back with the reason. Not on the loop's thread."""
+
+    async def give(self, client: Client) -> None:
+        """Bring one server, which was away, to the weights of the last push."""
+
+    def close(self) -> None:
+        """Leave the servers as they are and clean up."""
+
+
+class SGLangEngine:
+    """A RolloutEngine over the servers of `pool`. `generate` may be called from several threads."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        loop: Loop,
+        sync: WeightSync,
+        *,
+        eos_ids: tuple[int, ...],
+        vocab_size: int,
+        partial: bool = False,
+        lag: int = 0,
+    ) -> None:
+        """Only ids below `vocab_size` are sampled, whatever the vocabulary of the servers' model. `lag`: versions that
+        a server may be behind when a request reaches it, where somebody else's engine pushes the weights."""
+        self.pool, self.loop, self.sync, self.partial = pool, loop, sync, partial
+        self.eos_ids = eos_ids
+        own = min(client.limits.vocab_size for client in pool.up())
+        if own - vocab_size > MAX_BANNED:
+            raise ValueError(
+                f"student.model has {own} entries in its vocabulary, but the run uses only the {vocab_size} that all"
+                f" models have: rollout.engine sglang cannot rule out more than {MAX_BANNED}; use teachers whose"
+                " vocabulary is at least as large"
+            )
+        self.banned_ids = tuple(range(vocab_size, own))
+        self.lag, self.oldest = lag, 0
+        """`oldest` is the version of the oldest weights that a new request may meet."""
+        self._counts: Counter[str] = Counter()
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[Rollout]:
+        """All samples of all prompts, prompt-major. Log-probabilities are the sampler's, after temperature, top-p and
+        top-k; greedy (temperature 0) reports those of temperature 1. `on_finished` is called on the loop's thread.
+
+        Raises Down when no server is left, Refused when one says that a request is wrong.
+        """
+        return self.loop.run(self._all(prompts, sampling, on_finished or (lambda _: None)))
+
+    def load(self, weights: Weights, version: int) -> None:
+        """Push the weights to every server that is up; those that fail get no work until they have them.
+
+        Raises Down when none took them. `weights` is always run to its end: other ranks take part in it.
+        """
+        try:
+            self.loop.run(self.pool.returning.acquire(), timeout_s=None)
+            try:
+                failed = self.sync.push(self.pool.up(), weights, version)
+                self.oldest = version - self.lag
+            finally:
+                self.loop.run(self._release(), timeout_s=None)
+            self.loop.run(self._evict(failed), timeout_s=None)
+        finally:
+            deque(weights, maxlen=0)
+        if not self.pool.up():
+            raise Down(f"no server took the weights of version {version}{self.pool.state()}")
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the last call, as `rollout/…`."""
+        counts, self._counts = self._counts, Counter()
+        return {f"rollout/{name}": float(value) for name, value in (*self.pool.metrics().items(), *counts.items())}
+
+    def close(self) -> None:
+        """Drop the connections; generation under way fails."""
+        self.sync.close()
+        self.loop.run(self.pool.close(), timeout_s=30.0)
+        self.loop.close()
+
+    async def _all(self, prompts: list[Prompt], sampling: Sampling, on_finished: OnFinished) -> list[Rollout]:
+        groups = [(prompt, Group()) for prompt in prompts]
+        tasks = [
+            asyncio.create_task(self._one(prompt, sample, sampling, group, on_finished))
+            for prompt, group in groups
+            for sample in range(sampling.samples_per_prompt)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # of the first failure, or of an interrupt
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(
+        self, prompt: Prompt, sample: int, sampling: Sampling, group: Group, on_finished: OnFinished
+    ) -> Rollout:
+        draw = Draw(
+            rid="",  # the pool's
+            ids=prompt.token_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_ids=self.eos_ids,
+            banned_ids=self.banned_ids,
+            seed=_seed(sampling, prompt, sample),
+        )
+        drawn = await self._finish(draw, group)
+        rollout = Rollout(
+            prompt=prompt,
+            sample=sample,
+            response_ids=drawn.ids,
+            logps=drawn.logps,
+            finish=drawn.finish,
+            versions=drawn.versions,
+        )
+        on_finished(rollout)
+        return rollout
+
+    async def _finish(self, draw: Draw, group: Group) -> Drawn:
+        """Ask until the answer has an end."""
+        got = Drawn((), (), (), "abort")
+        aborts = 0
+        while got.finish == "abort":
+            if aborts > MAX_ABORTS:
+                raise Down(f"an answer was aborted {aborts} times in a row without a token")
+            rest = replace(draw, ids=draw.ids + got.ids, max_new_tokens=draw.max_new_tokens - len(got.ids))
+            more = await self._draw(rest, group)
+            aborts = aborts + 1 if more.finish == "abort" and not more.ids else 0
+            if more.finish == "abort":
+                self._counts["aborts"] += 1
+                if not self.partial:
+                    continue
+                self._counts["tokens_kept"] += len(more.ids)
+            ids = got.ids + more.ids
+            got = Drawn(ids, got.logps + more.logps, got.versions + more.versions, _end(draw, ids, more.finish))
+        return got
+
+    async def _draw(self, draw: Draw, group: Group) -> Drawn:
+        async def work(client: Client, rid: str) -> Drawn:
+            oldest = self.oldest  # new weights may arrive while it waits, older ones may not come back
+            drawn = await client.generate(replace(draw, rid=rid))
+            if drawn.versions and min(drawn.versions) < oldest:
+                raise BadAnswer(
+                    f"{client.url}: sampled with weights {min(drawn.versions)}, which {oldest} has replaced"
+                )
+            return drawn
+
+        return await self.pool.run(work, group=group, tokens=len(draw.ids) + draw.max_new_tokens)
+
+    async def _evict(self, failed: Mapping[Client, Exception]) -> None:
+        for client, error in failed.items():
+            self.pool.evict(client, error)
+
+    async def _release(self) -> None:
+        self.pool.returning.release()
+
+
+def _end(draw: Draw, ids: tuple[int, ...], finish: str) -> Literal["stop", "length", "abort"]:
+    """How an answer with these ids ended: an abort may come just when there is nothing left to do."""
+    if ids and ids[-1] in draw.stop_ids:
+        return "stop"
+    return "length" if len(ids) == draw.max_new_tokens else finish
+
+
+def _seed(sampling: Sampling, prompt: Prompt, sample: int) -> int:
+    """In [0, 2^63), of the rollout alone."""
+    text = f"{sampling.seed}/{prompt.source}/{prompt.index}/{sample}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

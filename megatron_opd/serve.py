@@ -1,0 +1,152 @@
+"""The SGLang servers of a run: which it needs, starting them, and how its ranks find them.
+
+`train` started by hand starts them beside its ranks; `megatron-opd serve` starts them alone, in another job step or on
+another machine. Whoever starts a server notes its address as a file in <run.dir>/servers and removes that when the
+server ends; ranks look there for what the config gives no urls for. Servers whose urls are in the config are nobody's
+to start or to end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_opd import run_dir
+from megatron_opd.config import Config, ServersConfig
+from megatron_opd.sglang import process
+from megatron_opd.student.architecture import read_limits
+
+_ANYWHERE = "0.0.0.0"
+_MARGIN = 8
+"""Tokens of context beyond the longest prompt and answer: SGLang keeps some for itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """One model of a run that is behind servers."""
+
+    name: str
+    """`rollout`, or `teacher-<name>`: in file names and messages."""
+    setting: str
+    """Where its ServersConfig is: `rollout.servers`."""
+    servers: ServersConfig
+    model: str
+    context: int
+    """Longest prompt and answer together that the run will ask about."""
+    arguments: tuple[str, ...]
+    """Of sglang.launch_server, as this use of the model needs."""
+
+
+def needed(config: Config) -> list[Served]:
+    """Every model of the config that is behind servers, started by us or not."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens + _MARGIN
+    found = []
+    if config.rollout.engine == "sglang":
+        # A Megatron checkpoint has no weights that SGLang could read; the first sync brings them.
+        has_weights = any(Path(config.student.model).glob("*.safetensors"))
+        found.append(
+            Served(
+                name="rollout",
+                setting="rollout.servers",
+                servers=config.rollout.servers,
+                model=config.student.model,
+                context=min(longest, read_limits(config.student.model)[1]),
+                arguments=() if has_weights else ("--load-format", "dummy"),
+            )
+        )
+    for i, teacher in enumerate(config.teachers):
+        if teacher.backend == "sglang":
+            hidden = ("--enable-return-hidden-states",) if teacher.carrier == "hidden" else ()
+            found.append(
+                Served(
+                    name=f"teacher-{teacher.name}",
+                    setting=f"teachers.{i}.servers",
+                    servers=teacher.servers,
+                    model=teacher.model,
+                    context=min(longest, read_limits(teacher.model)[1]),
+                    arguments=hidden,
+                )
+            )
+    return found
+
+
+def to_start(config: Config, only: Sequence[str] = ()) -> list[Served]:
+    """Those without urls; with `only`, the named ones among them. Raises ValueError for an unknown name."""
+    ours = [served for served in needed(config) if not served.servers.urls]
+    if unknown := sorted(set(only) - {served.name for served in ours}):
+        names = ", ".join(served.name for served in ours) or "none"
+        raise ValueError(f"--only: this config starts no servers named {', '.join(unknown)}; it starts: {names}")
+    return [served for served in ours if not only or served.name in only]
+
+
+@contextmanager
+def running(config: Config, *, say: Callable[[str], None], only: Sequence[str] = ()) -> Iterator[list[process.Server]]:
+    """Start the servers that the config leaves to us, wait for them, and note them; end them with the block."""
+    notes = run_dir.make(config.run.dir) / run_dir.SERVERS
+    logs = Path(config.run.dir) / run_dir.LOGS
+    started: list[process.Server] = []
+    noted: list[Path] = []
+    try:
+        groups = []
+        for served in to_start(config, only):
+            notes.mkdir(exist_ok=True)
+            for stale in notes.glob(f"{served.name}@{socket.gethostname()}-*"):  # of a start that was killed
+                stale.unlink()
+            group = process.start(
+                served.servers,
+                served.model,
+                name=served.name,
+                log_dir=logs,
+                context=served.context,
+                extra=served.arguments,
+            )
+            started += group
+            groups.append((served, group))
+        for served, group in groups:
+            say(f"starting {len(group)} SGLang server(s) for {served.name}, logs in {logs}")
+        for served, group in groups:
+            process.wait(group, served.servers, say=say)
+            noted += [_note(notes, served.name, i, server.url) for i, server in enumerate(group)]
+        yield started
+    finally:
+        for note in noted:
+            note.unlink(missing_ok=True)
+        process.stop(started)
+
+
+def with_urls(config: Config) -> Config:
+    """The config with the urls of the servers that somebody has started for it.
+
+    Raises ValueError when there are none for a model that needs some.
+    """
+    rollout, teachers = config.rollout, list(config.teachers)
+    for served in needed(config):
+        if served.servers.urls:
+            continue
+        notes = sorted((Path(config.run.dir) / run_dir.SERVERS).glob(f"{served.name}@*"))
+        if not notes:
+            raise ValueError(
+                f"{served.setting}: no servers for {served.name} are running; start them with `megatron-opd serve` and"
+                f" the same config, or name yours in {served.setting}.urls"
+            )
+        servers = dataclasses.replace(served.servers, urls=[note.read_text().strip() for note in notes])
+        if served.name == "rollout":
+            rollout = dataclasses.replace(rollout, servers=servers)
+        else:
+            i = int(served.setting.split(".")[1])
+            teachers[i] = dataclasses.replace(teachers[i], servers=servers)
+    return dataclasses.replace(config, rollout=rollout, teachers=teachers)
+
+
+def _note(notes: Path, name: str, i: int, url: str) -> Path:
+    """One file a server, so that several machines can add theirs."""
+    note = notes / f"{name}@{socket.gethostname()}-{i:03d}"
+    url = url.replace(f"//{_ANYWHERE}:", f"//{socket.gethostname()}:")
+    temporary = note.with_name(f".{note.name}")
+    temporary.write_text(url + "\n")
+    temporary.replace(note)
+    return note

@@ -1,0 +1,21 @@
+"""A teacher's output head: the rows of this rank's shard of the student's vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_opd.config import TeacherConfig
+from megatron_opd.parallel import Parallel
+from megatron_opd.student import groups, source
+from megatron_opd.student.architecture import read_architecture
+from megatron_opd.student.model import DTYPES
+from megatron_opd.vocab import VocabShard
+
+
+def load_head(config: TeacherConfig, parallel: Parallel, vocab: VocabShard) -> torch.Tensor | None:
+    """Rows [L, D] in the teacher's dtype where the loss is computed, None on the other ranks."""
+    if not parallel.is_last_stage:
+        return None
+    arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
+    rows_LD = source.load_head_rows(config.model, arch, vocab.start, vocab.stop)
+    return rows_LD.to(groups.device(), DTYPES[config.dtype])

@@ -1,0 +1,65 @@
+"""Fixtures over the stand-in: servers, clients and pools that end with the test."""
+
+import pytest
+from standin import CONTEXT, VOCAB_SIZE, StandIn
+
+from megatron_opd.config import ServersConfig
+from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
+from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.pool import Pool
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch):
+    monkeypatch.delenv(API_KEY, raising=False)
+    monkeypatch.delenv(ADMIN_KEY, raising=False)
+
+
+@pytest.fixture
+def servers():
+    """Make stand-ins: `first, second = servers(2)`."""
+    made = []
+
+    def make(count=1, **settings):
+        made.extend(new := [StandIn(**settings) for _ in range(count)])
+        return new
+
+    yield make
+    for server in made:
+        server.close()
+
+
+@pytest.fixture
+def loop():
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+def settings(servers, **changes):
+    """Quick in everything that waits."""
+    quick = {"request_timeout_s": 10.0, "retries": 3, "probe_s": 0.05}
+    return ServersConfig(urls=[server.url for server in servers], **{**quick, **changes})
+
+
+@pytest.fixture
+def make_pool(loop):
+    """A pool over stand-ins; `on_return` as Pool has it, the rest are settings."""
+    made = []
+
+    def make(servers, *, on_return=None, vocab_size=VOCAB_SIZE, **changes):
+        config = settings(servers, **changes)
+        clients = [Client(url, config, vocab_size=vocab_size, context=CONTEXT) for url in config.urls]
+        made.append(Pool(clients, config, name="student", on_return=on_return, pause_s=0.05))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        loop.run(pool.close(), 10)
+
+
+@pytest.fixture
+def client(servers, make_pool):
+    """(client, its stand-in)."""
+    (server,) = servers(1)
+    return make_pool([server]).up()[0], server

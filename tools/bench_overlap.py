@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""How much of sampling hides behind training: the run's own loop over stages that only take time.
+
+    python tools/bench_overlap.py
+    python tools/bench_overlap.py --generate 0.3 --train 0.2 --sync 0.02 --steps 30
+
+Sampling (with its served teachers), training and weight sync sleep; drawing prompts, waiting, sharing between ranks and
+counting are the real code. The first steps, in which the pipe fills, are left out. Exits with 1 when a step with
+rollout.max_staleness 1 takes more than --at-most times the slowest stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from megatron_opd import config as c
+from megatron_opd.data import PromptMix
+from megatron_opd.preflight import Inputs
+from megatron_opd.rollout.ahead import Ahead
+from megatron_opd.student import cpu, groups
+from megatron_opd.tracker import Tracker
+from megatron_opd.train import Run
+from megatron_opd.types import Prompt, Rollout
+
+FILLING = 3
+PROMPTS = [Prompt(source="all", index=i, text="", token_ids=(1, 2)) for i in range(64)]
+
+
+class Stages:
+    """Engine and student in one, each call as long as its stage."""
+
+    def __init__(self, seconds: argparse.Namespace) -> None:
+        self.seconds = seconds
+        self.version = 0
+
+    def generate(self, prompts: list[Prompt], sampling: Any, on_finished: Any = None) -> list[Rollout]:
+        version = self.version
+        time.sleep(self.seconds.generate)
+        answer = {"response_ids": (3, 4), "logps": (0.0, 0.0), "finish": "stop", "versions": (version, version)}
+        return [Rollout(prompt=prompt, sample=0, **answer) for prompt in prompts]
+
+    def step(self, batches: Any, objective: Any) -> dict[str, float]:
+        time.sleep(self.seconds.train)
+        return {"num_tokens": 1.0, "loss": 0.0, "logprob/student": 0.0, "logprob/teacher": 0.0}
+
+    def export(self) -> Any:
+        return iter(())
+
+    def load(self, weights: Any, version: int) -> None:
+        time.sleep(self.seconds.sync)
+        self.version = version
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+class StubRun(Run):
+    """The loop of a run without its models."""
+
+    def __init__(self, config: c.Config, parallel: Any, stages: Stages) -> None:
+        self.config, self.parallel, self.tracker = config, parallel, Tracker()
+        self.inputs = Inputs(train=[(c.SourceConfig(name="all", path=""), PROMPTS)], eval=[], eos_ids=(), vocab_size=9)
+        self.engine, self.student, self.teachers, self.objective = stages, stages, [], None  # type: ignore[assignment]
+        self.prompts = PromptMix(self.inputs.train, seed=1)
+        self.times, self.trained, self.saved, self.cursor = {}, 0, 0, self.prompts.state()
+        rollout = config.rollout
+        sizes = {"num_prompts": rollout.prompts_per_step, "max_staleness": rollout.max_staleness}
+        self.ahead = Ahead(self.prompts, self._sample, num_steps=config.train.steps, **sizes)
+
+    def _pack(self, rollouts: Any) -> list[Any]:
+        return []
+
+
+def measure(parallel: Any, seconds: argparse.Namespace, *, max_staleness: int) -> tuple[float, float]:
+    """(seconds of a step, mean version lag) once the pipe is full."""
+    config = c.Config(
+        run=c.RunConfig(dir="unused"),
+        student=c.StudentConfig(model="unused"),
+        teachers=[],
+        rollout=c.RolloutConfig(engine="sglang", prompts_per_step=8, max_staleness=max_staleness),
+        data=c.DataConfig(train=[]),
+        train=c.TrainConfig(steps=seconds.steps + FILLING + 1),
+    )
+    run = StubRun(config, parallel, Stages(seconds))
+    for _ in range(FILLING):
+        run._step()
+    started = time.perf_counter()
+    lags = [run._step()["rollout/version_lag"] for _ in range(seconds.steps)]
+    took = (time.perf_counter() - started) / seconds.steps
+    run.ahead.settle()
+    run.ahead.close()
+    return took, sum(lags) / len(lags)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for stage, default in (("generate", 0.2), ("train", 0.2), ("sync", 0.01)):
+        parser.add_argument(f"--{stage}", type=float, default=default, metavar="S", help="seconds (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps to measure (%(default)s)")
+    parser.add_argument("--at-most", type=float, default=1.15, help="goal: times the slowest stage (%(default)s)")
+    arguments = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    cpu.enable()
+    parallel = groups.start(c.ParallelConfig(), c.RunConfig(dir="unused", timeout_s=60))
+    slowest = max(arguments.generate, arguments.train, arguments.sync)
+    print(f"generate {arguments.generate} s, train {arguments.train} s, sync {arguments.sync} s\n")
+    print("| rollout.max_staleness | seconds a step | of the slowest stage | version lag |\n|---|---|---|---|")
+    ratios = {}
+    for max_staleness in (0, 1, 2):
+        took, lag = measure(parallel, arguments, max_staleness=max_staleness)
+        ratios[max_staleness] = took / slowest
+        print(f"| {max_staleness} | {took:.3f} | {took / slowest:.2f} | {lag:.2f} |")
+    groups.stop()
+    return int(ratios[1] > arguments.at_most)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
