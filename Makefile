@@ -13,10 +13,10 @@ PIP   := "$(BIN)/python" -m pip install -q --disable-pip-version-check
 TEST  := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-gpu lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-all test-sglang test-gpu lint clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
 
 install: $(STAMP) ## create .venv with everything that the other targets need (once)
 
@@ -27,17 +27,29 @@ $(STAMP): setup.py constraints.txt
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch "$(STAMP)"
 
+sglang: ## create .venv-sglang with SGLang for servers of our own (once); a GPU is used when there is one
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/install_sglang.sh
+
 quickstart: install ## train a student from two teachers on this machine, in minutes, and report
 	rm -rf runs/quickstart
 	"$(BIN)/megatron-opd" train examples/quickstart.yaml
 	"$(BIN)/megatron-opd" eval examples/quickstart.yaml  # the export, read back by transformers
 	"$(BIN)/megatron-opd" report runs/quickstart
 
-test: install ## fast tests
-	$(TEST) -m "not slow and not gpu"
+quickstart-sglang: install sglang ## the quickstart with rollouts and one teacher on real SGLang servers (no GPU needed)
+	rm -rf runs/quickstart_sglang
+	"$(BIN)/megatron-opd" train examples/quickstart.yaml run.dir=runs/quickstart_sglang rollout.engine=sglang \
+	  teachers.0.backend=sglang teachers.0.servers.port=31000
+	"$(BIN)/megatron-opd" report runs/quickstart_sglang
 
-test-all: install ## every test that needs no GPU
-	$(TEST) -m "not gpu"
+test: install ## fast tests
+	$(TEST) -m "not slow and not gpu and not sglang"
+
+test-all: install ## every test that needs neither a GPU nor SGLang
+	$(TEST) -m "not gpu and not sglang"
+
+test-sglang: install sglang ## tests against real SGLang servers, which they start
+	$(TEST) -m sglang
 
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu
@@ -49,5 +61,5 @@ lint: install ## style, shell scripts, types of the leaf modules, generated docu
 	"$(BIN)/python" tools/config_docs.py --check
 
 clean: ## remove the environment and caches; runs stay
-	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf "$(VENV)" .venv-sglang build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -98,11 +98,15 @@ def _told(
 ) -> TeacherScore | None:
     """A teacher's scores as one about all response tokens; zeros for rollouts that it says nothing about.
 
-    None when it says nothing about all of them, or on a rank that does not compute the loss.
+    None when it says nothing about all of them, or on a rank that does not compute the loss. Raises ValueError for a
+    list without the sampled token, whose log-probability would then be another token's.
     """
     lengths = [len(r.response_ids) for r in rollouts]
     known = next((s for s in scores if s is not None), None)
     if isinstance(known, TopK):
+        for rollout, score in zip(rollouts, scores, strict=True):
+            if isinstance(score, TopK) and not _lists_sampled(score, rollout):
+                raise ValueError("a teacher's list of a token lacks the token that was sampled")
         ids_TK = _joined([s.ids_RK if isinstance(s, TopK) else None for s in scores], lengths)
         logp_TK = _joined([s.logp_RK if isinstance(s, TopK) else None for s in scores], lengths)
         return TopK(ids_TK.to(device), logp_TK.to(device))
@@ -111,6 +115,10 @@ def _told(
     if known is None or known.hidden_RD is None:
         return None
     return Hidden(_joined([s.hidden_RD if isinstance(s, Hidden) else None for s in scores], lengths))
+
+
+def _lists_sampled(score: TopK, rollout: Rollout) -> bool:
+    return bool((score.ids_RK == torch.tensor(rollout.response_ids)[:, None]).any(-1).all())
 
 
 def _joined(rows: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torch.Tensor:

@@ -89,7 +89,8 @@ class ServersConfig:
     python: str = ".venv-sglang/bin/python"
     """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the weights and activations of started servers; auto: the type that config.json names."""
+    """Type of the weights and activations of started servers; auto: student.dtype for the student's, the type that
+    config.json names for a teacher's."""
     args: list[str] = dataclasses.field(default_factory=list)
     """More arguments of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
     start_timeout_s: float = 1800.0

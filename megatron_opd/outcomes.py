@@ -67,7 +67,6 @@ class Outcomes:
         listed_TU = logp_TK.gather(-1, order_TK.gather(-1, at_TU)).clamp_min(PADDING_LOGP)
         listed_TU = listed_TU.masked_fill(~has_TU, PADDING_LOGP)
         rest_T = (1 - listed_TU.double().exp().sum(-1)).clamp_min(REST_FLOOR).log().to(logp_TK.dtype)
-        rest_T = rest_T.masked_fill(has_TU.sum(-1) >= self.vocab.size, PADDING_LOGP)
         return torch.cat([listed_TU, rest_T[:, None]], dim=-1)
 
     def normalised(self, logp_TO: torch.Tensor) -> torch.Tensor:

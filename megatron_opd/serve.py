@@ -52,7 +52,7 @@ def needed(config: Config) -> list[Served]:
             Served(
                 name="rollout",
                 setting="rollout.servers",
-                servers=config.rollout.servers,
+                servers=_like_the_student(config),
                 model=config.student.model,
                 context=min(longest, read_limits(config.student.model)[1]),
                 arguments=() if has_weights else ("--load-format", "dummy"),
@@ -72,6 +72,12 @@ def needed(config: Config) -> list[Served]:
                 )
             )
     return found
+
+
+def _like_the_student(config: Config) -> ServersConfig:
+    """Samplers compute in the trainer's type: what differs between the two is noise in every loss."""
+    servers = config.rollout.servers
+    return dataclasses.replace(servers, dtype=config.student.dtype) if servers.dtype == "auto" else servers
 
 
 def to_start(config: Config, only: Sequence[str] = ()) -> list[Served]:

@@ -46,3 +46,31 @@ def grad(function, x):
     value = function(x)
     (gradient,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), gradient
+
+
+REST_FLOOR = 1e-6
+
+
+def over_listed(logp, ids):
+    """Log-probabilities [V] of one token -> of the different ids, and of all others together."""
+    others = torch.ones(len(logp), dtype=torch.bool)
+    others[ids] = False
+    rest = [torch.log(torch.exp(logp[others]).sum())] if others.any() else []
+    return torch.stack([*(logp[i] for i in ids), *rest])
+
+
+def list_over_listed(known, ids, size):
+    """The same of a teacher's {id: log-probability} for one token; its rest is what is left of 1."""
+    known = {i: x for i, x in known.items() if 0 <= i < size}
+    minus_infinity = torch.tensor(-torch.inf, dtype=torch.float64)
+    listed = [torch.tensor(known[i], dtype=torch.float64) if i in known else minus_infinity for i in ids]
+    if len(ids) == size:
+        return torch.stack(listed)
+    mass = sum(torch.tensor(x, dtype=torch.float64).exp() for x in known.values())
+    return torch.stack([*listed, torch.clamp(1 - mass, min=REST_FLOOR).log()])
+
+
+def mean_probs(logps, weights):
+    """N log-probabilities [O] -> one, normalised."""
+    mean = torch.log(sum(float(w) * torch.exp(logp) for w, logp in zip(weights, logps, strict=True)))
+    return mean - torch.logsumexp(mean, -1)

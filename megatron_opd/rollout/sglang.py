@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -35,14 +35,15 @@ MAX_BANNED = 4096
 class WeightSync(Protocol):
     """How new weights reach servers."""
 
-    def push(self, clients: list[Client], weights: Weights, version: int) -> Mapping[Client, Exception]:
-        """Give them to all; servers that failed come back with the reason. Not on the loop's thread."""
+    def push(self, clients: Sequence[Client], weights: Weights, version: int) -> Mapping[str, Exception]:
+        """Give them to all, on the caller's thread, and run `weights` to its end whatever happens: other ranks take
+        part in it. Returns the urls of those that failed, and why. Raises Down when all did."""
 
     async def give(self, client: Client) -> None:
-        """Bring one server, which was away, to the weights of the last push."""
+        """Return when this server, which was away, has the weights of the last push. Raises an error when not."""
 
     def close(self) -> None:
-        """Leave the servers as they are and clean up."""
+        """Clean up."""
 
 
 class SGLangEngine:
@@ -63,7 +64,7 @@ class SGLangEngine:
         a server may be behind when a request reaches it, where somebody else's engine pushes the weights."""
         self.pool, self.loop, self.sync, self.partial = pool, loop, sync, partial
         self.eos_ids = eos_ids
-        own = min(client.limits.vocab_size for client in pool.up())
+        own = min(client.limits.vocab_size for client in pool.clients)
         if own - vocab_size > MAX_BANNED:
             raise ValueError(
                 f"student.model has {own} entries in its vocabulary, but the run uses only the {vocab_size} that all"
@@ -86,22 +87,14 @@ class SGLangEngine:
         return self.loop.run(self._all(prompts, sampling, on_finished or (lambda _: None)))
 
     def load(self, weights: Weights, version: int) -> None:
-        """Push the weights to every server that is up; those that fail get no work until they have them.
+        """Push the weights to the servers; those that fail get no work until they have them.
 
         Raises Down when none took them. `weights` is always run to its end: other ranks take part in it.
         """
-        try:
-            self.loop.run(self.pool.returning.acquire(), timeout_s=None)
-            try:
-                failed = self.sync.push(self.pool.up(), weights, version)
-                self.oldest = version - self.lag
-            finally:
-                self.loop.run(self._release(), timeout_s=None)
-            self.loop.run(self._evict(failed), timeout_s=None)
-        finally:
-            deque(weights, maxlen=0)
-        if not self.pool.up():
-            raise Down(f"no server took the weights of version {version}{self.pool.state()}")
+        clients = self.pool.clients  # one that is down may have come back
+        failed = self.sync.push(clients, weights, version)
+        self.oldest = version - self.lag
+        self.loop.run(self._settle({client: failed.get(client.url) for client in clients}))
 
     def metrics(self) -> dict[str, float]:
         """Counters since the last call, as `rollout/…`."""
@@ -185,12 +178,12 @@ class SGLangEngine:
 
         return await self.pool.run(work, group=group, tokens=len(draw.ids) + draw.max_new_tokens)
 
-    async def _evict(self, failed: Mapping[Client, Exception]) -> None:
-        for client, error in failed.items():
-            self.pool.evict(client, error)
-
-    async def _release(self) -> None:
-        self.pool.returning.release()
+    async def _settle(self, outcomes: Mapping[Client, Exception | None]) -> None:
+        for client, error in outcomes.items():
+            if error is None:
+                self.pool.take_back(client)
+            else:
+                self.pool.evict(client, error)
 
 
 def _end(draw: Draw, ids: tuple[int, ...], finish: str) -> Literal["stop", "length", "abort"]:

@@ -27,6 +27,8 @@ API_KEY, ADMIN_KEY = "MEGATRON_OPD_API_KEY", "MEGATRON_OPD_ADMIN_KEY"
 CONNECT_S = 10.0
 CONTROL_S = 60.0
 """Time-out of control requests that wait for no request of anybody else."""
+_IDLE_S = 2.0
+"""How long an unused connection is kept: servers drop theirs (SGLang after 5 s), and a request would find it closed."""
 _QUOTED = 300
 """Characters of a server's own words in a message."""
 
@@ -178,7 +180,7 @@ class Client:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         if self._session is None:
             # Room beside the requests that wait for answers: a pause must come through when all of those are queued.
-            connector = aiohttp.TCPConnector(limit=self._max_in_flight + 16)
+            connector = aiohttp.TCPConnector(limit=self._max_in_flight + 16, keepalive_timeout=_IDLE_S)
             self._session = aiohttp.ClientSession(connector=connector)
         request = self._session.request(
             method, self.url + path, data=sent or None, headers=headers, timeout=timeout, allow_redirects=False

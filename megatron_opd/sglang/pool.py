@@ -19,6 +19,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang.client import Client, Usage
 from megatron_opd.sglang.errors import RETRIED, Down, SGLangError
+from megatron_opd.sglang.wire import Limits
 
 _T = TypeVar("_T")
 Work = Callable[[Client, str], Awaitable[_T]]
@@ -58,14 +59,17 @@ class Pool:
         """`on_return` is called for a server that answers again, before it gets work; while it raises, it gets none.
         `pause_s` is the longest first pause before a request is sent again; later ones are longer."""
         self.name = name
-        self.returning = asyncio.Lock()
-        """Held while a server is taken back; whoever changes all servers holds it, so that none slips in between."""
         self._servers = [_Server(client) for client in clients]
         self._attempts, self._probe_s, self._pause_s = servers.retries + 1, servers.probe_s, pause_s
         self._on_return = on_return
         self._counts: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def clients(self) -> list[Client]:
+        """All servers, also those that are down."""
+        return [server.client for server in self._servers]
 
     def up(self) -> list[Client]:
         """Servers that get work."""
@@ -96,7 +100,7 @@ class Pool:
 
     def mark_down(self, client: Client, error: Exception) -> None:
         """No work for this server until it answers again and is taken back. On the loop's thread."""
-        server = next(server for server in self._servers if server.client is client)
+        server = self._server(client)
         is_news, server.error = server.error is None, error
         if is_news:
             self._counts["losses"] += 1
@@ -105,9 +109,16 @@ class Pool:
     def evict(self, client: Client, error: Exception) -> None:
         """Mark a server down whose answers could only be wrong: its requests go elsewhere at once."""
         self.mark_down(client, error)
-        server = next(server for server in self._servers if server.client is client)
+        server = self._server(client)
         while server.running:
             server.running.pop().cancel()
+
+    def take_back(self, client: Client) -> None:
+        """Give the server work again, if it had none: it has just shown that it is equal to the others."""
+        server = self._server(client)
+        if server.error is not None:
+            server.error = None
+            self._counts["returns"] += 1
 
     def metrics(self) -> dict[str, float]:
         """What was counted since the last call, and how many servers are down now."""
@@ -163,19 +174,23 @@ class Pool:
             group.server = min(up, key=lambda server: server.outstanding)
         return group.server
 
+    def _server(self, client: Client) -> _Server:
+        return next(server for server in self._servers if server.client is client)
+
     async def _win_back(self, server: _Server) -> None:
+        """Until somebody has taken it back."""
         while True:
             await asyncio.sleep(self._probe_s)
+            if server.error is None:
+                return
             try:
                 await server.client.health()
-                async with self.returning:
-                    if self._on_return is not None:
-                        await self._on_return(server.client)
-                    server.error = None
+                if self._on_return is not None:
+                    await self._on_return(server.client)
             except Exception as error:  # whatever it is, the server is not ready; the reason shows when none is left
                 server.error = error
                 continue
-            self._counts["returns"] += 1
+            self.take_back(server.client)
             return
 
     def state(self) -> str:
@@ -187,6 +202,18 @@ class Pool:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def connect(
+    servers: ServersConfig,
+    limits: Limits,
+    *,
+    name: str,
+    on_return: Callable[[Client], Awaitable[None]] | None = None,
+) -> Pool:
+    """A pool over `servers.urls`, which serve a model of these limits; nothing is sent yet. `name` is for messages."""
+    clients = [Client(url, servers, vocab_size=limits.vocab_size, context=limits.context) for url in servers.urls]
+    return Pool(clients, servers, name=name, on_return=on_return)
 
 
 async def _abort(client: Client, rid: str) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def start(
 ) -> list[Server]:
     """Start `servers.count` servers of `model`, logging to <log_dir>/<name>-<i>.log; `wait` says when they are ready.
 
-    `context` is the longest prompt and response together, `extra` are arguments before `servers.args`. Raises
-    ValueError when there is no SGLang, or when there are too few GPUs.
+    `context` is the longest prompt and response together, at most what the model allows; `extra` are arguments before
+    `servers.args`. Raises ValueError when there is no SGLang, or when there are too few GPUs.
     """
     python = Path(servers.python).expanduser().absolute()
     if not python.is_file():
@@ -127,14 +128,10 @@ def stop(started: Iterable[Server], grace_s: float = _STOP_S) -> None:
             server.process.terminate()
     deadline = time.monotonic() + grace_s
     for server in started:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             server.process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)  # workers may outlive their main process
-        except ProcessLookupError:
-            pass
         server.process.wait()
 
 
@@ -160,7 +157,7 @@ def _arguments(servers: ServersConfig, model: str | Path, port: int, context: in
         "--host": servers.host,
         "--port": str(port),
         "--tp-size": str(servers.tensor),
-        "--context-length": str(context + 1),  # the last token has a successor, which nobody asked for
+        "--context-length": str(context),
         "--dtype": _dtype(servers, model),
         "--skip-tokenizer-init": None,
         "--skip-server-warmup": None,
@@ -174,7 +171,7 @@ def _arguments(servers: ServersConfig, model: str | Path, port: int, context: in
             "--disable-overlap-schedule": None,
             "--max-running-requests": str(min(servers.max_in_flight, 64)),
             # By default the cache takes most of the machine's memory.
-            "--max-total-tokens": str(max(16 * (context + 1), 1 << 14)),
+            "--max-total-tokens": str(max(16 * context, 1 << 14)),
             "--mem-fraction-static": "0.1",
         }
     if os.environ.get(API_KEY) or os.environ.get(ADMIN_KEY):

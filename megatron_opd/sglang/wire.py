@@ -26,6 +26,8 @@ BANNED = -1e4
 FINISH = ("stop", "length", "abort")
 RESERVED = 7
 """Tokens by which what is sent must be shorter than the server's context."""
+MAX_CUT = 4096
+"""Tokens that are left by top-p alone, at most (the server's --sampling-mask-max-tokens)."""
 PROBABILITY_SLACK = 1e-3
 """How far above 0 rounding may take a log-probability (bf16 servers)."""
 
@@ -96,7 +98,8 @@ def draw_body(draw: Draw, limits: Limits) -> dict[str, Any]:
         "max_new_tokens": draw.max_new_tokens,
         "temperature": draw.temperature,
         "top_p": draw.top_p,
-        "top_k": draw.top_k or -1,
+        # The server tells the distribution that it sampled from only when it is cut to finitely many tokens.
+        "top_k": draw.top_k or (min(limits.vocab_size, MAX_CUT) if draw.is_cut else -1),
         "stop_token_ids": list(draw.stop_ids),
         "skip_special_tokens": False,
         "sampling_seed": draw.seed,  # heeded under --enable-deterministic-inference only
@@ -166,7 +169,8 @@ def read_score(ask: Ask, answer: Any, limits: Limits) -> TeacherScore:
     meta = _field(answer, "meta_info", dict)
     # Entry 0 is the token before the response, which has no log-probability here.
     entries = _field(meta, "input_token_logprobs", list)[1:]
-    logp_R = torch.tensor(_logps(entries, list(ask.ids[ask.first :])), dtype=torch.float32)
+    logps = _logps(entries, list(ask.ids[ask.first :]), shown_as_0=limits.vocab_size - 1)
+    logp_R = torch.tensor(logps, dtype=torch.float32)
     if ask.carrier == "sampled":
         return Sampled(logp_R)
     if ask.carrier == "hidden":
@@ -233,11 +237,16 @@ def _versions(spans: Sequence[Any], count: int) -> tuple[int, ...]:
     return tuple(versions)
 
 
-def _logps(entries: list[Any], ids: list[int]) -> list[float]:
-    """Log-probabilities of [logp, id, text] entries, which must be those of `ids`."""
+def _logps(entries: list[Any], ids: list[int], *, shown_as_0: int = -1) -> list[float]:
+    """Log-probabilities of [logp, id, text] entries, which must be those of `ids`.
+
+    0.5.23 writes 0 for the last id of the vocabulary in a prompt (as for placeholders of images); the number beside it
+    is right.
+    """
     _believe(len(entries) == len(ids), f"log-probabilities of {len(entries)} tokens for {len(ids)}")
     _believe(all(isinstance(e, list) and len(e) >= 2 for e in entries), "a log-probability without its id")
-    _believe([e[1] for e in entries] == ids, "log-probabilities of other tokens than those asked about")
+    same = all(e[1] == i or (i == shown_as_0 and e[1] == 0) for e, i in zip(entries, ids, strict=True))
+    _believe(same, "log-probabilities of other tokens than those asked about")
     return _numbers([e[0] for e in entries])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import TeacherScorer
 from megatron_opd.vocab import VocabShard
@@ -10,9 +10,25 @@ from megatron_opd.vocab import VocabShard
 
 def build_teachers(config: Config, parallel: Parallel, vocab: VocabShard) -> list[TeacherScorer]:
     """All teachers of the config, in its order. `vocab` is this rank's shard of the student's vocabulary."""
-    from megatron_opd.teachers.megatron import MegatronTeacher
+    return [_build(teacher, config, parallel, vocab) for teacher in config.teachers]
 
-    return [
-        MegatronTeacher(teacher, parallel, vocab, micro_batch_size=config.train.micro_batch_size)
-        for teacher in config.teachers
-    ]
+
+def _build(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:
+    if teacher.backend == "megatron":
+        from megatron_opd.teachers.megatron import MegatronTeacher
+
+        return MegatronTeacher(teacher, parallel, vocab, micro_batch_size=config.train.micro_batch_size)
+    from megatron_opd.sglang.loop import Loop
+    from megatron_opd.sglang.pool import connect
+    from megatron_opd.sglang.wire import Limits
+    from megatron_opd.student.architecture import read_limits
+    from megatron_opd.teachers.head import load_head
+    from megatron_opd.teachers.sglang import SGLangTeacher
+
+    head_LD = load_head(teacher, parallel, vocab) if teacher.carrier == "hidden" else None
+    if not parallel.is_leader:
+        return SGLangTeacher(teacher, parallel, None, None, head_LD=head_LD)
+    own, context = read_limits(teacher.model)
+    limits = Limits(vocab_size=own, context=context)
+    pool = connect(teacher.servers, limits, name=f"teacher '{teacher.name}'")
+    return SGLangTeacher(teacher, parallel, pool, Loop(), head_LD=head_LD)

@@ -18,6 +18,7 @@ from megatron_opd.parallel import Parallel
 from megatron_opd.student import groups, pipeline, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, drop_head, transformer_config
+from megatron_opd.teachers.head import load_head
 from megatron_opd.types import Hidden, MicroBatch, Rollout
 from megatron_opd.vocab import VocabShard
 
@@ -37,10 +38,7 @@ class MegatronTeacher:
         drop_head(self.model)
         source.load(self.model, body, config.model, parallel)
         self.model.requires_grad_(False).eval()
-        self.head_LD: torch.Tensor | None = None
-        if parallel.is_last_stage:
-            rows_LD = source.load_head_rows(config.model, arch, vocab.start, vocab.stop)
-            self.head_LD = rows_LD.to(groups.device(), dtype)
+        self.head_LD = load_head(config, parallel, vocab)
         if self.offload:
             self._host = {name: p.detach().cpu().pin_memory() for name, p in self.model.named_parameters()}
             self._release()

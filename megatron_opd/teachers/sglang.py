@@ -32,7 +32,8 @@ class SGLangTeacher:
         *,
         head_LD: torch.Tensor | None = None,
     ) -> None:
-        """`loop` is this teacher's own. `head_LD`: this rank's rows of the output head, for the carrier hidden on the last pipeline stage."""
+        """`loop` is this teacher's own. `head_LD`: this rank's rows of the output head, for the carrier hidden on the
+        last pipeline stage."""
         self.name, self.config, self.parallel = config.name, config, parallel
         self.head_LD = head_LD
         self._pool, self._loop = pool, loop

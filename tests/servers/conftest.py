@@ -1,9 +1,9 @@
 """Fixtures over the stand-in: servers, clients and pools that end with the test."""
 
 import pytest
-from standin import CONTEXT, VOCAB_SIZE, StandIn
+from servers.standin import StandIn, settings
+from servers.standin_model import CONTEXT, VOCAB_SIZE
 
-from megatron_opd.config import ServersConfig
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
 from megatron_opd.sglang.loop import Loop
 from megatron_opd.sglang.pool import Pool
@@ -34,12 +34,6 @@ def loop():
     loop = Loop()
     yield loop
     loop.close()
-
-
-def settings(servers, **changes):
-    """Quick in everything that waits."""
-    quick = {"request_timeout_s": 10.0, "retries": 3, "probe_s": 0.05}
-    return ServersConfig(urls=[server.url for server in servers], **{**quick, **changes})
 
 
 @pytest.fixture

@@ -8,64 +8,19 @@ compares its answers with those recorded from the real server.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hashlib
-import json
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from aiohttp import web
+from servers.standin_faults import AFTER, BEFORE
+from servers.standin_model import CONTEXT, END, VERSION, VOCAB_SIZE, b64, cut, draw, hidden, logps
 
+from megatron_opd.config import ServersConfig
 from megatron_opd.sglang.loop import Loop
-
-VOCAB_SIZE, HIDDEN_SIZE, CONTEXT = 40, 6, 64
-END = 2
-"""The end-of-sequence token of config.json, at which the server stops by itself."""
-VERSION = "0"
-"""Of the weights that it starts with; the real one says "default"."""
-
-
-def _random(*parts):
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return np.random.default_rng(int.from_bytes(digest, "big"))
-
-
-def logits(before, seed=0):
-    """[V] float64, of the token after `before`."""
-    return _random("logits", seed, tuple(before)).normal(scale=2.0, size=VOCAB_SIZE)
-
-
-def hidden(before):
-    """[H] float32: the final hidden state of the last token of `before`."""
-    return _random("hidden", tuple(before)).normal(size=HIDDEN_SIZE).astype(np.float32)
-
-
-def log_softmax(x):
-    shifted = x - x.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
-
-def logps(before, *, temperature=1.0, bias=None):
-    """[V] float64, as the server reports them: after logit_bias and temperature, before top-k and top-p."""
-    biased = logits(before)
-    for i, value in (bias or {}).items():
-        biased[int(i)] += value
-    return log_softmax(biased / (temperature or 1.0))
-
-
-def cut(logp, top_p, top_k):
-    """[V] float64: renormalised over the tokens that top-k and top-p leave; -inf for the others."""
-    order = np.argsort(-logp)
-    probs = np.exp(logp[order])
-    keep = (np.cumsum(probs) - probs <= top_p) & (np.arange(len(logp)) < (top_k if top_k > 0 else len(logp)))
-    left = np.full_like(logp, -np.inf)
-    left[order[keep]] = logp[order[keep]] - np.log(probs[keep].sum())
-    return left
-
-
-def _b64(array, dtype):
-    return base64.b64encode(np.asarray(array).astype(dtype).tobytes()).decode()
 
 
 class Refusal(Exception):
@@ -84,7 +39,7 @@ class _Request:
 
 
 class StandIn:
-    """One server. `faults` are names that the next /generate requests suffer, one each; see `_suffer`."""
+    """One server. `faults` are names that the next /generate requests suffer, one each; see `standin_faults`."""
 
     def __init__(self, *, token_s=0.0, api_key="", admin_key="", cached=0, version=VERSION):
         self.token_s, self.api_key, self.admin_key = token_s, api_key, admin_key
@@ -96,8 +51,10 @@ class StandIn:
         """A fault of every request."""
         self.seen, self.paths = [], []
         """Bodies of /generate and paths of all requests, as they came."""
+        self.abort_after = None
+        """Tokens after which requests are aborted."""
         self.running, self.done = {}, []
-        self.paused, self.session = False, False
+        self.paused, self.session, self.groups = False, False, set()
         self.port = 0
         self._loop = Loop()
         self.start()
@@ -122,7 +79,7 @@ class StandIn:
     async def _start(self):
         app = web.Application(middlewares=[self._gate], client_max_size=64 << 20)
         app.add_routes([web.route("*", path, handler) for path, handler in self._routes().items()])
-        self.running, self.paused, self.session = {}, False, False
+        self.running, self.paused, self.session, self.groups = {}, False, False, set()
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
@@ -145,8 +102,10 @@ class StandIn:
             "/abort_request": self._abort,
             "/begin_weight_update": self._begin,
             "/end_weight_update": self._end,
-            "/update_weights_from_distributed": self._update,
-            "/update_weights_from_tensor": self._update,
+            "/init_weights_update_group": self._init_group,
+            "/destroy_weights_update_group": self._destroy_group,
+            "/update_weights_from_distributed": self._from_broadcast,
+            "/update_weights_from_tensor": self._from_tensor,
             "/update_weights_from_disk": self._from_disk,
             "/update_weight_version": self._new_version,
             "/weights_checker": self._checksums,
@@ -164,6 +123,8 @@ class StandIn:
             return await handler(request)
         except Refusal as refusal:
             return web.json_response({"error": {"message": str(refusal)}}, status=400)
+        except web.HTTPNotFound:
+            return web.json_response({"detail": "Not Found"}, status=404)
 
     # /generate
 
@@ -198,11 +159,13 @@ class StandIn:
         run = self.running[body["rid"]] = _Request(body)
         try:
             await self._turn(run)
+            run.aborted = run.aborted or self.abort_after == 0
             while len(run.ids) < body["sampling_params"]["max_new_tokens"] and not self._finish(run):
                 await asyncio.sleep(self.token_s)
                 await self._turn(run)
                 if not run.aborted:
                     self._step(run)
+                run.aborted = run.aborted or len(run.ids) == self.abort_after
         finally:
             self.running.pop(body["rid"], None)
         return self._say(run)
@@ -213,7 +176,7 @@ class StandIn:
             await asyncio.sleep(0.005)
 
     def _step(self, run):
-        sampling, position = run.body["sampling_params"], len(run.ids)
+        sampling = run.body["sampling_params"]
         temperature = sampling["temperature"]
         before = run.body["input_ids"] + run.ids
         logp = logps(before, temperature=temperature, bias=sampling.get("logit_bias"))
@@ -221,7 +184,7 @@ class StandIn:
             token, left = int(logp.argmax()), np.where(np.arange(VOCAB_SIZE) == logp.argmax(), 0.0, -np.inf)
         else:
             left = cut(logp, sampling.get("top_p", 1.0), sampling.get("top_k", -1))
-            uniform = _random("draw", sampling.get("sampling_seed", 0), len(run.body["input_ids"]) + position).random()
+            uniform = draw(sampling.get("sampling_seed", 0), len(before))
             token = int(np.searchsorted(np.exp(left).cumsum(), uniform * np.exp(left).sum(), side="right"))
         run.ids.append(token)
         run.logps.append(float(logp[token]))
@@ -266,7 +229,7 @@ class StandIn:
             meta["cached_tokens"] = first
             rows = [hidden(prompt[: i + 1]).tolist() for i in range(first, len(prompt))]
             meta["hidden_states"] = [rows] if run.ids else []
-        return {"text": "…", "output_ids": run.ids, "meta_info": meta}
+        return {"output_ids": run.ids, "meta_info": meta}
 
     def _say_input(self, meta, body):
         prompt, start, k = body["input_ids"], body.get("logprob_start_len", -1), body.get("top_logprobs_num", 0)
@@ -275,13 +238,17 @@ class StandIn:
             return
         rows = [logps(prompt[:i]) for i in range(start + 1, len(prompt))]
         given = zip(rows, prompt[start + 1 :], strict=True)
-        meta["input_token_logprobs"] = [[None, prompt[start], None], *([float(row[i]), i, None] for row, i in given)]
+        meta["input_token_logprobs"] = [
+            [None, prompt[start], None],
+            # As a placeholder of images would be: the last id of the vocabulary is shown as 0.
+            *([float(row[i]), i % (VOCAB_SIZE - 1), None] for row, i in given),
+        ]
         if k:
             top = [np.argsort(-row)[:k] for row in rows]
             values = [row[ids] for row, ids in zip(rows, top, strict=True)]
             meta |= {
-                "input_top_logprobs_val_flat_b64": _b64(values, "<f4"),
-                "input_top_logprobs_idx_flat_b64": _b64(top, "<i4"),
+                "input_top_logprobs_val_flat_b64": b64(values, "<f4"),
+                "input_top_logprobs_idx_flat_b64": b64(top, "<i4"),
                 "input_top_logprobs_val_flat_b64_dtype": "float32",
                 "input_top_logprobs_idx_flat_b64_dtype": "int32",
                 "input_top_logprobs_shape": [len(rows), k],
@@ -327,31 +294,56 @@ class StandIn:
     async def _abort(self, request):
         body = await request.json()
         for rid, run in self.running.items():
-            if body.get("abort_all") or body.get("rid") == rid:
+            # While it is paused, the real one does not know requests that it has not begun.
+            if (body.get("abort_all") or body.get("rid") == rid) and (run.ids or not self.paused):
                 run.aborted = True
         return web.Response(status=200)
 
     async def _begin(self, request):
         if self.session:
-            return _outcome(False, "a weight update session is already open")
+            return _outcome(False, "a weight-update session is already open; call end_weight_update() first")
         self.session = True
-        return _outcome(True, "Success.")
+        return _outcome(True, "Success")
 
     async def _end(self, request):
         was, self.session = self.session, False
-        return _outcome(was, "Success." if was else "no weight update session is open")
+        return _outcome(was, "Success" if was else "no weight-update session is open; call begin_weight_update() first")
 
-    async def _update(self, request):
+    async def _init_group(self, request):
+        self.groups.add((await request.json())["group_name"])
+        return _outcome(True, "Succeeded to initialize custom process group.")
+
+    async def _destroy_group(self, request):
+        name = (await request.json())["group_name"]
+        if name not in self.groups:
+            return _outcome(False, "The group to be destroyed does not exist.")
+        self.groups.discard(name)
+        return _outcome(True, "Succeeded to destroy custom process group.")
+
+    async def _from_broadcast(self, request):
+        """Receives nothing: a test has no process group with it."""
+        body = await request.json()
+        if self.session and body.get("group_name") not in self.groups:
+            return _outcome(False, f"Failed to receive weights: Group {body.get('group_name')} not in [].")
+        return self._update(request.path, body)
+
+    async def _from_tensor(self, request):
+        return self._update(request.path, await request.json())
+
+    def _update(self, path, body):
         if not self.session:
-            return _outcome(False, "no weight update session is open: call begin_weight_update first")
-        self.version = (await request.json()).get("weight_version") or self.version
-        return _outcome(True, "Success.")
+            return _outcome(False, f"{path[1:]} must run between begin_weight_update() and end_weight_update()")
+        return self._updated(body)
 
     async def _from_disk(self, request):
-        self.version = (await request.json()).get("weight_version") or self.version
-        return web.json_response(
-            {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}
-        )
+        body = await request.json()
+        if body["model_path"] != "model" and not Path(body["model_path"]).is_dir():
+            return _outcome(False, f"Failed to get weights iterator: '{body['model_path']}'", num_paused_requests=0)
+        return self._updated(body, num_paused_requests=0)
+
+    def _updated(self, body, **more):
+        self.version = body.get("weight_version") or self.version
+        return _outcome(True, f"Success Weight version updated to {self.version}.", **more)
 
     async def _new_version(self, request):
         self.version = (await request.json())["new_version"]
@@ -362,8 +354,8 @@ class StandIn:
         return web.json_response({"success": True, "message": "Success.", "ranks": [{"checksums": checksums}]})
 
 
-def _outcome(success, message):
-    return web.json_response({"success": success, "message": message}, status=200 if success else 400)
+def _outcome(success, message, **more):
+    return web.json_response({"success": success, "message": message, **more}, status=200 if success else 400)
 
 
 def _spans(versions):
@@ -376,92 +368,15 @@ def _spans(versions):
     return spans
 
 
-# faults: in place of an answer, and to one
+def settings(servers, **changes):
+    """A ServersConfig over stand-ins, quick in everything that waits."""
+    quick = {"request_timeout_s": 10.0, "retries": 3, "probe_s": 0.05}
+    return ServersConfig(urls=[server.url for server in servers], **{**quick, **changes})
 
 
-async def _die(server, request):
-    await asyncio.sleep(0.02)
-    asyncio.get_running_loop().create_task(server._stop())
-    await asyncio.sleep(10)
-
-
-async def _drop(server, request):
-    request.transport.abort()
-    return web.Response()
-
-
-async def _hang(server, request):
-    await asyncio.sleep(3600)
-
-
-async def _garbage(server, request):
-    return web.Response(text="<html>busy</html>")
-
-
-async def _half(server, request):
-    return web.Response(text=json.dumps({"output_ids": [1, 2, 3]})[:-4])
-
-
-async def _error(server, request):
-    return web.json_response({"error": {"message": "internal error"}}, status=500)
-
-
-async def _full(server, request):
-    return web.json_response({"detail": "The request queue is full."}, status=503)
-
-
-BEFORE = {
-    "die": _die,
-    "drop": _drop,
-    "hang": _hang,
-    "garbage": _garbage,
-    "half": _half,
-    "error": _error,
-    "full": _full,
-}
-
-
-def _shorten(answer):
-    for name in ("output_token_logprobs", "input_token_logprobs"):
-        if answer["meta_info"].get(name):
-            answer["meta_info"][name].pop()
-
-
-def _edit(name, column, value):
-    def edit(answer):
-        for entry in answer["meta_info"].get(name, [])[-1:]:
-            entry[column] = value
-
-    return edit
-
-
-def _both(column, value):
-    edits = [_edit(name, column, value) for name in ("output_token_logprobs", "input_token_logprobs")]
-    return lambda answer: [edit(answer) for edit in edits]
-
-
-def _set(name, value):
-    return lambda answer: answer["meta_info"].update({name: value})
-
-
-AFTER = {
-    "short": _shorten,
-    "wrong_ids": _both(1, 7777),
-    "nan": _both(0, float("nan")),
-    "null": _both(0, None),
-    "positive": _both(0, 0.5),
-    "text": _both(0, "-0.5"),
-    "no_finish": _set("finish_reason", None),
-    "odd_finish": _set("finish_reason", {"type": "banana"}),
-    "no_versions": _set("weight_versions", None),
-    "odd_version": _set("weight_versions", [{"version": "default", "start": 0, "end": 1}]),
-    "short_versions": _set("weight_versions", [{"version": VERSION, "start": 0, "end": 1}]),
-    "no_meta": lambda answer: answer.pop("meta_info"),
-    "more_ids": lambda answer: answer["output_ids"].append(3),
-    "short_top": _set("input_top_logprobs_val_flat_b64", _b64([0.0], "<f4")),
-    "no_base64": _set("input_top_logprobs_idx_flat_b64", "%%%"),
-    "odd_shape": _set("input_top_logprobs_shape", [1, 1]),
-    "ragged_hidden": _set("hidden_states", [[[1.0, 2.0], [1.0]] * 9]),
-    "few_hidden": _set("hidden_states", [[[1.0] * HIDDEN_SIZE]]),
-    "decoded_hidden": _set("hidden_states", [[1.0] * HIDDEN_SIZE]),
-}
+def wait_for(condition, timeout_s=10.0):
+    """Until it is true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)

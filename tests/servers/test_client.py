@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import settings
-from standin import AFTER, BEFORE, CONTEXT, END, VOCAB_SIZE, cut, hidden, logps
+from servers.standin import settings
+from servers.standin_faults import AFTER, BEFORE
+from servers.standin_model import CONTEXT, END, VOCAB_SIZE, cut, hidden, logps
 
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
 from megatron_opd.sglang.errors import BadAnswer, Down, Refused, SGLangError
-from megatron_opd.sglang.wire import Ask, Draw
+from megatron_opd.sglang.wire import Ask, Draw, Drawn
 from megatron_opd.types import Hidden, Sampled, TopK
 
 PROMPT = (5, 6, 7, 8)
@@ -169,7 +170,7 @@ def test_nobody_listens(servers, loop, make_pool):
 
 def test_the_servers_own_words_are_passed_on(client, loop):
     with pytest.raises(Refused, match=r"400.*begin_weight_update"):
-        loop.run(client[0].post("/update_weights_from_distributed", {"names": []}), 10)
+        loop.run(client[0].post("/update_weights_from_tensor", {"serialized_named_tensors": []}), 10)
     with pytest.raises(Refused, match="404"):
         loop.run(client[0].post("/get_weight_version", {}), 10)
 
@@ -218,15 +219,10 @@ def test_flush_while_busy_is_refused(servers, loop, make_pool):
     assert drawn.logps == pytest.approx(expected(replace(DRAW, temperature=0.0), drawn.ids), abs=1e-6)
 
 
-def test_aborted_while_it_waits(servers, loop, make_pool):
+def test_aborted_before_the_first_token(servers, loop, make_pool):
     (server,) = servers(1)
-    client = make_pool([server]).up()[0]
-    loop.run(client.pause("retract"), 10)
-    answer = loop.start(client.generate(DRAW))
-    while not server.running:
-        pass
-    loop.run(client.abort(), 10)
-    assert answer.result(10).ids == ()
+    server.abort_after = 0
+    assert loop.run(make_pool([server]).up()[0].generate(DRAW), 10) == Drawn((), (), (), "abort")
 
 
 def test_a_pause_comes_through_when_all_requests_wait(servers, loop, make_pool):

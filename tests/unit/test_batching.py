@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from megatron_opd.batching import pack, padded_length
-from megatron_opd.types import Hidden
+from megatron_opd.batching import NoTeacherLeft, pack, padded_length, renormalised
+from megatron_opd.types import Hidden, Sampled, TopK
 
 CPU = torch.device("cpu")
 EOS = 0  # the same id as padding
@@ -93,3 +93,46 @@ def test_tokens_alone():
     (batch,) = pack_all(tiny.rollouts(count=3))
     assert batch.teachers == ()
     assert batch.weights_TN.shape == (len(batch.targets_T), 0)
+
+
+def test_lists_and_sampled_tokens_follow_their_rollouts():
+    """Zeros stand for rollouts that a teacher says nothing about; a teacher may be silent in a whole micro-batch."""
+    rollouts = [tiny.rollout((1, 2), (3, 4)), tiny.rollout((1,), (5,), index=1), tiny.rollout((2,), (6, 7), index=2)]
+    top = TopK(torch.tensor([[9, 3], [4, 8]]), torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))
+    sampled = Sampled(torch.tensor([-5.0]))
+    scores = [[top, None, None], [None, sampled, None]]
+    weights = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
+    first, last = pack_all(rollouts, micro_batch_size=2, scores=scores, weights=weights)
+    lists, logps = first.teachers
+    assert lists.ids_RK.tolist() == [[9, 3], [4, 8], [0, 0]]
+    assert lists.logp_RK.tolist() == [[-1, -2], [-3, -4], [0, 0]]
+    assert (lists.ids_RK.dtype, lists.logp_RK.dtype) == (torch.int64, torch.float32)
+    assert logps.logp_R.tolist() == [0, 0, -5]
+    assert last.teachers == (None, None)
+
+
+def test_a_list_without_the_sampled_token_is_an_error():
+    rollouts = [tiny.rollout((1, 2), (3, 4))]
+    top = TopK(torch.tensor([[9, 3], [5, 8]]), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="lacks the token that was sampled"):
+        pack_all(rollouts, scores=[[top]], weights=[[1.0]])
+
+
+def test_teachers_that_did_not_answer_leave_their_weight_to_the_others():
+    rollouts = tiny.rollouts(count=3)
+    there = Hidden(None)
+    weights = [[0.2, 0.3, 0.5], [0.1, 0.9, 0.0], [0.7, 0.2, 0.1]]
+    scores = [[there, None, there], [there, there, there], [None, None, there]]  # by teacher
+    made = renormalised(rollouts, weights, scores)
+    assert made[0] == pytest.approx([0.4, 0.6, 0.0])
+    assert made[1] == [0.0, 1.0, 0.0]
+    assert made[2] == weights[2]  # not a bit of it
+
+
+def test_a_rollout_without_any_teacher_is_named():
+    rollouts = tiny.rollouts(count=2)
+    scores = [[Hidden(None), None], [None, None]]
+    with pytest.raises(NoTeacherLeft, match="prompt 1 of source 'b'"):
+        renormalised(rollouts, [[0.5, 0.5], [0.5, 0.5]], scores)
+    with pytest.raises(NoTeacherLeft):  # the one that answered has no weight
+        renormalised(rollouts[:1], [[0.0, 1.0]], [[Hidden(None)], [None]])

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from megatron_opd import config_file as cfg
+from megatron_opd.config_checks_serving import check_vocabulary
 
 MINIMAL = {
     "run": {"dir": "runs/x"},
@@ -140,9 +141,9 @@ def test_unreadable_files_are_named(tmp_path, text, message):
 
 
 AT_LEAST_ONE = [
-    "parallel.tensor", "parallel.pipeline", "parallel.data", "student.vocab_multiple", "loss.chunk_tokens",
-    "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_new_tokens", "data.max_prompt_tokens",
-    "train.steps", "train.micro_batch_size", "train.keep_last",
+    "parallel.tensor", "parallel.pipeline", "parallel.data", "parallel.expert", "student.vocab_multiple",
+    "loss.chunk_tokens", "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_new_tokens",
+    "data.max_prompt_tokens", "train.steps", "train.micro_batch_size", "train.keep_last",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "train.eval_every", "train.save_every", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay",
@@ -175,6 +176,8 @@ def test_the_ends_of_the_ranges_are_allowed(setting, value):
         (tree_with(optim__warmup_steps=10), ["optim.warmup_steps (10)", "train.steps (10)"]),
         (tree_with(optim__min_lr=0.1, optim__lr=0.01), ["optim.min_lr (0.1)", "optim.lr (0.01)"]),
         (tree_with(parallel__sequence=True), ["parallel.sequence needs parallel.tensor > 1"]),
+        ({**MINIMAL, "parallel": {"tensor": 4, "expert": 3}}, ["parallel.expert (3) must divide parallel.tensor (4)"]),
+        ({**MINIMAL, "parallel": {"data": 2, "expert": 2}}, ["parallel.expert (2) must divide parallel.tensor (1)"]),
         (tree_with(parallel__data=3), ["rollout.prompts_per_step (16)", "parallel.data (3)"]),
         (tree_with(train__micro_batch_size=5), ["train.micro_batch_size (5)", "16 answers"]),
         ({**tree_with(train__micro_batch_size=16), "parallel": {"data": 2}},
@@ -229,3 +232,157 @@ def test_a_config_cannot_be_changed_after_the_checks():
     config = cfg.from_dict(MINIMAL)
     with pytest.raises(AttributeError):
         config.optim.lr = 1.0
+
+
+SERVED = {"backend": "sglang"}
+
+
+def served(*teachers, loss=None, **rollout):
+    """A valid tree whose teachers have these settings, and its rollouts those."""
+    named = [{"name": f"t{i}", "model": "m", **teacher} for i, teacher in enumerate(teachers)]
+    engine = {"engine": "sglang"} if rollout else {}
+    return {**MINIMAL, "teachers": named or MINIMAL["teachers"], "loss": loss or {}, "rollout": {**engine, **rollout}}
+
+
+def at_servers(**settings):
+    return served({**SERVED, "servers": settings})
+
+
+TOPK, SAMPLED = {**SERVED, "carrier": "topk"}, {**SERVED, "carrier": "sampled"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "fragments"),
+    [
+        (served({"carrier": "topk"}), ["teachers.0.carrier: topk needs teachers.0.backend: sglang"]),
+        (served({"carrier": "sampled"}, loss={"kind": "sampled"}),
+         ["teachers.0.carrier: sampled needs teachers.0.backend"]),
+        (served({"on_failure": "renormalise"}),
+         ["teachers.0.on_failure: renormalise needs teachers.0.backend: sglang"]),
+        (served({"servers": {"count": 2}}), ["teachers.0.servers needs teachers.0.backend: sglang"]),
+        (served({**TOPK, "top_k": 0}), ["teachers.0.top_k must be at least 1, not 0"]),
+        (served(SAMPLED), ["teachers.0.carrier: sampled needs loss.kind: sampled"]),
+        (served({}, SAMPLED, loss={"ensemble": "probs"}), ["teachers.1.carrier: sampled needs loss.kind: sampled"]),
+        (served(TOPK, loss={"temperature": 2.0}),
+         ["teachers.0.carrier: topk needs loss.temperature: 1, not 2.0", "allowed for hidden"]),
+        (served(SAMPLED, loss={"temperature": 0.5, "kind": "sampled"}),
+         ["teachers.0.carrier: sampled needs loss.temperature"]),
+        (served({}, TOPK), ["teachers.1.carrier: topk with several teachers needs loss.ensemble: probs"]),
+        (served({}, SAMPLED, loss={"kind": "sampled"}),
+         ["teachers.1.carrier: sampled with several", "loss.ensemble: probs"]),
+        (tree_with(loss__kind="sampled", loss__beta=0.5), ["loss.kind: sampled is reverse KL, so loss.beta must be 1"]),
+        (tree_with(loss__importance_cap=0.5), ["loss.importance_cap must be at least 1, not 0.5"]),
+        (served(top_p=0.0), ["rollout.top_p must be above 0 and at most 1"]),
+        (served(top_p=1.5), ["rollout.top_p must be above 0 and at most 1"]),
+        (served(top_k=-1), ["rollout.top_k must not be negative"]),
+        (served(max_staleness=-1), ["rollout.max_staleness must not be negative"]),
+        (served(sync_bucket_mb=0), ["rollout.sync_bucket_mb must be at least 1"]),
+        (served(partial=True), ["rollout.partial needs rollout.max_staleness"]),
+        (served({**SERVED, "servers": {"urls": ["http://a:1", "http://a:1/"]}}),
+         ["teachers.0.servers.urls names a server twice"]),
+        (served(servers={"count": 0}), ["rollout.servers.count must be at least 1"]),
+    ],
+)  # fmt: skip
+def test_what_carriers_and_engines_cannot_do_is_refused(tree, fragments):
+    text = " ".join(problems_of(tree))
+    assert [f for f in fragments if f not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("top_p", 0.9), ("top_k", 20), ("max_staleness", 1), ("sync_verify", True), ("servers", {"count": 2})],
+)
+def test_settings_of_servers_are_not_for_the_embedded_engine(setting, value):
+    (problem,) = problems_of(tree_with(**{f"rollout__{setting}": value}))
+    assert problem == f"rollout.{setting} needs rollout.engine: sglang, not local"
+    cfg.from_dict(served(**{setting: value}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"urls": ["node7:30000"]}, "node7:30000 must begin with http:// or https:// and a host"),
+        ({"urls": ["http://"]}, "http:// must begin with http:// or https:// and a host"),
+        ({"urls": ["http://node7:99999"]}, "http://node7:99999 is not an address"),
+        ({"urls": ["http://node7:1/?a=b"]}, "http://node7:1/?a=b must have nothing after ? or #"),
+        ({"tensor": 0}, "tensor must be at least 1, not 0"),
+        ({"max_in_flight": 0}, "max_in_flight must be at least 1, not 0"),
+        ({"retries": -1}, "retries must be at least 0, not -1"),
+        ({"start_timeout_s": 0}, "start_timeout_s must be above 0"),
+        ({"request_timeout_s": -1}, "request_timeout_s must be above 0"),
+        ({"probe_s": 0}, "probe_s must be above 0"),
+        ({"port": 70000}, "port must lie between 1 and 65535"),
+        ({"python": ""}, "python must not be empty"),
+        ({"gpus": [0, 1, 2], "count": 1, "tensor": 2}, "gpus names 3, but"),
+        ({"gpus": [0, 0], "tensor": 2}, "gpus must be different numbers from 0 up, not [0, 0]"),
+        ({"gpus": [-1]}, "gpus must be different numbers from 0 up"),
+    ],
+)
+def test_servers_that_cannot_be(settings, message):
+    (problem,) = problems_of(at_servers(**settings))
+    assert problem.startswith("teachers.0.servers.")
+    assert message in problem
+    (problem,) = problems_of(served(servers=settings))
+    assert problem.startswith("rollout.servers.")
+    assert message in problem
+
+
+def test_an_address_with_a_password_is_refused_and_not_repeated():
+    for url in ("http://me:hunter2@node7:30000", "http://me:hunter2@node7:99999"):
+        (problem,) = problems_of(at_servers(urls=[url]))
+        assert problem.startswith("teachers.0.servers.urls")
+        assert "MEGATRON_OPD_API_KEY" in problem
+        assert "hunter2" not in problem
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "node7", "::", "192.168.1.4"])
+def test_servers_that_others_can_reach_need_a_key(monkeypatch, host):
+    monkeypatch.delenv("MEGATRON_OPD_API_KEY", raising=False)
+    (problem,) = problems_of(at_servers(host=host))
+    assert problem.startswith(f"teachers.0.servers.host: {host}")
+    assert "MEGATRON_OPD_API_KEY" in problem
+    monkeypatch.setenv("MEGATRON_OPD_API_KEY", "secret")
+    cfg.from_dict(at_servers(host=host))
+    monkeypatch.delenv("MEGATRON_OPD_API_KEY")
+    cfg.from_dict(at_servers(host=host, urls=["http://node7:30000"]))  # which nobody starts here
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
+def test_servers_on_loopback_need_none(monkeypatch, host):
+    monkeypatch.delenv("MEGATRON_OPD_API_KEY", raising=False)
+    cfg.from_dict(at_servers(host=host))
+
+
+def test_servers_need_their_client(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = problems_of(served(TOPK, max_staleness=1))
+    assert problem == "rollout.servers, teachers.0.servers: servers need the package aiohttp, which is not installed"
+    cfg.from_dict(MINIMAL)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        served(TOPK),
+        served(TOPK, loss={"beta": 0.3}),
+        served({}, TOPK, {**SERVED, "carrier": "hidden"}, loss={"ensemble": "probs"}),
+        served(TOPK, loss={"kind": "sampled"}),
+        served(SAMPLED, loss={"kind": "sampled"}),
+        served({}, TOPK, SAMPLED, loss={"kind": "sampled", "ensemble": "probs"}),
+        served({}, {**SERVED, "on_failure": "renormalise"}, loss={"temperature": 2.0}),
+        served({}, loss={"kind": "sampled", "temperature": 2.0}),
+        served(max_staleness=2, partial=True, top_p=0.9, top_k=50),
+        at_servers(urls=["http://node7:30000", "https://node8:30000/", "http://[::1]:30001"]),
+        at_servers(tensor=2, count=2, gpus=[4, 5, 6, 7], host="localhost"),
+    ],
+)
+def test_what_carriers_and_engines_can_do_is_allowed(tree):
+    cfg.from_dict(tree)
+
+
+def test_nothing_asks_for_more_tokens_than_there_are():
+    config = cfg.from_dict(served({}, {**TOPK, "top_k": 100}, loss={"ensemble": "probs"}, top_k=101))
+    assert check_vocabulary(config, 101) == []
+    (problem,) = check_vocabulary(config, 100)
+    assert problem.startswith("rollout.top_k (101) must not be above 100")
+    assert [p.split()[0] for p in check_vocabulary(config, 99)] == ["rollout.top_k", "teachers.1.top_k"]

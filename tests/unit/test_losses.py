@@ -172,3 +172,99 @@ def test_half_precision_logits_are_normalised_in_float32():
     logp = VocabShard.whole(11).log_softmax(logits)
     assert logp.dtype == torch.float32
     torch.testing.assert_close(logp, torch.log_softmax(logits.float(), -1))
+
+
+def listed_and_largest(parallel):
+    """What is outside of some ids, its gradient, and the largest values, over this rank's shard."""
+    vocab = shard_of(parallel, COLUMNS, SIZE)
+    logits = list_logits()[:, vocab.start : vocab.stop].clone().requires_grad_()
+    logp = vocab.log_softmax(logits)
+    rest = vocab.log_rest(logp, LISTED)
+    (rest * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    return rest.detach(), logits.grad, vocab.top(logp, 5), vocab.top(logp, COLUMNS)
+
+
+LISTED = torch.tensor([[0, 11, 12, 0], [34, 24, -1, 23], [7, 40, 99, 7]])
+"""Ids twice, of padding columns, and of none."""
+
+
+def list_logits():
+    logits = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(5))
+    logits[0, [0, 11, 12]] += 27.0  # about 1e-12 is left
+    logits[:, SIZE:] = 50.0
+    return logits
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_rest_and_largest_over_shards(ranks, num_ranks):
+    by_rank = ranks.run(num_ranks, listed_and_largest)
+
+    def rest(z):
+        logp = oracle.log_softmax(z, SIZE)
+        others = [[v for v in range(SIZE) if v not in ids] for ids in LISTED.tolist()]
+        return torch.stack([logp[t, ids].exp().sum().log() for t, ids in enumerate(others)])
+
+    _, gradient = oracle.grad(lambda z: rest(z) * torch.tensor([1.0, 2.0, 3.0]), list_logits())
+    assert rest(list_logits())[0] < math.log(1e-10)
+    for found, _, five, everything in by_rank:
+        torch.testing.assert_close(found.double(), rest(list_logits()), atol=4e-6, rtol=0)
+        sorted_logp = oracle.log_softmax(list_logits(), SIZE).sort(-1, descending=True).values
+        torch.testing.assert_close(five.double(), sorted_logp[:, :5], atol=4e-6, rtol=1e-6)
+        torch.testing.assert_close(everything[:, :SIZE].double(), sorted_logp, atol=4e-6, rtol=1e-6)
+    found = torch.cat([answer[1] for answer in by_rank], dim=-1)
+    torch.testing.assert_close(found.double(), gradient, atol=5e-6, rtol=1e-6)
+
+
+def test_rest_of_nothing_is_finite_and_has_no_gradient():
+    logits = torch.randn(2, 3).requires_grad_()
+    vocab = VocabShard.whole(3)
+    rest = vocab.log_rest(vocab.log_softmax(logits), torch.tensor([[0, 1, 2], [2, 1, 0]]))
+    rest.sum().backward()
+    assert (rest < -80).all()
+    assert rest.isfinite().all()
+    assert (logits.grad == 0).all()
+
+
+def sampled_over_all_tokens(behaviour, cap):
+    """Expected loss and gradient over a token drawn from `behaviour` [V], with the student's and target's logits."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(1, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    target = torch.log_softmax(2 * torch.randn(1, 6, dtype=torch.float64, generator=generator), -1)[0]
+    student = VocabShard.whole(6).log_softmax(logits)[0]
+    mu = behaviour(student.detach())
+    weight, cut = losses.importance(student, mu, cap)
+    loss = (mu.exp() * losses.sampled_reverse_kl(student, target, weight)).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    value, expected = oracle.grad(lambda z: oracle.kl(oracle.log_softmax(z, 6), target), logits)
+    return loss.item(), gradient, cut, value.item(), expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_sampled_tokens_give_reverse_kl_in_expectation(temperature):
+    """Value and gradient, also when the sampler is another model; without truncation."""
+    loss, gradient, cut, value, expected = sampled_over_all_tokens(
+        lambda q: torch.log_softmax(q / temperature, -1), 1e9
+    )
+    assert not cut.any()
+    assert loss == pytest.approx(value, rel=1e-9)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_truncation_changes_the_tokens_above_the_cap_alone():
+    student, behaviour = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -3.0, -0.5])
+    weight, cut = losses.importance(student, behaviour, 2.0)
+    assert weight.tolist() == pytest.approx([1.0, 2.0, math.exp(-0.5)])
+    assert cut.tolist() == [False, True, False]
+    *_, value, expected = sampled_over_all_tokens(lambda q: torch.log_softmax(q / 3, -1), 1e9)
+    biased, gradient, cut, *_ = sampled_over_all_tokens(lambda q: torch.log_softmax(q / 3, -1), 1.1)
+    assert cut.any()
+    assert biased != pytest.approx(value, rel=1e-3)
+    assert not torch.allclose(gradient, expected, rtol=1e-3)
+
+
+def test_numbers_of_a_sampled_token():
+    """log q = -1, log p = -3, w = 1.5: the student likes the token more than the teacher does, so descent lowers it."""
+    student = torch.tensor([-1.0], requires_grad=True)
+    loss = losses.sampled_reverse_kl(student, torch.tensor([-3.0]), torch.tensor([1.5]))
+    loss.backward()
+    assert (loss.item(), student.grad.item()) == (3.0, 3.0)

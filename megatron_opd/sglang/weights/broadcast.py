@@ -1,9 +1,9 @@
 """Weights by broadcast: one process group with all servers (NCCL on GPUs, gloo without), one collective a bucket.
 
 A collective and the requests that announce it run at the same time. As soon as one request fails, the others have
-`GRACE_S` to answer; the group is then dropped, a new one is made with the servers that are left, and the bucket is sent
-again, which is harmless for those that had it. What was sent before is still on the servers, so nothing is replayed, and
-nobody ever waits for longer than `servers.request_timeout_s`.
+`GRACE_S` to answer; the group is then dropped, a new one is made with the servers that are left, and the bucket is
+sent again, which is harmless for those that had it. What was sent before is still on the servers, so nothing is
+replayed, and nobody ever waits for longer than `servers.request_timeout_s`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a server's checksums must be, from the student's own tensors: the check that servers have the student's weights.
 
 SGLang fuses some tensors (q, k and v; gate and up; the experts of a layer), splits them over its ranks, and hashes what
-each rank has. The same is done here while the weights stream by; of a fused tensor, the parts are kept until it is whole.
+each rank has. The same is done here while the weights stream by; parts of a fused tensor are kept until it is whole.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Expected:
     def __init__(self, model: str | Path) -> None:
         config = json.loads((Path(model) / "config.json").read_text())
         self._kv_heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
-        self._experts = int(config.get("num_experts") or 0)
+        self._experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
         self._layouts: dict[Client, Layout] = {}
         self._parts: dict[str, dict[tuple[int, int], tuple[str, torch.Tensor]]] = {}
         self._sums: dict[tuple[Layout, int], dict[str, set[str]]] = {}
@@ -77,8 +77,8 @@ class Expected:
         odd |= {} if isinstance(dtype, torch.dtype) else {"dtype": info.get("dtype")}
         if odd:
             raise Refused(
-                f"{client.url}: rollout.sync_verify cannot compare the weights of a server with {odd}; start it without,"
-                " with an explicit --dtype, or switch the check off"
+                f"{client.url}: rollout.sync_verify cannot compare the weights of a server with {odd}; start it"
+                " without, with an explicit --dtype, or switch the check off"
             )
         assert isinstance(dtype, torch.dtype)
         self._layouts[client] = Layout(int(info.get("tp_size", 1)), dtype, info.get("device") == "cpu")

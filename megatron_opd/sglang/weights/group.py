@@ -1,4 +1,4 @@
-"""The process group of this process and all ranks of all servers: rank 0 is here. It lives outside the trainer's groups.
+"""The process group of this process, which is rank 0, and all ranks of all servers; outside the trainer's groups.
 
 A collective waits for every member, and a server that refuses or dies never joins, so nothing here waits in the event
 loop's thread: joining and sending run in threads that can be left behind, and dropping the group sets free those who
@@ -86,7 +86,7 @@ class Group:
         self._store = None
 
     def drop(self) -> None:
-        """Leave, whatever the others do. What still waits in the group ends with an error, at once or by its time-out."""
+        """Leave, whatever the others do. What still waits in it ends with an error at its time-out."""
         self.let_go()
         group, self.process_group = self.process_group, None
         if group is None:

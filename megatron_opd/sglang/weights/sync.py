@@ -13,14 +13,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from megatron_opd.config import RolloutConfig
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.errors import BadAnswer, Down, Refused, SGLangError
+from megatron_opd.sglang.errors import Down, Refused, SGLangError
 from megatron_opd.sglang.loop import Loop
 from megatron_opd.sglang.weights.broadcast import Broadcast, Failures
 from megatron_opd.sglang.weights.buckets import buckets
@@ -155,7 +155,7 @@ class _Session:
 
 async def _stop_sampling(client: Client) -> None:
     await client.pause("retract")
-    await client.flush()
+    await client.flush(timeout_s=0)  # to wait is to wait for the paused requests too, which cannot end
 
 
 async def _open(client: Client) -> None:

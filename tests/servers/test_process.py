@@ -1,0 +1,186 @@
+"""Starting and ending servers, with a small program in SGLang's place."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_opd.config import ServersConfig
+from megatron_opd.sglang import process
+
+# Answers /health like the server; what it does before and after depends on the name of the model.
+PROGRAM = """#!{python}
+import http.server, json, os, pathlib, subprocess, sys, time, yaml
+arguments = sys.argv[3:]
+value = lambda name: arguments[arguments.index(name) + 1]
+model = pathlib.Path(value("--model-path")).name
+print("arguments", json.dumps(arguments), flush=True)
+print("environment", json.dumps(dict(os.environ)), flush=True)
+if "--config" in arguments:
+    keys = yaml.safe_load(open(value("--config")))
+    print("keys of length", json.dumps({{name: len(key) for name, key in keys.items()}}), flush=True)
+if model == "dies":
+    sys.exit("cannot load this")
+if model == "never-ready":
+    time.sleep(600)
+if model == "stubborn":
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+http.server.HTTPServer((value("--host"), int(value("--port"))), Health).serve_forever()
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "python"
+    path.write_text(PROGRAM.format(python=sys.executable))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def begin(program, tmp_path):
+    """begin(model, **settings) -> (servers, settings), ended after the test."""
+    begun = []
+
+    def begin(model, **changes):
+        settings = ServersConfig(python=program, **{"port": 41000, "start_timeout_s": 20.0, **changes})
+        begun.extend(process.start(settings, tmp_path / model, name="student", log_dir=tmp_path / "logs", context=99))
+        return begun, settings
+
+    yield begin
+    process.stop(begun, grace_s=0.2)
+
+
+def said(server, word):
+    """The rest of the log's line that starts with `word`."""
+    return next(line for line in server.log.read_text().splitlines() if line.startswith(word))[len(word) + 1 :]
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, timeout=10).stdout
+    return not state.startswith("Z") and bool(state.strip())
+
+
+def gone(pid):
+    deadline = time.monotonic() + 10
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_alive(pid)
+
+
+def test_servers_become_ready_and_are_stopped_with_their_children(begin, tmp_path):
+    servers, settings = begin("fine", count=2, args=["--mem-fraction-static", "0.5"])
+    lines = []
+    process.wait(servers, settings, say=lines.append)
+    assert len(lines) == 2
+    assert "ready" in lines[0]
+    assert len({s.url for s in servers}) == 2
+    assert [s.log for s in servers] == [tmp_path / "logs" / f"student-{i}.log" for i in range(2)]
+    children = [int(said(server, "child")) for server in servers]
+    assert all(is_alive(pid) for pid in children)
+    process.stop(servers)
+    assert all(gone(pid) for pid in [*children, *(s.pid for s in servers)])
+    process.stop(servers)  # harmless
+
+
+def test_the_command_line_names_loopback_context_and_type_and_ends_with_the_users_arguments(begin, tmp_path):
+    (tmp_path / "fine").mkdir()
+    (tmp_path / "fine" / "config.json").write_text('{"dtype": "float32"}')
+    (server,), settings = begin("fine", args=["--mem-fraction-static", "0.5"])
+    process.wait([server], settings, say=print)
+    arguments = said(server, "arguments")
+    for option in ('"--host", "127.0.0.1"', '"--context-length", "99"', '"--dtype", "float32"'):
+        assert option in arguments
+    assert arguments.endswith('"--mem-fraction-static", "0.5"]')
+
+
+def test_a_server_is_not_told_about_the_rank_that_starts_it(begin, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    (server,), settings = begin("fine")
+    process.wait([server], settings, say=print)
+    environment = said(server, "environment")
+    assert "cpu_stand_ins" in environment
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC"):
+        assert f'"{name}' not in environment
+
+
+def test_keys_reach_the_server_and_nothing_else(begin, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEGATRON_OPD_API_KEY", "secret-for-all")
+    monkeypatch.setenv("MEGATRON_OPD_ADMIN_KEY", "secret-for-control")
+    (server,), settings = begin("fine")
+    process.wait([server], settings, say=print)
+    assert said(server, "keys") == 'of length {"admin-api-key": 18, "api-key": 14}'
+    ps = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(server.pid)], capture_output=True, text=True, timeout=10)
+    assert "launch_server" in ps.stdout
+    files = "".join(p.read_text(errors="replace") for p in (tmp_path / "logs").iterdir() if p.is_file())
+    assert "secret" not in ps.stdout + files
+
+
+def test_a_server_that_dies_is_reported_with_the_end_of_its_log(begin):
+    servers, settings = begin("dies")
+    with pytest.raises(ValueError, match=r"(?s)exit code 1 before it was ready.*student-0\.log.*cannot load this"):
+        process.wait(servers, settings, say=print)
+
+
+def test_a_server_that_never_becomes_ready_names_the_setting(begin):
+    servers, settings = begin("never-ready", start_timeout_s=1.0)
+    with pytest.raises(ValueError, match=r"(?s)not ready after 1 s \(servers\.start_timeout_s\).*the end of"):
+        process.wait(servers, settings, say=print)
+
+
+def test_a_server_that_ignores_sigterm_is_killed(begin):
+    servers, settings = begin("stubborn")
+    process.wait(servers, settings, say=print)
+    started = time.monotonic()
+    process.stop(servers, grace_s=0.5)
+    assert 0.4 < time.monotonic() - started < 10
+    assert servers[0].process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_server_ends_when_the_trainer_is_killed(program, tmp_path):
+    code = f"""
+import time
+from megatron_opd.config import ServersConfig
+from megatron_opd.sglang import process
+servers = ServersConfig(python={program!r}, port=41100)
+(server,) = process.start(servers, {str(tmp_path / "fine")!r}, name="a", log_dir={str(tmp_path)!r}, context=9)
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(trainer.stdout.readline())
+    assert is_alive(pid)
+    trainer.kill()
+    trainer.wait(10)
+    trainer.stdout.close()
+    try:
+        assert gone(pid)
+    finally:
+        if is_alive(pid):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def test_without_sglang_the_message_says_how_to_get_it(tmp_path):
+    settings = ServersConfig(python=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"servers\.python: .* `make sglang`"):
+        process.start(settings, tmp_path, name="a", log_dir=tmp_path, context=9)
+
+
+def test_a_port_is_given_out_once_even_before_anybody_listens():
+    assert process.free_port("127.0.0.1", 42000) != process.free_port("127.0.0.1", 42000)

@@ -1,0 +1,130 @@
+"""Whole runs over stand-in servers, as another process: what is asked, what is trained, and what happens when they die."""
+
+import json
+import shutil
+import threading
+import time
+
+import pytest
+import tiny
+from e2e.program import CONFIG, MODELS, assert_user_error, checkpoints, opd, rows
+from servers.standin import VOCAB_SIZE, StandIn, wait_for
+
+STEPS, PROMPTS, SAMPLES = 4, 4, 2
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model with the vocabulary of the stand-ins, and a tokenizer of fewer words."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.save(tiny.build("qwen3", vocab_size=VOCAB_SIZE, max_position_embeddings=64), directory)
+    for file in MODELS.joinpath("student").iterdir():
+        if "token" in file.name:
+            shutil.copy(file, directory)
+    return directory
+
+
+@pytest.fixture
+def servers():
+    started = []
+
+    def make(count=1, **settings):
+        started.extend(StandIn(**settings) for _ in range(count))
+        return started[-count:]
+
+    yield make
+    for server in started:
+        server.close()
+
+
+def listed(servers):
+    return f"[{', '.join(server.url for server in servers)}]"
+
+
+def arguments(run_dir, model, rollout, teacher, *overrides):
+    """One rank; the student samples on `rollout`, one teacher is in-process and one on `teacher`, by its top-k."""
+    served = {"retries": 1, "probe_s": 0.2, "request_timeout_s": 20}
+    settings = {
+        **{"parallel.tensor": 1, "parallel.pipeline": 1, "run.dir": run_dir, "run.timeout_s": 60},
+        **{"student.model": model, "teachers.0.model": model, "teachers.1.model": model},
+        **{"rollout.engine": "sglang", "rollout.sync": "disk", "rollout.servers.urls": listed(rollout)},
+        **{"teachers.1.backend": "sglang", "teachers.1.carrier": "topk", "teachers.1.top_k": 8},
+        **{"teachers.1.servers.urls": listed(teacher), "loss.ensemble": "probs"},
+        **{f"{where}.servers.{name}": value for where in ("rollout", "teachers.1") for name, value in served.items()},
+        **{"rollout.prompts_per_step": PROMPTS, "rollout.samples_per_prompt": SAMPLES, "train.micro_batch_size": 4},
+        **{"train.steps": STEPS, "train.eval_every": 0, "train.save_every": 0, "train.eval_teachers": False},
+        "optim.warmup_steps": 0,
+    }
+    return [CONFIG, *(f"{name}={value}" for name, value in settings.items()), *overrides]
+
+
+def train(*given, **how):
+    return opd("train", *arguments(*given), **how)
+
+
+def test_a_run_on_servers(tmp_path, model, servers):
+    rollout, teacher = servers(2), servers(1)
+    done = train(tmp_path / "run", model, rollout, teacher)
+    assert done.returncode == 0, done.stderr
+    trained = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4]
+    assert all(row["rollout/version_lag"] == 0 for row in trained)
+    assert sum(row["rollout/requests"] for row in trained) == STEPS * PROMPTS * SAMPLES
+    assert sum(row["teacher/compare/requests"] for row in trained) == STEPS * PROMPTS * SAMPLES
+    assert {server.version for server in rollout} == {str(STEPS)}
+    assert all(0 < row["topk/compare/mass_outside"] < 1 for row in trained)
+    assert len(list((tmp_path / "run" / "weights").glob("*"))) <= 1, "old weights are left behind"
+
+
+def test_sampling_ahead_lags_by_one_version_and_uses_the_same_prompts(tmp_path, model, servers):
+    asked = []
+    for staleness in (0, 1):
+        rollout, teacher = servers(1), servers(1)
+        done = train(tmp_path / str(staleness), model, rollout, teacher, f"rollout.max_staleness={staleness}")
+        assert done.returncode == 0, done.stderr
+        trained = [row for row in rows(tmp_path / str(staleness)) if "loss" in row]
+        assert [row["rollout/version_lag"] for row in trained] == [0] + [staleness] * (STEPS - 1)
+        asked.append(sorted(json.dumps(body["input_ids"]) for body in rollout[0].seen))
+    assert asked[0] == asked[1]
+
+
+def test_a_run_that_lost_its_servers_saves_stops_and_goes_on(tmp_path, model, servers):
+    rollout, teacher = servers(1, token_s=0.02), servers(1)
+    run_dir = tmp_path / "run"
+    whole = STEPS * PROMPTS * SAMPLES
+
+    def die_in_the_third_step():
+        wait_for(lambda: len(rollout[0].seen) > 2 * PROMPTS * SAMPLES + 3, 200)
+        rollout[0].kill()
+
+    killer = threading.Thread(target=die_in_the_third_step)
+    killer.start()
+    begun = time.monotonic()
+    done = train(run_dir, model, rollout, teacher)
+    killer.join()
+    assert_user_error(done, "the same command continues from")
+    assert rollout[0].url in done.stderr
+    assert time.monotonic() - begun < 120
+    assert checkpoints(run_dir) == ["step_00000002"]
+    rollout[0].start()
+    done = train(run_dir, model, rollout, teacher)
+    assert done.returncode == 0, done.stderr
+    trained = [row for row in rows(run_dir) if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4]
+    assert len(rollout[0].seen) >= whole
+
+
+@pytest.mark.parametrize("on_failure", ["fail", "renormalise"])
+def test_a_teacher_that_never_answers(tmp_path, model, servers, on_failure):
+    rollout, teacher = servers(1), servers(1)
+    teacher[0].kill()
+    done = train(tmp_path / "run", model, rollout, teacher, f"teachers.1.on_failure={on_failure}")
+    if on_failure == "fail":
+        assert_user_error(done, "teacher 'compare'")
+        assert teacher[0].url in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    trained = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(trained) == STEPS
+    assert all("kl/compare" not in row and row["kl/ensemble"] == pytest.approx(row["kl/carry"]) for row in trained)

@@ -1,0 +1,135 @@
+"""Which servers a run needs, and how its ranks find them; starting them is process.py's and has tests of its own."""
+
+import contextlib
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_opd import launch, serve
+from megatron_opd.config_file import load
+from megatron_opd.sglang import process
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "examples/quickstart.yaml"
+SERVED = ["rollout.engine=sglang", "teachers.0.backend=sglang", "loss.chunk_tokens=8"]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def config(run_dir, *overrides):
+    return load(CONFIG, [*SERVED, f"run.dir={run_dir}", *overrides])
+
+
+@pytest.fixture()
+def fake(monkeypatch):
+    """process.start and friends, without processes."""
+    calls = SimpleNamespace(started=[], stopped=[], fails=False)
+
+    def start(servers, model, *, name, log_dir, context, extra):
+        calls.started.append((name, model, context, extra))
+        return [SimpleNamespace(url=f"http://{servers.host}:{servers.port + i}") for i in range(servers.count)]
+
+    def wait(started, servers, *, say):
+        if calls.fails:
+            raise ValueError("not ready")
+
+    monkeypatch.setattr(process, "start", start)
+    monkeypatch.setattr(process, "wait", wait)
+    monkeypatch.setattr(process, "stop", calls.stopped.extend)
+    return calls
+
+
+def test_models_behind_servers_and_how_they_are_started(tmp_path):
+    rollout, teacher = serve.needed(config(tmp_path))
+    assert (rollout.name, rollout.arguments) == ("rollout", ())
+    assert (teacher.name, teacher.arguments) == ("teacher-carry", ("--enable-return-hidden-states",))
+    assert rollout.context <= 1024 + 8 + 8
+    (only,) = serve.needed(load(CONFIG, ["teachers.1.backend=sglang", "loss.ensemble=probs",
+                                         "teachers.1.carrier=topk", "teachers.1.top_k=4"]))  # fmt: skip
+    assert (only.name, only.setting, only.arguments) == ("teacher-compare", "teachers.1.servers", ())
+
+
+def test_samplers_compute_in_the_type_of_the_student(tmp_path):
+    rollout, teacher = serve.needed(config(tmp_path, "student.dtype=bf16"))
+    assert (rollout.servers.dtype, teacher.servers.dtype) == ("bf16", "auto")
+    rollout, _ = serve.needed(config(tmp_path, "student.dtype=bf16", "rollout.servers.dtype=fp32"))
+    assert rollout.servers.dtype == "fp32"
+
+
+def test_nothing_is_served_by_default():
+    quickstart = load(CONFIG)
+    assert serve.needed(quickstart) == []
+    assert serve.with_urls(quickstart) == quickstart
+
+
+def test_a_student_without_hugging_face_weights_starts_with_dummies(tmp_path):
+    model = tmp_path / "torch_dist"
+    model.mkdir()
+    (model / "config.json").write_text((ROOT / "examples/quickstart/models/student/config.json").read_text())
+    rollout, _ = serve.needed(config(tmp_path, f"student.model={model}"))
+    assert rollout.arguments == ("--load-format", "dummy")
+
+
+def test_servers_with_urls_are_not_ours_to_start(tmp_path):
+    ours = serve.to_start(config(tmp_path, "rollout.servers.urls=[http://far:1]"))
+    assert [served.name for served in ours] == ["teacher-carry"]
+    with pytest.raises(ValueError, match="no servers named rollout; it starts: teacher-carry"):
+        serve.to_start(config(tmp_path, "rollout.servers.urls=[http://far:1]"), only=["rollout"])
+
+
+def test_ranks_find_what_was_started_and_nothing_afterwards(tmp_path, fake):
+    asked = config(tmp_path, "rollout.servers.count=2", "rollout.servers.port=41000")
+    with serve.running(asked, say=lambda _: None) as servers:
+        assert len(servers) == 3
+        found = serve.with_urls(asked)
+        assert found.rollout.servers.urls == ["http://127.0.0.1:41000", "http://127.0.0.1:41001"]
+        assert found.teachers[0].servers.urls == ["http://127.0.0.1:30000"]
+        assert found.teachers[1] == asked.teachers[1]
+    assert fake.stopped == servers
+    with pytest.raises(ValueError, match=r"rollout\.servers: no servers for rollout are running; start them with"):
+        serve.with_urls(asked)
+
+
+def test_some_here_and_the_others_elsewhere(tmp_path, fake):
+    asked = config(tmp_path)
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(serve.running(asked, say=lambda _: None, only=["rollout"]))
+        with pytest.raises(ValueError, match=r"teachers\.0\.servers: no servers for teacher-carry"):
+            serve.with_urls(asked)
+        opened.enter_context(serve.running(asked, say=lambda _: None, only=["teacher-carry"]))
+        assert serve.with_urls(asked).teachers[0].servers.urls
+
+
+def test_an_address_that_means_any_is_noted_as_this_host(tmp_path, fake, monkeypatch):
+    monkeypatch.setenv("MEGATRON_OPD_API_KEY", "secret")
+    asked = config(tmp_path, "rollout.servers.host=0.0.0.0")
+    with serve.running(asked, say=lambda _: None):
+        assert serve.with_urls(asked).rollout.servers.urls == [f"http://{socket.gethostname()}:30000"]
+
+
+def test_servers_that_do_not_get_ready_are_ended(tmp_path, fake):
+    fake.fails = True
+    with pytest.raises(ValueError, match="not ready"), serve.running(config(tmp_path), say=lambda _: None):
+        raise AssertionError("it must not get here")
+    assert len(fake.stopped) == len(fake.started) == 2
+
+
+def test_notes_of_a_start_that_was_killed_are_forgotten(tmp_path, fake):
+    asked = config(tmp_path)
+    (tmp_path / "servers").mkdir()
+    (tmp_path / "servers" / f"rollout@{socket.gethostname()}-007").write_text("http://127.0.0.1:1")
+    with serve.running(asked, say=lambda _: None):
+        assert serve.with_urls(asked).rollout.servers.urls == ["http://127.0.0.1:30000"]
+
+
+def test_the_plan_shows_servers_and_trainer(tmp_path):
+    asked = config(tmp_path, "rollout.servers.count=2", "rollout.servers.tensor=2")
+    rollout, teacher, trainer = launch.plan(asked, ["x.yaml"])
+    assert (rollout.ranks, teacher.ranks, trainer.ranks) == (4, 1, 4)
+    assert "sglang.launch_server" in str(rollout)
+    assert "examples/quickstart/models/student" in str(rollout)
