@@ -103,6 +103,8 @@ class ServersConfig:
     """Requests that are with one server at a time; the rest wait here."""
     probe_s: float = 5.0
     """Seconds between looks at a server that failed; when it answers again, it gets the current weights and work."""
+    patience_s: float = 60.0
+    """Seconds to wait for one of the servers to come back when none is left; then requests fail at once."""
 
 
 @_section

@@ -128,7 +128,7 @@ def _check_servers(what: str, servers: ServersConfig) -> list[str]:
     ]
     problems += [
         f"{what}.{name} must be above 0, not {getattr(servers, name)}"
-        for name in ("start_timeout_s", "request_timeout_s", "probe_s")
+        for name in ("start_timeout_s", "request_timeout_s", "probe_s", "patience_s")
         if getattr(servers, name) <= 0
     ]
     problems += [f"{what}.urls: {why}" for url in servers.urls if (why := _wrong_url(url))]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_opd import serve
 from megatron_opd.config import Config, SourceConfig
 from megatron_opd.config_checks_serving import check_vocabulary
 from megatron_opd.config_file import ConfigError
@@ -142,7 +143,8 @@ class _Reader:
     problems: list[str]
 
     def sources(self, sources: list[SourceConfig], *, need_answer: bool) -> list[tuple[SourceConfig, list[Prompt]]]:
-        room = self.context - self.config.rollout.max_new_tokens
+        # A server keeps some positions of its context for itself.
+        room = self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
         if room < 1:
             problem = (
                 f"rollout.max_new_tokens ({self.config.rollout.max_new_tokens}) leaves no room for a prompt in the"

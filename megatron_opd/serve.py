@@ -21,8 +21,8 @@ from megatron_opd.sglang import process
 from megatron_opd.student.architecture import read_limits
 
 _ANYWHERE = "0.0.0.0"
-_MARGIN = 8
-"""Tokens of context beyond the longest prompt and answer: SGLang keeps some for itself."""
+MARGIN = 8
+"""Tokens of context that a server must have beyond the longest prompt and answer: SGLang keeps some for itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class Served:
 
 def needed(config: Config) -> list[Served]:
     """Every model of the config that is behind servers, started by us or not."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens + _MARGIN
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens + MARGIN
     found = []
     if config.rollout.engine == "sglang":
         # A Megatron checkpoint has no weights that SGLang could read; the first sync brings them.

@@ -60,16 +60,18 @@ def merged(everyone_WRK: torch.Tensor, asked: Asked) -> torch.Tensor:
     s_max_R, s_factor_WR = _scale(s_max_WR)
     s_sum_WR = everyone_WRK[..., S_SUM] * s_factor_WR
     out_RK[:, S_MAX], out_RK[:, S_SUM] = s_max_R, s_sum_WR.sum(0)
-    firsts = [asked.first_teacher + 3 * n for n in range(asked.num_teachers)] if asked.has_teachers else []
-    for at in [*([T_MAX] if asked.has_target else []), *firsts]:
+    for at in [*([T_MAX] if asked.has_target else []), *asked.teachers_at]:
         t_max_R, t_factor_WR = _scale(everyone_WRK[..., at])
         t_sum_WR = everyone_WRK[..., at + 1] * t_factor_WR
         out_RK[:, at], out_RK[:, at + 1] = t_max_R, t_sum_WR.sum(0)
+        is_target = asked.has_target and at == T_MAX
+        if not (is_target or asked.by_teacher):
+            continue
         # Differences u - v of a shard are relative to its own maxima.
         shift_WR = (s_max_WR - s_max_R) - (everyone_WRK[..., at] - t_max_R)
         gap_s_WR = everyone_WRK[..., at + GAP_S - T_MAX] * s_factor_WR
         out_RK[:, at + GAP_S - T_MAX] = (gap_s_WR + s_sum_WR * shift_WR).sum(0)
-        if at == T_MAX and asked.has_target:
+        if is_target:
             out_RK[:, GAP_T] = (everyone_WRK[..., GAP_T] * t_factor_WR - t_sum_WR * shift_WR).sum(0)
     if asked.sampler_ratio:
         out_RK[:, -1] = (everyone_WRK[..., -1] * s_factor_WR.pow(asked.sampler_ratio)).sum(0)

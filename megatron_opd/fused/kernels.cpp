@@ -83,14 +83,23 @@ inline uint16_t to_bf16(float x) {  // to nearest, ties to even
   return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Fetches the block that follows this one into the cache while this one is worked on.
+inline void fetch_ahead(const char* next, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
+#endif
+}
+
 // out = or += scale * row[start : start + n]
 template <bool ADD>
 void load(const Matrix& m, int64_t row, int64_t start, int64_t n, float scale, float* __restrict out) {
   if (m.is_bf16) {
     const uint16_t* __restrict in = (const uint16_t*)m.data + row * m.stride + start;
+    fetch_ahead((const char*)(in + n), n * 2);
     for (int64_t i = 0; i < n; ++i) out[i] = ADD ? out[i] + scale * from_bf16(in[i]) : scale * from_bf16(in[i]);
   } else {
     const float* __restrict in = (const float*)m.data + row * m.stride + start;
+    fetch_ahead((const char*)(in + n), n * 4);
     for (int64_t i = 0; i < n; ++i) out[i] = ADD ? out[i] + scale * in[i] : scale * in[i];
   }
 }
@@ -104,32 +113,38 @@ void store(const Matrix& m, int64_t row, int64_t start, int64_t n, const float* 
   }
 }
 
+// Integers in the order of the numbers: compilers vectorise a maximum of those, and NaN is above all. Its own inverse.
+inline int32_t ordered(float x) {
+  const int32_t bits = (int32_t)float_to_bits(x);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+inline float from_ordered(int32_t key) { return bits_to_float((uint32_t)(key ^ ((key >> 31) & 0x7fffffff))); }
+
 float maximum(const float* __restrict x, int64_t n) {
-  float lanes[16];
-  for (int l = 0; l < 16; ++l) lanes[l] = NOTHING;
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int l = 0; l < 16; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-  for (; i < n; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-  float m = lanes[0];
-  for (int l = 1; l < 16; ++l) m = lanes[l] > m ? lanes[l] : m;
-  return m;
+  int32_t most = ordered(NOTHING);
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = ordered(x[i]);
+    most = key > most ? key : most;
+  }
+  return from_ordered(most);
+}
+
+// Of numbers that are not negative.
+float smallest(const float* __restrict x, int64_t n) {
+  uint32_t least = 0x7f800000u;
+  for (int64_t i = 0; i < n; ++i) least = float_to_bits(x[i]) < least ? float_to_bits(x[i]) : least;
+  return bits_to_float(least);
 }
 
 // y where x is `max`: the largest, if there are several.
 float value_at(float max, const float* __restrict x, const float* __restrict y, int64_t n) {
-  float lanes[16];
-  for (int l = 0; l < 16; ++l) lanes[l] = NOTHING;
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int l = 0; l < 16; ++l) {
-      const float here = x[i + l] == max ? y[i + l] : NOTHING;
-      lanes[l] = here > lanes[l] ? here : lanes[l];
-    }
-  for (; i < n; ++i) lanes[0] = x[i] == max && y[i] > lanes[0] ? y[i] : lanes[0];
-  float m = lanes[0];
-  for (int l = 1; l < 16; ++l) m = lanes[l] > m ? lanes[l] : m;
-  return m;
+  int32_t most = ordered(NOTHING);
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = x[i] == max ? ordered(y[i]) : ordered(NOTHING);
+    most = key > most ? key : most;
+  }
+  return from_ordered(most);
 }
 
 }  // namespace
@@ -143,7 +158,7 @@ enum { FIRST, SECOND, REVERSE_KL, NUM_SUMS };                     // columns of 
 
 struct Job {
   int64_t rows, width, columns;  // width: real columns; the gradient of the others is 0
-  int64_t kind, probs, first_teacher, phases, threads;  // first_teacher: column of stats, 0 where there are none
+  int64_t kind, probs, first_teacher, teacher_columns, phases, threads;  // of stats; 0 where there are none
   int64_t num_teachers, num_stats;
   double beta, inv_t, sampler_ratio;  // sampler_ratio: loss temperature / sampling temperature, or 0
   Matrix student;
@@ -177,7 +192,6 @@ class Row {
     given = !(j.phases & MAKE_STATS);
     if (j.probs) {
       look_at_student();
-      std::memset(p.data(), 0, p.size() * sizeof(float));
       mass_p = 0;
       for (int64_t k = 0; k < j.num_teachers; ++k) look_at_teacher(k, true);
     } else {
@@ -210,7 +224,8 @@ class Row {
   int64_t size(int64_t b) const { return b + 1 < blocks ? BLOCK : j.width - b * BLOCK; }
   float weight(int64_t k) const { return j.weights[n * j.num_teachers + k]; }
   double* target_stats() const { return stats + 2; }
-  double* teacher_stats(int64_t k) const { return stats + j.first_teacher + 3 * k; }
+  double* teacher_stats(int64_t k) const { return stats + j.first_teacher + j.teacher_columns * k; }
+  bool wants_gaps() const { return j.teacher_columns > 2; }
 
   static double maximum_of(const std::vector<Block>& all) {
     float max = NOTHING;
@@ -283,37 +298,53 @@ class Row {
   void look_at_teacher(int64_t k, bool add) {
     double* own = teacher_stats(k);
     if (weight(k) == 0.f) {
-      if (!given) own[MAX] = NOTHING, own[SUM] = own[GAP_S] = 0;
+      if (given) return;
+      own[MAX] = NOTHING;
+      for (int64_t i = 1; i < j.teacher_columns; ++i) own[i] = 0;
       return;
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * BLOCK, m = size(b);
-      load<false>(j.student, at, start, m, (float)j.inv_t, a);
       load<false>(j.teachers[k], at, start, m, (float)j.inv_t, t);
-      const float amax = student[b].max, tmax = maximum(t, m), ref = value_at(amax, a, t, m) - tmax;
-      float s = 0, g = 0;
-      const float* __restrict qb = q.data() + start;
+      const float tmax = maximum(t, m);
+      float s = 0;
       float* __restrict eb = add ? d.data() + start : scratch;
-#pragma omp simd reduction(+ : s, g)
-      for (int64_t i = 0; i < m; ++i) {
-        const float u = a[i] - amax, v = t[i] - tmax, y = fast_exp(v);
-        eb[i] = y, s += y, g -= qb[i] * ((v - u) - ref);
-      }
+#pragma omp simd reduction(+ : s)
+      for (int64_t i = 0; i < m; ++i) eb[i] = fast_exp(t[i] - tmax), s += eb[i];
       target[b] = {tmax, s, 0, 0};
-      student[b].gap = g, student[b].ref = (double)tmax - amax + ref;
+      if (wants_gaps() && !given) find_gap(b, tmax);
     }
     if (!given) {
       own[MAX] = maximum_of(target), own[SUM] = total(target, own[MAX]);
-      own[GAP_S] = total(student, stats[S_MAX], own[MAX] - stats[S_MAX], 1);
+      if (wants_gaps()) own[GAP_S] = total(student, stats[S_MAX], own[MAX] - stats[S_MAX], 1);
     }
     if (!add) return;
+    const bool first = mass_p == 0;  // of those with weight
+    double mass = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const double f = weight(k) / own[SUM] * std::exp(target[b].max - own[MAX]);
       const float c = (float)f, *__restrict eb = d.data() + b * BLOCK;
       float* __restrict pb = p.data() + b * BLOCK;
-      for (int64_t i = 0, m = size(b); i < m; ++i) pb[i] += c * eb[i];
-      mass_p += f * target[b].sum;
+      const int64_t m = size(b);
+      if (first)
+        for (int64_t i = 0; i < m; ++i) pb[i] = c * eb[i];
+      else
+        for (int64_t i = 0; i < m; ++i) pb[i] += c * eb[i];
+      mass += f * target[b].sum;
     }
+    mass_p += mass;
+  }
+
+  // The block's sum of q times student - teacher, whose logits are in t.
+  void find_gap(int64_t b, float tmax) {
+    const int64_t m = size(b);
+    load<false>(j.student, at, b * BLOCK, m, (float)j.inv_t, a);
+    const float amax = student[b].max, ref = value_at(amax, a, t, m) - tmax;
+    const float* __restrict qb = q.data() + b * BLOCK;
+    float g = 0;
+#pragma omp simd reduction(+ : g)
+    for (int64_t i = 0; i < m; ++i) g -= qb[i] * (((t[i] - tmax) - (a[i] - amax)) - ref);
+    student[b].gap = g, student[b].ref = (double)tmax - amax + ref;
   }
 
   // Statistics of every teacher by itself; where only one has weight, it is the target.
@@ -323,7 +354,7 @@ class Row {
     if (asked > 1) kept = target, kept_student = student;
     for (int64_t k = 0; k < j.num_teachers; ++k) {
       if (asked == 1 && weight(k) != 0.f)
-        std::memcpy(teacher_stats(k), target_stats(), 3 * sizeof(double));
+        std::memcpy(teacher_stats(k), target_stats(), j.teacher_columns * sizeof(double));
       else
         look_at_teacher(k, false);
     }
@@ -345,24 +376,35 @@ class Row {
     return sum;
   }
 
-  // A constant near log p - log q where q is, the same on every shard: with one distribution minus KL(q || p), with several
-  // what that would be if q were certain.
+  // log p - log q where q is largest, more or less: what differences are kept relative to. Any number would do.
   void find_reference() {
     log_s = std::log(stats[S_SUM]);
     if (j.probs) {
-      double sum = 0;
-      for (int64_t k = 0; k < j.num_teachers; ++k)
-        if (weight(k) != 0.f) sum += weight(k) * std::exp(mean_difference(teacher_stats(k)));
       const double least = std::log(2. * TINY) + log_s;  // so that p / p_reference is a number
-      reference = sum > 0 ? std::fmax(std::log(sum), least) : least;
+      reference = std::fmax(log_average_at_peak() + log_s, least);
     } else {
-      reference = mean_difference(target_stats());
+      const double* of = target_stats();
+      reference = -of[GAP_S] / stats[S_SUM] - std::log(of[SUM]) + log_s;  // their mean under q
     }
     over_reference = -std::log((1 - j.beta) + j.beta * std::exp(reference));
   }
 
-  // sum of q (log p - log q)
-  double mean_difference(const double* of) const { return -of[GAP_S] / stats[S_SUM] - std::log(of[SUM]) + log_s; }
+  // log p of the student's likeliest token of this shard.
+  double log_average_at_peak() const {
+    int64_t peak = 0;
+    for (int64_t b = 1; b < blocks; ++b) peak = student[b].max > student[peak].max ? b : peak;
+    if (!blocks) return 0;
+    int64_t i = peak * BLOCK;
+    for (int64_t k = i, end = i + size(peak); k < end; ++k) i = q[k] > q[i] ? k : i;
+    double sum = 0;
+    for (int64_t k = 0; k < j.num_teachers; ++k) {
+      float z = 0;
+      if (weight(k) == 0.f) continue;
+      load<false>(j.teachers[k], at, i, 1, (float)j.inv_t, &z);
+      sum += weight(k) * std::exp(z - teacher_stats(k)[MAX]) / teacher_stats(k)[SUM];
+    }
+    return std::log(sum);
+  }
 
   // Factors that make the block's exponentials probabilities.
   double student_factor(int64_t b) const { return std::exp(student[b].max - stats[S_MAX]) / stats[S_SUM]; }
@@ -384,10 +426,7 @@ class Row {
     load<false>(j.student, at, start, m, (float)j.inv_t, a);
     const double log_p_reference = reference - log_s;
     const float over = (float)std::exp(-log_p_reference), smax = (float)stats[S_MAX];
-    float least = 1.f;
-    for (int64_t i = 0; i < m; ++i) scratch[i] = -pb[i];
-    least = -maximum(scratch, m);
-    if (least > 1e-30f) {
+    if (smallest(pb, m) > 1e-30f) {
       for (int64_t i = 0; i < m; ++i) db[i] = fast_log(pb[i] * over) - (a[i] - smax);
     } else {
       log_average(start, m, log_p_reference);

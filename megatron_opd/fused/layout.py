@@ -7,7 +7,7 @@ together afterwards (`exchange.py`), each exponential relative to the local maxi
 
     student   max a, Σ e^u
     target    max t, Σ e^v, Σ e^u (u - v), Σ e^v (v - u)         an average of logits: it gives both KLs at once
-    teacher n max t_n, Σ e^v_n, Σ e^u (u - v_n)                   an average of probabilities, or metrics by teacher
+    teacher n max t_n, Σ e^v_n, Σ e^u (u - v_n)                   an average of probabilities; the last for its metric
     sampler   Σ e^(u τ / τ_sampling)                              metrics at the sampling temperature
 
 They are float64: there are few of them, and a nearly certain student's gradient is a small difference of large ones.
@@ -74,16 +74,27 @@ class Asked:
 
     @property
     def first_teacher(self) -> int:
-        """Column of the first teacher's three."""
+        """Column of the first teacher's."""
         return 6 if self.has_target else 2
 
     @property
+    def teacher_columns(self) -> int:
+        """Columns of one teacher: the last of three is for its KL."""
+        return 3 if self.by_teacher else 2
+
+    @property
+    def teachers_at(self) -> list[int]:
+        """The first column of every teacher's."""
+        count = self.num_teachers if self.has_teachers else 0
+        return [self.first_teacher + self.teacher_columns * n for n in range(count)]
+
+    @property
     def num_stats(self) -> int:
-        return self.first_teacher + 3 * self.num_teachers * self.has_teachers + (self.sampler_ratio > 0)
+        return self.first_teacher + self.teacher_columns * len(self.teachers_at) + (self.sampler_ratio > 0)
 
 
 S_MAX, S_SUM, T_MAX, T_SUM, GAP_S, GAP_T = range(6)
-"""Columns of statistics with one target. Teachers have three each, like the target's first; the sampler's is the last."""
+"""Columns of statistics with one target. A teacher's are like the target's first two or three; the sampler's is the last."""
 FIRST, SECOND, REVERSE = range(3)
 """Columns of the sums: a KL's value and 0, or with JSD KL(q||m) and KL(p||m); then KL(q||p)."""
 

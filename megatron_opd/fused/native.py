@@ -28,7 +28,7 @@ _KINDS = {"forward": 0, "reverse": 1, "jsd": 2}
 _STATS, _SUMS, _GRADIENT = 1, 2, 4
 _INSTRUCTIONS = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 """By what torch finds; nothing for others. Not -march=native: the cache may be shared by machines that differ."""
-_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-shared", "-fPIC"]
+_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-shared", "-fPIC"]
 _COMPILE_TIMEOUT_S = 300
 
 
@@ -46,7 +46,7 @@ class _Job(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "width", "columns")),
-        *((name, ctypes.c_int64) for name in ("kind", "probs", "first_teacher", "phases", "threads")),
+        *((name, ctypes.c_int64) for name in ("kind", "probs", "first_teacher", "teacher_columns", "phases", "threads")),
         *((name, ctypes.c_int64) for name in ("num_teachers", "num_stats")),
         *((name, ctypes.c_double) for name in ("beta", "inv_t", "sampler_ratio")),
         ("student", _Matrix),
@@ -101,6 +101,7 @@ class Native(Reference):
         job = _Job(
             rows=rows.num_rows, width=rows.width, columns=rows.student_RL.shape[1],
             kind=_KINDS[asked.kind], probs=asked.is_probs, first_teacher=asked.first_teacher if asked.has_teachers else 0,
+            teacher_columns=asked.teacher_columns,
             phases=phases, threads=torch.get_num_threads(),
             num_teachers=len(rows.teachers), num_stats=asked.num_stats,
             beta=asked.beta, inv_t=1 / asked.temperature, sampler_ratio=asked.sampler_ratio,

@@ -70,8 +70,6 @@ def outcome(
     sampled: SampledLogits | None,
 ) -> Outcome:
     """What the statistics of the whole vocabulary say."""
-    not_asked_RN = weights_RN == 0
-    logs_RN = _log_normalisers(asked, stats_RK) if asked.has_teachers else None
     log_s_R = stats_RK[:, S_SUM].log()
     forward_R = None
     if asked.has_target:
@@ -88,22 +86,22 @@ def outcome(
     else:
         loss_R = sums_R3[:, FIRST]
     assert loss_R is not None
-    is_bad_R = ~stats_RK.isfinite().all(-1)
+    is_bad_R = ~(stats_RK.isfinite().all(-1) & loss_R.isfinite())
     teachers_RN = None
     if asked.by_teacher:
         teachers_RN = reverse_R[:, None]
-        if logs_RN is not None:
-            at = [asked.first_teacher + 3 * n for n in range(asked.num_teachers)]
+        if asked.has_teachers:
+            at = asked.teachers_at
             gaps_RN = stats_RK[:, [i + GAP_S - T_MAX for i in at]] / stats_RK[:, S_SUM, None]
             teachers_RN = gaps_RN - log_s_R[:, None] + stats_RK[:, [i + 1 for i in at]].log()
-        teachers_RN = teachers_RN.masked_fill(not_asked_RN, math.nan)
+        teachers_RN = teachers_RN.masked_fill(weights_RN == 0, math.nan)
     found = _sampled(asked, weights_RN, stats_RK, sampled) if sampled is not None else (None, None, None)
     return Outcome(loss_R.masked_fill(is_bad_R, math.nan), reverse_R, teachers_RN, *found, is_bad_R)
 
 
 def _log_normalisers(asked: Asked, stats_RK: torch.Tensor) -> torch.Tensor:
     """Log of every teacher's sum of exponentials, [R, N]."""
-    at = [asked.first_teacher + 3 * n for n in range(asked.num_teachers)]
+    at = asked.teachers_at
     return stats_RK[:, at] + stats_RK[:, [i + 1 for i in at]].log()
 
 

@@ -88,9 +88,9 @@ def _stats(rows: Rows, asked: Asked) -> torch.Tensor:
         for n, teacher in enumerate(rows.teachers):
             t_CL = _scaled(rows, teacher, asked)
             v_CL = t_CL - t_CL.amax(-1, keepdim=True)
-            own = [t_CL.amax(-1), v_CL.exp().sum(-1), (q_CL * (u_CL - v_CL)).sum(-1)]
+            own = [t_CL.amax(-1), v_CL.exp().sum(-1), (q_CL * (u_CL - v_CL)).sum(-1)][: asked.teacher_columns]
             not_asked_C = rows.weights_RN[:, n] == 0
-            columns += [x.masked_fill(not_asked_C, no) for x, no in zip(own, (NOTHING, 0, 0), strict=True)]
+            columns += [x.masked_fill(not_asked_C, no) for x, no in zip(own, (NOTHING, 0, 0), strict=False)]
     if asked.sampler_ratio:
         columns.append((u_CL * asked.sampler_ratio).exp().sum(-1))
     return torch.stack(columns, dim=-1)
@@ -113,8 +113,7 @@ def _sums(rows: Rows, asked: Asked, stats_CK: torch.Tensor) -> torch.Tensor:
 def _of_no_columns(rows: Rows, asked: Asked) -> torch.Tensor:
     stats_RK = torch.zeros(rows.num_rows, asked.num_stats, dtype=torch.float64, device=rows.student_RL.device)
     maxima = [S_MAX, *([T_MAX] if asked.has_target else [])]
-    maxima += [asked.first_teacher + 3 * n for n in range(asked.num_teachers if asked.has_teachers else 0)]
-    stats_RK[:, maxima] = NOTHING
+    stats_RK[:, [*maxima, *asked.teachers_at]] = NOTHING
     return stats_RK
 
 
@@ -147,9 +146,8 @@ def _logp(rows: Rows, asked: Asked, stats_CK: torch.Tensor) -> torch.Tensor:
     if asked.has_target:
         return _mean_logits(rows, asked) - (stats_CK[:, T_MAX] + stats_CK[:, T_SUM].log())[:, None]
     shares = []
-    for n, teacher in enumerate(rows.teachers):
-        max_C, sum_C = stats_CK[:, asked.first_teacher + 3 * n], stats_CK[:, asked.first_teacher + 3 * n + 1]
-        w_C = rows.weights_RN[:, n].double()
+    for at, teacher, w_C in zip(asked.teachers_at, rows.teachers, rows.weights_RN.double().unbind(-1), strict=True):
+        max_C, sum_C = stats_CK[:, at], stats_CK[:, at + 1]
         share_CL = _scaled(rows, teacher, asked) - (max_C + sum_C.log() - w_C.log())[:, None]
         shares.append(share_CL.masked_fill((w_C == 0)[:, None], NOTHING))
     return torch.logsumexp(torch.stack(shares), dim=0)

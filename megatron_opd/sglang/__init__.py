@@ -1,0 +1,1 @@
+"""SGLang servers: the client, who gets which request, starting servers, and giving them weights."""

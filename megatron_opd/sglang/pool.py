@@ -2,19 +2,21 @@
 
 A request that failed goes to another server, a bounded number of times with growing, jittered pauses; its result is
 awaited in one place, so it is neither lost nor counted twice. A server that failed gets no work until it answers again
-and `on_return` has made it equal to the others. Everything here runs on one event loop.
+and `on_return` has made it equal to the others. When none is left, requests wait `servers.patience_s`, from the moment
+the last one failed, for one to come back. Everything here runs on one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang.client import Client, Usage
@@ -25,6 +27,10 @@ _T = TypeVar("_T")
 Work = Callable[[Client, str], Awaitable[_T]]
 """(server, request id) -> result."""
 MAX_PAUSE_S = 30.0
+
+
+class NoneLeft(Down):
+    """No server is up, and none has come back in time: trying again at once cannot help."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +67,10 @@ class Pool:
         self.name = name
         self._servers = [_Server(client) for client in clients]
         self._attempts, self._probe_s, self._pause_s = servers.retries + 1, servers.probe_s, pause_s
+        self._patience_s = servers.patience_s
+        self._any_up = asyncio.Event()
+        self._any_up.set()
+        self._none_since = 0.0
         self._on_return = on_return
         self._counts: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
@@ -78,13 +88,14 @@ class Pool:
     async def run(self, work: Work[_T], *, group: Group, tokens: int) -> _T:
         """`work` on a server of the pool. `tokens` says how much it is; `group` keeps related requests together.
 
-        Raises Refused from the first server that says so, and Down when the request failed everywhere it was tried.
+        Raises Refused from the first server that says so, and Down when the request failed as often as it may, or
+        when no server is left.
         """
         request = uuid.uuid4().hex
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self._attempts),
             wait=wait_random_exponential(multiplier=self._pause_s, max=MAX_PAUSE_S),
-            retry=retry_if_exception_type(RETRIED),
+            retry=retry_if_exception(lambda error: isinstance(error, RETRIED) and not isinstance(error, NoneLeft)),
             reraise=True,
         )
         self._counts["requests"] += 1
@@ -94,6 +105,8 @@ class Pool:
                     number = attempt.retry_state.attempt_number
                     self._counts["retries"] += number > 1
                     return await self._once(work, group, tokens, f"{request}-{number}")
+        except NoneLeft as error:
+            raise Down(f"{self.name}: {error}{self.state()}") from error
         except RETRIED as error:
             raise Down(f"{self.name}: a request failed {self._attempts} times, last: {error}{self.state()}") from error
         raise AssertionError("tenacity returns or raises")
@@ -105,6 +118,9 @@ class Pool:
         if is_news:
             self._counts["losses"] += 1
             self._start(self._win_back(server))
+            if not self.up():
+                self._any_up.clear()
+                self._none_since = time.monotonic()
 
     def evict(self, client: Client, error: Exception) -> None:
         """Mark a server down whose answers could only be wrong: its requests go elsewhere at once."""
@@ -118,6 +134,7 @@ class Pool:
         server = self._server(client)
         if server.error is not None:
             server.error = None
+            self._any_up.set()
             self._counts["returns"] += 1
 
     def metrics(self) -> dict[str, float]:
@@ -139,6 +156,7 @@ class Pool:
             await server.client.close()
 
     async def _once(self, work: Work[_T], group: Group, tokens: int, rid: str) -> _T:
+        await self._until_one_is_up()
         server = self._choose(group)
         server.outstanding += tokens
         try:
@@ -166,13 +184,19 @@ class Pool:
             server.running.discard(task)
 
     def _choose(self, group: Group) -> _Server:
-        """The group's server while it works, else the one with the least outstanding work. Raises Down."""
+        """The group's server while it works, else the one with the least outstanding work."""
         if group.server is None or group.server.error is not None:
             up = [server for server in self._servers if server.error is None]
-            if not up:
-                raise Down("no server is up")
             group.server = min(up, key=lambda server: server.outstanding)
         return group.server
+
+    async def _until_one_is_up(self) -> None:
+        if not self._any_up.is_set():
+            left_s = self._none_since + self._patience_s - time.monotonic()
+            try:
+                await asyncio.wait_for(self._any_up.wait(), max(left_s, 0.0))
+            except TimeoutError:
+                raise NoneLeft(f"no server is up, and none came back in {self._patience_s:g} s") from None
 
     def _server(self, client: Client) -> _Server:
         return next(server for server in self._servers if server.client is client)

@@ -370,7 +370,7 @@ def _spans(versions):
 
 def settings(servers, **changes):
     """A ServersConfig over stand-ins, quick in everything that waits."""
-    quick = {"request_timeout_s": 10.0, "retries": 3, "probe_s": 0.05}
+    quick = {"request_timeout_s": 10.0, "retries": 3, "probe_s": 0.05, "patience_s": 2.0}
     return ServersConfig(urls=[server.url for server in servers], **{**quick, **changes})
 
 

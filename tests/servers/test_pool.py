@@ -1,6 +1,7 @@
 """The pool: who gets a request, what a failure costs, and the way back."""
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -58,6 +59,14 @@ def test_the_least_loaded_server_is_taken(servers, loop, make_pool):
     assert (len(slow.seen), len(quick.seen)) == (1, 4)
 
 
+def test_finished_work_is_no_load(servers, loop, make_pool):
+    first, second = servers(2)
+    pool = make_pool([first, second])
+    for _ in range(3):  # one after the other: the first server has nothing to do each time
+        loop.run(run_all(pool, groups=1), 20)
+    assert (len(first.seen), len(second.seen)) == (3, 0)
+
+
 @pytest.mark.parametrize("fault", ["die", "drop", "hang", "error", "full", "garbage", "half", "short", "wrong_ids"])
 def test_a_request_that_fails_goes_elsewhere(servers, loop, make_pool, fault):
     bad, good = servers(2, token_s=0.005)
@@ -70,7 +79,7 @@ def test_a_request_that_fails_goes_elsewhere(servers, loop, make_pool, fault):
     assert sorted(seeds(good)) == list(range(8))
     counted = pool.metrics()
     kind = "bad_answer" if fault in ("garbage", "half", "short", "wrong_ids") else "down"
-    assert counted["retries"] == counted[f"failures/{kind}"] == len(bad.seen) == 4
+    assert counted["retries"] == counted[f"failures/{kind}"] >= len(bad.seen) > 0
     assert (counted["requests"], counted["losses"], counted["servers_down"]) == (8, 1, 1)
 
 
@@ -94,7 +103,7 @@ def test_none_left_says_which_and_why(servers, loop, make_pool):
     with pytest.raises(Down) as down:
         loop.run(run_all(pool, groups=1), 20)
     message = str(down.value)
-    assert message.startswith("student: a request failed 3 times")
+    assert message.startswith("student: no server is up, and none came back in 2 s")
     assert f"{first.url}: " in message
     assert "ClientConnectorError" in message
     assert f"{second.url}: " in message
@@ -116,6 +125,30 @@ def test_a_blip_of_the_only_server_is_survived(servers, loop, make_pool):
     pool = make_pool([server], retries=8)
     server.faults = ["drop", "garbage"]
     assert len(loop.run(run_all(pool, groups=3), 20)) == 3
+
+
+def test_a_restart_of_the_only_server_is_waited_for(servers, loop, make_pool):
+    (server,) = servers(1)
+    pool = make_pool([server], retries=1, patience_s=15.0)
+    server.kill()
+    restart = threading.Timer(1.0, server.start)
+    restart.start()
+    assert len(loop.run(run_all(pool, groups=3), 20)) == 3
+    restart.join()
+
+
+def test_patience_is_counted_from_the_loss_not_from_each_request(servers, loop, make_pool):
+    (server,) = servers(1)
+    pool = make_pool([server], retries=0, patience_s=0.5)
+    server.kill()
+    with pytest.raises(Down, match="failed 1 times"):
+        loop.run(run_all(pool, groups=1), 20)
+    time.sleep(0.6)
+    begun = time.monotonic()
+    for _ in range(5):
+        with pytest.raises(Down, match="no server is up"):
+            loop.run(run_all(pool, groups=1), 20)
+    assert time.monotonic() - begun < 0.5
 
 
 def test_a_server_that_returns_gets_work_once_it_is_welcome(servers, loop, make_pool):

@@ -25,7 +25,7 @@ def config(run_dir, *overrides):
     return load(CONFIG, [*SERVED, f"run.dir={run_dir}", *overrides])
 
 
-@pytest.fixture()
+@pytest.fixture
 def fake(monkeypatch):
     """process.start and friends, without processes."""
     calls = SimpleNamespace(started=[], stopped=[], fails=False)

@@ -1,9 +1,9 @@
 """Weights by broadcast: one process group with all servers (NCCL on GPUs, gloo without), one collective a bucket.
 
 A collective and the requests that announce it run at the same time. As soon as one request fails, the others have
-`GRACE_S` to answer; the group is then dropped, a new one is made with the servers that are left, and the bucket is
-sent again, which is harmless for those that had it. What was sent before is still on the servers, so nothing is
-replayed, and nobody ever waits for longer than `servers.request_timeout_s`.
+`GRACE_S` to answer, and as long again once we have left the group. A new one is then made with the servers that are
+left, and the bucket is sent again, which is harmless for those that had it. What was sent before is still on the
+servers, so nothing is replayed, and nobody ever waits for longer than `servers.request_timeout_s`.
 """
 
 from __future__ import annotations
@@ -112,13 +112,17 @@ async def _together(
     mine = asyncio.ensure_future(ours)
     waiting: set[asyncio.Future[Any]] = {mine, *tasks}
     timeout = None
+    is_left = False
     while waiting - {mine}:
         done, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
+        if not done and is_left:
             break
         if any(task.exception() for task in done):
             timeout = GRACE_S
             group.let_go()
+        if not done or _has_failed(mine):  # the others may be waiting for us: leaving sets them free
+            group.drop()
+            is_left = True
     failures = {client: _failure(task, client) for task, client in tasks.items() if not _succeeded(task)}
     if failures:
         mine.cancel()
@@ -131,6 +135,14 @@ async def _together(
         task.cancel()
     await asyncio.gather(mine, *tasks, return_exceptions=True)
     return failures
+
+
+def _has_failed(ours: asyncio.Future[None]) -> bool:
+    """Of our part. Its traceback would keep the group alive, and with it the connections to those who wait."""
+    error = ours.exception() if ours.done() else None
+    if error is not None:
+        error.__traceback__ = None
+    return error is not None
 
 
 def _succeeded(task: asyncio.Future[Any]) -> bool:

@@ -127,7 +127,7 @@ async def in_thread(work: Callable[[], _T]) -> _T:
         try:
             result = work()
         except BaseException as caught:
-            error = caught
+            error = caught.with_traceback(None)  # its frames would keep alive what `work` held
         with suppress(RuntimeError):  # the loop may be gone
             loop.call_soon_threadsafe(settle, result, error)
 
