@@ -65,7 +65,7 @@ def merged(everyone_WRK: torch.Tensor, asked: Asked) -> torch.Tensor:
         t_sum_WR = everyone_WRK[..., at + 1] * t_factor_WR
         out_RK[:, at], out_RK[:, at + 1] = t_max_R, t_sum_WR.sum(0)
         is_target = asked.has_target and at == T_MAX
-        if not (is_target or asked.by_teacher):
+        if not is_target and asked.teacher_columns < 3:
             continue
         # Differences u - v of a shard are relative to its own maxima.
         shift_WR = (s_max_WR - s_max_R) - (everyone_WRK[..., at] - t_max_R)

@@ -79,8 +79,8 @@ class Asked:
 
     @property
     def teacher_columns(self) -> int:
-        """Columns of one teacher: the last of three is for its KL."""
-        return 3 if self.by_teacher else 2
+        """Columns of one teacher: the last of three is for its KL, asked for, or a help against rounding in JSD."""
+        return 3 if self.by_teacher or (self.is_probs and self.kind == "jsd") else 2
 
     @property
     def teachers_at(self) -> list[int]:

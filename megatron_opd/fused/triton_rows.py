@@ -354,8 +354,13 @@ def _constants(
         gap_R = mean_R.float().double()
         reference_R = gap_R - t_max_R - stats_RK[:, T_SUM].log() + stats_RK[:, S_MAX] + log_s_R
     else:
-        # The mean of log p - log q under q, where it is known.
+        # The mean of log p - log q under q, where it is known; with JSD nearly that.
         reference_R = zero_R if center_R is None or asked.kind != "reverse" else -center_R
+        if asked.kind == "jsd":
+            at = asked.teachers_at
+            apart_RN = stats_RK[:, [i + 2 for i in at]] / stats_RK[:, S_SUM, None] + stats_RK[:, [i + 1 for i in at]].log()
+            shares_RN = rows.weights_RN.double().log() - apart_RN
+            reference_R = log_s_R + shares_RN.masked_fill(rows.weights_RN == 0, -math.inf).logsumexp(-1)
         gap_R = (reference_R - log_s_R).float().double()
         reference_R = gap_R + log_s_R
         weights_RN = rows.weights_RN.double()

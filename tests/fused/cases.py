@@ -9,7 +9,7 @@ import torch
 COLUMNS, SIZE = 1248, 1201
 """At TP=4 a shard has 312 columns; alone, a row is several of the kernels' blocks. The last columns are padding."""
 GRADIENT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.2e-3, torch.float64: 1e-12}
-"""Relative to the norm of the gradient. That of bfloat16 is the rounding of the gradient itself."""
+"""Relative to the norm of the gradient. That of bfloat16 is the rounding of the gradient itself (`allowed_error`)."""
 LOSS_ERROR = 1e-5
 
 
@@ -84,3 +84,12 @@ def hidden(case, num_tokens=9, columns=COLUMNS, size=64, seed=0):
 
 def relative(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def allowed_error(gradient, dtype, backend=None):
+    """Of a gradient in `dtype`: rounding a few large values costs more than rounding many of all sizes."""
+    if dtype != torch.bfloat16:
+        return GRADIENT_ERROR[dtype]
+    rounding = relative(gradient.to(dtype), gradient)
+    truncates = backend == "triton" and not torch.cuda.is_available()  # what Triton's interpreter does; a GPU rounds
+    return max(GRADIENT_ERROR[dtype], 1.02 * rounding) * (3 if truncates else 1)

@@ -65,12 +65,9 @@ def differences(now, before, where="answer"):
     if isinstance(now, list) and isinstance(before, list):
         last = len(before) - 1
         return [d for i, one in enumerate(now) if before for d in differences(one, before[min(i, last)], f"{where}[]")]
-    numbers = isinstance(now, int | float) and isinstance(before, int | float)
-    return (
-        []
-        if numbers or None in (now, before) or type(now) is type(before)
-        else [f"{where}: {now!r}, recorded {before!r}"]
-    )
+    both_numbers = isinstance(now, int | float) and isinstance(before, int | float)
+    is_same = both_numbers or now is None or before is None or type(now) is type(before)
+    return [] if is_same else [f"{where}: {now!r}, recorded {before!r}"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
