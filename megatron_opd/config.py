@@ -178,7 +178,8 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature during training; evaluation is greedy."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with at least this probability; 1: from all (engine sglang)."""
+    """Sample from the smallest set of tokens with at least this probability, of the 4,096 likeliest; 1: from all
+    (engine sglang)."""
     top_k: int = 0
     """Sample from the this many likeliest tokens; 0: from all (engine sglang)."""
     max_staleness: int = 0

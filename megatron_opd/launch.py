@@ -99,7 +99,7 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
     module, *rest = trainer.command[2:]
     ranks = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
     try:
-        with serve.running(config, say=say):
+        with serve.running(config, say=say, beside_ranks=True):
             say(f"starting {ranks}; this takes some seconds")
             elastic_launch(settings, sys.executable)("-m", module, *rest)
     except ChildFailedError as error:

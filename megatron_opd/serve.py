@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_opd import run_dir
 from megatron_opd.config import Config, ServersConfig
 from megatron_opd.sglang import process
@@ -90,15 +92,22 @@ def to_start(config: Config, only: Sequence[str] = ()) -> list[Served]:
 
 
 @contextmanager
-def running(config: Config, *, say: Callable[[str], None], only: Sequence[str] = ()) -> Iterator[list[process.Server]]:
-    """Start the servers that the config leaves to us, wait for them, and note them; end them with the block."""
+def running(
+    config: Config, *, say: Callable[[str], None], only: Sequence[str] = (), beside_ranks: bool = False
+) -> Iterator[list[process.Server]]:
+    """Start the servers that the config leaves to us, wait for them, and note them; end them with the block.
+
+    `beside_ranks`: the trainer's ranks run on this machine too. Raises ValueError for servers that do not get ready.
+    """
+    ours = to_start(config, only)
+    _check_gpus(ours, is_shared=beside_ranks or len(ours) > 1)
     notes = run_dir.make(config.run.dir) / run_dir.SERVERS
     logs = Path(config.run.dir) / run_dir.LOGS
     started: list[process.Server] = []
     noted: list[Path] = []
     try:
         groups = []
-        for served in to_start(config, only):
+        for served in ours:
             notes.mkdir(exist_ok=True)
             for stale in notes.glob(f"{served.name}@{socket.gethostname()}-*"):  # of a start that was killed
                 stale.unlink()
@@ -146,6 +155,17 @@ def with_urls(config: Config) -> Config:
             i = int(served.setting.split(".")[1])
             teachers[i] = dataclasses.replace(teachers[i], servers=servers)
     return dataclasses.replace(config, rollout=rollout, teachers=teachers)
+
+
+def _check_gpus(ours: Sequence[Served], *, is_shared: bool) -> None:
+    """Nobody's default is right when several programs share the GPUs of a machine."""
+    if is_shared and torch.cuda.is_available():
+        for served in ours:
+            if not served.servers.gpus:
+                raise ValueError(
+                    f"{served.setting}.gpus: say which GPUs these servers take; the trainer's ranks on this machine"
+                    " take one each, from 0 on"
+                )
 
 
 def _note(notes: Path, name: str, i: int, url: str) -> Path:

@@ -119,6 +119,17 @@ def test_servers_that_do_not_get_ready_are_ended(tmp_path, fake):
     assert len(fake.stopped) == len(fake.started) == 2
 
 
+def test_on_gpus_shared_with_others_every_server_says_which(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(serve.torch.cuda, "is_available", lambda: True)
+    asked = config(tmp_path, "rollout.servers.gpus=[1]")
+    with pytest.raises(ValueError, match=r"teachers\.0\.servers\.gpus: say which"):
+        serve.running(asked, say=print).__enter__()
+    with serve.running(asked, say=print, only=["teacher-carry"]):
+        pass
+    with pytest.raises(ValueError, match="say which"):
+        serve.running(asked, say=print, only=["teacher-carry"], beside_ranks=True).__enter__()
+
+
 def test_notes_of_a_start_that_was_killed_are_forgotten(tmp_path, fake):
     asked = config(tmp_path)
     (tmp_path / "servers").mkdir()

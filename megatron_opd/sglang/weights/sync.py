@@ -96,8 +96,9 @@ class WeightSync:
             self._holders[client] = self._version
 
     def close(self) -> None:
-        """Leave the process group, if there is one."""
+        """Leave the process group, if there is one, and remove the directory that servers loaded from."""
         self._loop.run(self._transport.drop())
+        shutil.rmtree(self._spool, ignore_errors=True)
 
     def _push_stream(self, session: _Session, weights: Weights, version: int) -> None:
         self._loop.run(session.each(_open))
