@@ -22,7 +22,7 @@ from megatron_opd.fused.passes import Known, Pass
 from megatron_opd.fused.reference import Reference
 from megatron_opd.vocab import VocabShard
 
-_BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+_BUFFER_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """What the chunks' logits may take; larger products run better, up to a point that these are past."""
 
 

@@ -216,7 +216,7 @@ class Row {
   std::vector<Block> student, target;
   double mass_p = 0;  // of the target on this shard, for averages of probabilities
   double log_s = 0, reference = 0, over_reference = 0;
-  float a[BLOCK], t[BLOCK], scratch[BLOCK], scratch2[BLOCK];
+  float a[BLOCK], t[BLOCK], scratch[BLOCK], scratch2[BLOCK], kept_d[BLOCK];
 
   bool compared() const { return j.probs || j.kind == JSD; }
   bool needs_p() const { return j.probs || j.kind != REVERSE; }
@@ -419,10 +419,9 @@ class Row {
   }
 
   // d = log p - log q - reference of the block, for averages of probabilities.
-  void difference_to_average(int64_t b) {
+  void difference_to_average(int64_t b, float* __restrict db) {
     const int64_t start = b * BLOCK, m = size(b);
     const float* __restrict pb = p.data() + start;
-    float* __restrict db = d.data() + start;
     load<false>(j.student, at, start, m, (float)j.inv_t, a);
     const double log_p_reference = reference - log_s;
     const float over = (float)std::exp(-log_p_reference), smax = (float)stats[S_MAX];
@@ -452,8 +451,8 @@ class Row {
     for (int64_t i = 0; i < m; ++i) scratch2[i] = fast_log(scratch2[i]) + scratch[i];
   }
 
-  // Sums that need the normalisers. Afterwards q holds probabilities, and d is log p - log q - reference, or with JSD
-  // log q - log m - over_reference.
+  // Sums that need the normalisers. Afterwards d is log p - log q - reference (averages of probabilities), or with JSD
+  // log q - log m - over_reference, and q holds probabilities.
   void compare() {
     double first = 0, second = 0, reverse = 0;
     const float beta = (float)j.beta, rest = (float)(1 - j.beta), r0 = (float)std::exp(reference);
@@ -461,11 +460,11 @@ class Row {
     const float far = (float)(-std::log(j.beta) - over_reference - reference);  // log p - log m where q is nothing
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t m = size(b);
-      if (j.probs) difference_to_average(b);
+      float* __restrict db = j.probs && j.kind == FORWARD ? kept_d : d.data() + b * BLOCK;  // forward KL: for its value only
+      if (j.probs) difference_to_average(b, db);
       const float fq = (float)student_factor(b), fp = (float)target_factor(b), c = j.probs ? 0.f : (float)shift(b);
       float* __restrict qb = q.data() + b * BLOCK;
       const float* __restrict pb = p.data() + b * BLOCK;
-      float* __restrict db = d.data() + b * BLOCK;
       float s1 = 0, s2 = 0, s3 = 0;
       if (j.kind == JSD) {
 #pragma omp simd reduction(+ : s1, s2, s3)
@@ -480,10 +479,8 @@ class Row {
         }
       } else {
 #pragma omp simd reduction(+ : s1, s3)
-        for (int64_t i = 0; i < m; ++i) {
-          qb[i] *= fq;
-          s1 += pb[i] * db[i], s3 -= qb[i] * db[i];
-        }
+        for (int64_t i = 0; i < m; ++i) s1 += pb[i] * db[i], s3 -= qb[i] * db[i];
+        s3 *= fq;
       }
       first += s1, second += s2, reverse += s3;
     }
@@ -510,7 +507,7 @@ class Row {
     const double mean = j.kind == FORWARD ? 0. : center() + (j.kind == JSD ? -over_reference : reference);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * BLOCK, m = size(b);
-      const float fq = (float)(compared() ? scale : scale * student_factor(b));
+      const float fq = (float)(j.kind == JSD ? scale : scale * student_factor(b));
       const float* __restrict qb = q.data() + start;
       if (j.kind == FORWARD) {
         const float fp = (float)(scale * target_factor(b));

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from megatron_opd.fused import distillation_loss
 from megatron_opd.vocab import VocabShard
 
-TOKENS, COLUMNS, SIZE = 16, 4096, 4001
+TOKENS, COLUMNS, SIZE = 128, 4096, 4001
 GRID = list(
     itertools.product(
         (0.0, 0.1, 0.5, 0.9, 1.0), ("logits", "probs"), (1, 2, 4), (0.5, 1.0, 2.0), ("float32", "bfloat16")
@@ -99,7 +99,7 @@ def _rank(rank: int, shards: int, group: Any, device: str) -> dict[str, Any]:
         if group is not None:
             dist.all_reduce(squares, group=group)
         errors[dtype] = max(errors[dtype], float(squares.sqrt() / gradient.norm()))
-        errors["loss"] = max(errors["loss"], abs(float(loss) / float(expected) - 1))
+        errors["loss"] = max(errors["loss"], abs(float(loss.detach()) / float(expected) - 1))
     return {"errors": errors, "collectives": collectives}
 
 
