@@ -21,6 +21,7 @@ import torch
 
 from megatron_opd.carriers import Level, Listed, Rows, Student, chunks
 from megatron_opd.config import LossConfig, TeacherConfig
+from megatron_opd.exact import exact_loss
 from megatron_opd.losses import divergence, importance, reverse_kl, sampled_reverse_kl
 from megatron_opd.targets import Target, Targets
 from megatron_opd.types import MicroBatch
@@ -71,6 +72,11 @@ class Objective:
         tokens summed, of each of `metric_names`.
         """
         num_tokens = logits_TL.shape[0]
+        if num_tokens and self.config.kind == "distribution" and all(t.carrier == "hidden" for t in self.teachers):
+            settings = self.config, self.sampling_temperature, self.vocab, self.heads
+            loss, columns = exact_loss(*settings, batch, logits_TL)
+            metrics_M2 = torch.stack([torch.stack([c.sum(), c.new_tensor(len(c))]) for c in columns])
+            return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), metrics_M2
         metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
         grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
         for level, rows in chunks(batch, self.teachers, self.config.chunk_tokens):

@@ -4,6 +4,7 @@
 `Problem` is what they, and the student's step, stand on.
 """
 
+from megatron_opd.fused import backends
 from megatron_opd.fused.api import NonFiniteLogits, distillation_loss, linear_distillation_loss
 from megatron_opd.fused.chunks import Gradients, Linear, Problem, run
 from megatron_opd.fused.layout import Asked
@@ -16,6 +17,7 @@ __all__ = [
     "NonFiniteLogits",
     "Outcome",
     "Problem",
+    "backends",
     "distillation_loss",
     "linear_distillation_loss",
     "run",

@@ -74,7 +74,7 @@ def _rank(rank: int, shards: int, group: Any, device: str) -> dict[str, Any]:
     counted: Counter[str] = Counter()
     for name in ("all_reduce", "all_gather_into_tensor", "all_gather"):
         _count(name, counted)
-    errors = {"float32": 0.0, "bfloat16": 0.0, "loss": 0.0}
+    errors = {"float32": 0.0, "bfloat16": 0.0, "over rounding": 0.0, "loss": 0.0}
     collectives: dict[str, tuple[int, int]] = {}
     share = COLUMNS // shards
     here = slice(rank * share, (rank + 1) * share)
@@ -82,7 +82,7 @@ def _rank(rank: int, shards: int, group: Any, device: str) -> dict[str, Any]:
     for number, setting in enumerate(GRID):
         beta, ensemble, num_teachers, temperature, dtype = setting
         generator = torch.Generator().manual_seed(number)
-        made = 2 * torch.randn(1 + num_teachers, TOKENS, COLUMNS, generator=generator)
+        made = 1.5 * torch.randn(1 + num_teachers, TOKENS, COLUMNS, generator=generator)
         student, *teachers = made.to(device, getattr(torch, dtype))
         logits = student[:, here].clone().requires_grad_()
         counted.clear()
@@ -98,7 +98,11 @@ def _rank(rank: int, shards: int, group: Any, device: str) -> dict[str, Any]:
         squares = (logits.grad.double() - gradient[:, here]).square().sum()
         if group is not None:
             dist.all_reduce(squares, group=group)
-        errors[dtype] = max(errors[dtype], float(squares.sqrt() / gradient.norm()))
+        error = float(squares.sqrt() / gradient.norm())
+        errors[dtype] = max(errors[dtype], error)
+        if dtype == "bfloat16":
+            rounding = float((gradient.bfloat16().double() - gradient).norm() / gradient.norm())
+            errors["over rounding"] = max(errors["over rounding"], error / rounding)
         errors["loss"] = max(errors["loss"], abs(float(loss.detach()) / float(expected) - 1))
     return {"errors": errors, "collectives": collectives}
 

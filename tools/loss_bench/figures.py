@@ -93,6 +93,8 @@ def _accuracy(device: str, shards: tuple[int, ...]) -> Iterator[Figure]:
     for what, goal in (("float32", 2e-6), ("bfloat16", 2.2e-3)):
         value = max(f["errors"][what] for f in found.values())
         yield Figure(f"gradient vs float64, {what}, {where}", goal, value, detail={str(n): f for n, f in found.items()})
+    value = max(f["errors"]["over rounding"] for f in found.values())
+    yield Figure(f"the same in bfloat16 / rounding of the exact gradient, {where}", 1.01, value, unit="x")
     yield Figure(f"loss vs float64, {where}", 1e-5, max(f["errors"]["loss"] for f in found.values()))
     for n, f in found.items():
         for kind, goal in (("KL", 1), ("JSD or probabilities", 2)) if n > 1 else ():
