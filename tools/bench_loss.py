@@ -5,9 +5,8 @@
     python tools/bench_loss.py --json loss.json --plot loss.png
     python tools/bench_loss.py --device cuda --json h100.json    # a GPU: builds, tests, measures, in a single call
 
-TRL 1.16.0 and Liger 0.8.5 are measured where they are installed (`pip install --no-deps` is enough for their losses). All
-methods of a comparison take turns in one process, on the same inputs, and the best of --rounds counts. Exits with 1 when
-a goal is missed.
+TRL 1.16.0 and Liger 0.8.5 are measured where they are installed. All methods of a comparison take turns in one process,
+on the same inputs, and the best of --rounds counts. Exits with 1 when a goal is missed.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def linear_distillation_loss(
     teachers: Sequence[tuple[torch.Tensor, torch.Tensor]],
     **settings: Unpack[Settings],
 ) -> torch.Tensor:
-    """The loss of hidden states [..., D] and output heads [L, D]; teachers are pairs of those; scalar, or [...] by token.
+    """The loss of hidden states [..., D] and heads [L, D]; teachers are pairs of those; a scalar, or [...] by token.
 
     Equal to `distillation_loss` of their products, which exist for a chunk of tokens only. The head's gradient is
     summed in float32; where the head has a `main_grad`, it is added to that one right away, in the forward pass, for
@@ -131,7 +131,9 @@ def _problem(student: Logits, teachers: Sequence[Logits], settings: Settings) ->
     """Everything checked. Raises ValueError, and TypeError for settings that there are not."""
     unknown = set(settings) - set(Settings.__annotations__)
     if unknown:
-        raise TypeError(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(Settings.__annotations__)}")
+        raise TypeError(
+            f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(Settings.__annotations__)}"
+        )
     beta, temperature = float(settings.get("beta", 1.0)), float(settings.get("temperature", 1.0))
     ensemble, reduction = settings.get("ensemble", "logits"), settings.get("reduction", "mean")
     on_nonfinite = settings.get("on_nonfinite", "raise")

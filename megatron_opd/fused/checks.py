@@ -50,7 +50,7 @@ def check_models(student: Logits, teachers: Sequence[Logits], vocab: VocabShard 
 
 
 def normalised_weights(weights: object, student: torch.Tensor, num_teachers: int) -> torch.Tensor:
-    """Ensemble weights by token [T, N], float32, each row summing to 1. None: equal; N numbers: the same for all tokens."""
+    """Ensemble weights by token [T, N]. None: equal; N numbers: the same for all tokens."""
     rows = student.shape[0]
     if weights is None:
         return torch.full((rows, num_teachers), 1 / num_teachers, device=student.device)
@@ -103,7 +103,9 @@ def _device(model: Logits) -> torch.device:
 
 
 def _check_model(name: str, model: Logits) -> None:
-    parts = {"hidden states": model.hidden_TD, "head": model.head_LD} if isinstance(model, Linear) else {"logits": model}
+    parts = (
+        {"hidden states": model.hidden_TD, "head": model.head_LD} if isinstance(model, Linear) else {"logits": model}
+    )
     for what, x in parts.items():
         if x.dtype not in DTYPES:
             raise ValueError(f"{what} of {name} must be floating-point, not {x.dtype}")
@@ -112,7 +114,8 @@ def _check_model(name: str, model: Logits) -> None:
     if isinstance(model, Linear):
         if model.hidden_TD.shape[1] != model.head_LD.shape[1]:
             raise ValueError(
-                f"hidden states of {name} have {model.hidden_TD.shape[1]} numbers, but its head {model.head_LD.shape[1]}"
+                f"hidden states of {name} have {model.hidden_TD.shape[1]} numbers, but its head"
+                f" {model.head_LD.shape[1]}"
             )
         if (model.hidden_TD.dtype, model.hidden_TD.device) != (model.head_LD.dtype, model.head_LD.device):
             raise ValueError(

@@ -65,7 +65,7 @@ class Problem:
 
 @dataclass(slots=True)
 class Gradients:
-    """Where gradients of a student's hidden states and head go; None: not wanted. The head's is float32 and added to."""
+    """Where gradients of a student's hidden states and head go; None: not wanted. The head's is added to."""
 
     hidden_TD: torch.Tensor | None
     head_LD: torch.Tensor | None

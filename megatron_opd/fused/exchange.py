@@ -38,9 +38,7 @@ def gather(local_RK: torch.Tensor, vocab: VocabShard) -> Pending:
     if vocab.group is None:
         return Pending(local_RK[None])
     everyone_WRK = local_RK.new_empty(dist.get_world_size(vocab.group), *local_RK.shape)
-    work = dist.all_gather_into_tensor(
-        everyone_WRK.flatten(0, 1), local_RK.contiguous(), group=vocab.group, async_op=True
-    )
+    work = dist.all_gather(list(everyone_WRK), local_RK.contiguous(), group=vocab.group, async_op=True)
     return Pending(everyone_WRK, work)
 
 
@@ -82,5 +80,3 @@ def _scale(max_WR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest maximum, and the factors that put the shards' exponentials on it."""
     max_R = max_WR.amax(0)
     return max_R, (max_WR - max_R).exp()
-
-

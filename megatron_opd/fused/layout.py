@@ -94,7 +94,7 @@ class Asked:
 
 
 S_MAX, S_SUM, T_MAX, T_SUM, GAP_S, GAP_T = range(6)
-"""Columns of statistics with one target. A teacher's are like the target's first two or three; the sampler's is the last."""
+"""Columns of statistics with one target. A teacher's are like the target's first two or three."""
 FIRST, SECOND, REVERSE = range(3)
 """Columns of the sums: a KL's value and 0, or with JSD KL(q||m) and KL(p||m); then KL(q||p)."""
 

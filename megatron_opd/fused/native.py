@@ -2,7 +2,7 @@
 
 The compiler is called directly: the code needs no header of torch (seconds, not a minute), and several ranks that
 start at once each compile into a file of their own and rename it, so no lock can be left behind by one that was killed.
-Without a compiler, or where it fails, `library` says so once and returns None; the reference backend then does the work.
+Without a compiler, or where it fails, `library` says so once and returns None; the reference then does the work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ _KINDS = {"forward": 0, "reverse": 1, "jsd": 2}
 _STATS, _SUMS, _GRADIENT = 1, 2, 4
 _INSTRUCTIONS = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 """By what torch finds; nothing for others. Not -march=native: the cache may be shared by machines that differ."""
-_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-shared", "-fPIC"]
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-shared",
+    "-fPIC",
+]
 _COMPILE_TIMEOUT_S = 300
 
 
@@ -37,7 +46,7 @@ class _Matrix(ctypes.Structure):
 
     @classmethod
     def of(cls, x: torch.Tensor) -> _Matrix:
-        assert x.dtype in DTYPES and x.stride(-1) == 1
+        assert x.stride(-1) == 1
         return cls(x.data_ptr(), x.stride(0), x.dtype == torch.bfloat16)
 
 
@@ -46,7 +55,10 @@ class _Job(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "width", "columns")),
-        *((name, ctypes.c_int64) for name in ("kind", "probs", "first_teacher", "teacher_columns", "phases", "threads")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("kind", "probs", "first_teacher", "teacher_columns", "phases", "threads")
+        ),
         *((name, ctypes.c_int64) for name in ("num_teachers", "num_stats")),
         *((name, ctypes.c_double) for name in ("beta", "inv_t", "sampler_ratio")),
         ("student", _Matrix),
@@ -63,9 +75,7 @@ class Native(Reference):
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def whole(
-        self, rows: Rows, asked: Asked, scale_R: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def whole(self, rows: Rows, asked: Asked, scale_R: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `Reference.whole`, in one look at each row."""
         stats_RK, sums_R3 = _new(rows, asked.num_stats), _new(rows, 3)
         phases = _STATS | _SUMS | (_GRADIENT if scale_R is not None else 0)
@@ -93,15 +103,15 @@ class Native(Reference):
 
     def _run(self, rows: Rows, asked: Asked, phases: int, **arrays: torch.Tensor | None) -> None:
         kept = {name: x.double().contiguous() for name, x in arrays.items() if x is not None}
-        assert kept["stats"] is arrays["stats"] and kept.get("sums") is arrays.get("sums"), "these are outputs"
+        assert all(kept[name] is arrays[name] for name in ("stats", "sums") if name in kept), "these are outputs"
         kept["weights"] = rows.weights_RN.float().contiguous()
         if rows.index_R is not None:
             kept["index"] = rows.index_R.contiguous()
         teachers = (_Matrix * len(rows.teachers))(*[_Matrix.of(t) for t in rows.teachers])
         job = _Job(
             rows=rows.num_rows, width=rows.width, columns=rows.student_RL.shape[1],
-            kind=_KINDS[asked.kind], probs=asked.is_probs, first_teacher=asked.first_teacher if asked.has_teachers else 0,
-            teacher_columns=asked.teacher_columns,
+            kind=_KINDS[asked.kind], probs=asked.is_probs, teacher_columns=asked.teacher_columns,
+            first_teacher=asked.first_teacher if asked.has_teachers else 0,
             phases=phases, threads=torch.get_num_threads(),
             num_teachers=len(rows.teachers), num_stats=asked.num_stats,
             beta=asked.beta, inv_t=1 / asked.temperature, sampler_ratio=asked.sampler_ratio,

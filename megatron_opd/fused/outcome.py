@@ -44,6 +44,13 @@ class Outcome:
     is_bad_R: torch.Tensor
     """Whether logits of the student, or of a teacher that was asked, are NaN or infinite (bool)."""
 
+    def sampled(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the sampled tokens, where they were given: `student_R`, `target_R`, `sampler_R`."""
+        assert self.student_R is not None
+        assert self.target_R is not None
+        assert self.sampler_R is not None
+        return self.student_R, self.target_R, self.sampler_R
+
     @classmethod
     def joined(cls, parts: Sequence[Outcome]) -> Outcome:
         """The tokens of several, behind each other."""

@@ -92,7 +92,7 @@ class Pass:
         return self._known
 
     def _sampled_logits(self) -> torch.Tensor:
-        """The student's and the teachers' logits of the sampled tokens that this shard has, 0 for others; [R, 1 + N]."""
+        """Logits of the sampled tokens that this shard has, 0 for others: the student's, the teachers'; [R, 1 + N]."""
         if self.ids_R is None:
             return self.rows.student_RL.new_zeros(self.rows.num_rows, 0, dtype=torch.float64)
         local_R = self.ids_R - self.vocab.start

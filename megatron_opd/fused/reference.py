@@ -23,9 +23,7 @@ class Reference:
 
     name = "torch"
 
-    def whole(
-        self, rows: Rows, asked: Asked, scale_R: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def whole(self, rows: Rows, asked: Asked, scale_R: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Statistics and sums of an unsharded vocabulary, and with `scale_R` the gradient times it."""
         stats_RK = self.stats(rows, asked)
         sums_R3 = self.sums(rows, asked, stats_RK) if asked.has_sums else None

@@ -162,4 +162,6 @@ def _added_teachers(shapes: list[Shape], rounds: int) -> Iterator[Figure]:
                 }
                 found = measure.times(calls, rounds)
                 value = 100 * (found["four"]["cpu_ms"] / found["one"]["cpu_ms"] - 1) / 3
-                yield Figure(f"{ensemble}, {loss}, T={shape.tokens}: each added teacher", goal, value, unit="%", detail=found)
+                yield Figure(
+                    f"{ensemble}, {loss}, T={shape.tokens}: each added teacher", goal, value, unit="%", detail=found
+                )

@@ -132,9 +132,7 @@ def _liger_linear(compiled: bool) -> Callable[..., torch.Tensor]:
     def work(h: Any, head: Any, teachers: Any, mask: Any, shape: Shape) -> torch.Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        loss = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=shape.beta, compiled=compiled
-        )
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=shape.beta, compiled=compiled)
         (teacher_h, teacher_head), *_ = teachers
         labels = torch.where(mask, 0, -100)
         return loss(h, head, teacher_h, teacher_head, labels)
