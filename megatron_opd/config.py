@@ -14,6 +14,9 @@ import pydantic
 
 _T = TypeVar("_T")
 
+HUB = "hf:"
+"""Begins the path of a prompt source that is a data set of the Hugging Face hub."""
+
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _section(cls: type[_T]) -> type[_T]:
@@ -197,14 +200,23 @@ class RolloutConfig:
 
 @_section
 class SourceConfig:
-    """One file of prompts."""
+    """One file or data set of prompts."""
 
     name: str
     """Name of the source: the key for teacher routing and the column in evaluation tables."""
     path: str
-    """JSON Lines file; each line an object with `prompt` and, for evaluation, `answer`."""
+    """A file, .jsonl (or .jsonl.gz), .json or .parquet, or `hf:` and the name of a data set of the Hugging Face hub."""
     weight: float = 1.0
     """Share of this source in a batch, relative to the other sources."""
+    prompt_field: str = "prompt"
+    """Field of a row that holds the prompt: a text, or messages (`role` and `content`); a.b is field b of field a. A
+    row without it may have `messages`."""
+    answer_field: str = "answer"
+    """Field that holds the reference answer for evaluation; without it, the assistant's last message is the answer."""
+    subset: str = ""
+    """Subset of a data set of the hub (its configuration), e.g. main."""
+    split: str = "train"
+    """Split of a data set of the hub."""
 
 
 @_section
@@ -216,7 +228,16 @@ class DataConfig:
     eval: list[SourceConfig] = dataclasses.field(default_factory=list)
     """Sources to evaluate on (greedy, exact match with `answer`)."""
     max_prompt_tokens: int = 1024
-    """Longest prompt in tokens; a longer one is an error that names the line."""
+    """Longest prompt in tokens, the chat template's included."""
+    on_too_long: Literal["error", "drop"] = "error"
+    """A longer prompt is an error that names its line (error), or is left out and counted (drop)."""
+    chat_template: str = "none"
+    """none: prompts are texts, given to the model as they are; tokenizer: prompts and messages go through the chat
+    template of the student's tokenizer; anything else: through the template in this file (Jinja)."""
+    chat_template_options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template, e.g. {enable_thinking: false}."""
+    system_prompt: str = ""
+    """System message of every prompt that has none; needs a chat template."""
 
 
 @_section

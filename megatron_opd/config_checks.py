@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from megatron_opd.config import Config, SourceConfig, TeacherConfig
+from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
 from megatron_opd.config_checks_serving import check_serving
 
 _RESERVED = {"teachers": "ensemble", "data.eval": "all"}
@@ -14,7 +14,13 @@ _RESERVED = {"teachers": "ensemble", "data.eval": "all"}
 
 def check(config: Config) -> list[str]:
     """Every problem that the settings alone reveal, each naming the setting to change."""
-    return [*_check_numbers(config), *_check_layout(config), *_check_teachers(config), *check_serving(config)]
+    return [
+        *_check_numbers(config),
+        *_check_layout(config),
+        *_check_teachers(config),
+        *_check_data(config),
+        *check_serving(config),
+    ]
 
 
 def _check_numbers(config: Config) -> list[str]:
@@ -99,6 +105,22 @@ def _check_teachers(config: Config) -> list[str]:
         if source.weight <= 0:
             problems.append(f"data.train: weight of '{source.name}' must be above 0, not {source.weight}")
     return problems + _check_weights(config)
+
+
+def _check_data(config: Config) -> list[str]:
+    problems = []
+    for setting in ("system_prompt", "chat_template_options"):
+        if getattr(config.data, setting) and config.data.chat_template == "none":
+            problems.append(f"data.{setting} has no effect without a template; set data.chat_template")
+    if not config.data.chat_template:
+        problems.append("data.chat_template must be none, tokenizer, or a file")
+    for kind, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        for i, source in enumerate(sources):
+            if not source.path.startswith(HUB) and (source.subset or source.split != "train"):
+                problems.append(f"data.{kind}.{i}: subset and split are for data sets of the hub (path {HUB}…)")
+            if not (source.prompt_field and source.answer_field):
+                problems.append(f"data.{kind}.{i}: prompt_field and answer_field must not be empty")
+    return problems
 
 
 def _check_names(setting: str, named: Iterable[TeacherConfig | SourceConfig]) -> list[str]:

@@ -1,66 +1,138 @@
-"""Prompts: read from JSON Lines, mixed by weight in a fixed order, with a cursor that a checkpoint can hold."""
+"""Prompts: rows of files as token ids, mixed by weight in a fixed order, with a cursor that a checkpoint can hold."""
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
+from megatron_opd.chat import Encoder, Messages, checked
 from megatron_opd.config import SourceConfig
-from megatron_opd.tokenizer import Tokenizer
+from megatron_opd.packed import PackedPrompts
+from megatron_opd.rows import Row, read_rows
 from megatron_opd.types import Prompt
 
+_BATCH = 1024
+"""Rows that are tokenized together, and that are Python objects at a time."""
 
-def read_prompts(
-    source: SourceConfig, tokenizer: Tokenizer, *, limit: tuple[int, str], need_answer: bool
-) -> list[Prompt]:
-    """All prompts of a file, in its order; blank lines are skipped.
 
-    `limit` is the largest number of tokens and what sets it. Raises ValueError naming the file and line for broken
-    JSON, a missing, empty or too long prompt, and (`need_answer`) a missing answer.
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The largest number of tokens of a prompt."""
+
+    tokens: int
+    why: str
+    """What sets it."""
+    drop: bool = False
+    """Leave longer prompts out, instead of an error."""
+
+
+def read_prompts(source: SourceConfig, encoder: Encoder, *, limit: Limit, need_answer: bool) -> PackedPrompts:
+    """All prompts of a source, in its order, with a progress bar on a terminal where that takes a while.
+
+    Raises ValueError naming the source's line or row for one that cannot be read or has no prompt, for malformed
+    messages, for a prompt that is too long (unless `limit` drops it; an error when nothing is left), and
+    (`need_answer`) for a missing answer.
     """
-    path = Path(source.path)
-    if not path.is_file():
-        raise ValueError(f"prompt source '{source.name}': there is no file {path}")
-    prompts = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                prompts.append(_parse(line.decode("utf-8"), number - 1, source.name, tokenizer, limit, need_answer))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    prompts = PackedPrompts(source.name)
+    rows = read_rows(source)
+    with _progress(f"reading {source.name}") as show:
+        while batch := list(islice(rows, _BATCH)):
+            _add(batch, prompts, source, encoder, limit, need_answer)
+            show(batch[-1].share)
+    if prompts.dropped and not prompts:
+        raise ValueError(
+            f"prompt source '{source.name}': all {prompts.dropped} prompts of {source.path} are longer than"
+            f" {limit.tokens} tokens ({limit.why})"
+        )
     if not prompts:
-        raise ValueError(f"prompt source '{source.name}': {path} has no prompts")
+        raise ValueError(f"prompt source '{source.name}': {source.path} has no prompts")
     return prompts
 
 
-def _parse(
-    line: str, index: int, source: str, tokenizer: Tokenizer, limit: tuple[int, str], need_answer: bool
-) -> Prompt:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not valid JSON (nested too deeply)") from None
-    text = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise ValueError('expected an object with a text field "prompt"')
-    if not text.strip():
+def _add(
+    rows: list[Row], prompts: PackedPrompts, source: SourceConfig, encoder: Encoder, limit: Limit, need_answer: bool
+) -> None:
+    asked = []
+    for row in rows:
+        try:
+            text, answer, messages = _parse(row.fields, source, need_answer)
+            rendered = encoder.render(messages or text)
+            rendered.encode()  # half a surrogate pair is no text
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
+        asked.append((text, answer, rendered))
+    all_ids = encoder.encode([rendered for _, _, rendered in asked])
+    for row, (text, answer, _), ids in zip(rows, asked, all_ids, strict=True):
+        if len(ids) <= limit.tokens:
+            prompts.append(Prompt(source=source.name, index=row.index, text=text, token_ids=tuple(ids), answer=answer))
+        elif limit.drop:
+            prompts.dropped += 1
+        else:
+            raise ValueError(
+                f"{row.where}: the prompt has {len(ids)} tokens, and data.on_too_long is error; the limit is"
+                f" {limit.tokens} ({limit.why})"
+            )
+
+
+def _parse(fields: Any, source: SourceConfig, need_answer: bool) -> tuple[str, str | None, Messages | None]:
+    """(text, answer, the messages if the prompt is some) of a row."""
+    asked = _field(fields, source.prompt_field)
+    if asked is None:
+        asked = _field(fields, "messages")
+    messages, answer = None, _field(fields, source.answer_field)
+    if isinstance(asked, list):
+        messages = checked(asked)
+        if messages[-1]["role"] == "assistant":
+            reference = messages.pop()["content"]
+            answer = reference if answer is None else answer
+        if not messages:
+            raise ValueError("there is no message before the assistant's")
+        asked = messages[-1]["content"]
+    if not isinstance(asked, str):
+        raise ValueError(f'expected an object with a text field "{source.prompt_field}", or a list of messages in it')
+    if not asked.strip():
         raise ValueError("the prompt is empty")
-    answer = row.get("answer")
     if need_answer and not isinstance(answer, str):
-        raise ValueError('evaluation needs a text field "answer"')
-    ids = tokenizer.encode(text)
-    if len(ids) > limit[0]:
-        raise ValueError(f"the prompt has {len(ids)} tokens; the limit is {limit[0]} ({limit[1]})")
-    return Prompt(source=source, index=index, text=text, token_ids=tuple(ids), answer=answer)
+        or_message = " or a last message of the assistant" if messages else ""
+        raise ValueError(f'evaluation needs a text field "{source.answer_field}"{or_message}')
+    return asked, answer if isinstance(answer, str) else None, messages
+
+
+def _field(fields: Any, name: str) -> Any:
+    """What a row has under a name, or under a path of names with dots; None if nothing."""
+    if not isinstance(fields, Mapping):
+        return None
+    if name in fields or "." not in name:
+        return fields.get(name)
+    first, _, rest = name.partition(".")
+    return _field(fields.get(first), rest)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[float], None]]:
+    """A function to be told the share that is done; it shows itself on a terminal, and once there is more to come."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not console.is_interactive)
+    task = bar.add_task(what, total=1.0)
+
+    def show(share: float) -> None:
+        if share < 1:
+            bar.start()
+        bar.update(task, completed=share)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 class PromptMix:
@@ -70,7 +142,7 @@ class PromptMix:
     stream; within a source every epoch is a new permutation. The state is how many prompts each source has given.
     """
 
-    def __init__(self, sources: Sequence[tuple[SourceConfig, list[Prompt]]], *, seed: int) -> None:
+    def __init__(self, sources: Sequence[tuple[SourceConfig, Sequence[Prompt]]], *, seed: int) -> None:
         self.sources = list(sources)
         self.seed = seed
         self.given = [0] * len(self.sources)

@@ -7,16 +7,18 @@ problems are collected and said at once. `megatron-opd check` is this, and every
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from megatron_opd import serve
+from megatron_opd.chat import Encoder, build_encoder
 from megatron_opd.config import Config, SourceConfig
 from megatron_opd.config_checks_serving import check_vocabulary
 from megatron_opd.config_file import ConfigError
-from megatron_opd.data import read_prompts
+from megatron_opd.data import Limit, read_prompts
+from megatron_opd.packed import PackedPrompts
 from megatron_opd.student.architecture import check_layout, read_architecture, read_limits
 from megatron_opd.student.headers import check_tensors
 from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
@@ -29,11 +31,13 @@ _T = TypeVar("_T")
 class Inputs:
     """What a run reads besides weights."""
 
-    train: list[tuple[SourceConfig, list[Prompt]]]
-    eval: list[tuple[SourceConfig, list[Prompt]]]
+    train: list[tuple[SourceConfig, Sequence[Prompt]]]
+    eval: list[tuple[SourceConfig, Sequence[Prompt]]]
     eos_ids: tuple[int, ...]
     vocab_size: int
     """Entries that distributions are normalised over and that may be sampled: those that every model has."""
+    notes: tuple[str, ...] = ()
+    """What people should know about the inputs, a line each: the prompts that were left out."""
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -52,12 +56,16 @@ def read_inputs(config: Config) -> Inputs:
             f" {vocab_size} entries in its vocabulary"
         )
     problems += check_vocabulary(config, vocab_size)
-    read = _Reader(config, tokenizer, context, problems)
+    encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
+    if encoder is None:
+        raise ConfigError(problems)
+    read = _Reader(config, encoder, context, problems)
     inputs = Inputs(
-        train=read.sources(config.data.train, need_answer=False),
-        eval=read.sources(config.data.eval, need_answer=True),
+        train=read.sources("data.train", config.data.train, need_answer=False),
+        eval=read.sources("data.eval", config.data.eval, need_answer=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,
+        notes=tuple(read.notes),
     )
     if problems:
         raise ConfigError(problems)
@@ -138,11 +146,14 @@ def _tokenizer(what: str, model: str, problems: list[str]) -> Tokenizer | None:
 @dataclass(frozen=True, slots=True)
 class _Reader:
     config: Config
-    tokenizer: Tokenizer
+    encoder: Encoder
     context: int
     problems: list[str]
+    notes: list[str] = field(default_factory=list)
 
-    def sources(self, sources: list[SourceConfig], *, need_answer: bool) -> list[tuple[SourceConfig, list[Prompt]]]:
+    def sources(
+        self, setting: str, sources: list[SourceConfig], *, need_answer: bool
+    ) -> list[tuple[SourceConfig, Sequence[Prompt]]]:
         # A server keeps some positions of its context for itself.
         room = self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
         if room < 1:
@@ -156,12 +167,22 @@ class _Reader:
         limit, why = self.config.data.max_prompt_tokens, "data.max_prompt_tokens"
         if room < limit:
             limit, why = room, f"the models' context of {self.context} tokens less rollout.max_new_tokens"
-        found = []
+        within = Limit(limit, why, drop=self.config.data.on_too_long == "drop")
+        found: list[tuple[SourceConfig, Sequence[Prompt]]] = []
         for source in sources:
             prompts = _attempt(
                 "data",
-                lambda: read_prompts(source, self.tokenizer, limit=(limit, why), need_answer=need_answer),  # noqa: B023
+                lambda: read_prompts(source, self.encoder, limit=within, need_answer=need_answer),  # noqa: B023
                 self.problems,
             )
             found.append((source, prompts or []))
+            if prompts and prompts.dropped:
+                self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
         return found
+
+
+def _dropped(what: str, prompts: PackedPrompts, limit: Limit) -> str:
+    """What was left out of a source, in one line; a warning when it is more than a tenth."""
+    total = len(prompts) + prompts.dropped
+    line = f"{what}: left out {prompts.dropped} of {total} prompts, longer than {limit.tokens} tokens ({limit.why})"
+    return f"warning: {line}" if prompts.dropped > total / 10 else line

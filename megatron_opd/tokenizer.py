@@ -6,6 +6,7 @@ Token ids travel between all parts, text never does; so teachers must agree with
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,13 @@ class Tokenizer:
         """Ids of a prompt, with the special tokens that the tokenizer puts in front (a BOS, where it has one)."""
         return list(self.hf(text, verbose=False)["input_ids"])  # too long is for us to say
 
+    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` of every text, on all cores; without special tokens for texts that have them already."""
+        if not texts:
+            return []
+        ids = self.hf(list(texts), verbose=False, add_special_tokens=add_special_tokens)["input_ids"]
+        return [list(one) for one in ids]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -36,6 +44,8 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     """Load from a local directory. Raises ValueError when there is none, or none that ends a response."""
     from transformers import AutoTokenizer
 
+    # Said explicitly, or the tokenizers library warns of deadlocks whenever a server is started after `encode_all`.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         hf = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file

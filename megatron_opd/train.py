@@ -60,6 +60,8 @@ def train(config: Config) -> None:
             tracker = opened.enter_context(build_tracker(config, is_main=True))
 
         parallel.share_world(open_run_dir)
+        for note in inputs.notes:
+            tracker.message(note)
         run = Run(config, parallel, inputs, tracker)
         opened.callback(run.close)
         run.to_the_end()

@@ -20,8 +20,9 @@ class Prompt:
     source: str
     """Name of the prompt source: the routing key for teachers and the column in tables."""
     index: int
-    """Line of the source (from 0); with `source` it identifies the prompt."""
+    """Line or row of the source (from 0); with `source` it identifies the prompt."""
     text: str
+    """What the row asks; of messages, the last one's content. Templates and special tokens are only in `token_ids`."""
     token_ids: tuple[int, ...]
     answer: str | None = None
     """Reference answer for evaluation; the text that a correct response decodes to."""

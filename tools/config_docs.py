@@ -71,8 +71,8 @@ def type_text(field: ast.AnnAssign) -> str:
         choices = ast.literal_eval(f"({text.removeprefix('Literal[').removesuffix(']')},)")
         return " \\| ".join(f"`{choice}`" for choice in choices)
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "`true` \\| `false`"}
-    if mapping := re.fullmatch(r"dict\[str, (\w+)\]", text):
-        return f"mapping of name to {words[mapping[1]]}"
+    if mapping := re.fullmatch(r"dict\[str, (.+)\]", text):
+        return f"mapping of name to {words.get(mapping[1], 'value')}"
     if many := re.fullmatch(r"list\[(\w+)\]", text):
         return f"list of {words[many[1]]}s".replace("texts", "text")
     return words[text]
@@ -89,7 +89,7 @@ def default_text(field: ast.AnnAssign) -> str:
     if text.startswith("dataclasses.field("):
         return "its defaults"
     value = ast.literal_eval(field.value)
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = str(value).lower() if isinstance(value, bool) else str(value) or '""'
     return f"`{re.sub(r'e-0+', 'e-', text)}`"
 
 

@@ -1,13 +1,22 @@
-"""The stream of prompts: its mixture, its epochs, how it goes on from a saved state. Reading: test_preflight.py."""
+"""Sources as prompts, and the stream of them: its mixture, its epochs, how it goes on from a saved state."""
 
+import gzip
+import json
+import pickle
+import re
+import sys
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_opd.chat import Encoder
 from megatron_opd.config import SourceConfig
-from megatron_opd.data import PromptMix, read_prompts
+from megatron_opd.data import Limit, PromptMix, read_prompts
+from megatron_opd.packed import PackedPrompts
+from megatron_opd.tokenizer import Tokenizer
 from megatron_opd.types import Prompt
 
 
@@ -71,10 +80,262 @@ def test_order_within_a_source_does_not_depend_on_the_others():
     assert [p.text for p in together if p.source == "a"] == alone
 
 
+# Reading. What a row may look like is the same for all formats; ids are the bytes of the text here.
+
+USER, ASSISTANT = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}
+
+
+class Chatting(SimpleNamespace):
+    """A stand-in for a tokenizer: messages are "u:1+1 a:2", ids are bytes."""
+
+    def apply_chat_template(self, messages, **_):
+        return " ".join(f"{message['role'][0]}:{message['content']}" for message in messages)
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [list(text.encode()) for text in texts]}
+
+
+CHAT = Encoder(Tokenizer(Chatting(), (2,)), template="the stand-in's")
+BYTES = Encoder(CHAT.tokenizer)
+
+
+def write(path, *rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def read(path, encoder=BYTES, *, limit=99, drop=False, need_answer=False, **settings):
+    settings = {"name": "n", "path": str(path), **settings}
+    return read_prompts(SourceConfig(**settings), encoder, limit=Limit(limit, "it", drop=drop), need_answer=need_answer)
+
+
 def test_reading_keeps_order_and_numbers_lines(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "one", "answer": "1", "more": [1]}\n\n{"prompt": "zwei ü"}')
-    words = SimpleNamespace(encode=lambda text: list(text.encode()))
-    prompts = read_prompts(SourceConfig(name="n", path=str(path)), words, limit=(9, "it"), need_answer=False)
+    prompts = read(path, limit=9)
     assert [(p.source, p.index, p.text, p.answer) for p in prompts] == [("n", 0, "one", "1"), ("n", 2, "zwei ü", None)]
     assert prompts[0].token_ids == tuple(b"one")
+
+
+ROWS = [{"prompt": "one", "answer": "1"}, {"prompt": "zwei ü", "answer": None}, {"prompt": "三", "answer": "3"}]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "array.json", "p.jsonl.gz", "p.parquet"])
+def test_every_format_gives_the_same_prompts(tmp_path, name):
+    path = tmp_path / name
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    if name == "array.json":
+        path.write_text("\n " + json.dumps(ROWS, indent=1))
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(ROWS), path, row_group_size=2)
+    else:
+        path.write_text(lines)
+    expected = [
+        Prompt(source="n", index=i, text=row["prompt"], token_ids=tuple(row["prompt"].encode()), answer=row["answer"])
+        for i, row in enumerate(ROWS)
+    ]
+    assert list(read(path)) == expected
+
+
+def test_fields_by_name_and_by_path(tmp_path):
+    row = {"question": "q", "reward_model": {"ground_truth": "right"}, "a.b": "dotted", "prompt": "no", "answer": "no"}
+    path = write(tmp_path / "p.jsonl", row)
+    (nested,) = read(path, prompt_field="question", answer_field="reward_model.ground_truth", need_answer=True)
+    assert (nested.text, nested.answer) == ("q", "right")
+    (dotted,) = read(path, prompt_field="a.b", answer_field="reward_model.nothing.there")
+    assert (dotted.text, dotted.answer) == ("dotted", None)
+
+
+@pytest.mark.parametrize(
+    ("row", "rendered", "answer"),
+    [
+        ({"messages": [USER]}, "u:1+1", None),
+        ({"messages": [USER, ASSISTANT]}, "u:1+1", "2"),
+        ({"messages": [USER, ASSISTANT], "answer": "two"}, "u:1+1", "two"),
+        ({"messages": [USER, ASSISTANT, {**USER, "content": "2+2"}]}, "u:1+1 a:2 u:2+2", None),
+        ({"prompt": [USER, ASSISTANT]}, "u:1+1", "2"),
+        ({"prompt": None, "messages": [USER]}, "u:1+1", None),
+        ({"prompt": "1+1", "messages": [{**USER, "content": "not this"}]}, "u:1+1", None),
+    ],
+)
+def test_messages(tmp_path, row, rendered, answer):
+    (prompt,) = read(write(tmp_path / "p.jsonl", row), CHAT)
+    assert (bytes(prompt.token_ids).decode(), prompt.answer) == (rendered, answer)
+    assert prompt.text == rendered[-3:]  # of the last message
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ({"messages": []}, "there are no messages"),
+        ({"messages": [ASSISTANT]}, "there is no message before the assistant's"),
+        ({"messages": ["1+1"]}, 'message 1: expected an object with text fields "role" and "content"'),
+        ({"messages": [USER, {"from": "gpt", "value": "2"}]}, 'message 2: expected an object with text fields "role"'),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2: expected an object with"),
+        ({"messages": [{"role": "human", "content": "?"}]}, "message 1: unknown role 'human'; known: system, "),
+        ({"messages": [{"role": "user", "content": " "}]}, "the prompt is empty"),
+        (
+            {"messages": "1+1", "prompt": 3},
+            'expected an object with a text field "prompt", or a list of messages in it',
+        ),
+        ({"prompt": "half a pair: \ud800"}, "'utf-8' codec can't encode character"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path, row, wrong):
+    path = write(tmp_path / "p.jsonl", {"prompt": "1"}, {"prompt": "2"}, row)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}, line 3: {wrong}")):
+        read(path, CHAT)
+
+
+def test_messages_without_a_template(tmp_path):
+    with pytest.raises(ValueError, match=r"p.jsonl, line 1: messages need a chat template: set data.chat_template"):
+        read(write(tmp_path / "p.jsonl", {"messages": [USER]}))
+
+
+def test_evaluation_says_which_answer_it_misses(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"messages": [USER]})
+    with pytest.raises(ValueError, match='line 1: evaluation needs a text field "gold" or a last message of the ass'):
+        read(path, CHAT, need_answer=True, answer_field="gold")
+
+
+def damaged(path, whole):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(whole)[:-9])
+    else:
+        path.write_bytes(whole)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong"),
+    [
+        (
+            "p.json",
+            b'[{"prompt": "1"},\n {"prompt" "2"}]',
+            "p.json: not valid JSON (Expecting ':' delimiter at line 2, ",
+        ),
+        ("p.json", b'[{"prompt": "1"}, 7]', "p.json, row 2: expected an object with a text field"),
+        ("p.json", b" \n", "p.json has no prompts"),
+        ("p.json", b"[]", "p.json has no prompts"),
+        ("p.json", "[é]".encode("latin-1"), "p.json: not UTF-8 text (invalid continuation byte at byte 1)"),
+        ("p.jsonl.gz", b'{"prompt": "1"}', "p.jsonl.gz is not a gzip file, or is cut short: "),
+        ("p.parquet", b"PAR1 and nothing", "p.parquet cannot be read as Parquet: "),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, wrong):
+    if name == "p.parquet":
+        pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        read(damaged(tmp_path / name, content))
+
+
+def test_parquet_rows_are_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    path = tmp_path / "p.parquet"
+    rows = [{"messages": [{**USER, "name": "me"}, ASSISTANT]}, {"messages": [{"role": "x", "content": "y"}]}]
+    parquet.write_table(Table.from_pylist(rows), path)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}, row 2: message 1: unknown role 'x'")):
+        read(path, CHAT)
+
+
+@pytest.mark.parametrize(("path", "package"), [("p.parquet", "pyarrow"), ("hf:some/set", "datasets")])
+def test_a_format_whose_package_is_missing(tmp_path, monkeypatch, path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.parquet").touch()
+    with pytest.raises(ValueError, match=rf"{path}.* need.* {package}: pip install 'megatron-opd\[datasets\]'"):
+        read(path)
+
+
+def test_data_set_of_the_hub(tmp_path, monkeypatch):
+    """The same call that asks the hub takes a directory, so this needs no network."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    made = tmp_path / "made"
+    made.mkdir()
+    write(made / "train.jsonl", {"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4"})
+    write(made / "test.jsonl", {"question": "3+3", "answer": "6"})
+    asked = {"prompt_field": "question", "need_answer": True}
+    assert [(p.index, p.text, p.answer) for p in read(f"hf:{made}", **asked)] == [(0, "1+1", "2"), (1, "2+2", "4")]
+    assert [p.text for p in read(f"hf:{made}", split="test", **asked)] == ["3+3"]
+    with pytest.raises(ValueError, match=r"made, train, row 1: expected an object with a text field \"prompt\""):
+        read(f"hf:{made}")
+    with pytest.raises(ValueError, match=r"made, validation cannot be loaded: .*validation.* see `subset` and `split`"):
+        read(f"hf:{made}", split="validation")
+    with pytest.raises(ValueError, match=r"made \(hard\), train cannot be loaded: .*hard"):
+        read(f"hf:{made}", subset="hard")
+
+
+# Prompts that are too long.
+
+
+def test_too_long_is_dropped_and_counted_or_an_error(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({"prompt": "x" * size} for size in (3, 9, 5, 6, 1)))
+    kept = read(path, limit=5, drop=True)
+    assert [p.index for p in kept] == [0, 2, 4]
+    assert kept.dropped == 2
+    assert read(path, limit=9).dropped == 0
+    with pytest.raises(ValueError, match=r"p.jsonl, line 2: the prompt has 9 tokens, .*; the limit is 5 \(it\)$"):
+        read(path, limit=5)
+    with pytest.raises(ValueError, match=r"source 'n': all 5 prompts of .*p.jsonl are longer than 0 tokens \(it\)"):
+        read(path, limit=0, drop=True)
+
+
+def test_the_stream_continues_exactly_where_rows_were_dropped(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({"prompt": "x" * (i % 7 + 1)} for i in range(50)))
+    config = SourceConfig(name="n", path=str(path))
+    whole, first, second = (PromptMix([(config, read(path, limit=5, drop=True))], seed=3) for _ in range(3))
+    expected = [p.index for p in whole.next(90)]
+    first.next(47)  # in the second epoch of the 36 that are left
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert [p.index for p in second.next(43)] == expected[47:]
+
+
+# Many prompts.
+
+
+def test_packed_prompts_are_a_sequence_of_the_same_prompts():
+    prompts = [
+        Prompt(source="s", index=7 * i, text=text, token_ids=ids, answer=answer)
+        for i, (text, ids, answer) in enumerate([("a", (1, 2), "x"), ("", (), None), ("\n三", (2**31 - 1,), "\ud800")])
+    ]
+    packed = PackedPrompts("s")
+    for prompt in prompts:
+        packed.append(prompt)
+    assert list(packed) == prompts
+    assert [packed[-1], *packed[::2]] == [prompts[2], prompts[0], prompts[2]]
+    assert list(pickle.loads(pickle.dumps(packed))) == prompts  # rank 0 sends them to the others
+    with pytest.raises(IndexError):
+        packed[3]
+
+
+def test_a_large_file_takes_little_more_memory_than_its_ids_and_texts(tmp_path):
+    """What the prompts of 20,000 rows take, and what reading them takes on top, which does not grow with the file."""
+    path, size = tmp_path / "p.jsonl", 20_000
+    text = "x" * 200
+    path.write_text(f'{{"prompt": "{text}"}}\n' * size)
+    tracemalloc.start()
+    try:
+        prompts = read(path, limit=200)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(prompts) == size
+    contents = size * (4 * 200 + 200)
+    assert contents < kept < 1.3 * contents
+    assert peak < 1.6 * contents + 10_000_000
+
+
+def test_batches_do_not_change_prompts(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"{i}", "answer": f"{-i}"} for i in range(2500)))
+    prompts = read(path)
+    assert [(p.index, p.text, p.token_ids, p.answer) for p in prompts] == [
+        (i, f"{i}", tuple(f"{i}".encode()), f"{-i}") for i in range(2500)
+    ]
