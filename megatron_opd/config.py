@@ -176,7 +176,7 @@ class RolloutConfig:
     max_new_tokens: int = 128
     """Longest answer in tokens, the end-of-sequence token included."""
     temperature: float = 1.0
-    """Sampling temperature during training; evaluation is greedy."""
+    """Sampling temperature during training and of train.eval_samples; evaluation is greedy besides."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with at least this probability, of the 4,096 likeliest; 1: from all
     (engine sglang)."""
@@ -202,9 +202,12 @@ class SourceConfig:
     name: str
     """Name of the source: the key for teacher routing and the column in evaluation tables."""
     path: str
-    """JSON Lines file; each line an object with `prompt` and, for evaluation, `answer`."""
+    """JSON Lines file; each line an object with `prompt` and, for evaluation, what `reward` needs."""
     weight: float = 1.0
     """Share of this source in a batch, relative to the other sources."""
+    reward: str = "exact"
+    """How answers are graded: exact (equal to `answer`), gsm8k (the final number is that of `answer`), code (passes
+    `tests`, which call `entry_point`), or module:function, your own; see docs/rewards.md."""
 
 
 @_section
@@ -214,9 +217,21 @@ class DataConfig:
     train: list[SourceConfig]
     """Sources to sample training prompts from."""
     eval: list[SourceConfig] = dataclasses.field(default_factory=list)
-    """Sources to evaluate on (greedy, exact match with `answer`)."""
+    """Sources to evaluate on, each by its `reward`."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens; a longer one is an error that names the line."""
+
+
+@_section
+class RewardsConfig:
+    """How answers are graded, where a source's reward has a choice."""
+
+    code_timeout_s: float = 10.0
+    """Seconds in which an answer of the reward code must have passed its tests."""
+    code_memory_mb: int = 512
+    """Largest address space of a process that runs an answer, in MiB."""
+    code_workers: int = 4
+    """Answers of the reward code that one replica tests at a time; each takes up to two processes."""
 
 
 @_section
@@ -255,6 +270,8 @@ class TrainConfig:
     """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
     eval_every: int = 0
     """Evaluate every this many steps, and before the first and after the last; 0: never."""
+    eval_samples: int = 1
+    """Above 1: also draw this many answers to each evaluation prompt at rollout.temperature, for avg@k and pass@k."""
     eval_teachers: bool = False
     """Also measure each teacher's own accuracy once, before the first step (loads it whole on one rank)."""
     save_every: int = 0
@@ -295,6 +312,8 @@ class Config:
     """How answers are sampled."""
     data: DataConfig
     """The prompts."""
+    rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
+    """How answers are graded."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """The optimizer."""
     train: TrainConfig
