@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(check)
     check.set_defaults(run=_check)
 
-    evaluate = commands.add_parser("eval", help="greedy accuracy of a Hugging Face model on the config's eval sources")
+    evaluate = commands.add_parser("eval", help="grade answers of a Hugging Face model to the config's eval sources")
     evaluate.add_argument("--model", help="model directory (default: the run's export, else student.model)")
     _add_config(evaluate)
     evaluate.set_defaults(run=_eval)
@@ -152,6 +152,8 @@ def _check(arguments: argparse.Namespace) -> int:
     for kind in ("train", "eval"):
         for source, prompts in getattr(inputs, kind):
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
+    for note in inputs.notes:
+        print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     for process in launch.plan(config, [arguments.config, *arguments.overrides]):
         print(f"# {process}")
@@ -161,9 +163,9 @@ def _check(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_opd.evaluate import accuracies, count_right, greedy
+    from megatron_opd.evaluate import Evaluator, means
     from megatron_opd.preflight import check_model, read_inputs
-    from megatron_opd.report import print_accuracies
+    from megatron_opd.report import print_grades
     from megatron_opd.rollout.local import LocalEngine
     from megatron_opd.tokenizer import load_tokenizer
 
@@ -176,9 +178,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     check_model(model, config)
     engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
     prompts = [p for _, source in inputs.eval for p in source]
-    rollouts = greedy(engine, prompts, max_new_tokens=config.rollout.max_new_tokens)
-    counts = count_right(rollouts, load_tokenizer(model))
-    print_accuracies(str(model), accuracies([counts], "accuracy"), console=Console())
+    evaluator = Evaluator(config, load_tokenizer(model))
+    _, totals = evaluator.answer(engine, prompts, samples=config.train.eval_samples)
+    print_grades(str(model), means([totals], "eval"), console=Console())
     return 0
 
 

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from megatron_opd.config import SourceConfig
+from megatron_opd.rewards.base import Reward
 from megatron_opd.tokenizer import Tokenizer
 from megatron_opd.types import Prompt
 
 
 def read_prompts(
-    source: SourceConfig, tokenizer: Tokenizer, *, limit: tuple[int, str], need_answer: bool
+    source: SourceConfig, tokenizer: Tokenizer, *, limit: tuple[int, str], reward: Reward, is_graded: bool
 ) -> list[Prompt]:
     """All prompts of a file, in its order; blank lines are skipped.
 
     `limit` is the largest number of tokens and what sets it. Raises ValueError naming the file and line for broken
-    JSON, a missing, empty or too long prompt, and (`need_answer`) a missing answer.
+    JSON, a missing, empty or too long prompt, and (`is_graded`) for a row without what the source's reward needs.
     """
     path = Path(source.path)
     if not path.is_file():
@@ -32,7 +33,10 @@ def read_prompts(
             if not line.strip():
                 continue
             try:
-                prompts.append(_parse(line.decode("utf-8"), number - 1, source.name, tokenizer, limit, need_answer))
+                prompt = _parse(line.decode("utf-8"), number - 1, source.name, tokenizer, limit, reward.fields)
+                if is_graded:
+                    reward.check(prompt)
+                prompts.append(prompt)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not prompts:
@@ -41,8 +45,9 @@ def read_prompts(
 
 
 def _parse(
-    line: str, index: int, source: str, tokenizer: Tokenizer, limit: tuple[int, str], need_answer: bool
+    line: str, index: int, source: str, tokenizer: Tokenizer, limit: tuple[int, str], fields: tuple[str, ...] | None
 ) -> Prompt:
+    """`fields` are those to keep besides prompt and answer; None: all."""
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -54,13 +59,12 @@ def _parse(
         raise ValueError('expected an object with a text field "prompt"')
     if not text.strip():
         raise ValueError("the prompt is empty")
-    answer = row.get("answer")
-    if need_answer and not isinstance(answer, str):
-        raise ValueError('evaluation needs a text field "answer"')
     ids = tokenizer.encode(text)
     if len(ids) > limit[0]:
         raise ValueError(f"the prompt has {len(ids)} tokens; the limit is {limit[0]} ({limit[1]})")
-    return Prompt(source=source, index=index, text=text, token_ids=tuple(ids), answer=answer)
+    others = (name for name in row if name not in ("prompt", "answer"))
+    extra = {name: row[name] for name in others if fields is None or name in fields}
+    return Prompt(source=source, index=index, text=text, token_ids=tuple(ids), answer=row.get("answer"), extra=extra)
 
 
 class PromptMix:

@@ -6,9 +6,10 @@ problems are collected and said at once. `megatron-opd check` is this, and every
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ from megatron_opd.config import Config, SourceConfig
 from megatron_opd.config_checks_serving import check_vocabulary
 from megatron_opd.config_file import ConfigError
 from megatron_opd.data import read_prompts
+from megatron_opd.rewards import build_reward
+from megatron_opd.rewards.base import Reward
 from megatron_opd.student.architecture import check_layout, read_architecture, read_limits
 from megatron_opd.student.headers import check_tensors
 from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
@@ -34,6 +37,8 @@ class Inputs:
     eos_ids: tuple[int, ...]
     vocab_size: int
     """Entries that distributions are normalised over and that may be sampled: those that every model has."""
+    notes: tuple[str, ...] = ()
+    """What people should know about how answers are graded here."""
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -54,10 +59,11 @@ def read_inputs(config: Config) -> Inputs:
     problems += check_vocabulary(config, vocab_size)
     read = _Reader(config, tokenizer, context, problems)
     inputs = Inputs(
-        train=read.sources(config.data.train, need_answer=False),
-        eval=read.sources(config.data.eval, need_answer=True),
+        train=read.sources(config.data.train, are_graded=False),
+        eval=read.sources(config.data.eval, are_graded=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,
+        notes=tuple(reward.note for reward in read.rewards.values() if reward and reward.note),
     )
     if problems:
         raise ConfigError(problems)
@@ -141,8 +147,10 @@ class _Reader:
     tokenizer: Tokenizer
     context: int
     problems: list[str]
+    rewards: dict[str, Reward | None] = field(default_factory=dict)
+    """By name; None for one that cannot be had, which is a problem by then."""
 
-    def sources(self, sources: list[SourceConfig], *, need_answer: bool) -> list[tuple[SourceConfig, list[Prompt]]]:
+    def sources(self, sources: list[SourceConfig], *, are_graded: bool) -> list[tuple[SourceConfig, list[Prompt]]]:
         # A server keeps some positions of its context for itself.
         room = self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
         if room < 1:
@@ -158,10 +166,14 @@ class _Reader:
             limit, why = room, f"the models' context of {self.context} tokens less rollout.max_new_tokens"
         found = []
         for source in sources:
-            prompts = _attempt(
-                "data",
-                lambda: read_prompts(source, self.tokenizer, limit=(limit, why), need_answer=need_answer),  # noqa: B023
-                self.problems,
-            )
-            found.append((source, prompts or []))
+            reward = self._reward(source.reward)
+            if reward is not None:
+                read = functools.partial(read_prompts, source, self.tokenizer, reward=reward, is_graded=are_graded)
+                prompts = _attempt("data", lambda: read(limit=(limit, why)), self.problems)  # noqa: B023
+                found.append((source, prompts or []))
         return found
+
+    def _reward(self, name: str) -> Reward | None:
+        if name not in self.rewards:
+            self.rewards[name] = _attempt("data", lambda: build_reward(name, self.config.rewards), self.problems)
+        return self.rewards[name]

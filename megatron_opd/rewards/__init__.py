@@ -1,7 +1,7 @@
 """Graders of answers, by name: how good is a response to its prompt, from 0 to 1.
 
-`exact`, `gsm8k`, `code`, or `module:function` of the user's own. Each is in a module of its own, imported when it is asked
-for. Evaluation uses them, and so can anything else that has prompts and responses.
+`exact`, `gsm8k`, `code`, or `module:function` of the user's own. Each is in a module of its own, imported when it is
+asked for. Evaluation uses them, and so can anything else that has prompts and responses.
 """
 
 from __future__ import annotations

@@ -29,6 +29,6 @@ class Reward:
 
 def needs_answer(prompt: Prompt) -> str:
     """The prompt's reference answer. Raises ValueError when it has none."""
-    if prompt.answer is None:
+    if not isinstance(prompt.answer, str):
         raise ValueError('evaluation needs a text field "answer"')
     return prompt.answer

@@ -1,8 +1,9 @@
 """Right is a program that passes its tests, run in the sandbox of `sandbox.py`.
 
-As in HumanEval (Chen et al. 2021, arXiv:2107.03374) the program is the prompt continued by the response, up to the first of
-their stop sequences where the whole does not run. A response with a fenced block, or one that is a program by itself, counts
-as that. A row has `tests` (asserts, or a function `check(candidate)`) and `entry_point`, the function that they test.
+As in HumanEval (Chen et al. 2021, arXiv:2107.03374) the program is the prompt continued by the response, up to the
+first of their stop sequences where the whole does not run. A response with a fenced block, or one that is a program
+by itself, counts as that. A row has `tests` (asserts, or a function `check(candidate)`) and `entry_point`, the
+function that they test.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from megatron_opd.types import Prompt
 
 
 def build(name: str) -> Reward:
-    """The reward of `module:function`; the working directory is looked in, too. Raises ValueError when it is not there."""
+    """The reward of `module:function`; the working directory is searched, too. Raises ValueError if it is not there."""
     function = _find(*name.split(":"))
 
     def grade(answers: Sequence[Answer]) -> list[float]:

@@ -1,8 +1,9 @@
 """Right is what ends in the number that the reference ends in, however it is written.
 
-The number of a text stands after its last `####` (the format of the data set, Cobbe et al. 2021, arXiv:2110.14168), else
-in its last `\\boxed{}`, else it is the last number there is. Numbers are compared exactly, as fractions: 1,000 and 1000.0
-are one; thousands separators, currency signs, units and percent signs do not count, and nothing is rounded.
+The number of a text stands after its last `####` (the format of the data set, Cobbe et al. 2021, arXiv:2110.14168),
+else in its last `\\boxed{}`, else it is the last number there is. Numbers are compared exactly, as fractions: 1,000
+and 1000.0 are one; thousands separators, currency signs, units and percent signs do not count, and nothing is
+rounded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs code that nobody has read: in processes of its own, with limits, without network, against tests.
 
-What confines it is in `jail/`, which a fresh interpreter runs; nothing of the code is ever parsed or run in this process.
-Which guards the kernel has is in every verdict; without one that cuts the network off nothing is run.
+What confines it is in `jail/`, which a fresh interpreter runs; nothing of the code is ever parsed or run in this
+process. Which guards the kernel has is in every verdict; without one that cuts the network off nothing is run.
 """
 
 from __future__ import annotations

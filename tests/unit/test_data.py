@@ -8,6 +8,7 @@ import pytest
 
 from megatron_opd.config import SourceConfig
 from megatron_opd.data import PromptMix, read_prompts
+from megatron_opd.rewards.exact import REWARD
 from megatron_opd.types import Prompt
 
 
@@ -75,6 +76,8 @@ def test_reading_keeps_order_and_numbers_lines(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "one", "answer": "1", "more": [1]}\n\n{"prompt": "zwei ü"}')
     words = SimpleNamespace(encode=lambda text: list(text.encode()))
-    prompts = read_prompts(SourceConfig(name="n", path=str(path)), words, limit=(9, "it"), need_answer=False)
+    prompts = read_prompts(
+        SourceConfig(name="n", path=str(path)), words, limit=(9, "it"), reward=REWARD, is_graded=False
+    )
     assert [(p.source, p.index, p.text, p.answer) for p in prompts] == [("n", 0, "one", "1"), ("n", 2, "zwei ü", None)]
     assert prompts[0].token_ids == tuple(b"one")

@@ -1,8 +1,8 @@
 """Two processes that the kernel confines: one runs the code under test, the other the tests, which call it over a pipe.
 
-Because only plain values cross, the code under test can neither say that the tests passed, nor end them early, nor change
-what they compare with, nor read them. Started by `sandbox.py` as `python -I -S <this directory> SETTINGS` with the task on
-standard input; the verdict, a JSON object, is all that goes to standard output.
+Because only plain values cross, the code under test can neither say that the tests passed, nor end them early, nor
+change what they compare with, nor read them. Started by `sandbox.py` as `python -I -S <this directory> SETTINGS` with
+the task on standard input; the verdict, a JSON object, is all that goes to standard output.
 """
 
 from __future__ import annotations

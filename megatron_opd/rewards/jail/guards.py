@@ -1,7 +1,7 @@
 """What a process can be kept from, by the kernel: time, memory, files, network, other processes.
 
-Each guard that the kernel allows stays for the process and all that it starts, and cannot be taken back. All of them work
-without privileges. Only the standard library: this runs under `python -I -S`.
+Each guard that the kernel allows stays for the process and all that it starts, and cannot be taken back. All of them
+work without privileges. Only the standard library: this runs under `python -I -S`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,22 @@ _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_SECCOMP, _NO_NEW_PRIVILEGES = 1, 4, 22, 3
 _EPERM, _ENOSYS = 1, 38
 _SIGKILL = 9
 
-_NAMES = (
-    "socket connect accept accept4 sendto sendmsg bind listen socketpair fork vfork execve execveat kill tkill tgkill"
-    " rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_send_signal pidfd_getfd ptrace process_vm_readv process_vm_writev"
-    " setpgid setsid setrlimit prlimit64 mount umount2 chroot pivot_root unshare setns bpf perf_event_open userfaultfd"
-    " io_uring_setup add_key request_key keyctl shmget msgget semget init_module finit_module reboot"
-).split()
-"""System calls that an answer to a programming task has no use for."""
-_NUMBERS = {
-    "x86_64": (
-        *(41, 42, 43, 288, 44, 46, 49, 50, 53, 57, 58, 59, 322, 62, 200, 234),
-        *(129, 297, 434, 424, 438, 101, 310, 311),
-        *(109, 112, 160, 302, 165, 166, 161, 155, 272, 308, 321, 298, 323),
-        *(425, 248, 249, 250, 29, 68, 64, 175, 313, 169),
-    ),
-    "aarch64": (
-        *(198, 203, 202, 242, 206, 211, 200, 201, 199, None, None, 221, 281, 129, 130, 131),
-        *(138, 240, 434, 424, 438, 117, 270, 271),
-        *(154, 157, 164, 261, 40, 39, 51, 41, 97, 268, 280, 241, 282),
-        *(425, 217, 218, 219, 194, 186, 190, 105, 273, 142),
-    ),
-}
-"""Their numbers, in the order of the names; None: the machine does not have that call."""
+_DENIED = {
+    "socket": (41, 198), "connect": (42, 203), "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206),
+    "sendmsg": (46, 211), "bind": (49, 200), "listen": (50, 201), "socketpair": (53, 199), "fork": (57, None),
+    "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129), "tkill": (200, 130),
+    "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "ptrace": (101, 117),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "setpgid": (109, 154), "setsid": (112, 157),
+    "setrlimit": (160, 164), "prlimit64": (302, 261), "mount": (165, 40), "umount2": (166, 39), "chroot": (161, 51),
+    "pivot_root": (155, 41), "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280),
+    "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "add_key": (248, 217),
+    "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
+    "init_module": (175, 105), "finit_module": (313, 273), "reboot": (169, 142),
+}  # fmt: skip
+"""System calls that an answer to a programming task has no use for, with their numbers on x86_64 and on aarch64; None:
+there is no such call."""
+_MACHINES = ("x86_64", "aarch64")
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE, _CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 _CLONE_THREAD = 0x10000
@@ -112,15 +106,15 @@ def only_files(*, readable: list[str], writable: list[str]) -> bool:
 
 
 def deny_calls() -> bool:
-    """Seccomp: no sockets, no new processes or programs, no signals or looks at other processes. Threads are allowed."""
+    """Seccomp: no sockets, no new processes or programs, no signals to others or looks at them. Threads are allowed."""
     machine = platform.machine()
-    if sys.platform != "linux" or machine not in _NUMBERS:
+    if sys.platform != "linux" or machine not in _MACHINES:
         return False
     code = _filter(machine)
     buffer = ctypes.create_string_buffer(code, len(code))
 
     class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]  # noqa: RUF012
+        _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
 
     program = Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     _libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -145,7 +139,8 @@ def _filter(machine: str) -> bytes:
         line(jump_equal, _CLONE3, 0, 1),  # its arguments cannot be seen from here; glibc falls back to clone
         line(answer, refuse | _ENOSYS),
     ]
-    for number in _NUMBERS[machine]:
+    for numbers in _DENIED.values():
+        number = numbers[_MACHINES.index(machine)]
         if number is not None:
             lines += [line(jump_equal, number, 0, 1), line(answer, refuse | _EPERM)]
     lines += [
