@@ -99,7 +99,7 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
     share = _Z_95**2 / count
     center = (mean + share / 2) / (1 + share)
     half = math.sqrt(mean * (1 - mean) * share + share**2 / 4) / (1 + share)
-    return max(center - half, 0.0), min(center + half, 1.0)
+    return min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean)  # rounding apart
 
 
 def means(parts: Iterable[Totals], prefix: str, *, bounds: bool = True) -> dict[str, float]:

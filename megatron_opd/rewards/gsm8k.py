@@ -17,7 +17,7 @@ from megatron_opd.types import Prompt
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # A minus sign is one where nothing stands before it that could be subtracted from.
-_NUMBER = re.compile(rf"((?<![\w.)\]}}])-)?[$€£]?(-)?({_DIGITS})(?:\s?/\s?({_DIGITS}))?", re.ASCII)
+_NUMBER = re.compile(rf"((?<![\w.)\]}}])-)?(?:[$€£](-)?)?({_DIGITS})(?:\s?/\s?({_DIGITS}))?", re.ASCII)
 _AFTER_HASHES = re.compile(r"####([^\n]*)")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LATEX = [
