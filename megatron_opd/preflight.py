@@ -175,5 +175,7 @@ class _Reader:
 
     def _reward(self, name: str) -> Reward | None:
         if name not in self.rewards:
-            self.rewards[name] = _attempt("data", lambda: build_reward(name, self.config.rewards), self.problems)
+            self.rewards[name] = _attempt(
+                f"reward {name}", lambda: build_reward(name, self.config.rewards), self.problems
+            )
         return self.rewards[name]

@@ -24,9 +24,14 @@ def verdict(code, tests=TESTS, *, limits=None, guards=GUARDS, entry_point="add")
 
 
 def jails():
-    """Processes that were started for this one's tasks and are still there."""
-    arguments = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
-    return [a for a in arguments if str(sandbox.JAIL) in a]
+    """Processes of tasks that are still there; those that were killed get a while to be gone."""
+    deadline = time.monotonic() + 20.0
+    while True:
+        arguments = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+        found = [a for a in arguments if str(sandbox.JAIL) in a]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
 
 
 def needs(guard):
