@@ -42,7 +42,7 @@ def report(run_dir: str | Path, *, console: Console) -> None:
 
 def print_grades(what: str, metrics: Mapping[str, float], *, console: Console) -> None:
     """The table of an evaluation, whose metrics `evaluate.means` gives."""
-    console.print(f"Evaluation in percent, {what}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Evaluation in percent, with 95 % intervals, {what}", markup=False, highlight=False, soft_wrap=True)
     console.print(to_rich(grades_table(metrics, title="")))
 
 

@@ -25,7 +25,7 @@ class Table:
 
 
 def grades_table(metrics: Mapping[str, float], *, title: str, order: Mapping[str, int] | None = None) -> Table:
-    """A row per task and one for all of them, a column per measure that has an interval, followed by that interval.
+    """A row per task and one for all of them, a column per measure that has an interval, which stands after the value.
 
     `metrics` has `eval/<measure>/<task>`, as `evaluate.means` gives them, and may have others. The mean reward has no
     column where it is the accuracy everywhere.
@@ -36,16 +36,13 @@ def grades_table(metrics: Mapping[str, float], *, title: str, order: Mapping[str
     if all(metrics.get(f"eval/reward/{task}") == metrics.get(f"eval/accuracy/{task}") for task in tasks):
         measures = [measure for measure in measures if measure != "reward"]
     tasks.sort(key=lambda task: (task == ALL, (order or {}).get(task, 0)))
-    lines = [
-        [task, *(cell for measure in measures for cell in _with_interval(metrics, measure, task))] for task in tasks
-    ]
-    header = ["task", *(name for measure in measures for name in (measure, "95 %\ninterval"))]
-    return Table(title=title, header=header, lines=lines, total=len(lines) > 1)
+    lines = [[task, *(_with_interval(metrics, measure, task) for measure in measures)] for task in tasks]
+    return Table(title=title, header=["task", *measures], lines=lines, total=len(lines) > 1)
 
 
-def _with_interval(metrics: Mapping[str, float], measure: str, task: str) -> list[str]:
+def _with_interval(metrics: Mapping[str, float], measure: str, task: str) -> str:
     value, low, high = (metrics.get(f"eval/{measure}{end}/{task}") for end in ("", "_low", "_high"))
-    return [percent(value), MISSING if low is None else f"{percent(low)} – {percent(high)}"]
+    return percent(value) if low is None or high is None else f"{percent(value)} [{100 * low:.0f}–{100 * high:.0f}]"
 
 
 def percent(value: float | None) -> str:
