@@ -179,7 +179,7 @@ class RolloutConfig:
     max_new_tokens: int = 128
     """Longest answer in tokens, the end-of-sequence token included."""
     temperature: float = 1.0
-    """Sampling temperature during training; evaluation is greedy."""
+    """Sampling temperature during training and of train.eval_samples; evaluation is greedy besides."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with at least this probability, of the 4,096 likeliest; 1: from all
     (engine sglang)."""
@@ -217,6 +217,9 @@ class SourceConfig:
     """Subset of a data set of the hub (its configuration), e.g. main."""
     split: str = "train"
     """Split of a data set of the hub."""
+    reward: str = "exact"
+    """How answers are graded: exact (equal to `answer`), gsm8k (the final number is that of `answer`), code (passes
+    `tests`, which call `entry_point`), or module:function, your own; see docs/rewards.md."""
 
 
 @_section
@@ -226,7 +229,7 @@ class DataConfig:
     train: list[SourceConfig]
     """Sources to sample training prompts from."""
     eval: list[SourceConfig] = dataclasses.field(default_factory=list)
-    """Sources to evaluate on (greedy, exact match with `answer`)."""
+    """Sources to evaluate on, each by its `reward`."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens, the chat template's included."""
     on_too_long: Literal["error", "drop"] = "error"
@@ -238,6 +241,18 @@ class DataConfig:
     """Variables of the chat template, e.g. {enable_thinking: false}."""
     system_prompt: str = ""
     """System message of every prompt that has none; needs a chat template."""
+
+
+@_section
+class RewardsConfig:
+    """How answers are graded, where a source's reward has a choice."""
+
+    code_timeout_s: float = 10.0
+    """Seconds in which an answer of the reward code must have passed its tests."""
+    code_memory_mb: int = 512
+    """Largest address space of a process that runs an answer, in MiB."""
+    code_workers: int = 4
+    """Answers of the reward code that one replica tests at a time; each takes up to two processes."""
 
 
 @_section
@@ -276,6 +291,8 @@ class TrainConfig:
     """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
     eval_every: int = 0
     """Evaluate every this many steps, and before the first and after the last; 0: never."""
+    eval_samples: int = 1
+    """Above 1: also draw this many answers to each evaluation prompt at rollout.temperature, for avg@k and pass@k."""
     eval_teachers: bool = False
     """Also measure each teacher's own accuracy once, before the first step (loads it whole on one rank)."""
     save_every: int = 0
@@ -316,6 +333,8 @@ class Config:
     """How answers are sampled."""
     data: DataConfig
     """The prompts."""
+    rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
+    """How answers are graded."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """The optimizer."""
     train: TrainConfig
