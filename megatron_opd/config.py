@@ -92,8 +92,7 @@ class ServersConfig:
     python: str = ".venv-sglang/bin/python"
     """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the weights and activations of started servers; auto: student.dtype for the student's, the type that
-    config.json names for a teacher's."""
+    """Type in which started servers compute; auto: student.dtype for the student's, config.json's for a teacher's."""
     args: list[str] = dataclasses.field(default_factory=list)
     """More arguments of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
     start_timeout_s: float = 1800.0
@@ -136,8 +135,7 @@ class TeacherConfig:
     top_k: int = 64
     """Log-probabilities a token of the carrier topk; the sampled token is always one of them."""
     on_failure: Literal["fail", "renormalise"] = "fail"
-    """When no server of this teacher answers: save and stop (fail), or go on with the other teachers, their weights
-    raised to sum to 1 (renormalise)."""
+    """When no server of it answers: save and stop, or go on with the other teachers, weights raised to sum to 1."""
 
     def weight_for(self, source: str) -> float:
         """Unnormalised ensemble weight of this teacher for prompts of `source`."""
@@ -181,8 +179,7 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature during training and of train.eval_samples; evaluation is greedy besides."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with at least this probability, of the 4,096 likeliest; 1: from all
-    (engine sglang)."""
+    """Sample from the fewest tokens with this probability, of the 4,096 likeliest; 1: from all (engine sglang)."""
     top_k: int = 0
     """Sample from the this many likeliest tokens; 0: from all (engine sglang)."""
     max_staleness: int = 0

@@ -201,7 +201,7 @@ def test_messages_without_a_template(tmp_path):
 
 def test_evaluation_says_which_answer_it_misses(tmp_path):
     path = write(tmp_path / "p.jsonl", {"messages": [USER]})
-    with pytest.raises(ValueError, match="line 1: evaluation needs a text .* or a last message of the ass"):
+    with pytest.raises(ValueError, match=r"line 1: evaluation needs a text .* or a last message of the ass"):
         read(path, CHAT, is_graded=True, answer_field="gold")
 
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_opd.config import RewardsConfig, SourceConfig
-from megatron_opd.data import read_prompts
+from megatron_opd.data import Limit, read_prompts
 from megatron_opd.rewards import NAMES, build_reward, problem_with
 from megatron_opd.rewards.gsm8k import final_number
 from megatron_opd.types import Prompt
 
 PUBLIC_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PATIENT = RewardsConfig(code_timeout_s=60.0)
-WORDS = SimpleNamespace(encode=lambda text: list(text.encode()))
+BYTES = SimpleNamespace(render=lambda asked: asked, encode=lambda texts: [list(text.encode()) for text in texts])
 
 
 def asked(text="?", answer=None, **extra):
@@ -136,9 +136,8 @@ def test_a_function_of_the_users_own(module, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "?", "answer": "!", "most": 4, "other": [1]}')
     reward = build_reward(f"{module}:length")
-    (prompt,) = read_prompts(
-        SourceConfig(name="s", path=str(path)), WORDS, limit=(9, ""), reward=reward, is_graded=True
-    )
+    source = SourceConfig(name="s", path=str(path))
+    (prompt,) = read_prompts(source, BYTES, limit=Limit(9, ""), reward=reward, is_graded=True)
     assert prompt.extra == {"most": 4, "other": [1]}
     assert reward.grade([(prompt, "ab"), (prompt, "abcdef")]) == [0.5, 1]
 
