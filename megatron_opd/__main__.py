@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(check)
     check.set_defaults(run=_check)
 
-    evaluate = commands.add_parser("eval", help="greedy accuracy of a Hugging Face model on the config's eval sources")
+    evaluate = commands.add_parser("eval", help="grade answers of a Hugging Face model to the config's eval sources")
     evaluate.add_argument("--model", help="model directory (default: the run's export, else student.model)")
     _add_config(evaluate)
     evaluate.set_defaults(run=_eval)
@@ -163,9 +163,9 @@ def _check(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_opd.evaluate import accuracies, count_right, greedy
+    from megatron_opd.evaluate import Evaluator, means
     from megatron_opd.preflight import check_model, read_inputs
-    from megatron_opd.report import print_accuracies
+    from megatron_opd.report import print_grades
     from megatron_opd.rollout.local import LocalEngine
     from megatron_opd.tokenizer import load_tokenizer
 
@@ -180,9 +180,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     check_model(model, config)
     engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
     prompts = [p for _, source in inputs.eval for p in source]
-    rollouts = greedy(engine, prompts, max_new_tokens=config.rollout.max_new_tokens)
-    counts = count_right(rollouts, load_tokenizer(model))
-    print_accuracies(str(model), accuracies([counts], "accuracy"), console=Console())
+    evaluator = Evaluator(config, load_tokenizer(model))
+    _, totals = evaluator.answer(engine, prompts, samples=config.train.eval_samples)
+    print_grades(str(model), means([totals], "eval"), console=Console())
     return 0
 
 

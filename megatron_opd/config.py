@@ -92,8 +92,7 @@ class ServersConfig:
     python: str = ".venv-sglang/bin/python"
     """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the weights and activations of started servers; auto: student.dtype for the student's, the type that
-    config.json names for a teacher's."""
+    """Type in which started servers compute; auto: student.dtype for the student's, config.json's for a teacher's."""
     args: list[str] = dataclasses.field(default_factory=list)
     """More arguments of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
     start_timeout_s: float = 1800.0
@@ -136,8 +135,7 @@ class TeacherConfig:
     top_k: int = 64
     """Log-probabilities a token of the carrier topk; the sampled token is always one of them."""
     on_failure: Literal["fail", "renormalise"] = "fail"
-    """When no server of this teacher answers: save and stop (fail), or go on with the other teachers, their weights
-    raised to sum to 1 (renormalise)."""
+    """When no server of it answers: save and stop, or go on with the other teachers, weights raised to sum to 1."""
 
     def weight_for(self, source: str) -> float:
         """Unnormalised ensemble weight of this teacher for prompts of `source`."""
@@ -179,10 +177,9 @@ class RolloutConfig:
     max_new_tokens: int = 128
     """Longest answer in tokens, the end-of-sequence token included."""
     temperature: float = 1.0
-    """Sampling temperature during training; evaluation is greedy."""
+    """Sampling temperature during training and of train.eval_samples; evaluation is greedy besides."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with at least this probability, of the 4,096 likeliest; 1: from all
-    (engine sglang)."""
+    """Sample from the fewest tokens with this probability, of the 4,096 likeliest; 1: from all (engine sglang)."""
     top_k: int = 0
     """Sample from the this many likeliest tokens; 0: from all (engine sglang)."""
     max_staleness: int = 0
@@ -217,6 +214,9 @@ class SourceConfig:
     """Subset of a data set of the hub (its configuration), e.g. main."""
     split: str = "train"
     """Split of a data set of the hub."""
+    reward: str = "exact"
+    """How answers are graded: exact (equal to `answer`), gsm8k (the final number is that of `answer`), code (passes
+    `tests`, which call `entry_point`), or module:function, your own; see docs/rewards.md."""
 
 
 @_section
@@ -226,7 +226,7 @@ class DataConfig:
     train: list[SourceConfig]
     """Sources to sample training prompts from."""
     eval: list[SourceConfig] = dataclasses.field(default_factory=list)
-    """Sources to evaluate on (greedy, exact match with `answer`)."""
+    """Sources to evaluate on, each by its `reward`."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens, the chat template's included."""
     on_too_long: Literal["error", "drop"] = "error"
@@ -238,6 +238,18 @@ class DataConfig:
     """Variables of the chat template, e.g. {enable_thinking: false}."""
     system_prompt: str = ""
     """System message of every prompt that has none; needs a chat template."""
+
+
+@_section
+class RewardsConfig:
+    """How answers are graded, where a source's reward has a choice."""
+
+    code_timeout_s: float = 10.0
+    """Seconds in which an answer of the reward code must have passed its tests."""
+    code_memory_mb: int = 512
+    """Largest address space of a process that runs an answer, in MiB."""
+    code_workers: int = 4
+    """Answers of the reward code that one replica tests at a time; each takes up to two processes."""
 
 
 @_section
@@ -276,6 +288,8 @@ class TrainConfig:
     """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
     eval_every: int = 0
     """Evaluate every this many steps, and before the first and after the last; 0: never."""
+    eval_samples: int = 1
+    """Above 1: also draw this many answers to each evaluation prompt at rollout.temperature, for avg@k and pass@k."""
     eval_teachers: bool = False
     """Also measure each teacher's own accuracy once, before the first step (loads it whole on one rank)."""
     save_every: int = 0
@@ -316,6 +330,8 @@ class Config:
     """How answers are sampled."""
     data: DataConfig
     """The prompts."""
+    rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
+    """How answers are graded."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """The optimizer."""
     train: TrainConfig

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
 from megatron_opd.config_checks_serving import check_serving
+from megatron_opd.rewards import problem_with
 
 _RESERVED = {"teachers": "ensemble", "data.eval": "all"}
 """Names that metrics use for the whole: kl/ensemble, eval/accuracy/all."""
@@ -19,6 +20,7 @@ def check(config: Config) -> list[str]:
         *_check_layout(config),
         *_check_teachers(config),
         *_check_data(config),
+        *_check_rewards(config),
         *check_serving(config),
     ]
 
@@ -38,6 +40,9 @@ def _check_numbers(config: Config) -> list[str]:
         "train.steps": config.train.steps,
         "train.micro_batch_size": config.train.micro_batch_size,
         "train.keep_last": config.train.keep_last,
+        "train.eval_samples": config.train.eval_samples,
+        "rewards.code_memory_mb": config.rewards.code_memory_mb,
+        "rewards.code_workers": config.rewards.code_workers,
     }
     not_negative = {
         "train.eval_every": config.train.eval_every,
@@ -52,6 +57,7 @@ def _check_numbers(config: Config) -> list[str]:
         "loss.temperature": config.loss.temperature,
         "rollout.temperature": config.rollout.temperature,
         "run.timeout_s": config.run.timeout_s,
+        "rewards.code_timeout_s": config.rewards.code_timeout_s,
         "optim.eps": config.optim.eps,
     }
     problems = [f"{name} must be at least 1, not {value}" for name, value in at_least_one.items() if value < 1]
@@ -146,4 +152,13 @@ def _check_weights(config: Config) -> list[str]:
     for source in known if config.teachers else []:
         if sum(max(t.weight_for(source), 0) for t in config.teachers) <= 0:
             problems.append(f"teachers: every weight for prompt source '{source}' is 0; give one teacher a weight")
+    return problems
+
+
+def _check_rewards(config: Config) -> list[str]:
+    problems = []
+    for setting, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for i, source in enumerate(sources):
+            problem = problem_with(source.reward)
+            problems += [f"{setting}.{i}.reward: {problem}"] if problem else []
     return problems

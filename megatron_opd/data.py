@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from megatron_opd.chat import Encoder, Messages, checked
 from megatron_opd.config import SourceConfig
 from megatron_opd.packed import PackedPrompts
+from megatron_opd.rewards.base import Reward
 from megatron_opd.rows import Row, read_rows
 from megatron_opd.types import Prompt
 
@@ -32,18 +34,20 @@ class Limit:
     """Leave longer prompts out, instead of an error."""
 
 
-def read_prompts(source: SourceConfig, encoder: Encoder, *, limit: Limit, need_answer: bool) -> PackedPrompts:
+def read_prompts(
+    source: SourceConfig, encoder: Encoder, *, limit: Limit, reward: Reward, is_graded: bool
+) -> PackedPrompts:
     """All prompts of a source, in its order, with a progress bar on a terminal where that takes a while.
 
     Raises ValueError naming the source's line or row for one that cannot be read or has no prompt, for malformed
     messages, for a prompt that is too long (unless `limit` drops it; an error when nothing is left), and
-    (`need_answer`) for a missing answer.
+    (`is_graded`) for a row without what the source's reward needs.
     """
     prompts = PackedPrompts(source.name)
     rows = read_rows(source)
     with _progress(f"reading {source.name}") as show:
         while batch := list(islice(rows, _BATCH)):
-            _add(batch, prompts, source, encoder, limit, need_answer)
+            _add(batch, prompts, source, encoder, limit, reward, is_graded)
             show(batch[-1].share)
     if prompts.dropped and not prompts:
         raise ValueError(
@@ -56,21 +60,31 @@ def read_prompts(source: SourceConfig, encoder: Encoder, *, limit: Limit, need_a
 
 
 def _add(
-    rows: list[Row], prompts: PackedPrompts, source: SourceConfig, encoder: Encoder, limit: Limit, need_answer: bool
+    rows: list[Row],
+    prompts: PackedPrompts,
+    source: SourceConfig,
+    encoder: Encoder,
+    limit: Limit,
+    reward: Reward,
+    is_graded: bool,
 ) -> None:
     asked = []
     for row in rows:
         try:
-            text, answer, messages = _parse(row.fields, source, need_answer)
+            text, answer, messages = _parse(row.fields, source)
             rendered = encoder.render(messages or text)
             rendered.encode()  # half a surrogate pair is no text
+            extra = _extra(row.fields, source, reward.fields)
+            prompt = Prompt(source=source.name, index=row.index, text=text, token_ids=(), answer=answer, extra=extra)
+            if is_graded:
+                reward.check(prompt)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from None
-        asked.append((text, answer, rendered))
-    all_ids = encoder.encode([rendered for _, _, rendered in asked])
-    for row, (text, answer, _), ids in zip(rows, asked, all_ids, strict=True):
+        asked.append((prompt, rendered))
+    all_ids = encoder.encode([rendered for _, rendered in asked])
+    for row, (prompt, _), ids in zip(rows, asked, all_ids, strict=True):
         if len(ids) <= limit.tokens:
-            prompts.append(Prompt(source=source.name, index=row.index, text=text, token_ids=tuple(ids), answer=answer))
+            prompts.append(dataclasses.replace(prompt, token_ids=tuple(ids)))
         elif limit.drop:
             prompts.dropped += 1
         else:
@@ -80,7 +94,7 @@ def _add(
             )
 
 
-def _parse(fields: Any, source: SourceConfig, need_answer: bool) -> tuple[str, str | None, Messages | None]:
+def _parse(fields: Any, source: SourceConfig) -> tuple[str, str | None, Messages | None]:
     """(text, answer, the messages if the prompt is some) of a row."""
     asked = _field(fields, source.prompt_field)
     if asked is None:
@@ -98,10 +112,13 @@ def _parse(fields: Any, source: SourceConfig, need_answer: bool) -> tuple[str, s
         raise ValueError(f'expected an object with a text field "{source.prompt_field}", or a list of messages in it')
     if not asked.strip():
         raise ValueError("the prompt is empty")
-    if need_answer and not isinstance(answer, str):
-        or_message = " or a last message of the assistant" if messages else ""
-        raise ValueError(f'evaluation needs a text field "{source.answer_field}"{or_message}')
     return asked, answer if isinstance(answer, str) else None, messages
+
+
+def _extra(fields: Any, source: SourceConfig, wanted: tuple[str, ...] | None) -> dict[str, Any]:
+    """The fields of a row that its reward wants besides prompt and answer; None: all others."""
+    own = (source.prompt_field, source.answer_field, "messages")
+    return {name: x for name, x in fields.items() if name not in own and (wanted is None or name in wanted)}
 
 
 def _field(fields: Any, name: str) -> Any:

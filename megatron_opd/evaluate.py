@@ -1,40 +1,130 @@
-"""Greedy accuracy by prompt source. An answer is right when the decoded response is exactly the reference."""
+"""How good answers to held-out prompts are: by the reward of their source, greedy and as samples.
+
+Everything is a mean over prompts of a number in [0, 1], so that replicas add up, and so that one interval does for
+all of them: Wilson's score interval (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927). For means of right and wrong it is
+the usual one; for means of other numbers in [0, 1] it is too wide, never too narrow, because their variance is at
+most p(1 - p).
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
+from megatron_opd.config import Config
+from megatron_opd.rewards import build_reward
 from megatron_opd.tokenizer import Tokenizer
 from megatron_opd.types import Prompt, Rollout, RolloutEngine, Sampling
 
-Counts = Mapping[str, tuple[int, int]]
-"""By source: answers that are right, answers."""
+Totals = Mapping[tuple[str, str], tuple[float, int]]
+"""By (measure, source): the sum over prompts, and how many they are."""
+ALL = "all"
+_Z_95 = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
 
 
-def greedy(engine: RolloutEngine, prompts: list[Prompt], *, max_new_tokens: int) -> list[Rollout]:
-    """One greedy answer for each prompt."""
-    return engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens, temperature=0.0)) if prompts else []
+class Evaluator:
+    """Asks an engine, grades what it says."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Raises ValueError when a reward of `data.eval` cannot be had."""
+        self.config, self.tokenizer = config, tokenizer
+        self.rewards = {source.name: build_reward(source.reward, config.rewards) for source in config.data.eval}
+
+    def answer(self, engine: RolloutEngine, prompts: list[Prompt], *, samples: int = 1) -> tuple[list[Rollout], Totals]:
+        """A greedy answer to each prompt, and how good those are; with `samples` above 1 also how good that many drawn
+        at rollout.temperature are. Raises ValueError when a reward fails."""
+        if not prompts:
+            return [], {}
+        rollout = self.config.rollout
+        greedy = engine.generate(prompts, Sampling(max_new_tokens=rollout.max_new_tokens, temperature=0.0))
+        totals = dict(tally_greedy(greedy, self.grade(greedy)))
+        if samples > 1:
+            sampling = Sampling(
+                max_new_tokens=rollout.max_new_tokens,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                top_k=rollout.top_k,
+                samples_per_prompt=samples,
+                seed=self.config.run.seed,
+            )
+            drawn = engine.generate(prompts, sampling)
+            totals |= tally_samples(drawn, self.grade(drawn), samples=samples)
+        return greedy, totals
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """The reward of each rollout, in order."""
+        by_source: dict[str, list[int]] = defaultdict(list)
+        for i, rollout in enumerate(rollouts):
+            by_source[rollout.prompt.source].append(i)
+        graded: dict[int, float] = {}
+        for source, indices in by_source.items():
+            answers = [(rollouts[i].prompt, self.tokenizer.decode(rollouts[i].response_ids)) for i in indices]
+            graded |= zip(indices, self.rewards[source].grade(answers), strict=True)
+        return [graded[i] for i in range(len(rollouts))]
 
 
-def count_right(rollouts: Iterable[Rollout], tokenizer: Tokenizer) -> Counts:
-    """How many answers of each source are right."""
-    right: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    for rollout in rollouts:
-        source = rollout.prompt.source
-        total[source] += 1
-        right[source] += tokenizer.decode(rollout.response_ids).strip() == (rollout.prompt.answer or "").strip()
-    return {source: (right[source], total[source]) for source in total}
+def tally_greedy(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Totals:
+    """`accuracy`, answers with reward 1, and `reward` itself; one rollout a prompt."""
+    totals = _Sums()
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        totals.add("accuracy", rollout.prompt.source, float(reward >= 1))
+        totals.add("reward", rollout.prompt.source, reward)
+    return totals.found
 
 
-def accuracies(parts: Iterable[Counts], prefix: str) -> dict[str, float]:
-    """`<prefix>/<source>` and `<prefix>/all` (over all answers) from the counts of several replicas."""
-    right: Counter[str] = Counter()
-    total: Counter[str] = Counter()
+def tally_samples(rollouts: Sequence[Rollout], rewards: Sequence[float], *, samples: int) -> Totals:
+    """`avg@k`, the mean reward, and `pass@j` for j = k and the powers of 2 below it; k = `samples` rollouts a prompt,
+    one prompt's after the other's."""
+    sizes = [j for j in (2**i for i in range(1, samples.bit_length())) if j < samples] + [samples]
+    totals = _Sums()
+    for start in range(0, len(rollouts), samples):
+        source, its = rollouts[start].prompt.source, rewards[start : start + samples]
+        totals.add(f"avg@{samples}", source, math.fsum(its) / samples)
+        right = sum(reward >= 1 for reward in its)
+        for j in sizes:
+            totals.add(f"pass@{j}", source, pass_at(j, samples=samples, right=right))
+    return totals.found
+
+
+def pass_at(j: int, *, samples: int, right: int) -> float:
+    """Probability that at least one of j answers drawn from `samples` without putting back is right: the unbiased
+    estimator of pass@j of Chen et al. 2021 (arXiv:2107.03374, equation 1)."""
+    return 1.0 - math.comb(samples - right, j) / math.comb(samples, j)
+
+
+def wilson(mean: float, count: int) -> tuple[float, float]:
+    """95 % interval for the mean of `count` numbers in [0, 1]."""
+    share = _Z_95**2 / count
+    center = (mean + share / 2) / (1 + share)
+    half = math.sqrt(mean * (1 - mean) * share + share**2 / 4) / (1 + share)
+    return min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean)  # rounding apart
+
+
+def means(parts: Iterable[Totals], prefix: str, *, bounds: bool = True) -> dict[str, float]:
+    """`<prefix>/<measure>/<source>`, also for the source `all`, from the totals of several replicas; and, with
+    `bounds`, the 95 % interval as `<measure>_low` and `<measure>_high`."""
+    totals = _Sums()
     for part in parts:
-        for source, (r, n) in part.items():
-            for name in (source, "all"):
-                right[name] += r
-                total[name] += n
-    return {f"{prefix}/{name}": right[name] / total[name] for name in total}
+        for (measure, source), (value, count) in part.items():
+            totals.add(measure, source, value, count)
+            totals.add(measure, ALL, value, count)
+    metrics: dict[str, float] = {}
+    for (measure, source), (value, count) in totals.found.items():
+        mean = metrics[f"{prefix}/{measure}/{source}"] = value / count
+        if bounds:
+            low, high = wilson(mean, count)
+            metrics |= {f"{prefix}/{measure}_low/{source}": low, f"{prefix}/{measure}_high/{source}": high}
+    return metrics
+
+
+class _Sums:
+    """Totals in the making."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def add(self, measure: str, source: str, value: float, count: int = 1) -> None:
+        before, prompts = self.found.get((measure, source), (0.0, 0))
+        self.found[measure, source] = before + value, prompts + count

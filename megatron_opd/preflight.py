@@ -6,6 +6,7 @@ problems are collected and said at once. `megatron-opd check` is this, and every
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from megatron_opd.config_checks_serving import check_vocabulary
 from megatron_opd.config_file import ConfigError
 from megatron_opd.data import Limit, read_prompts
 from megatron_opd.packed import PackedPrompts
+from megatron_opd.rewards import build_reward
+from megatron_opd.rewards.base import Reward
 from megatron_opd.student.architecture import check_layout, read_architecture, read_limits
 from megatron_opd.student.headers import check_tensors
 from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
@@ -37,7 +40,7 @@ class Inputs:
     vocab_size: int
     """Entries that distributions are normalised over and that may be sampled: those that every model has."""
     notes: tuple[str, ...] = ()
-    """What people should know about the inputs, a line each: the prompts that were left out."""
+    """What people should know, a line each: prompts that were left out, how answers are graded here."""
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -61,11 +64,11 @@ def read_inputs(config: Config) -> Inputs:
         raise ConfigError(problems)
     read = _Reader(config, encoder, context, problems)
     inputs = Inputs(
-        train=read.sources("data.train", config.data.train, need_answer=False),
-        eval=read.sources("data.eval", config.data.eval, need_answer=True),
+        train=read.sources("data.train", config.data.train, are_graded=False),
+        eval=read.sources("data.eval", config.data.eval, are_graded=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,
-        notes=tuple(read.notes),
+        notes=(*read.notes, *(reward.note for reward in read.rewards.values() if reward and reward.note)),
     )
     if problems:
         raise ConfigError(problems)
@@ -150,9 +153,11 @@ class _Reader:
     context: int
     problems: list[str]
     notes: list[str] = field(default_factory=list)
+    rewards: dict[str, Reward | None] = field(default_factory=dict)
+    """By name; None for one that cannot be had, which is a problem by then."""
 
     def sources(
-        self, setting: str, sources: list[SourceConfig], *, need_answer: bool
+        self, setting: str, sources: list[SourceConfig], *, are_graded: bool
     ) -> list[tuple[SourceConfig, Sequence[Prompt]]]:
         # A server keeps some positions of its context for itself.
         room = self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
@@ -170,15 +175,22 @@ class _Reader:
         within = Limit(limit, why, drop=self.config.data.on_too_long == "drop")
         found: list[tuple[SourceConfig, Sequence[Prompt]]] = []
         for source in sources:
-            prompts = _attempt(
-                "data",
-                lambda: read_prompts(source, self.encoder, limit=within, need_answer=need_answer),  # noqa: B023
-                self.problems,
-            )
+            reward = self._reward(source.reward)
+            if reward is None:
+                continue
+            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
+            prompts = _attempt("data", lambda: read(is_graded=are_graded), self.problems)  # noqa: B023
             found.append((source, prompts or []))
             if prompts and prompts.dropped:
                 self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
         return found
+
+    def _reward(self, name: str) -> Reward | None:
+        if name not in self.rewards:
+            self.rewards[name] = _attempt(
+                f"reward {name}", lambda: build_reward(name, self.config.rewards), self.problems
+            )
+        return self.rewards[name]
 
 
 def _dropped(what: str, prompts: PackedPrompts, limit: Limit) -> str:

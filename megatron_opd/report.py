@@ -6,56 +6,23 @@ killed, and on one copied from another machine. What was not measured is left ou
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
-from rich.table import Table as RichTable
 
-from megatron_opd.run_dir import CHECKPOINTS, CONFIG, HF_EXPORT, complete
-from megatron_opd.tracker import METRICS_FILE, read_metrics
+from megatron_opd.report_run import ALL, Run, last_value, read_run
+from megatron_opd.report_tables import MISSING, Table, grades_table, percent, to_markdown, to_rich
+from megatron_opd.run_dir import CHECKPOINTS, HF_EXPORT, complete
+from megatron_opd.tracker import METRICS_FILE
 
 STAGES = ("generate", "score", "step", "sync")
-ALL = "all"
-_MISSING = "-"
 _INK, _GRID = "#333333", "#e3e3e3"
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")  # told apart by all
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """The rows of a run and the names that occur in them."""
-
-    dir: Path
-    config: dict[str, Any]
-    """The resolved config; empty if the run directory has none."""
-    rows: list[dict[str, float]]
-    sources: list[str]
-    """Evaluated prompt sources, in the order of the config; without the overall figure."""
-    teachers: list[str]
-
-    def series(self, name: str) -> dict[int, float]:
-        """The metric by step; a step that was logged twice counts once, with its last value."""
-        found = {int(row["step"]): row[name] for row in self.rows if name in row}
-        return dict(sorted(found.items()))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """A table before it is drawn: the first column is text, the others are numbers."""
-
-    title: str
-    header: list[str]
-    lines: list[list[str]]
-    total: bool = False
-    """Whether the last line sums up the others."""
 
 
 def report(run_dir: str | Path, *, console: Console) -> None:
@@ -63,46 +30,20 @@ def report(run_dir: str | Path, *, console: Console) -> None:
     run = read_run(Path(run_dir))
     plot_path = run.dir / "report.png"
     plot(run, plot_path)
-    tables = [t for t in (accuracy_table(run), kl_table(run), speed_table(run)) if t.lines]
+    tables = [t for t in (accuracy_table(run), last_grades(run), kl_table(run), speed_table(run)) if t.lines]
     notes = [headline(run), *(f"{what}: {path}" for what, path in places(run))]
     for table in tables:
-        console.print(_to_rich(table))
+        console.print(to_rich(table))
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-    text = [f"# {run.dir.name}", notes[0], *map(_to_markdown, tables), "\n".join(f"- {note}" for note in notes[1:])]
+    text = [f"# {run.dir.name}", notes[0], *map(to_markdown, tables), "\n".join(f"- {note}" for note in notes[1:])]
     (run.dir / "report.md").write_text("\n\n".join([*text, f"![four panels]({plot_path.name})\n"]))
 
 
-def print_accuracies(what: str, accuracies: Mapping[str, float], *, console: Console) -> None:
-    """A table of `<prefix>/<source>` and `<prefix>/all`, as evaluate.accuracies gives them."""
-    by_task = {name.rpartition("/")[2]: _percent(value) for name, value in accuracies.items()}
-    lines = [[task, by_task[task]] for task in sorted(by_task, key=lambda task: task == ALL)]
-    console.print(f"Greedy accuracy in percent, {what}", markup=False, highlight=False, soft_wrap=True)
-    console.print(_to_rich(Table(title="", header=["task", "accuracy"], lines=lines, total=len(lines) > 1)))
-
-
-def read_run(run_dir: Path) -> Run:
-    """Raises ValueError that says what is wrong with the directory."""
-    if not run_dir.is_dir():
-        raise ValueError(f"there is no run directory {run_dir}")
-    metrics = run_dir / METRICS_FILE
-    if not metrics.is_file():
-        raise ValueError(f"{run_dir} is not a run directory: it has no {METRICS_FILE}")
-    rows = read_metrics(metrics)
-    if not rows:
-        raise ValueError(f"{metrics} is empty: the run stopped before its first step, see train.log beside it")
-    config_file = run_dir / CONFIG
-    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    sources = _captured(names, r"eval/(?:teacher/.+/)?accuracy/(.+)")
-    teachers = _captured(names, r"(?:eval/)?kl/(.+)") + _captured(names, r"eval/teacher/(.+)/accuracy/.+")
-    return Run(
-        dir=run_dir,
-        config=config,
-        rows=rows,
-        sources=_ordered(sources, (config.get("data") or {}).get("eval") or (), without=ALL),
-        teachers=_ordered(teachers, config.get("teachers") or (), without="ensemble"),
-    )
+def print_grades(what: str, metrics: Mapping[str, float], *, console: Console) -> None:
+    """The table of an evaluation, whose metrics `evaluate.means` gives."""
+    console.print(f"Evaluation in percent, with 95 % intervals, {what}", markup=False, highlight=False, soft_wrap=True)
+    console.print(to_rich(grades_table(metrics, title="")))
 
 
 def accuracy_table(run: Run) -> Table:
@@ -111,16 +52,25 @@ def accuracy_table(run: Run) -> Table:
     lines = []
     for task in [*run.sources, ALL]:
         values = list(_student(run, task).values())
-        teachers = [_last(run.series(f"eval/teacher/{name}/accuracy/{task}")) for name in run.teachers]
+        teachers = [last_value(run.series(f"eval/teacher/{name}/accuracy/{task}")) for name in run.teachers]
         last = values[-1] if len(values) > 1 else None
-        gain = f"{100 * (last - values[0]):+.1f}" if last is not None else _MISSING
+        gain = f"{100 * (last - values[0]):+.1f}" if last is not None else MISSING
         first = values[0] if values else None
         if values or any(value is not None for value in teachers):
-            lines.append([task, *map(_percent, [first, *teachers, last]), gain])
+            lines.append([task, *map(percent, [first, *teachers, last]), gain])
     header = ["task", "student\nbefore", *run.teachers, "student\nafter", "gain"]
     when = f" (student after step {steps[-1]})" if len(steps) > 1 else ""
     title = f"Greedy accuracy in percent{when}"
     return Table(title=title, header=header, lines=lines, total=len(lines) > 1 and lines[-1][0] == ALL)
+
+
+def last_grades(run: Run) -> Table:
+    """Every measure of the student's last evaluation, with its interval."""
+    steps = run.series(f"eval/accuracy_low/{ALL}")
+    step = list(steps)[-1] if steps else None
+    metrics = {name: value for row in run.rows if row["step"] == step for name, value in row.items()}
+    order = {task: i for i, task in enumerate(run.sources)}
+    return grades_table(metrics, title=f"Evaluation in percent after step {step}, 95 % intervals", order=order)
 
 
 def kl_table(run: Run) -> Table:
@@ -224,7 +174,7 @@ def _plot_accuracy(run: Run, axis: Any) -> bool:
     # Teachers have one number each, so they are lines across; the dash pattern tells them apart.
     dashes = itertools.cycle(["--", "-.", ":", (0, (6, 1, 1, 1, 1, 1))])
     for name, dash in zip(run.teachers, dashes, strict=False):
-        value = _last(run.series(f"eval/teacher/{name}/accuracy/{ALL}"))
+        value = last_value(run.series(f"eval/teacher/{name}/accuracy/{ALL}"))
         if value is not None:
             axis.axhline(100 * value, color="#777777", lw=1.3, ls=dash, label=f"{name} ({ALL})")
     if not axis.lines:
@@ -302,47 +252,12 @@ def _finite(run: Run, name: str) -> list[float]:
     return [value for value in run.series(name).values() if math.isfinite(value)]
 
 
-def _last(series: dict[int, float]) -> float | None:
-    return list(series.values())[-1] if series else None
-
-
-def _captured(names: Iterable[str], pattern: str) -> list[str]:
-    return [match[1] for name in names if (match := re.fullmatch(pattern, name))]
-
-
-def _ordered(names: Iterable[str], entries: Iterable[dict[str, Any]], *, without: str) -> list[str]:
-    """Each name once; first those that the config lists, in its order."""
-    found = [name for name in dict.fromkeys(names) if name != without]
-    listed = [entry["name"] for entry in entries if entry["name"] in found]
-    return list(dict.fromkeys([*listed, *found]))
-
-
-def _percent(value: float | None) -> str:
-    return _MISSING if value is None else f"{100 * value:.1f}"
-
-
 def _number(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.4g}"
+    return MISSING if value is None else f"{value:.4g}"
 
 
 def _ratio(first: float, last: float | None) -> str:
     """How many times closer the student came; no ratio where rounding made one of the two 0 or negative."""
     if last is None or not (first > 0 and last > 0):
-        return _MISSING
+        return MISSING
     return f"{first / last:.3g}x closer" if last <= first else f"{last / first:.3g}x further"
-
-
-def _to_rich(table: Table) -> RichTable:
-    drawn = RichTable(title=table.title, title_justify="left", title_style="bold")
-    for i, name in enumerate(table.header):
-        drawn.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-    for i, line in enumerate(table.lines):
-        is_total = table.total and i == len(table.lines) - 1
-        drawn.add_row(*line, style="bold" if is_total else None, end_section=table.total and i == len(table.lines) - 2)
-    return drawn
-
-
-def _to_markdown(table: Table) -> str:
-    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *table.lines]
-    rows = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
-    return "\n".join([f"## {table.title}", "", *rows])

@@ -24,7 +24,7 @@ from megatron_opd import config_file, run_dir, serve
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
 from megatron_opd.config import Config
 from megatron_opd.data import PromptMix
-from megatron_opd.evaluate import accuracies, count_right, greedy
+from megatron_opd.evaluate import Evaluator, means
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel, PeerError
 from megatron_opd.preflight import Inputs, read_inputs
@@ -87,7 +87,7 @@ class Run:
         self.engine: RolloutEngine | None = None
         if parallel.is_leader:
             self.engine = build_engine(served, parallel, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-            self.tokenizer = load_tokenizer(config.student.model)
+            self.evaluator = Evaluator(config, load_tokenizer(config.student.model))
         self.prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
         self.times: dict[str, float] = {}
@@ -125,6 +125,8 @@ class Run:
     def _steps(self) -> None:
         num_steps = self.config.train.steps
         self._sync()
+        for note in self.inputs.notes:
+            self.tracker.message(note)
         if self.trained == 0:
             self._evaluate()
         elif self.trained >= num_steps:
@@ -222,12 +224,12 @@ class Run:
         self.tracker.message(f"saved {path}")
 
     def _evaluate(self) -> None:
-        """Greedy accuracy, and the divergence to the teachers on those held-out answers."""
+        """How good held-out answers are, and the divergence to the teachers on the greedy ones."""
         if not self.config.train.eval_every or not self.inputs.eval:
             return
         prompts = self._mine([p for _, source in self.inputs.eval for p in source])
-        rollouts, counts = self._on_servers(lambda: self.parallel.share(lambda: self._answer(prompts)))
-        metrics = accuracies(self.parallel.gather_leaders(counts), "eval/accuracy")
+        rollouts, totals = self._on_servers(lambda: self.parallel.share(lambda: self._answer(prompts)))
+        metrics = means(self.parallel.gather_leaders(totals), "eval")
         batches = self._on_servers(lambda: self._pack(rollouts) if rollouts else [])
         held_out = self.student.evaluate(batches, self.objective)
         metrics |= {f"eval/{name}": value for name, value in held_out.items() if name.startswith("kl/")}
@@ -237,8 +239,7 @@ class Run:
 
     def _answer(self, prompts: list[Any]) -> tuple[list[Rollout], Any]:
         assert self.engine is not None
-        rollouts = greedy(self.engine, prompts, max_new_tokens=self.config.rollout.max_new_tokens)
-        return rollouts, count_right(rollouts, self.tokenizer)
+        return self.evaluator.answer(self.engine, prompts, samples=self.config.train.eval_samples)
 
     def _teacher_accuracies(self) -> dict[str, float]:
         from megatron_opd.rollout.local import LocalEngine
@@ -247,8 +248,8 @@ class Run:
         metrics: dict[str, float] = {}
         for teacher in self.config.teachers:
             engine = LocalEngine(teacher.model, eos_ids=self.inputs.eos_ids, vocab_size=self.inputs.vocab_size)
-            rollouts = greedy(engine, prompts, max_new_tokens=self.config.rollout.max_new_tokens)
-            metrics |= accuracies([count_right(rollouts, self.tokenizer)], f"eval/teacher/{teacher.name}/accuracy")
+            _, totals = self.evaluator.answer(engine, prompts)
+            metrics |= means([totals], f"eval/teacher/{teacher.name}", bounds=False)
         return metrics
 
     def _restore(self) -> int:

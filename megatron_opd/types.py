@@ -6,9 +6,9 @@ D teacher hidden size, K ids that a teacher lists for a token, N teachers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -25,7 +25,9 @@ class Prompt:
     """What the row asks; of messages, the last one's content. Templates and special tokens are only in `token_ids`."""
     token_ids: tuple[int, ...]
     answer: str | None = None
-    """Reference answer for evaluation; the text that a correct response decodes to."""
+    """Reference answer, where the source's reward needs one; for `exact` the text that a right response decodes to."""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else of its row the source's reward needs, as it is in the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

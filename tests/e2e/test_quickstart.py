@@ -99,7 +99,7 @@ def test_eval_command_scores_what_the_last_evaluation_logged(quickstart, metrics
     done = opd("eval", CONFIG, f"run.dir={run_dir}")
     assert done.returncode == 0, done.stderr
     assert f"{run_dir}/hf" in done.stdout
-    printed = dict(re.findall(r"│ (\w+) +│ +([\d.]+) │", done.stdout))
+    printed = dict(re.findall(r"│ (\w+) +│ +([\d.]+) \[\d+–\d+\] │", done.stdout))
     assert printed == {task: f"{100 * value:.1f}" for task, value in accuracies(metrics)[1].items()}
 
 

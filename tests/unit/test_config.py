@@ -144,12 +144,13 @@ AT_LEAST_ONE = [
     "parallel.tensor", "parallel.pipeline", "parallel.data", "parallel.expert", "student.vocab_multiple",
     "loss.chunk_tokens", "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_new_tokens",
     "data.max_prompt_tokens", "train.steps", "train.micro_batch_size", "train.keep_last",
+    "train.eval_samples", "rewards.code_memory_mb", "rewards.code_workers",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "train.eval_every", "train.save_every", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay",
     "optim.clip_grad",
 ]  # fmt: skip
-POSITIVE = ["loss.temperature", "rollout.temperature", "run.timeout_s", "optim.eps"]
+POSITIVE = ["loss.temperature", "rollout.temperature", "run.timeout_s", "optim.eps", "rewards.code_timeout_s"]
 
 
 @pytest.mark.parametrize(

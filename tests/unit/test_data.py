@@ -16,6 +16,7 @@ from megatron_opd.chat import Encoder
 from megatron_opd.config import SourceConfig
 from megatron_opd.data import Limit, PromptMix, read_prompts
 from megatron_opd.packed import PackedPrompts
+from megatron_opd.rewards.exact import REWARD
 from megatron_opd.tokenizer import Tokenizer
 from megatron_opd.types import Prompt
 
@@ -104,9 +105,10 @@ def write(path, *rows):
     return path
 
 
-def read(path, encoder=BYTES, *, limit=99, drop=False, need_answer=False, **settings):
+def read(path, encoder=BYTES, *, limit=99, drop=False, is_graded=False, **settings):
     settings = {"name": "n", "path": str(path), **settings}
-    return read_prompts(SourceConfig(**settings), encoder, limit=Limit(limit, "it", drop=drop), need_answer=need_answer)
+    within = Limit(limit, "it", drop=drop)
+    return read_prompts(SourceConfig(**settings), encoder, limit=within, reward=REWARD, is_graded=is_graded)
 
 
 def test_reading_keeps_order_and_numbers_lines(tmp_path):
@@ -145,7 +147,7 @@ def test_every_format_gives_the_same_prompts(tmp_path, name):
 def test_fields_by_name_and_by_path(tmp_path):
     row = {"question": "q", "reward_model": {"ground_truth": "right"}, "a.b": "dotted", "prompt": "no", "answer": "no"}
     path = write(tmp_path / "p.jsonl", row)
-    (nested,) = read(path, prompt_field="question", answer_field="reward_model.ground_truth", need_answer=True)
+    (nested,) = read(path, prompt_field="question", answer_field="reward_model.ground_truth", is_graded=True)
     assert (nested.text, nested.answer) == ("q", "right")
     (dotted,) = read(path, prompt_field="a.b", answer_field="reward_model.nothing.there")
     assert (dotted.text, dotted.answer) == ("dotted", None)
@@ -199,8 +201,8 @@ def test_messages_without_a_template(tmp_path):
 
 def test_evaluation_says_which_answer_it_misses(tmp_path):
     path = write(tmp_path / "p.jsonl", {"messages": [USER]})
-    with pytest.raises(ValueError, match='line 1: evaluation needs a text field "gold" or a last message of the ass'):
-        read(path, CHAT, need_answer=True, answer_field="gold")
+    with pytest.raises(ValueError, match=r"line 1: evaluation needs a text .* or a last message of the ass"):
+        read(path, CHAT, is_graded=True, answer_field="gold")
 
 
 def damaged(path, whole):
@@ -262,7 +264,7 @@ def test_data_set_of_the_hub(tmp_path, monkeypatch):
     made.mkdir()
     write(made / "train.jsonl", {"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4"})
     write(made / "test.jsonl", {"question": "3+3", "answer": "6"})
-    asked = {"prompt_field": "question", "need_answer": True}
+    asked = {"prompt_field": "question", "is_graded": True}
     assert [(p.index, p.text, p.answer) for p in read(f"hf:{made}", **asked)] == [(0, "1+1", "2"), (1, "2+2", "4")]
     assert [p.text for p in read(f"hf:{made}", split="test", **asked)] == ["3+3"]
     with pytest.raises(ValueError, match=r"made, train, row 1: expected an object with a text field \"prompt\""):

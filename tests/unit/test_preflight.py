@@ -339,3 +339,28 @@ def test_eval_of_a_model_that_is_not_there_or_has_another_tokenizer(said, tmp_pa
 def test_eval_without_anything_to_evaluate_on(said):
     (problem,) = said("eval", "data.eval=[]")[1:]
     assert problem == "  - data.eval: there is nothing to evaluate on"
+
+
+def test_rows_without_what_their_reward_needs_are_named(said, tmp_path):
+    path = jsonl(
+        tmp_path, '{"prompt": "1+1=", "answer": "2", "tests": "assert f()"}', '{"prompt": "1+2=", "answer": "many"}'
+    )
+    (_, problem) = said("check", f"data.eval.0.path={path}", "data.eval.0.reward=gsm8k")
+    assert f"{path}, line 2: the reward gsm8k needs a number" in problem
+    (_, problem) = said("check", f"data.eval.0.path={path}", "data.eval.0.reward=code")
+    assert f'{path}, line 2: the reward code needs a text field "tests"' in problem
+
+
+def test_rewards_that_there_are_not(said):
+    _, *problems = said("check", "data.eval.0.reward=exakt", "data.train.1.reward=a:b:c")
+    assert len(problems) == 2
+    assert "data.eval.0.reward: there is no reward 'exakt'; known: exact, gsm8k, code, or a function" in problems[1]
+    _, problem = said("check", "data.eval.0.reward=no_such_module:f")
+    assert "no_such_module cannot be imported" in problem
+
+
+def test_what_confines_code_is_said(capsys, tmp_path):
+    path = jsonl(tmp_path, '{"prompt": "def f():", "tests": "assert f() == 1"}')
+    arguments = ["examples/quickstart.yaml", f"run.dir={tmp_path / 'run'}", f"data.eval.0.path={path}"]
+    assert main(["check", *arguments, "data.eval.0.reward=code"]) == 0
+    assert "# code runs confined by limits, " in capsys.readouterr().out

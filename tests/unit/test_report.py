@@ -194,3 +194,27 @@ def test_the_panels_show_every_task_and_teacher(tmp_path, monkeypatch):
     assert list(loss.lines[0].get_xdata()) == [1, 2, 3, 4]
     assert {text.get_text() for text in seconds.get_legend().get_texts()} == {"generate", "score"}
     assert seconds.get_ylim()[1] < 1, "the warm-up step does not flatten the others"
+
+
+def test_the_last_evaluation_with_its_intervals(tmp_path):
+    def row(step, **values):
+        measures = {"accuracy": 0.5, "reward": 0.5, "pass@2": 0.75, **values}
+        named = {f"eval/{m}{end}/{t}": v + d for m, v in measures.items() for t in ("add", "sub", "all")
+                 for end, d in (("", 0), ("_low", -0.25), ("_high", 0.125))}  # fmt: skip
+        return {"step": step, "time_s": 1.0, **named}
+
+    run_dir = make_run(tmp_path, [row(0), row(4, accuracy=0.625, reward=0.625)], CONFIG)
+    table = rp.last_grades(rp.read_run(run_dir))
+    assert table.header == ["task", "accuracy", "pass@2"], "reward says no more"
+    cells = ["62.5 [38–75]", "75.0 [50–88]"]
+    assert table.lines == [["sub", *cells], ["add", *cells], ["all", *cells]], "order of the config"
+    printed, written = report_of(run_dir)
+    assert "after step 4" in printed
+    assert "| sub | 62.5 [38–75] | 75.0 [50–88] |" in written
+
+
+def test_the_mean_reward_has_a_column_where_it_is_not_the_accuracy(tmp_path):
+    row = {"step": 0, "eval/accuracy/all": 0.5, "eval/accuracy_low/all": 0.4, "eval/accuracy_high/all": 0.6,
+           "eval/reward/all": 0.7, "eval/reward_low/all": 0.6, "eval/reward_high/all": 0.8}  # fmt: skip
+    table = rp.last_grades(rp.read_run(make_run(tmp_path, [row], CONFIG)))
+    assert table.lines == [["all", "50.0 [40–60]", "70.0 [60–80]"]]

@@ -1,0 +1,37 @@
+"""What a reward is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from megatron_opd.types import Prompt
+
+Answer: TypeAlias = tuple[Prompt, str]
+"""A prompt and the text of a response to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reward:
+    """A grader of answers."""
+
+    name: str
+    grade: Callable[[Sequence[Answer]], list[float]]
+    """One number in [0, 1] for each answer, in order; 1 is right. The text is as it was decoded, spaces and all."""
+    check: Callable[[Prompt], None]
+    """Raises ValueError saying what the prompt's row lacks."""
+    fields: tuple[str, ...] | None = ()
+    """Fields of a row, besides prompt and answer, that Prompt.extra must keep; None: all of them."""
+    note: str = ""
+    """What people should know about how it works here."""
+
+
+def needs_answer(prompt: Prompt) -> str:
+    """The prompt's reference answer. Raises ValueError when it has none."""
+    if not isinstance(prompt.answer, str):
+        raise ValueError(
+            'evaluation needs a text field "answer" (or the one that answer_field names), or a last message of the'
+            " assistant"
+        )
+    return prompt.answer
