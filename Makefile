@@ -9,6 +9,7 @@ TORCH  ?= torch==2.13.0
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP   := "$(BIN)/python" -m pip install -q --disable-pip-version-check
+# ARGS are more arguments of pytest, for example ARGS="--last-failed -x".
 # One thread a process: tests start several ranks, and results do not depend on the number of cores.
 TEST  := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
 
@@ -49,7 +50,7 @@ test-all: install ## every test that needs neither a GPU nor SGLang
 	$(TEST) -m "not gpu and not sglang"
 
 test-sglang: install sglang ## tests against real SGLang servers, which they start
-	$(TEST) -m sglang
+	$(TEST) -m sglang $(ARGS)
 
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.memory:
         print(figures.answer_memory(arguments.memory))
         return 0
+    measure.keep_memory()
     return _measure(arguments)
 
 

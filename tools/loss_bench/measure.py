@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # as in malloc.h
 Call = tuple[Callable[[], Any], Callable[[Any], Any]]
 """Makes fresh arguments (not timed); does the work with them."""
 
@@ -27,6 +30,15 @@ def times(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
                 known = best.setdefault(name, found)
                 best[name] = {clock: min(known[clock], ms) for clock, ms in found.items()}
     return best
+
+
+def keep_memory() -> None:
+    """Make the C library keep what is freed. Else every large tensor's pages are made anew, which methods that allocate
+    such tensors pay for several times over, and which says nothing about their arithmetic. For times, not for memory."""
+    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
+        library = ctypes.CDLL(None)
+        for option, value in ((_M_MMAP_THRESHOLD, 2**31 - 1), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**29)):
+            library.mallopt(option, value)
 
 
 def clock(device: str) -> str:
