@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the best of N counts (default 5)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what others compile first (a minute)")
+    parser.add_argument("--keep-memory", action="store_true", help="keep freed pages: times of the arithmetic alone")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--plot", metavar="FILE", help="write a plot there")
     parser.add_argument("--memory", metavar="REQUEST", help=argparse.SUPPRESS)
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.memory:
         print(figures.answer_memory(arguments.memory))
         return 0
-    measure.keep_memory()
+    if arguments.keep_memory:
+        measure.keep_memory()
     return _measure(arguments)
 
 

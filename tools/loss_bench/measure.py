@@ -33,8 +33,8 @@ def times(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
 
 
 def keep_memory() -> None:
-    """Make the C library keep what is freed. Else every large tensor's pages are made anew, which methods that allocate
-    such tensors pay for several times over, and which says nothing about their arithmetic. For times, not for memory."""
+    """Make the C library keep what is freed. By default the pages of every large tensor are made anew, which methods
+    that allocate such tensors pay for several times over; without that, times are those of the arithmetic."""
     with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
         library = ctypes.CDLL(None)
         for option, value in ((_M_MMAP_THRESHOLD, 2**31 - 1), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**29)):
