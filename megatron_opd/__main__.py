@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 
 from megatron_opd import __version__
-from megatron_opd.config_file import ConfigError, dump, load
-from megatron_opd.run_dir import HF_EXPORT
 
 _GRACE_S = 10.0
 """How long a rank that stops because of another one stays: launchers end everybody when the first rank exits, and the
@@ -95,9 +93,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if launch.is_worker():
         return _work(arguments)
-    config = load(arguments.config, arguments.overrides)
+    from megatron_opd.config.file import load
     from megatron_opd.preflight import read_inputs
 
+    config = load(arguments.config, arguments.overrides)
     read_inputs(config)  # every problem shows before anything is started
     return launch.launch(config, [arguments.config, *arguments.overrides])
 
@@ -112,6 +111,7 @@ def _work(arguments: argparse.Namespace) -> int:
     # Nothing is lost: what is saved is complete, and what is being saved is not a checkpoint yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    from megatron_opd.config.file import load
     from megatron_opd.student import cpu, groups
 
     try:
@@ -144,6 +144,7 @@ def _after_the_others(code: int) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from megatron_opd import launch
+    from megatron_opd.config.file import dump, load
     from megatron_opd.preflight import read_inputs
 
     config = load(arguments.config, arguments.overrides)
@@ -163,10 +164,12 @@ def _check(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from megatron_opd.config.file import ConfigError, load
     from megatron_opd.evaluate import Evaluator, means
     from megatron_opd.preflight import check_model, read_inputs
     from megatron_opd.report import print_grades
     from megatron_opd.rollout.local import LocalEngine
+    from megatron_opd.run_dir import HF_EXPORT
     from megatron_opd.tokenizer import load_tokenizer
 
     config = load(arguments.config, arguments.overrides)
@@ -188,6 +191,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from megatron_opd import launch, serve
+    from megatron_opd.config.file import load
 
     config = load(arguments.config, arguments.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job step's end is an end like Ctrl-C

@@ -16,8 +16,8 @@ from typing import TypeVar
 from megatron_opd import serve
 from megatron_opd.chat import Encoder, build_encoder
 from megatron_opd.config import Config, SourceConfig
-from megatron_opd.config_checks_serving import check_vocabulary
-from megatron_opd.config_file import ConfigError
+from megatron_opd.config.checks_serving import check_vocabulary
+from megatron_opd.config.file import ConfigError
 from megatron_opd.data import Limit, read_prompts
 from megatron_opd.packed import PackedPrompts
 from megatron_opd.rewards import build_reward

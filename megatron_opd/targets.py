@@ -4,7 +4,7 @@
     LISTED  a top-k teacher has weight: an average of probabilities over the union of listed ids and the rest
     SAMPLED a sampled-token teacher has weight: an average of probabilities of the sampled token
 
-An average of logits needs every teacher's normaliser, so `config_checks` allows it among exact teachers only.
+An average of logits needs every teacher's normaliser, so `config/checks.py` allows it among exact teachers only.
 Shape suffixes: C tokens of a chunk, L local vocabulary columns, O outcomes, N teachers.
 """
 

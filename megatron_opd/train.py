@@ -8,21 +8,18 @@ learn of it together, save what is trained, and stop.
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeVar, cast
 
-import yaml
 from safetensors import SafetensorError
 
-from megatron_opd import config_file, run_dir, serve
+from megatron_opd import run_dir, serve, step_metrics
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
 from megatron_opd.config import Config
+from megatron_opd.config import file as config_file
 from megatron_opd.data import PromptMix
 from megatron_opd.evaluate import Evaluator, means
 from megatron_opd.objective import Objective
@@ -151,9 +148,9 @@ class Run:
         self._timed("sync", self._sync)
         seconds = time.perf_counter() - started
         return {
-            **_derived(metrics),
-            **self._rollout_metrics(rollouts, version=step),
-            **self._server_metrics(),
+            **step_metrics.derived(metrics),
+            **step_metrics.of_rollouts(rollouts, self.parallel, version=step),
+            **step_metrics.of_parts([self.engine, *self.teachers], self.parallel),
             **{f"time/{stage}": t for stage, t in self.times.items()},
             "tokens_per_s": metrics["num_tokens"] / seconds,
         }
@@ -254,7 +251,9 @@ class Run:
 
     def _restore(self) -> int:
         loop = self.checkpoints.restore(self.student)
-        changed = self.parallel.share_world(lambda: _write_config(self.config))
+        changed = self.parallel.share_world(
+            lambda: config_file.record(self.config, Path(self.config.run.dir) / run_dir.CONFIG)
+        )
         if loop is None:
             self.tracker.rewind(-1)
             if changed is not None:
@@ -289,51 +288,11 @@ class Run:
         self.times[stage] = time.perf_counter() - started
         return result
 
-    def _rollout_metrics(self, rollouts: list[Rollout], *, version: int) -> dict[str, float]:
-        """Means over the rollouts of all replicas, which have equally many."""
-        mine = {
-            "rollout/length": fmean(len(r.response_ids) for r in rollouts),
-            "rollout/truncated_frac": fmean(r.finish == "length" for r in rollouts),
-            "rollout/version_lag": fmean(version - v for r in rollouts for v in r.versions),
-        }
-        replicas = self.parallel.gather_leaders(mine)
-        return {name: fmean(replica[name] for replica in replicas) for name in mine}
-
-    def _server_metrics(self) -> dict[str, float]:
-        """What engine and teachers counted on the leaders of all replicas since the last step."""
-        totals: Counter[str] = Counter()
-        mine = [part.metrics() for part in (self.engine, *self.teachers) if part is not None]
-        for replica in self.parallel.gather_leaders(mine):
-            for counted in replica:
-                totals.update(counted)
-        return dict(totals)
-
 
 def _ask(teacher: TeacherScorer, rollouts: list[Rollout], wanted: list[bool]) -> list[TeacherScore | None]:
     """The teacher's scores of the wanted rollouts, None for the others."""
     scores = iter(teacher.score([r for r, want in zip(rollouts, wanted, strict=True) if want]))
     return [next(scores) if want else None for want in wanted]
-
-
-def _derived(metrics: dict[str, float]) -> dict[str, float]:
-    """The step's metrics with what follows from them."""
-    student, teacher = metrics["logprob/student"], metrics["logprob/teacher"]
-    return {
-        **{name: value for name, value in metrics.items() if name != "num_tokens"},
-        "logprob/gap": student - teacher,
-        "perplexity/student": math.exp(-student),
-        "perplexity/teacher": math.exp(min(-teacher, 700.0)),  # a teacher may rule a sampled token out
-    }
-
-
-def _write_config(config: Config) -> list[str] | None:
-    """Write the resolved config; returns what is not as the last start of this run had it, None at the first start."""
-    path = Path(config.run.dir) / run_dir.CONFIG
-    before = yaml.safe_load(path.read_text()) if path.is_file() else None
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(config_file.dump(config))
-    temporary.replace(path)
-    return None if before is None else config_file.changes(before, config_file.to_dict(config))
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/config.md from the sections in megatron_opd/config.py, or check that it is current (--check).
+"""Write docs/config.md from the sections in megatron_opd/config/, or check that it is current (--check).
 
 Works on the source alone: the line of documentation under a field is a bare string that only the syntax tree keeps.
 """
@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "megatron_opd" / "config.py"
+SOURCE = ROOT / "megatron_opd" / "config"
 TARGET = ROOT / "docs" / "config.md"
 TOP = "Config"
 
 HEAD = """\
 # Settings
 
-<!-- Written by tools/config_docs.py from megatron_opd/config.py: change the lines there, not here. -->
+<!-- Written by tools/config_docs.py from megatron_opd/config/: change the lines there, not here. -->
 
 A run is one YAML file with the sections below. On the command line every setting can be overridden as
 `section.key=value`, entries of a list by their index: `optim.lr=2e-5`, `teachers.0.weight=0.5`. Unknown names and
@@ -27,9 +27,9 @@ values without meaning stop the run before anything is loaded, all of them liste
 
 
 def sections(tree: ast.Module) -> dict[str, ast.ClassDef]:
-    """The classes of config.py that are sections, by name."""
+    """The classes that are sections, by name."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    return {c.name: c for c in classes if any(ast.unparse(d) == "_section" for d in c.decorator_list)}
+    return {c.name: c for c in classes if any(ast.unparse(d) == "section" for d in c.decorator_list)}
 
 
 def fields(section: ast.ClassDef) -> list[tuple[ast.AnnAssign, str]]:
@@ -41,7 +41,7 @@ def fields(section: ast.ClassDef) -> list[tuple[ast.AnnAssign, str]]:
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if not documented:
                 name = f"{section.name}.{ast.unparse(node.target)}"
-                raise SystemExit(f"{SOURCE.name}:{node.lineno}: {name} has no line of documentation under it")
+                raise SystemExit(f"{name} has no line of documentation under it")
             found.append((node, " ".join(str(after.value.value).split())))
     return found
 
@@ -122,12 +122,17 @@ def render(source: str) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+def read_source() -> str:
+    """All files that have sections, as one."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py")))
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write docs/config.md from megatron_opd/config.py.")
+    parser = argparse.ArgumentParser(description="Write docs/config.md from megatron_opd/config/.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not current")
     parser.add_argument("--out", type=Path, default=TARGET, help="the page")
     options = parser.parse_args(arguments)
-    page = render(SOURCE.read_text(encoding="utf-8"))
+    page = render(read_source())
     if options.check:
         current = options.out.is_file() and options.out.read_text(encoding="utf-8") == page
         if not current:

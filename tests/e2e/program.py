@@ -99,6 +99,15 @@ class Started:
             assert time.monotonic() < until, "the run does not get on"
             time.sleep(0.002)
 
+    def wait_for_library(self, name):
+        """Until the process has loaded a library with `name` in its path."""
+        until = time.monotonic() + PATIENCE_S
+        maps = Path(f"/proc/{self.process.pid}/maps")
+        while name not in maps.read_text():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < until, f"the run does not load {name}"
+            time.sleep(0.002)
+
     def ranks(self):
         """The processes of the ranks, in the order of ranks."""
         children = [p for p in psutil.Process(self.process.pid).children() if "train" in p.cmdline()]

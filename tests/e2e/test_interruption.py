@@ -74,7 +74,7 @@ def assert_says_how_to_continue(run_dir, printed):
 
 def test_interrupted_before_anything_has_started(tmp_path):
     with started(tmp_path, *ENDLESS) as run:
-        time.sleep(1.0)
+        run.wait_for_library("pydantic_core")  # so it reads its config: no longer Python that starts
         os.killpg(run.process.pid, signal.SIGINT)
         returned, printed = run.end(timeout=SOON_S)
     assert returned == 130

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_opd import __version__, launch, run_dir
 from megatron_opd.__main__ import main
-from megatron_opd.config_file import changes, load
+from megatron_opd.config.file import changes, load
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")

@@ -5,8 +5,8 @@ import copy
 import pytest
 import yaml
 
-from megatron_opd import config_file as cfg
-from megatron_opd.config_checks_serving import check_vocabulary
+from megatron_opd.config import file as cfg
+from megatron_opd.config.checks_serving import check_vocabulary
 
 MINIMAL = {
     "run": {"dir": "runs/x"},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_opd import config as cfg
-from megatron_opd import config_file
+from megatron_opd.config import file as config_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +34,7 @@ def test_the_page_is_current(tool):
 
 
 def test_every_setting_is_on_the_page(tool):
-    page = tool.render(tool.SOURCE.read_text())
+    page = tool.render(tool.read_source())
     rows = page.count("\n| `")
     expected = {f.name for cls in section_classes(cfg.Config) for f in dataclasses.fields(cls)}
     assert [name for name in expected if f"\n| `{name}` |" not in page] == []
@@ -43,7 +43,7 @@ def test_every_setting_is_on_the_page(tool):
 
 def test_rows_show_type_default_and_meaning(tool):
     source = '''
-@_section
+@section
 class Inner:
     """One."""
     x: Literal["a", "b"]
@@ -55,7 +55,7 @@ class Inner:
     by: dict[str, float] = dataclasses.field(default_factory=dict)
     """Each."""
 
-@_section
+@section
 class Config:
     """All."""
     parts: list[Inner]
@@ -84,4 +84,4 @@ def test_check_fails_on_a_stale_or_missing_page_and_writes_nothing(tool, tmp_pat
 
 def test_a_setting_without_a_line_of_documentation_is_an_error(tool):
     with pytest.raises(SystemExit, match=r"Config\.b has no line of documentation"):
-        tool.render("@_section\nclass Config:\n    a: int\n    'Fine.'\n    b: int = 1\n    c: int = 2\n    'Fine.'\n")
+        tool.render("@section\nclass Config:\n    a: int\n    'Fine.'\n    b: int = 1\n    c: int = 2\n    'Fine.'\n")

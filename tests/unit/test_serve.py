@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_opd import launch, serve
-from megatron_opd.config_file import load
+from megatron_opd.config.file import load
 from megatron_opd.sglang import process
 
 ROOT = Path(__file__).resolve().parents[2]

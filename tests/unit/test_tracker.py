@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from megatron_opd import config_file as cfg
+from megatron_opd.config import file as cfg
 from megatron_opd.tracker import build_tracker, read_metrics
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_opd import config as config_module
 from megatron_opd.config import Config
-from megatron_opd.config_checks import check
+from megatron_opd.config.checks import check
 
 
 class ConfigError(ValueError):
@@ -66,6 +66,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 def dump(config: Config) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def record(config: Config, path: Path) -> list[str] | None:
+    """Write the resolved config; returns what is not as the last record had it, None when there was none."""
+    before = yaml.safe_load(path.read_text()) if path.is_file() else None
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump(config))
+    temporary.replace(path)
+    return None if before is None else changes(before, to_dict(config))
 
 
 def changes(old: Any, new: Any, name: str = "") -> list[str]:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
-from megatron_opd.config_checks_serving import check_serving
+from megatron_opd.config.checks_serving import check_serving
 from megatron_opd.rewards import problem_with
 
 _RESERVED = {"teachers": "ensemble", "data.eval": "all"}

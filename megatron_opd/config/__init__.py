@@ -1,0 +1,72 @@
+"""The one description of a run: frozen dataclasses, one a section.
+
+Every setting has its one-line documentation under it; `docs/config.md` is generated from these lines. Reading a config
+from a file is `file.py`; what can be wrong about one is `checks*.py` (settings alone) and `preflight.py` (settings
+against models and files). The sections import nothing of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
+from megatron_opd.config.method import LossConfig, RolloutConfig
+from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
+from megatron_opd.config.run import LogConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_opd.config.section import section
+
+__all__ = [
+    "HUB",
+    "Config",
+    "DataConfig",
+    "LogConfig",
+    "LossConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "ServersConfig",
+    "SourceConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+]
+
+
+@section
+class Config:
+    """A whole run."""
+
+    run: RunConfig
+    """Where the run lives and what makes it repeatable."""
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    """The layout of ranks."""
+    student: StudentConfig
+    """The model that learns."""
+    teachers: list[TeacherConfig]
+    """The models it learns from."""
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """What is minimised."""
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    """How answers are sampled."""
+    data: DataConfig
+    """The prompts."""
+    rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
+    """How answers are graded."""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """The optimizer."""
+    train: TrainConfig
+    """The loop."""
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    """Extra metric sinks."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the run depends on servers."""
+        return self.rollout.engine == "sglang" or any(t.backend == "sglang" for t in self.teachers)
+
+    def teacher_weights(self, source: str) -> list[float]:
+        """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""
+        raw = [t.weight_for(source) for t in self.teachers]
+        return [w / sum(raw) for w in raw]

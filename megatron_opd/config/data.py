@@ -1,0 +1,68 @@
+"""Prompts, and how answers to them are graded."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from megatron_opd.config.section import section
+
+HUB = "hf:"
+"""Begins the path of a prompt source that is a data set of the Hugging Face hub."""
+
+
+@section
+class SourceConfig:
+    """One file or data set of prompts."""
+
+    name: str
+    """Name of the source: the key for teacher routing and the column in evaluation tables."""
+    path: str
+    """A file, .jsonl (or .jsonl.gz), .json or .parquet, or `hf:` and the name of a data set of the Hugging Face hub."""
+    weight: float = 1.0
+    """Share of this source in a batch, relative to the other sources."""
+    prompt_field: str = "prompt"
+    """Field of a row that holds the prompt: a text, or messages (`role` and `content`); a.b is field b of field a. A
+    row without it may have `messages`."""
+    answer_field: str = "answer"
+    """Field that holds the reference answer for evaluation; without it, the assistant's last message is the answer."""
+    subset: str = ""
+    """Subset of a data set of the hub (its configuration), e.g. main."""
+    split: str = "train"
+    """Split of a data set of the hub."""
+    reward: str = "exact"
+    """How answers are graded: exact (equal to `answer`), gsm8k (the final number is that of `answer`), code (passes
+    `tests`, which call `entry_point`), or module:function, your own; see docs/rewards.md."""
+
+
+@section
+class DataConfig:
+    """The prompts."""
+
+    train: list[SourceConfig]
+    """Sources to sample training prompts from."""
+    eval: list[SourceConfig] = dataclasses.field(default_factory=list)
+    """Sources to evaluate on, each by its `reward`."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt in tokens, the chat template's included."""
+    on_too_long: Literal["error", "drop"] = "error"
+    """A longer prompt is an error that names its line (error), or is left out and counted (drop)."""
+    chat_template: str = "none"
+    """none: prompts are texts, given to the model as they are; tokenizer: prompts and messages go through the chat
+    template of the student's tokenizer; anything else: through the template in this file (Jinja)."""
+    chat_template_options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template, e.g. {enable_thinking: false}."""
+    system_prompt: str = ""
+    """System message of every prompt that has none; needs a chat template."""
+
+
+@section
+class RewardsConfig:
+    """How answers are graded, where a source's reward has a choice."""
+
+    code_timeout_s: float = 10.0
+    """Seconds in which an answer of the reward code must have passed its tests."""
+    code_memory_mb: int = 512
+    """Largest address space of a process that runs an answer, in MiB."""
+    code_workers: int = 4
+    """Answers of the reward code that one replica tests at a time; each takes up to two processes."""

@@ -1,0 +1,62 @@
+"""What is learnt: how answers are sampled and what is minimised on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from megatron_opd.config.models import ServersConfig
+from megatron_opd.config.section import section
+
+
+@section
+class LossConfig:
+    """What the student minimises on its own tokens: D(teachers, student), averaged over response tokens."""
+
+    beta: float = 1.0
+    """0: forward KL(teacher||student); 1: reverse KL(student||teacher); between: generalized JSD(beta) of GKD."""
+    ensemble: Literal["logits", "probs"] = "logits"
+    """How several teachers become one target: average of logits (geometric) or of probabilities (arithmetic)."""
+    temperature: float = 1.0
+    """Both student and teacher logits are divided by this in the loss; independent of rollout.temperature."""
+    chunk_tokens: int = 1024
+    """Tokens whose teacher distribution exists at one time; bounds the memory of the loss."""
+    kind: Literal["distribution", "sampled"] = "distribution"
+    """distribution: a divergence over the vocabulary (beta); sampled: reverse KL on the sampled token alone, as a
+    policy gradient, which is all that teachers with the carrier sampled allow."""
+    importance_cap: float = 2.0
+    """Largest importance weight q/μ of student over sampler on a token of the kind sampled; larger ones are cut."""
+
+
+@section
+class RolloutConfig:
+    """How the student samples its own answers."""
+
+    engine: Literal["local", "sglang"] = "local"
+    """local: the embedded engine, transformers with a KV cache inside the leader rank of each replica; sglang: the
+    servers of `servers`."""
+    servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
+    """Where the student samples (engine sglang)."""
+    prompts_per_step: int = 16
+    """Prompts sampled in one step, over all data-parallel replicas."""
+    samples_per_prompt: int = 1
+    """Answers sampled for each prompt."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens, the end-of-sequence token included."""
+    temperature: float = 1.0
+    """Sampling temperature during training and of train.eval_samples; evaluation is greedy besides."""
+    top_p: float = 1.0
+    """Sample from the fewest tokens with this probability, of the 4,096 likeliest; 1: from all (engine sglang)."""
+    top_k: int = 0
+    """Sample from the this many likeliest tokens; 0: from all (engine sglang)."""
+    max_staleness: int = 0
+    """0: strictly on-policy; n: batches are sampled up to n steps ahead while the student trains (engine sglang)."""
+    partial: bool = False
+    """Answers that are unfinished when new weights arrive are kept and continued with those (needs max_staleness)."""
+    sync: Literal["broadcast", "tensor", "disk"] = "broadcast"
+    """How new weights reach the servers: broadcast (process group: NCCL, gloo without GPUs), tensor (CUDA IPC on one
+    machine; inline without GPUs), or disk (a directory that the servers see too)."""
+    sync_bucket_mb: int = 256
+    """Weights sent at a time, in MiB; bounds the memory that a sync takes on either side."""
+    sync_verify: bool = False
+    """Compare checksums of all servers with the student's weights after every sync."""

@@ -1,0 +1,112 @@
+"""The models: the student and its layout, teachers, and the servers of either."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from megatron_opd.config.section import section
+
+
+@section
+class ParallelConfig:
+    """How the student (and the in-process teachers) are spread over ranks; ranks = tensor x pipeline x data."""
+
+    tensor: int = 1
+    """Tensor-parallel size: every matrix and the vocabulary are split this many ways."""
+    pipeline: int = 1
+    """Pipeline-parallel size: the layers are split into this many stages."""
+    data: int = 1
+    """Data-parallel size: replicas, each with its own slice of the prompts."""
+    expert: int = 1
+    """Expert-parallel size: the experts of a mixture are spread over this many of the tensor-parallel ranks; it must
+    divide `tensor`."""
+    sequence: bool = False
+    """Sequence parallelism: activations between matrices are split over the tensor-parallel ranks too."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+@section
+class StudentConfig:
+    """The model that learns."""
+
+    model: str
+    """Hugging Face directory of the student: config.json, safetensors, tokenizer."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recompute: none, only attention (selective), or every layer (full)."""
+    vocab_multiple: int = 1
+    """Pad the vocabulary to a multiple of this; it must make the vocabulary divisible by parallel.tensor."""
+
+
+@section
+class ServersConfig:
+    """SGLang servers of one model: some that run already, or some that `train` starts and ends."""
+
+    urls: list[str] = dataclasses.field(default_factory=list)
+    """Addresses of servers that run already, e.g. [http://node7:30000]; empty: start `count` on this machine."""
+    count: int = 1
+    """Servers to start."""
+    tensor: int = 1
+    """Tensor-parallel size of a server (its --tp-size), which is also the GPUs that a started one takes."""
+    gpus: list[int] = dataclasses.field(default_factory=list)
+    """GPUs of started servers, tensor x count of them, in order; empty: all that are visible, counted from 0."""
+    host: str = "127.0.0.1"
+    """Address that started servers bind to; anything but loopback needs a key in MEGATRON_OPD_API_KEY."""
+    port: int = 30000
+    """First port of started servers; each next one takes the next free port."""
+    python: str = ".venv-sglang/bin/python"
+    """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type in which started servers compute; auto: student.dtype for the student's, config.json's for a teacher's."""
+    args: list[str] = dataclasses.field(default_factory=list)
+    """More arguments of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
+    start_timeout_s: float = 1800.0
+    """Seconds in which a started server must be ready."""
+    request_timeout_s: float = 600.0
+    """Seconds in which a server must answer a request; one that does not counts as failed."""
+    retries: int = 3
+    """Times that a failed request is sent again, to another server where there is one, with growing pauses."""
+    max_in_flight: int = 256
+    """Requests that are with one server at a time; the rest wait here."""
+    probe_s: float = 5.0
+    """Seconds between looks at a server that failed; when it answers again, it gets the current weights and work."""
+    patience_s: float = 60.0
+    """Seconds to wait for one of the servers to come back when none is left; then requests fail at once."""
+
+
+@section
+class TeacherConfig:
+    """One teacher: in-process on the student's layout, forward only, or behind SGLang servers."""
+
+    name: str
+    """Name of the teacher in metrics (kl/<name>) and messages."""
+    model: str
+    """Hugging Face directory of the teacher; its tokenizer must be the student's."""
+    weight: float = 1.0
+    """Weight in the ensemble for every prompt source not listed in `sources`; weights are normalised per source."""
+    sources: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Weight by prompt source (routing): 0 means that this teacher is never asked about that source."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the teacher's weights and activations."""
+    offload: bool = False
+    """Keep the weights in host memory while the teacher is not scoring (no effect without a GPU)."""
+    backend: Literal["megatron", "sglang"] = "megatron"
+    """megatron: on the trainer's own ranks; sglang: behind the servers of `servers`, which have `model` loaded."""
+    servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
+    """Where the teacher is served (backend sglang)."""
+    carrier: Literal["hidden", "topk", "sampled"] = "hidden"
+    """What a teacher tells about a token: hidden states (exact), its top_k with their log-probabilities, or the sampled
+    token's alone; megatron teachers are always exact, so they have hidden."""
+    top_k: int = 64
+    """Log-probabilities a token of the carrier topk; the sampled token is always one of them."""
+    on_failure: Literal["fail", "renormalise"] = "fail"
+    """When no server of it answers: save and stop, or go on with the other teachers, weights raised to sum to 1."""
+
+    def weight_for(self, source: str) -> float:
+        """Unnormalised ensemble weight of this teacher for prompts of `source`."""
+        return self.sources.get(source, self.weight)

@@ -1,0 +1,79 @@
+"""The run itself: where it lives, how long it is, how it steps, and where its metrics go."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_opd.config.section import section
+
+
+@section
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str
+    """Directory of the run: checkpoints, metrics, logs, export. The same command on the same directory resumes."""
+    seed: int = 1234
+    """Seeds the order of prompts, every sampled token and dropout: same seed, same numbers."""
+    timeout_s: float = 1800.0
+    """Seconds a rank waits for another one in a collective before the run stops with an error."""
+
+
+@section
+class TrainConfig:
+    """The loop."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    micro_batch_size: int = 8
+    """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
+    eval_every: int = 0
+    """Evaluate every this many steps, and before the first and after the last; 0: never."""
+    eval_samples: int = 1
+    """Above 1: also draw this many answers to each evaluation prompt at rollout.temperature, for avg@k and pass@k."""
+    eval_teachers: bool = False
+    """Also measure each teacher's own accuracy once, before the first step (loads it whole on one rank)."""
+    save_every: int = 0
+    """Save a checkpoint every this many steps and after the last; 0: only after the last."""
+    keep_last: int = 2
+    """Complete checkpoints kept; older ones are removed after a newer one is complete."""
+    export: bool = True
+    """Write the final student as a Hugging Face directory, <run.dir>/hf."""
+
+
+@section
+class OptimConfig:
+    """Adam, its schedule and gradient clipping."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay from lr to min_lr over train.steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """Adam's first moment decay."""
+    beta2: float = 0.95
+    """Adam's second moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    distributed: bool = True
+    """Shard optimizer state over data-parallel replicas (Megatron's distributed optimizer)."""
+
+
+@section
+class LogConfig:
+    """Where metrics go besides the console and <run.dir>/metrics.jsonl, which are always on."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard event files to <run.dir>/tensorboard."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also log to Weights & Biases; offline writes to <run.dir>/wandb."""
+    wandb_project: str = "megatron-opd"
+    """Project name for Weights & Biases."""
