@@ -93,7 +93,19 @@ class Sampled:
     """float32, nats."""
 
 
-TeacherScore: TypeAlias = Hidden | TopK | Sampled
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A teacher's final hidden states at its own tokens of one rollout's text, and where the two cuts meet."""
+
+    hidden_QD: torch.Tensor | None
+    """Row q predicts `ids_Q[q]`; None on ranks that do not compute the loss."""
+    ids_Q: torch.Tensor
+    """int64, of the teacher's vocabulary."""
+    spans_G4: torch.Tensor
+    """int64; student tokens [first, stop) and teacher tokens [first, stop) that are the same bytes."""
+
+
+TeacherScore: TypeAlias = Hidden | TopK | Sampled | Foreign
 """What a teacher says about one rollout, by its carrier; in a micro-batch about all its tokens, so R is T there."""
 
 

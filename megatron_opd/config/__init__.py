@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_opd.config.crosstok import CrossTokenizerConfig
 from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
@@ -18,6 +19,7 @@ from megatron_opd.config.section import section
 __all__ = [
     "HUB",
     "Config",
+    "CrossTokenizerConfig",
     "DataConfig",
     "LogConfig",
     "LossConfig",
@@ -48,6 +50,8 @@ class Config:
     """The models it learns from."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """What is minimised."""
+    cross_tokenizer: CrossTokenizerConfig = dataclasses.field(default_factory=CrossTokenizerConfig)
+    """How teachers with another tokenizer are compared with the student."""
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     """How answers are sampled."""
     data: DataConfig
@@ -65,6 +69,11 @@ class Config:
     def is_served(self) -> bool:
         """Whether the run depends on servers."""
         return self.rollout.engine == "sglang" or any(t.backend == "sglang" for t in self.teachers)
+
+    @property
+    def crosses_tokenizers(self) -> bool:
+        """Whether teachers read the student's answers in tokens of their own."""
+        return any(t.tokenizer == "own" for t in self.teachers)
 
     def teacher_weights(self, source: str) -> list[float]:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""

@@ -22,6 +22,7 @@ def check(config: Config) -> list[str]:
         *_check_data(config),
         *_check_rewards(config),
         *check_serving(config),
+        *_check_tokenizers(config),
     ]
 
 
@@ -161,4 +162,27 @@ def _check_rewards(config: Config) -> list[str]:
         for i, source in enumerate(sources):
             problem = problem_with(source.reward)
             problems += [f"{setting}.{i}.reward: {problem}"] if problem else []
+    return problems
+
+
+def _check_tokenizers(config: Config) -> list[str]:
+    """What teachers with another tokenizer do not allow."""
+    if not config.crosses_tokenizers:
+        return []
+    problems = []
+    for i, teacher in enumerate(config.teachers):
+        if teacher.tokenizer != "own":
+            problems.append(f"teachers.{i}.tokenizer: where one teacher has its own tokenizer, all must say own")
+        if teacher.carrier != "hidden":
+            problems.append(
+                f"teachers.{i}.carrier: a teacher with its own tokenizer must tell hidden states, not {teacher.carrier}"
+            )
+    if config.loss.kind != "distribution":
+        problems.append("loss.kind must be distribution where teachers have their own tokenizer")
+    if config.train.eval_teachers:
+        problems.append("train.eval_teachers: teachers with their own tokenizer cannot answer the student's tokens")
+    if not 0 <= config.cross_tokenizer.matched_weight <= 1:
+        problems.append(
+            f"cross_tokenizer.matched_weight must lie in [0, 1], not {config.cross_tokenizer.matched_weight}"
+        )
     return problems

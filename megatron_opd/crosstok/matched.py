@@ -22,6 +22,11 @@ class Matched:
     def to(self, device: torch.device) -> Matched:
         return Matched(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
+    def none(self) -> Matched:
+        """The same two vocabularies with no token in common."""
+        ours, theirs = [self.student_M, self.student_only_A], [self.teacher_M, self.teacher_only_B]
+        return Matched(ours[0][:0], theirs[0][:0], torch.cat(ours), torch.cat(theirs))
+
 
 def match(student: tuple[Tokenizer, Pieces], teacher: tuple[Tokenizer, Pieces], sizes: tuple[int, int]) -> Matched:
     """By bytes; the ends of a response match each other. `sizes`: entries of the two models' vocabularies."""

@@ -39,6 +39,12 @@ class Spans:
     """Log-probabilities of the row that stays a distribution: of the first or last token of each span, normalised."""
     others_G: torch.Tensor
     """Summed log-probabilities of the span's other tokens as they were; 0 for a span of one token."""
+    kept_G: torch.Tensor
+    """Log-probability that the kept row gives to the token that came."""
+
+    def came(self) -> torch.Tensor:
+        """Log-probability of the span's text as it was cut, [G]."""
+        return self.kept_G + self.others_G
 
     def at(self, ids_M: torch.Tensor) -> torch.Tensor:
         """Log P of some ids, [G, M]."""
@@ -87,7 +93,7 @@ def merged(logp_RV: torch.Tensor, ids_R: torch.Tensor, spans_G2: torch.Tensor, m
     first_G, stop_G = spans_G2.unbind(-1)
     kept_G = first_G if merge == "first" else stop_G - 1
     came_R = logp_RV.gather(-1, ids_R[:, None])[:, 0]
-    return Spans(logp_RV[kept_G], other_tokens(came_R, spans_G2, kept_G))
+    return Spans(logp_RV[kept_G], other_tokens(came_R, spans_G2, kept_G), came_R[kept_G])
 
 
 def other_tokens(came_R: torch.Tensor, spans_G2: torch.Tensor, kept_G: torch.Tensor) -> torch.Tensor:
