@@ -65,7 +65,7 @@ def read_inputs(config: Config) -> Inputs:
         raise ConfigError(problems)
     read = _Reader(config, encoder, context, problems)
     inputs = Inputs(
-        train=read.sources("data.train", config.data.train, are_graded=False),
+        train=read.sources("data.train", config.data.train, are_graded=config.is_graded),
         eval=read.sources("data.eval", config.data.eval, are_graded=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,

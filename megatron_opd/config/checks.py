@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
+from megatron_opd.config.checks_method import check_method
 from megatron_opd.config.checks_serving import check_serving
 from megatron_opd.rewards import problem_with
 
@@ -23,6 +24,7 @@ def check(config: Config) -> list[str]:
         *_check_rewards(config),
         *check_serving(config),
         *_check_tokenizers(config),
+        *check_method(config),
     ]
 
 
@@ -71,9 +73,11 @@ def _check_numbers(config: Config) -> list[str]:
         problems.append(f"loss.beta must lie between 0 (forward KL) and 1 (reverse KL), not {config.loss.beta}")
     if config.optim.min_lr > config.optim.lr:
         problems.append(f"optim.min_lr ({config.optim.min_lr}) must not be above optim.lr ({config.optim.lr})")
-    if config.optim.warmup_steps >= max(config.train.steps, 1) and config.optim.warmup_steps:
+    updates = config.train.steps * config.train.updates_per_step
+    if config.optim.warmup_steps >= max(updates, 1) and config.optim.warmup_steps:
+        several = "" if config.train.updates_per_step == 1 else " x train.minibatches x train.epochs"
         problems.append(
-            f"optim.warmup_steps ({config.optim.warmup_steps}) must be below train.steps ({config.train.steps})"
+            f"optim.warmup_steps ({config.optim.warmup_steps}) must be below train.steps{several} ({updates})"
         )
     return problems
 
@@ -179,6 +183,8 @@ def _check_tokenizers(config: Config) -> list[str]:
             )
     if config.loss.kind != "distribution":
         problems.append("loss.kind must be distribution where teachers have their own tokenizer")
+    if config.policy.kl_coef > 0:
+        problems.append("policy.kl_coef: the advantage of teachers with their own tokenizer is not known by token")
     if config.train.eval_teachers:
         problems.append("train.eval_teachers: teachers with their own tokenizer cannot answer the student's tokens")
     if not 0 <= config.cross_tokenizer.matched_weight <= 1:
