@@ -14,15 +14,18 @@ Shape suffixes: T response tokens of a micro-batch, L local vocabulary columns, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_opd.config import Config, LossConfig, PolicyConfig, TeacherConfig
+from megatron_opd.crosstok.term import CrossTokenizer
+from megatron_opd.teachers.foreign import ForeignTeacher
 from megatron_opd.terms.distillation import Distillation
 from megatron_opd.terms.sampled import SampledTokens
 from megatron_opd.terms.term import Term, sums
-from megatron_opd.types import MicroBatch
+from megatron_opd.types import MicroBatch, TeacherScorer
 from megatron_opd.vocab import VocabShard
 
 
@@ -42,9 +45,13 @@ class Objective:
     """None: no token ever has an advantage."""
     has_answers_of_others: bool = False
     """Whether there may be tokens that the student did not sample, or with a weight of the cross-entropy."""
+    crossing: CrossTokenizer | None = None
+    """The distillation term where teachers have their own tokenizer; None: they have the student's."""
 
     @property
-    def distillation(self) -> Distillation:
+    def distillation(self) -> Distillation | CrossTokenizer:
+        if self.crossing:
+            return self.crossing
         return Distillation(self.config, self.sampling_temperature, self.vocab, self.teachers, self.heads)
 
     def metric_names(self) -> list[str]:
@@ -94,10 +101,13 @@ class Objective:
 
 
 def build_objective(
-    config: Config, vocab: VocabShard, heads: tuple[torch.Tensor | None, ...], *, has_answers_of_others: bool = False
+    config: Config, vocab: VocabShard, teachers: Sequence[TeacherScorer], *, has_answers_of_others: bool = False
 ) -> Objective:
-    """The objective of a run's settings; `heads` are those of its teachers, in order."""
+    """The objective of a run's settings and its teachers, in order."""
     policy = config.policy if config.has_policy_gradient else None
-    teachers = tuple(config.teachers)
-    settings = config.loss, config.rollout.temperature, vocab, teachers, heads
-    return Objective(*settings, policy, has_answers_of_others)
+    settings = config.loss, config.rollout.temperature, vocab, tuple(config.teachers)
+    if not config.crosses_tokenizers:
+        return Objective(*settings, tuple(teacher.head_LD for teacher in teachers), policy, has_answers_of_others)
+    foreigners = tuple(teacher.foreigner for teacher in teachers if isinstance(teacher, ForeignTeacher))
+    crossing = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
+    return Objective(*settings, (), policy, has_answers_of_others, crossing)

@@ -78,7 +78,7 @@ class Run:
         self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
         self.teachers = build_teachers(served, parallel, vocab)
-        self.objective = build_objective(config, vocab, tuple(teacher.head_LD for teacher in self.teachers))
+        self.objective = build_objective(config, vocab, self.teachers)
         self.shaping = Shaping(config, parallel, self.objective.distillation)
         self.engine: RolloutEngine | None = None
         if parallel.is_leader:

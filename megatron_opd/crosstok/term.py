@@ -42,11 +42,11 @@ class CrossTokenizer:
     """The distance to teachers that cut text in their own way."""
 
     config: LossConfig
-    how: CrossTokenizerConfig
     sampling_temperature: float
     """Temperature of the sampler, for comparing its log-probabilities with the trainer's."""
     vocab: VocabShard
     teachers: tuple[TeacherConfig, ...]
+    how: CrossTokenizerConfig
     foreigners: tuple[Foreigner | None, ...]
     """By teacher; None on ranks that do not compute the loss."""
 

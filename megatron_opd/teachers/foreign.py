@@ -13,6 +13,7 @@ import torch
 from megatron_opd.chat import Encoder
 from megatron_opd.crosstok.align import Span, Translator
 from megatron_opd.crosstok.matched import Matched
+from megatron_opd.crosstok.term import Foreigner
 from megatron_opd.types import Foreign, Hidden, Rollout, TeacherScorer
 from megatron_opd.vocab import VocabShard
 
@@ -31,8 +32,9 @@ class ForeignTeacher:
     ) -> None:
         """`vocab` is this rank's shard of the teacher's vocabulary, whose rows `scorer.head_LD` has."""
         self.name, self.head_LD = scorer.name, scorer.head_LD
-        self.vocab = vocab
-        self.matched = matched if self.head_LD is None else matched.to(self.head_LD.device)
+        self.foreigner = None
+        if self.head_LD is not None:
+            self.foreigner = Foreigner(self.head_LD, vocab, matched.to(self.head_LD.device))
         self._scorer, self._translator, self._encoder = scorer, translator, encoder
 
     def submit(self, rollout: Rollout) -> None:
