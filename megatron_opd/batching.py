@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_opd.types import Hidden, MicroBatch, Rollout, Sampled, TeacherScore, TopK
+from megatron_opd.types import Foreign, Hidden, MicroBatch, Rollout, Sampled, TeacherScore, TopK
 
 Weights = Sequence[Sequence[float]]
 """Ensemble weights by rollout, then by teacher."""
@@ -112,9 +112,26 @@ def _told(
         return TopK(ids_TK.to(device), logp_TK.to(device))
     if isinstance(known, Sampled):
         return Sampled(_joined([s.logp_R if isinstance(s, Sampled) else None for s in scores], lengths).to(device))
+    if isinstance(known, Foreign):
+        return _foreign(scores, lengths, device)
     if known is None or known.hidden_RD is None:
         return None
     return Hidden(_joined([s.hidden_RD if isinstance(s, Hidden) else None for s in scores], lengths))
+
+
+def _foreign(scores: Sequence[TeacherScore | None], lengths: Sequence[int], device: torch.device) -> Foreign | None:
+    """A teacher's own tokens of all rollouts behind each other, and the spans counted along with them."""
+    hidden, ids, spans, at, their_at = [], [], [], 0, 0
+    for score, length in zip(scores, lengths, strict=True):
+        if isinstance(score, Foreign):
+            if score.hidden_QD is None:
+                return None
+            hidden.append(score.hidden_QD)
+            ids.append(score.ids_Q)
+            spans.append(score.spans_G4 + torch.tensor([at, at, their_at, their_at]))
+            their_at += len(score.ids_Q)
+        at += length
+    return Foreign(torch.cat(hidden), torch.cat(ids).to(device), torch.cat(spans).to(device))
 
 
 def _lists_sampled(score: TopK, rollout: Rollout) -> bool:

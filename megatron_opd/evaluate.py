@@ -9,11 +9,10 @@ most p(1 - p).
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_opd.config import Config
-from megatron_opd.rewards import build_reward
+from megatron_opd.grading import Grader
 from megatron_opd.tokenizer import Tokenizer
 from megatron_opd.types import Prompt, Rollout, RolloutEngine, Sampling
 
@@ -29,8 +28,8 @@ class Evaluator:
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         """Raises ValueError when a reward of `data.eval` cannot be had."""
-        self.config, self.tokenizer = config, tokenizer
-        self.rewards = {source.name: build_reward(source.reward, config.rewards) for source in config.data.eval}
+        self.config = config
+        self.grader = Grader(config.data.eval, config.rewards, tokenizer)
 
     def answer(self, engine: RolloutEngine, prompts: list[Prompt], *, samples: int = 1) -> tuple[list[Rollout], Totals]:
         """A greedy answer to each prompt, and how good those are; with `samples` above 1 also how good that many drawn
@@ -39,7 +38,7 @@ class Evaluator:
             return [], {}
         rollout = self.config.rollout
         greedy = engine.generate(prompts, Sampling(max_new_tokens=rollout.max_new_tokens, temperature=0.0))
-        totals = dict(tally_greedy(greedy, self.grade(greedy)))
+        totals = dict(tally_greedy(greedy, self.grader.grade(greedy)))
         if samples > 1:
             sampling = Sampling(
                 max_new_tokens=rollout.max_new_tokens,
@@ -50,19 +49,8 @@ class Evaluator:
                 seed=self.config.run.seed,
             )
             drawn = engine.generate(prompts, sampling)
-            totals |= tally_samples(drawn, self.grade(drawn), samples=samples)
+            totals |= tally_samples(drawn, self.grader.grade(drawn), samples=samples)
         return greedy, totals
-
-    def grade(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """The reward of each rollout, in order."""
-        by_source: dict[str, list[int]] = defaultdict(list)
-        for i, rollout in enumerate(rollouts):
-            by_source[rollout.prompt.source].append(i)
-        graded: dict[int, float] = {}
-        for source, indices in by_source.items():
-            answers = [(rollouts[i].prompt, self.tokenizer.decode(rollouts[i].response_ids)) for i in indices]
-            graded |= zip(indices, self.rewards[source].grade(answers), strict=True)
-        return [graded[i] for i in range(len(rollouts))]
 
 
 def tally_greedy(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Totals:

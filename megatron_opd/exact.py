@@ -51,6 +51,9 @@ def exact_loss(
     student_TL = logits_TL.detach()
     if wants_gradient and logits_TL.is_leaf:
         student_TL = student_TL.clone()
+    scale_T = torch.ones(len(student_TL), dtype=torch.float64, device=student_TL.device)
+    if batch.distill_T is not None:
+        scale_T = batch.distill_T.double()
     teachers = tuple(_linear(score, head) for score, head in zip(batch.teachers, heads, strict=True))
     problem = Problem(
         student=student_TL,
@@ -63,20 +66,22 @@ def exact_loss(
         vocab=vocab,
         backend=backends.choose([student_TL, *(t.hidden_TD for t in teachers if t is not None)]),
         ids_R=batch.targets_T,
-        scale_R=torch.ones(len(student_TL), dtype=torch.float64, device=student_TL.device) if wants_gradient else None,
+        scale_R=scale_T if wants_gradient else None,
         chunk_tokens=config.chunk_tokens,
     )  # fmt: skip
     found = run(problem).outcome
     student_T, target_T, sampler_T = found.sampled()
     assert found.teachers_RN is not None
-    loss = found.loss_R.sum().float()
+    loss_T = found.loss_R if batch.distill_T is None else found.loss_R * scale_T
+    loss = loss_T.sum().float()
     if wants_gradient:
         torch.autograd.graph.increment_version(student_TL)
         loss = _WithGradient.apply(logits_TL, loss, student_TL, problem.backend)
     asked_TN = batch.weights_TN > 0
     by_teacher = [found.teachers_RN[asked_TN[:, n], n] for n in range(len(teachers))]
     lag_T = sampler_T - batch.behaviour_logp_T
-    columns = [found.loss_R, found.reverse_kl_R, *by_teacher, student_T, target_T]
+    lag_T = lag_T if batch.on_policy_T is None else lag_T[batch.on_policy_T]
+    columns = [loss_T, found.reverse_kl_R, *by_teacher, student_T, target_T]
     return loss, [*columns, lag_T.exp() - 1 - lag_T]
 
 

@@ -1,45 +1,32 @@
-"""From a micro-batch and the student's logits to the summed loss, its gradient and metrics, chunk by chunk of tokens.
+"""The loss of a run: the sum of its terms at the response tokens of a micro-batch.
 
-    p = ensemble(what teachers told, weights)      q = softmax(student logits / τ)
-    loss = Σ_tokens D_β(p, q)                      or, of the sampled token alone, a policy gradient (`losses.py`)
+    loss = Σ_tokens   w D(teachers, student)       `terms/distillation.py`, always
+                    - A log q(y), by ratios        `terms/policy.py`, where there are advantages
+                    - v log q(y)                   `terms/cross_entropy.py`, where there are weights
 
-What p is made of, and over which outcomes, is in `targets.py`. A teacher's distribution exists only there, for
-`chunk_tokens` tokens, on the rank that owns the vocabulary shard. The gradient with respect to the logits is computed
-with the loss, chunk by chunk, so nothing of a chunk is kept for the backward pass but that gradient, and the backward
-pass does no collective. Masking is done by the micro-batch, which lists response tokens only; Megatron divides the sum
-by the global number of tokens.
+Each term makes its gradient with respect to the logits in the forward pass; adding them up is autograd's work. The
+weights w and v and the advantages A travel in the micro-batch, shares of means included (`shaping.py`). Masking is done
+by the micro-batch, which lists response tokens only; Megatron divides the sum by the global number of tokens. Where
+distillation is the only term, it is all that happens.
 
-Shape suffixes: T response tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns, N teachers.
+Shape suffixes: T response tokens of a micro-batch, L local vocabulary columns, M metrics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from megatron_opd.carriers import Level, Listed, Rows, Student, chunks
-from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.exact import exact_loss
-from megatron_opd.losses import divergence, importance, reverse_kl, sampled_reverse_kl
-from megatron_opd.targets import Target, Targets
-from megatron_opd.types import MicroBatch
+from megatron_opd.config import Config, LossConfig, PolicyConfig, TeacherConfig
+from megatron_opd.crosstok.term import CrossTokenizer
+from megatron_opd.teachers.foreign import ForeignTeacher
+from megatron_opd.terms.distillation import Distillation
+from megatron_opd.terms.sampled import SampledTokens
+from megatron_opd.terms.term import Term, sums
+from megatron_opd.types import MicroBatch, TeacherScorer
 from megatron_opd.vocab import VocabShard
-
-
-class _WithGradient(torch.autograd.Function):
-    """A scalar whose gradient is already known: backward multiplies it by the upstream scalar."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_TL: torch.Tensor, loss: torch.Tensor, grad_TL: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(grad_TL)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad_TL,) = ctx.saved_tensors
-        return grad_TL * upstream.to(grad_TL.dtype), None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,108 +41,73 @@ class Objective:
     heads: tuple[torch.Tensor | None, ...]
     """By teacher: the output-head rows of this shard [L, D_n] in the teacher's dtype; None for one that does not tell
     hidden states, and on ranks that do not compute the loss."""
+    policy: PolicyConfig | None = None
+    """None: no token ever has an advantage."""
+    has_answers_of_others: bool = False
+    """Whether there may be tokens that the student did not sample, or with a weight of the cross-entropy."""
+    crossing: CrossTokenizer | None = None
+    """The distillation term where teachers have their own tokenizer; None: they have the student's."""
+
+    @property
+    def distillation(self) -> Distillation | CrossTokenizer:
+        if self.crossing:
+            return self.crossing
+        return Distillation(self.config, self.sampling_temperature, self.vocab, self.teachers, self.heads)
 
     def metric_names(self) -> list[str]:
         """Names of the per-token sums that a call returns, in order."""
-        lists = [teacher.name for teacher in self.teachers if teacher.carrier == "topk"]
-        return [
-            *("loss", "kl/ensemble", *(f"kl/{teacher.name}" for teacher in self.teachers)),
-            *("logprob/student", "logprob/teacher", "mismatch/kl"),
-            *(f"topk/{name}/{what}" for name in lists for what in ("mass_outside", "overlap")),
-            *(("importance/mean", "importance/capped_frac") if self.config.kind == "sampled" else ()),
-        ]
+        names = self.distillation.metric_names()
+        sampled = self._sampled()
+        if sampled is None:
+            return names
+        split = ["loss/on_policy", "loss/off_policy"] if self.has_answers_of_others else []
+        return [*names, *sampled.metric_names()[1:], "loss/distill", *split]
 
     def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sum of the loss over tokens, number of tokens as int32, metrics [M, 2] float64).
 
-        `logits_TL` are the student's logits at `batch.rows_T`. The metrics are the sum over tokens, and the number of
-        tokens summed, of each of `metric_names`.
+        `logits_TL` are the student's logits at `batch.rows_T`; with gradients on they may be overwritten. The metrics
+        are the sum over tokens, and the number of tokens summed, of each of `metric_names`.
         """
-        num_tokens = logits_TL.shape[0]
-        if num_tokens and self.config.kind == "distribution" and all(t.carrier == "hidden" for t in self.teachers):
-            settings = self.config, self.sampling_temperature, self.vocab, self.heads
-            loss, columns = exact_loss(*settings, batch, logits_TL)
-            metrics_M2 = torch.stack([torch.stack([c.sum(), c.new_tensor(len(c))]) for c in columns])
-            return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), metrics_M2
-        metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
-        grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
-        for level, rows in chunks(batch, self.teachers, self.config.chunk_tokens):
-            grad_CL, columns = self._chunk(batch, logits_TL[rows].detach(), rows, level)
-            metrics_M2 += torch.stack(
-                [torch.stack([c.detach().double().sum(), c.new_tensor(len(c)).double()]) for c in columns]
-            )
-            if grad_TL is not None:
-                grad_TL[rows] = grad_CL
-        loss = metrics_M2[0, 0].float()
-        if grad_TL is not None:
-            loss = _WithGradient.apply(logits_TL, loss, grad_TL)
-        return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), metrics_M2
+        num_tokens = torch.tensor(len(logits_TL), dtype=torch.int, device=logits_TL.device)
+        sampled = self._sampled()
+        if sampled is None:
+            term = self.distillation(batch, logits_TL)
+            return term.loss, num_tokens, term.metrics_M2
+        others = sampled(batch, logits_TL)  # first: the fused loss leaves its gradient in the logits' place
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.weight > 0):
+            distill = self.distillation(batch, logits_TL)
+        if self.config.weight == 0:
+            distill = Term(torch.zeros_like(distill.loss), torch.zeros_like(distill.loss_T), distill.metrics_M2)
+        loss_T = distill.loss_T + others.loss_T
+        columns = [loss_T, distill.loss_T, *(self._split(batch, loss_T))]
+        made_M2 = sums(columns)
+        metrics_M2 = torch.cat([made_M2[:1], distill.metrics_M2[1:], others.metrics_M2[1:], made_M2[1:]])
+        return others.loss + distill.loss, num_tokens, metrics_M2
 
-    def _chunk(
-        self, batch: MicroBatch, logits_CL: torch.Tensor, rows: Rows, level: Level
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradient of the chunk's loss with respect to its logits (None without grad mode), and the metrics by token,
-        each over the tokens that it has."""
-        logits_CL.requires_grad_(torch.is_grad_enabled())
-        student_CL = self.vocab.log_softmax(logits_CL, self.config.temperature)
-        targets = Targets(self.config, self.vocab, self.heads)
-        target = targets.at(batch, rows, level)
-        student = targets.student(student_CL, batch.targets_T[rows], target)
-        weights: list[torch.Tensor] = []
-        if self.config.kind == "sampled":
-            weight_C, cut_C = importance(student.sampled_C, batch.behaviour_logp_T[rows], self.config.importance_cap)
-            weights = [weight_C, cut_C.to(weight_C.dtype)]
-            loss_C = sampled_reverse_kl(student.sampled_C, target.sampled_C, weight_C)
-        else:
-            loss_C = divergence(*self._compared(student, target), self.config.beta)
-        grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if torch.is_grad_enabled() else None
-        with torch.no_grad():
-            columns = [loss_C, *self._divergences(batch, student, target, rows), student.sampled_C, target.sampled_C]
-            columns += [self._mismatch(batch, logits_CL, student, rows), *self._lists(batch, student, target, rows)]
-        return grad_CL, [*columns, *weights]
+    def _split(self, batch: MicroBatch, loss_T: torch.Tensor) -> list[torch.Tensor]:
+        """The loss at the student's own tokens and at those of others."""
+        if not self.has_answers_of_others:
+            return []
+        if batch.on_policy_T is None:
+            return [loss_T, loss_T[:0]]
+        return [loss_T[batch.on_policy_T], loss_T[~batch.on_policy_T]]
 
-    def _compared(self, student: Student, target: Target) -> tuple[torch.Tensor, torch.Tensor, VocabShard]:
-        """Student and target over what both are known on."""
-        assert target.logp is not None, "a teacher tells the sampled token alone: loss.kind must be sampled"
-        if target.outcomes is None:
-            return student.logp_CL, target.logp, self.vocab
-        assert student.logp_CO is not None
-        return student.logp_CO, target.logp, target.outcomes.space
+    def _sampled(self) -> SampledTokens | None:
+        if self.policy is None and not self.has_answers_of_others:
+            return None
+        policy = self.policy or PolicyConfig()
+        return SampledTokens(policy, self.sampling_temperature, self.vocab, self.config.chunk_tokens)
 
-    def _divergences(self, batch: MicroBatch, student: Student, target: Target, rows: Rows) -> list[torch.Tensor]:
-        """kl/ensemble, and kl of each teacher over the tokens it was asked about."""
-        if target.logp is None:
-            columns = [student.sampled_C - target.sampled_C]
-        else:
-            columns = [reverse_kl(*self._compared(student, target))]
-        asked_CN = batch.weights_TN[rows] > 0
-        nothing = columns[0].new_empty(0)
-        for n, told in enumerate(target.told):
-            columns.append(nothing if told is None else told.reverse_kl(student)[asked_CN[:, n]])
-        return columns
 
-    def _mismatch(self, batch: MicroBatch, logits_CL: torch.Tensor, student: Student, rows: Rows) -> torch.Tensor:
-        """k3 estimate of KL(sampler || trainer) on sampled tokens (Schulman): never negative, 0 when the two agree."""
-        if self.sampling_temperature == self.config.temperature:
-            sampler_C = student.sampled_C
-        else:
-            sampler_CL = self.vocab.log_softmax(logits_CL, self.sampling_temperature)
-            sampler_C = self.vocab.gather(sampler_CL, batch.targets_T[rows, None])[:, 0]
-        lag_C = sampler_C - batch.behaviour_logp_T[rows]
-        return lag_C.exp() - 1 - lag_C
-
-    def _lists(self, batch: MicroBatch, student: Student, target: Target, rows: Rows) -> list[torch.Tensor]:
-        """Mass outside and overlap of each top-k teacher, over the tokens it was asked about."""
-        columns: list[torch.Tensor] = []
-        sizes = [t.top_k for t in self.teachers if t.carrier == "topk"]
-        top_CK = None if target.outcomes is None else self.vocab.top(student.logp_CL, max(sizes))
-        for n, (teacher, told) in enumerate(zip(self.teachers, target.told, strict=True)):
-            if teacher.carrier != "topk":
-                continue
-            if isinstance(told, Listed) and top_CK is not None:
-                asked_C = batch.weights_TN[rows, n] > 0
-                kth_C = top_CK[:, min(teacher.top_k, top_CK.shape[-1]) - 1]
-                columns += [told.mass_outside()[asked_C], told.overlap(student, kth_C)[asked_C]]
-            else:
-                columns += [student.sampled_C.new_empty(0)] * 2
-        return columns
+def build_objective(
+    config: Config, vocab: VocabShard, teachers: Sequence[TeacherScorer], *, has_answers_of_others: bool = False
+) -> Objective:
+    """The objective of a run's settings and its teachers, in order."""
+    policy = config.policy if config.has_policy_gradient else None
+    settings = config.loss, config.rollout.temperature, vocab, tuple(config.teachers)
+    if not config.crosses_tokenizers:
+        return Objective(*settings, tuple(teacher.head_LD for teacher in teachers), policy, has_answers_of_others)
+    foreigners = tuple(teacher.foreigner for teacher in teachers if isinstance(teacher, ForeignTeacher))
+    crossing = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
+    return Objective(*settings, (), policy, has_answers_of_others, crossing)

@@ -18,6 +18,7 @@ from megatron_opd.chat import Encoder, build_encoder
 from megatron_opd.config import Config, SourceConfig
 from megatron_opd.config.checks_serving import check_vocabulary
 from megatron_opd.config.file import ConfigError
+from megatron_opd.crosstok.pieces import read_pieces
 from megatron_opd.data import Limit, read_prompts
 from megatron_opd.packed import PackedPrompts
 from megatron_opd.rewards import build_reward
@@ -64,7 +65,7 @@ def read_inputs(config: Config) -> Inputs:
         raise ConfigError(problems)
     read = _Reader(config, encoder, context, problems)
     inputs = Inputs(
-        train=read.sources("data.train", config.data.train, are_graded=False),
+        train=read.sources("data.train", config.data.train, are_graded=config.is_graded),
         eval=read.sources("data.eval", config.data.eval, are_graded=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,
@@ -89,7 +90,9 @@ def _limits(config: Config, problems: list[str]) -> list[tuple[int, int]]:
     found = [_on_our_ranks("student.model", config.student.model, config.student.vocab_multiple, config, problems)]
     for i, teacher in enumerate(config.teachers):
         what = f"teachers.{i}.model"
-        if teacher.backend == "megatron":
+        if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
+            _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
+        elif teacher.backend == "megatron":
             # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
             found.append(_on_our_ranks(what, teacher.model, tensor, config, problems))
         elif teacher.carrier == "hidden":  # of which only the head is applied here
@@ -117,11 +120,16 @@ def _tokenizers(config: Config, problems: list[str]) -> Tokenizer | None:
     student = _tokenizer("student.model", config.student.model, problems)
     for i, teacher in enumerate(config.teachers):
         theirs = _tokenizer(f"teachers.{i}.model", teacher.model, problems)
-        why = difference(student, theirs) if student and theirs else None
-        if why:
+        if not student or not theirs:
+            continue
+        if teacher.tokenizer == "own":
+            _attempt("student.model", lambda: read_pieces(student), problems)
+            _attempt(f"teachers.{i}.model", lambda: read_pieces(theirs), problems)  # noqa: B023
+            _attempt(f"teachers.{i}.model", lambda: build_encoder(config.data, theirs), problems)  # noqa: B023
+        elif why := difference(student, theirs):
             problems.append(
                 f"teachers.{i}.model: the tokenizer of teacher '{teacher.name}' is not the student's: {why};"
-                " teachers with another tokenizer are not supported yet"
+                f" teachers.{i}.tokenizer: own compares them by their text"
             )
     return student
 

@@ -13,9 +13,12 @@ from megatron_opd.types import Rollout, RolloutEngine, TeacherScorer
 
 def derived(metrics: dict[str, float]) -> dict[str, float]:
     """The step's metrics with what follows from them."""
+    named = {name: value for name, value in metrics.items() if name != "num_tokens"}
+    if "logprob/teacher" not in metrics:  # no teacher was asked
+        return named
     student, teacher = metrics["logprob/student"], metrics["logprob/teacher"]
     return {
-        **{name: value for name, value in metrics.items() if name != "num_tokens"},
+        **named,
         "logprob/gap": student - teacher,
         "perplexity/student": math.exp(-student),
         "perplexity/teacher": math.exp(min(-teacher, 700.0)),  # a teacher may rule a sampled token out

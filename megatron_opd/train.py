@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,12 +23,14 @@ from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
 from megatron_opd.data import PromptMix
 from megatron_opd.evaluate import Evaluator, means
-from megatron_opd.objective import Objective
+from megatron_opd.grading import Grader
+from megatron_opd.objective import build_objective
 from megatron_opd.parallel import Parallel, PeerError
 from megatron_opd.preflight import Inputs, read_inputs
 from megatron_opd.rollout import build_engine
 from megatron_opd.rollout.ahead import Ahead
 from megatron_opd.sglang.errors import SGLangError
+from megatron_opd.shaping import Shaping
 from megatron_opd.student import groups, hf_dir
 from megatron_opd.student.checkpoint import Checkpoints
 from megatron_opd.student.student import Student
@@ -36,6 +39,7 @@ from megatron_opd.teachers import build_teachers
 from megatron_opd.tokenizer import load_tokenizer
 from megatron_opd.tracker import Tracker, build_tracker
 from megatron_opd.types import MicroBatch, Prompt, Rollout, RolloutEngine, Sampling, TeacherScore, TeacherScorer
+from megatron_opd.updates import update
 
 _T = TypeVar("_T")
 
@@ -74,17 +78,14 @@ class Run:
         self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
         self.teachers = build_teachers(served, parallel, vocab)
-        self.objective = Objective(
-            config.loss,
-            config.rollout.temperature,
-            vocab,
-            tuple(config.teachers),
-            tuple(teacher.head_LD for teacher in self.teachers),
-        )
+        self.objective = build_objective(config, vocab, self.teachers)
+        self.shaping = Shaping(config, parallel, self.objective.distillation)
         self.engine: RolloutEngine | None = None
         if parallel.is_leader:
             self.engine = build_engine(served, parallel, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-            self.evaluator = Evaluator(config, load_tokenizer(config.student.model))
+            tokenizer = load_tokenizer(config.student.model)
+            self.evaluator = Evaluator(config, tokenizer)
+            self.grader = Grader(config.data.train if config.is_graded else [], config.rewards, tokenizer)
         self.prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
         self.times: dict[str, float] = {}
@@ -140,7 +141,8 @@ class Run:
         config, step, started = self.config, self.trained, time.perf_counter()
         rollouts = self._timed("generate", lambda: self._on_servers(lambda: self._rollouts(step)))
         batches = self._timed("score", lambda: self._on_servers(lambda: self._pack(rollouts)))
-        metrics = self._timed("step", lambda: self.student.step(batches, self.objective))
+        parts, shaped = self.shaping(rollouts, batches, step)
+        metrics = self._timed("step", lambda: update(self.student, parts, self.objective, config.train))
         self.trained, self.cursor = step + 1, self.ahead.cursor
         if config.rollout.max_staleness and not config.rollout.partial:
             # Answers under way are not to change weights in their middle.
@@ -149,6 +151,7 @@ class Run:
         seconds = time.perf_counter() - started
         return {
             **step_metrics.derived(metrics),
+            **shaped,
             **step_metrics.of_rollouts(rollouts, self.parallel, version=step),
             **step_metrics.of_parts([self.engine, *self.teachers], self.parallel),
             **{f"time/{stage}": t for stage, t in self.times.items()},
@@ -170,7 +173,10 @@ class Run:
             samples_per_prompt=rollout.samples_per_prompt,
             seed=self.config.run.seed + step,
         )
-        return self.engine.generate(self._mine(prompts), sampling, on_finished=self._submit)
+        rollouts = self.engine.generate(self._mine(prompts), sampling, on_finished=self._submit)
+        if not self.config.is_graded:
+            return rollouts
+        return [replace(r, reward=x) for r, x in zip(rollouts, self.grader.grade(rollouts), strict=True)]
 
     def _submit(self, rollout: Rollout) -> None:
         weights = self.config.teacher_weights(rollout.prompt.source)

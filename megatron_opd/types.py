@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
@@ -58,6 +58,10 @@ class Rollout:
     """"stop": ended by end-of-sequence; "length": cut at max_new_tokens."""
     versions: tuple[int, ...]
     """For each response token the version of the weights that sampled it (the step that produced them)."""
+    origin: Literal["student", "teacher", "dataset"] = "student"
+    """Whose answer it is."""
+    reward: float | None = None
+    """How good the answer is, from 0 to 1; None where it was not graded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,19 @@ class Sampled:
     """float32, nats."""
 
 
-TeacherScore: TypeAlias = Hidden | TopK | Sampled
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A teacher's final hidden states at its own tokens of one rollout's text, and where the two cuts meet."""
+
+    hidden_QD: torch.Tensor | None
+    """Row q predicts `ids_Q[q]`; None on ranks that do not compute the loss."""
+    ids_Q: torch.Tensor
+    """int64, of the teacher's vocabulary."""
+    spans_G4: torch.Tensor
+    """int64; student tokens [first, stop) and teacher tokens [first, stop) that are the same bytes."""
+
+
+TeacherScore: TypeAlias = Hidden | TopK | Sampled | Foreign
 """What a teacher says about one rollout, by its carrier; in a micro-batch about all its tokens, so R is T there."""
 
 
@@ -114,6 +130,14 @@ class MicroBatch:
     teachers: tuple[TeacherScore | None, ...]
     """What each of the N teachers says about the T tokens, fillers where its weight is 0; None for a teacher that was
     asked about none of them, and for hidden states on ranks that do not compute the loss."""
+    distill_T: torch.Tensor | None = None
+    """float32; weight of the distillation term at each token; None: 1."""
+    advantage_T: torch.Tensor | None = None
+    """float32; advantage of each token, its share in the mean included; None: no policy gradient."""
+    sft_T: torch.Tensor | None = None
+    """float32; weight of the cross-entropy -log q(y) at each token; None: none."""
+    on_policy_T: torch.Tensor | None = None
+    """bool; whether the student sampled the token; None: all."""
 
 
 class RolloutEngine(Protocol):

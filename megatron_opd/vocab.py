@@ -36,6 +36,21 @@ class _SumOverShards(torch.autograd.Function):
         return grad, None
 
 
+class _WholeColumns(torch.autograd.Function):
+    """All columns on every shard forward; backward this shard's part of the (replicated) gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, local_TL: torch.Tensor, vocab: VocabShard) -> torch.Tensor:
+        ctx.vocab = vocab
+        shards = [torch.empty_like(local_TL) for _ in range(dist.get_world_size(vocab.group))]
+        dist.all_gather(shards, local_TL.contiguous(), group=vocab.group)
+        return torch.cat(shards, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TV: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_TV[..., ctx.vocab.start : ctx.vocab.stop], None
+
+
 class _LogSoftmax(torch.autograd.Function):
     """log p_j = z_j - log sum_k exp z_k over all shards.
 
@@ -110,6 +125,14 @@ class VocabShard:
         mine = (local >= 0) & (local < x_TL.shape[-1])
         picked = x_TL.gather(-1, local.clamp(0, x_TL.shape[-1] - 1)).masked_fill(~mine, 0.0)
         return picked if self.group is None else _SumOverShards.apply(picked, self.group)
+
+    def whole_columns(self, x_TL: torch.Tensor) -> torch.Tensor:
+        """Every real column on every shard, [T, L] -> [T, size], for what has no sharded form, as sorting.
+
+        What follows must be the same on all shards, for then its gradient is.
+        """
+        whole = x_TL if self.group is None else _WholeColumns.apply(x_TL, self)
+        return whole[..., : self.size]
 
     def log_rest(self, logp_TL: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
         """Log of the mass of all columns but `ids_TK`, [T, L] and [T, K] -> [T]; ids beyond the vocabulary are ignored.

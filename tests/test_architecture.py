@@ -8,8 +8,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_opd"
 
 # Who may import what. Modules are paths below megatron_opd/, as patterns; other packages by name.
-SECTIONS = [f"config/{name}.py" for name in ("__init__", "section", "run", "models", "method", "data")]
-LEAVES = [*SECTIONS, "types.py", "vocab.py", "losses.py", "outcomes.py", "ensemble.py", "parallel.py", "tracker.py"]
+SECTIONS = [f"config/{name}.py" for name in ("__init__", "section", "run", "models", "method", "policy", "data")]
+TERMS = [f"terms/{name}.py" for name in ("term", "estimators", "policy", "cross_entropy")]
+LEAVES = [*SECTIONS, *TERMS, "types.py", "vocab.py", "losses.py", "advantages.py", "outcomes.py", "ensemble.py"]
+LEAVES += ["parallel.py", "tracker.py"]
 LEAVES_MAY_IMPORT = ["config", "types", "vocab", "parallel"]
 HTTP = ["aiohttp", "httpx", "requests", "urllib.request"]
 ONLY_IN = {

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_opd.config.crosstok import CrossTokenizerConfig
 from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
+from megatron_opd.config.policy import PolicyConfig, RLConfig
 from megatron_opd.config.run import LogConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_opd.config.section import section
 
 __all__ = [
     "HUB",
     "Config",
+    "CrossTokenizerConfig",
     "DataConfig",
     "LogConfig",
     "LossConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PolicyConfig",
+    "RLConfig",
     "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
@@ -48,6 +53,12 @@ class Config:
     """The models it learns from."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """What is minimised."""
+    cross_tokenizer: CrossTokenizerConfig = dataclasses.field(default_factory=CrossTokenizerConfig)
+    """How teachers with another tokenizer are compared with the student."""
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    """The policy gradient of sampled tokens."""
+    rl: RLConfig = dataclasses.field(default_factory=RLConfig)
+    """Reinforcement learning next to the distillation, or instead of it."""
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     """How answers are sampled."""
     data: DataConfig
@@ -65,6 +76,21 @@ class Config:
     def is_served(self) -> bool:
         """Whether the run depends on servers."""
         return self.rollout.engine == "sglang" or any(t.backend == "sglang" for t in self.teachers)
+
+    @property
+    def crosses_tokenizers(self) -> bool:
+        """Whether teachers read the student's answers in tokens of their own."""
+        return any(t.tokenizer == "own" for t in self.teachers)
+
+    @property
+    def has_policy_gradient(self) -> bool:
+        """Whether sampled tokens get advantages."""
+        return self.rl.weight > 0 or self.policy.kl_coef > 0
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether training answers need their rewards."""
+        return self.rl.weight > 0 or self.rl.distill_on != "all"
 
     def teacher_weights(self, source: str) -> list[float]:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""

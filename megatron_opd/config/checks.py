@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
+from megatron_opd.config.checks_method import check_method
 from megatron_opd.config.checks_serving import check_serving
 from megatron_opd.rewards import problem_with
 
@@ -22,6 +23,8 @@ def check(config: Config) -> list[str]:
         *_check_data(config),
         *_check_rewards(config),
         *check_serving(config),
+        *_check_tokenizers(config),
+        *check_method(config),
     ]
 
 
@@ -70,9 +73,11 @@ def _check_numbers(config: Config) -> list[str]:
         problems.append(f"loss.beta must lie between 0 (forward KL) and 1 (reverse KL), not {config.loss.beta}")
     if config.optim.min_lr > config.optim.lr:
         problems.append(f"optim.min_lr ({config.optim.min_lr}) must not be above optim.lr ({config.optim.lr})")
-    if config.optim.warmup_steps >= max(config.train.steps, 1) and config.optim.warmup_steps:
+    updates = config.train.steps * config.train.updates_per_step
+    if config.optim.warmup_steps >= max(updates, 1) and config.optim.warmup_steps:
+        several = "" if config.train.updates_per_step == 1 else " x train.minibatches x train.epochs"
         problems.append(
-            f"optim.warmup_steps ({config.optim.warmup_steps}) must be below train.steps ({config.train.steps})"
+            f"optim.warmup_steps ({config.optim.warmup_steps}) must be below train.steps{several} ({updates})"
         )
     return problems
 
@@ -161,4 +166,29 @@ def _check_rewards(config: Config) -> list[str]:
         for i, source in enumerate(sources):
             problem = problem_with(source.reward)
             problems += [f"{setting}.{i}.reward: {problem}"] if problem else []
+    return problems
+
+
+def _check_tokenizers(config: Config) -> list[str]:
+    """What teachers with another tokenizer do not allow."""
+    if not config.crosses_tokenizers:
+        return []
+    problems = []
+    for i, teacher in enumerate(config.teachers):
+        if teacher.tokenizer != "own":
+            problems.append(f"teachers.{i}.tokenizer: where one teacher has its own tokenizer, all must say own")
+        if teacher.carrier != "hidden":
+            problems.append(
+                f"teachers.{i}.carrier: a teacher with its own tokenizer must tell hidden states, not {teacher.carrier}"
+            )
+    if config.loss.kind != "distribution":
+        problems.append("loss.kind must be distribution where teachers have their own tokenizer")
+    if config.policy.kl_coef > 0:
+        problems.append("policy.kl_coef: the advantage of teachers with their own tokenizer is not known by token")
+    if config.train.eval_teachers:
+        problems.append("train.eval_teachers: teachers with their own tokenizer cannot answer the student's tokens")
+    if not 0 <= config.cross_tokenizer.matched_weight <= 1:
+        problems.append(
+            f"cross_tokenizer.matched_weight must lie in [0, 1], not {config.cross_tokenizer.matched_weight}"
+        )
     return problems

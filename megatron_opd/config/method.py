@@ -26,6 +26,18 @@ class LossConfig:
     policy gradient, which is all that teachers with the carrier sampled allow."""
     importance_cap: float = 2.0
     """Largest importance weight q/μ of student over sampler on a token of the kind sampled; larger ones are cut."""
+    estimator: Literal["policy_gradient", "k1", "k2", "k3"] = "policy_gradient"
+    """The loss of kind sampled: policy_gradient; k2: ½ (log p - log q)², which has the same gradient; k3: p/q - 1 -
+    log p/q, which has that of forward KL. k1, log q - log p, is refused: its gradient does not know the teacher."""
+    weight: float = 1.0
+    """Factor of the distillation term, next to rl.weight and policy.kl_coef; 0: it is measured only."""
+    anneal: float = 0.0
+    """The weight falls by this much every step, down to weight_min; 0: it stays."""
+    weight_min: float = 0.0
+    """Least weight of a distillation term that is annealed."""
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"] = "token-mean"
+    """How tokens make one number: the mean over all tokens of the step; over answers, of the means or of the sums over
+    their tokens; or the sum."""
 
 
 @section

@@ -86,7 +86,10 @@ class TeacherConfig:
     name: str
     """Name of the teacher in metrics (kl/<name>) and messages."""
     model: str
-    """Hugging Face directory of the teacher; its tokenizer must be the student's."""
+    """Hugging Face directory of the teacher."""
+    tokenizer: Literal["student", "own"] = "student"
+    """student: the teacher's tokenizer must be the student's; own: it reads the same text in its own tokens, and the
+    section cross_tokenizer says how the two are compared."""
     weight: float = 1.0
     """Weight in the ensemble for every prompt source not listed in `sources`; weights are normalised per source."""
     sources: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -24,9 +24,15 @@ class TrainConfig:
     """The loop."""
 
     steps: int
-    """Optimizer steps of the whole run."""
+    """Steps of the whole run: answers are sampled, scored and trained on, in minibatches x epochs updates."""
     micro_batch_size: int = 8
     """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
+    minibatches: int = 1
+    """Parts into which the answers of a step are cut, in order, with an update of the weights for each."""
+    epochs: int = 1
+    """Times that the answers of a step are trained on."""
+    measure_after: bool = False
+    """Also measure the divergences on the step's answers after the update (one more forward pass)."""
     eval_every: int = 0
     """Evaluate every this many steps, and before the first and after the last; 0: never."""
     eval_samples: int = 1
@@ -40,6 +46,11 @@ class TrainConfig:
     export: bool = True
     """Write the final student as a Hugging Face directory, <run.dir>/hf."""
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on the answers of one step."""
+        return self.minibatches * self.epochs
+
 
 @section
 class OptimConfig:
@@ -50,9 +61,9 @@ class OptimConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the decay from lr to min_lr over train.steps."""
+    """Shape of the decay from lr to min_lr over train.steps, an update at a time."""
     warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; as the decay, counted in updates where a step has several."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     beta1: float = 0.9

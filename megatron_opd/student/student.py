@@ -31,7 +31,7 @@ class Student:
         source.load(self.gpt, self.arch, config.student.model, parallel)
         self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed)
         self.optimizer, self.scheduler = optim.build_optimizer(
-            self.model, config.optim, dtype, num_steps=config.train.steps
+            self.model, config.optim, dtype, num_steps=config.train.steps * config.train.updates_per_step
         )
         megatron.grad_scale_func = self.optimizer.scale_loss
 

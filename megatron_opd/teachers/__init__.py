@@ -10,7 +10,37 @@ from megatron_opd.vocab import VocabShard
 
 def build_teachers(config: Config, parallel: Parallel, vocab: VocabShard) -> list[TeacherScorer]:
     """All teachers of the config, in its order. `vocab` is this rank's shard of the student's vocabulary."""
-    return [_build(teacher, config, parallel, vocab) for teacher in config.teachers]
+    return [
+        _build_foreign(teacher, config, parallel, vocab)
+        if teacher.tokenizer == "own"
+        else _build(teacher, config, parallel, vocab)
+        for teacher in config.teachers
+    ]
+
+
+def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:
+    """A teacher that reads the student's text in tokens of its own; its head is cut along its own vocabulary."""
+    from megatron_opd.chat import build_encoder
+    from megatron_opd.crosstok.align import Translator
+    from megatron_opd.crosstok.matched import match
+    from megatron_opd.crosstok.pieces import read_pieces
+    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.teachers.foreign import ForeignTeacher
+    from megatron_opd.tokenizer import load_tokenizer
+
+    arch = read_architecture(teacher.model, vocab_multiple=parallel.tensor_size)
+    columns = arch.padded_vocab_size // parallel.tensor_size
+    start = columns * parallel.tensor_rank
+    theirs = VocabShard(start, start + columns, arch.vocab_size, vocab.group)
+    tokenizers = load_tokenizer(config.student.model), load_tokenizer(teacher.model)
+    student, other = ((tokenizer, read_pieces(tokenizer)) for tokenizer in tokenizers)
+    return ForeignTeacher(
+        _build(teacher, config, parallel, theirs),
+        Translator(*student, *other),
+        build_encoder(config.data, tokenizers[1]),
+        vocab=theirs,
+        matched=match(student, other, (vocab.size, arch.vocab_size)),
+    )
 
 
 def _build(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:

@@ -1,0 +1,41 @@
+"""The updates of one step: a pass over the parts of its answers, or several, an optimizer step for each part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from megatron_opd.config import TrainConfig
+from megatron_opd.objective import Objective
+from megatron_opd.student.student import Student
+from megatron_opd.types import MicroBatch
+
+AFTER = "after/"
+"""Begins the names of what is measured after the updates."""
+
+
+def update(
+    student: Student, parts: Sequence[Sequence[MicroBatch]], objective: Objective, train: TrainConfig
+) -> dict[str, float]:
+    """Train on `parts`, `train.epochs` times; metrics of the last pass, with `measure_after` also of the new weights.
+
+    Raises FloatingPointError as `Student.step`.
+    """
+    passes = [[student.step(part, objective) for part in parts] for _ in range(train.epochs)]
+    metrics = joined(passes[-1])
+    if train.measure_after:
+        batches = [batch for part in parts for batch in part]
+        after = student.evaluate(batches, objective)
+        metrics |= {f"{AFTER}{name}": x for name, x in after.items() if name.startswith(("kl/", "mismatch/"))}
+    return metrics
+
+
+def joined(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of several updates on different answers: means weighted by their tokens, of `lr` the last, of tokens the sum."""
+    if len(metrics) == 1:
+        return metrics[0]
+    names = {name: None for its in metrics for name in its}  # in order
+    weighted = {name: [(its[name], its["num_tokens"]) for its in metrics if name in its] for name in names}
+    found = {name: sum(x * n for x, n in pairs) / sum(n for _, n in pairs) for name, pairs in weighted.items()}
+    found["num_tokens"] = sum(its["num_tokens"] for its in metrics)
+    return {**found, "lr": metrics[-1]["lr"], "grad_norm": fmean(its["grad_norm"] for its in metrics)}
