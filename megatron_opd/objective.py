@@ -1,4 +1,4 @@
-"""From a micro-batch and the student's logits to the summed loss, its gradient and metrics, chunk by chunk of tokens.
+"""From a micro-batch and the student's logits, or its hidden states and head, to the summed loss, gradient and metrics.
 
     p = ensemble(what teachers told, weights)      q = softmax(student logits / τ)
     loss = Σ_tokens D_β(p, q)                      or, of the sampled token alone, a policy gradient (`losses.py`)
@@ -22,6 +22,7 @@ import torch
 from megatron_opd.carriers import Level, Listed, Rows, Student, chunks
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.exact import exact_loss
+from megatron_opd.fused import Logits
 from megatron_opd.losses import divergence, importance, reverse_kl, sampled_reverse_kl
 from megatron_opd.targets import Target, Targets
 from megatron_opd.types import MicroBatch
@@ -65,18 +66,27 @@ class Objective:
             *(("importance/mean", "importance/capped_frac") if self.config.kind == "sampled" else ()),
         ]
 
-    def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether a call may be given the student's hidden states and head in place of its logits."""
+        return self.config.kind == "distribution" and all(t.carrier == "hidden" for t in self.teachers)
+
+    def __call__(self, batch: MicroBatch, student: Logits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sum of the loss over tokens, number of tokens as int32, metrics [M, 2] float64).
 
-        `logits_TL` are the student's logits at `batch.rows_T`. The metrics are the sum over tokens, and the number of
-        tokens summed, of each of `metric_names`.
+        `student` are the student's logits at `batch.rows_T`, or what they are the product of. The metrics are the sum
+        over tokens, and the number of tokens summed, of each of `metric_names`.
         """
-        num_tokens = logits_TL.shape[0]
-        if num_tokens and self.config.kind == "distribution" and all(t.carrier == "hidden" for t in self.teachers):
+        if len(batch.targets_T) and self.takes_hidden:
             settings = self.config, self.sampling_temperature, self.vocab, self.heads
-            loss, columns = exact_loss(*settings, batch, logits_TL)
+            loss, columns = exact_loss(*settings, batch, student)
             metrics_M2 = torch.stack([torch.stack([c.sum(), c.new_tensor(len(c))]) for c in columns])
-            return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), metrics_M2
+            return loss, torch.tensor(len(batch.targets_T), dtype=torch.int, device=loss.device), metrics_M2
+        assert isinstance(student, torch.Tensor), "logits are needed where a teacher tells less than hidden states"
+        return self._of_logits(batch, student)
+
+    def _of_logits(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same with any teachers."""
         metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
         grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
         for level, rows in chunks(batch, self.teachers, self.config.chunk_tokens):
@@ -89,7 +99,7 @@ class Objective:
         loss = metrics_M2[0, 0].float()
         if grad_TL is not None:
             loss = _WithGradient.apply(logits_TL, loss, grad_TL)
-        return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), metrics_M2
+        return loss, torch.tensor(logits_TL.shape[0], dtype=torch.int, device=logits_TL.device), metrics_M2
 
     def _chunk(
         self, batch: MicroBatch, logits_CL: torch.Tensor, rows: Rows, level: Level

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -12,12 +14,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_opd.config import OptimConfig
 
 
+class _HalfModule(Float16Module):
+    """A model in half precision whose output stays so: it is hidden states, and their products make logits."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> torch.Tensor:
+        """What the model gives, unconverted."""
+        return super().forward(*inputs, fp32_output=False, **kwargs)
+
+
 def wrap(model: MegatronModule, config: TransformerConfig, *, distributed: bool) -> DistributedDataParallel:
     """Gradient buffers in fp32, reduced over data-parallel replicas at the end of a step."""
     if config.bf16:
-        model = Float16Module(config, model)
+        model = _HalfModule(config, model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        # The loss adds to the head's buffer itself: autograd would not tell an overlapping reduction that it is due.
         overlap_grad_reduce=False,
         use_distributed_optimizer=distributed,
         check_for_nan_in_grad=False,  # Student.step reports a loss or norm that is not finite, with the step's number

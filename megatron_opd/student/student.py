@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import Config
+from megatron_opd.fused import Logits
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups, optim, pipeline, source, weights
+from megatron_opd.student import groups, head, optim, pipeline, source, weights
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 from megatron_opd.types import MicroBatch
@@ -28,6 +29,7 @@ class Student:
         dtype = DTYPES[config.student.dtype]
         megatron = transformer_config(self.arch, parallel, dtype=dtype, recompute=config.student.recompute)
         self.gpt = build_gpt(self.arch, megatron, parallel)
+        head.give_hidden(self.gpt)
         source.load(self.gpt, self.arch, config.student.model, parallel)
         self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed)
         self.optimizer, self.scheduler = optim.build_optimizer(
@@ -51,7 +53,7 @@ class Student:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._means(pipeline.train(self.model, batches, _at_rows(objective)), objective)
+        metrics = self._means(pipeline.train(self.model, batches, self._at_rows(objective)), objective)
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"the loss is {metrics['loss']}; lower optim.lr, or look for NaN in the models")
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -64,7 +66,7 @@ class Student:
     def evaluate(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
         """The objective's metrics without a step: means over all replicas' tokens."""
         self.model.eval()
-        results = pipeline.forward(self.model, batches, _at_rows(objective)) if batches else []
+        results = pipeline.forward(self.model, batches, self._at_rows(objective)) if batches else []
         return self._means(results, objective)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -83,12 +85,15 @@ class Student:
         means = {name: total / count for name, (total, count) in sums.items() if count}
         return {"num_tokens": sums["loss"][1], **means}
 
+    def _at_rows(self, objective: Objective) -> pipeline.AtTheEnd:
+        """The objective at the end of the last stage, on what predicts response tokens."""
 
-def _at_rows(objective: Objective) -> pipeline.AtTheEnd:
-    """The objective at the end of the last stage, on the logits that predict response tokens."""
+        def at_rows(batch: MicroBatch, hidden_BSD: torch.Tensor) -> Any:
+            loss, num_tokens, metrics_M2 = objective(batch, self._output(objective, batch, hidden_BSD))
+            return (loss, num_tokens, metrics_M2) if torch.is_grad_enabled() else metrics_M2
 
-    def at_rows(batch: MicroBatch, logits_BSL: torch.Tensor) -> Any:
-        loss, num_tokens, metrics_M2 = objective(batch, logits_BSL.flatten(0, 1)[batch.rows_T])
-        return (loss, num_tokens, metrics_M2) if torch.is_grad_enabled() else metrics_M2
+        return at_rows
 
-    return at_rows
+    def _output(self, objective: Objective, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Logits:
+        student = head.at_rows(self.gpt, batch, hidden_BSD)
+        return student if objective.takes_hidden and len(batch.rows_T) else head.logits(student)
