@@ -85,6 +85,18 @@ class Objective:
         assert isinstance(student, torch.Tensor), "logits are needed where a teacher tells less than hidden states"
         return self._of_logits(batch, student)
 
+    @torch.no_grad()
+    def by_token(self, batch: MicroBatch, student: Logits) -> torch.Tensor:
+        """The loss of every token [T], without a gradient."""
+        if self.takes_hidden:
+            settings = self.config, self.sampling_temperature, self.vocab, self.heads
+            return exact_loss(*settings, batch, student)[1][0]
+        assert isinstance(student, torch.Tensor)
+        loss_T = student.new_empty(len(student))
+        for level, rows in chunks(batch, self.teachers, self.config.chunk_tokens):
+            loss_T[rows] = self._chunk(batch, student[rows], rows, level)[1][0]
+        return loss_T
+
     def _of_logits(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same with any teachers."""
         metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)

@@ -12,10 +12,13 @@ from megatron_opd.types import Rollout, RolloutEngine, TeacherScorer
 
 
 def derived(metrics: dict[str, float]) -> dict[str, float]:
-    """The step's metrics with what follows from them."""
+    """The step's metrics with what follows from them; of a skipped step some may be missing."""
+    known = {name: value for name, value in metrics.items() if name != "num_tokens"}
+    if not {"logprob/student", "logprob/teacher"} <= metrics.keys():
+        return known
     student, teacher = metrics["logprob/student"], metrics["logprob/teacher"]
     return {
-        **{name: value for name, value in metrics.items() if name != "num_tokens"},
+        **known,
         "logprob/gap": student - teacher,
         "perplexity/student": math.exp(-student),
         "perplexity/teacher": math.exp(min(-teacher, 700.0)),  # a teacher may rule a sampled token out

@@ -142,6 +142,8 @@ class Run:
         batches = self._timed("score", lambda: self._on_servers(lambda: self._pack(rollouts)))
         metrics = self._timed("step", lambda: self.student.step(batches, self.objective))
         self.trained, self.cursor = step + 1, self.ahead.cursor
+        if self.student.skipped:
+            self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")
         if config.rollout.max_staleness and not config.rollout.partial:
             # Answers under way are not to change weights in their middle.
             self._timed("settle", lambda: self._on_servers(self.ahead.settle))

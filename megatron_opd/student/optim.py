@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -77,3 +78,15 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def step(optimizer: MegatronOptimizer) -> float:
+    """Clip and update the weights; returns the gradient's norm before clipping, the same on every rank.
+
+    Where the norm is not finite, weights and the optimizer's state stay as they are: Megatron looks at it in fp16 only.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if math.isfinite(norm):
+        optimizer.step()
+    return norm
