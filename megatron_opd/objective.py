@@ -21,6 +21,7 @@ import torch
 
 from megatron_opd.config import Config, LossConfig, PolicyConfig, TeacherConfig
 from megatron_opd.crosstok.term import CrossTokenizer
+from megatron_opd.fused import Logits
 from megatron_opd.teachers.foreign import ForeignTeacher
 from megatron_opd.terms.distillation import Distillation
 from megatron_opd.terms.sampled import SampledTokens
@@ -63,27 +64,42 @@ class Objective:
         split = ["loss/on_policy", "loss/off_policy"] if self.has_answers_of_others else []
         return [*names, *sampled.metric_names()[1:], "loss/distill", *split]
 
-    def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether a call may be given the student's hidden states and head in place of its logits."""
+        distillation = self.distillation
+        return self._sampled() is None and isinstance(distillation, Distillation) and distillation.takes_hidden
+
+    def __call__(self, batch: MicroBatch, student: Logits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sum of the loss over tokens, number of tokens as int32, metrics [M, 2] float64).
 
-        `logits_TL` are the student's logits at `batch.rows_T`; with gradients on they may be overwritten. The metrics
-        are the sum over tokens, and the number of tokens summed, of each of `metric_names`.
+        `student` are the student's logits at `batch.rows_T`, or what they are the product of; with gradients on, logits
+        may be overwritten. The metrics are the sum over tokens, and the number of tokens summed, of each of
+        `metric_names`.
         """
-        num_tokens = torch.tensor(len(logits_TL), dtype=torch.int, device=logits_TL.device)
+        term = self._total(batch, student)
+        return term.loss, torch.tensor(len(term.loss_T), dtype=torch.int, device=term.loss.device), term.metrics_M2
+
+    @torch.no_grad()
+    def by_token(self, batch: MicroBatch, student: Logits) -> torch.Tensor:
+        """The loss of every token [T], without a gradient."""
+        return self._total(batch, student).loss_T
+
+    def _total(self, batch: MicroBatch, student: Logits) -> Term:
         sampled = self._sampled()
         if sampled is None:
-            term = self.distillation(batch, logits_TL)
-            return term.loss, num_tokens, term.metrics_M2
-        others = sampled(batch, logits_TL)  # first: the fused loss leaves its gradient in the logits' place
+            return self.distillation(batch, student)
+        assert isinstance(student, torch.Tensor), "the terms of sampled tokens need logits"
+        others = sampled(batch, student)  # first: the fused loss leaves its gradient in the logits' place
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.weight > 0):
-            distill = self.distillation(batch, logits_TL)
+            distill = self.distillation(batch, student)
         if self.config.weight == 0:
             distill = Term(torch.zeros_like(distill.loss), torch.zeros_like(distill.loss_T), distill.metrics_M2)
         loss_T = distill.loss_T + others.loss_T
         columns = [loss_T, distill.loss_T, *(self._split(batch, loss_T))]
         made_M2 = sums(columns)
         metrics_M2 = torch.cat([made_M2[:1], distill.metrics_M2[1:], others.metrics_M2[1:], made_M2[1:]])
-        return others.loss + distill.loss, num_tokens, metrics_M2
+        return Term(others.loss + distill.loss, loss_T, metrics_M2)
 
     def _split(self, batch: MicroBatch, loss_T: torch.Tensor) -> list[torch.Tensor]:
         """The loss at the student's own tokens and at those of others."""

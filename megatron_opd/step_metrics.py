@@ -14,7 +14,7 @@ from megatron_opd.types import Rollout, RolloutEngine, TeacherScorer
 def derived(metrics: dict[str, float]) -> dict[str, float]:
     """The step's metrics with what follows from them."""
     named = {name: value for name, value in metrics.items() if name != "num_tokens"}
-    if "logprob/teacher" not in metrics:  # no teacher was asked
+    if not {"logprob/student", "logprob/teacher"} <= metrics.keys():  # no teacher was asked, or the step was skipped
         return named
     student, teacher = metrics["logprob/student"], metrics["logprob/teacher"]
     return {

@@ -144,6 +144,8 @@ class Run:
         parts, shaped = self.shaping(rollouts, batches, step)
         metrics = self._timed("step", lambda: update(self.student, parts, self.objective, config.train))
         self.trained, self.cursor = step + 1, self.ahead.cursor
+        if self.student.skipped:
+            self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")
         if config.rollout.max_staleness and not config.rollout.partial:
             # Answers under way are not to change weights in their middle.
             self._timed("settle", lambda: self._on_servers(self.ahead.settle))

@@ -50,6 +50,7 @@ def _check_numbers(config: Config) -> list[str]:
     not_negative = {
         "train.eval_every": config.train.eval_every,
         "train.save_every": config.train.save_every,
+        "train.max_skipped": config.train.max_skipped,
         "optim.lr": config.optim.lr,
         "optim.min_lr": config.optim.min_lr,
         "optim.warmup_steps": config.optim.warmup_steps,

@@ -43,6 +43,8 @@ class TrainConfig:
     """Save a checkpoint every this many steps and after the last; 0: only after the last."""
     keep_last: int = 2
     """Complete checkpoints kept; older ones are removed after a newer one is complete."""
+    max_skipped: int = 10
+    """Steps in a row that are skipped where loss or gradient is not finite; one more ends the run (0: the first)."""
     export: bool = True
     """Write the final student as a Hugging Face directory, <run.dir>/hf."""
 

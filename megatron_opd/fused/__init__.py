@@ -6,7 +6,7 @@
 
 from megatron_opd.fused import backends
 from megatron_opd.fused.api import NonFiniteLogits, distillation_loss, linear_distillation_loss
-from megatron_opd.fused.chunks import Gradients, Linear, Problem, run
+from megatron_opd.fused.chunks import Gradients, Linear, Logits, Problem, run
 from megatron_opd.fused.layout import Asked
 from megatron_opd.fused.outcome import Outcome
 
@@ -14,6 +14,7 @@ __all__ = [
     "Asked",
     "Gradients",
     "Linear",
+    "Logits",
     "NonFiniteLogits",
     "Outcome",
     "Problem",

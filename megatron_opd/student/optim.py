@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -12,12 +15,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_opd.config import OptimConfig
 
 
+class _HalfModule(Float16Module):
+    """A model in half precision whose output stays so: it is hidden states, and their products make logits."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> torch.Tensor:
+        """What the model gives, unconverted."""
+        return super().forward(*inputs, fp32_output=False, **kwargs)
+
+
 def wrap(model: MegatronModule, config: TransformerConfig, *, distributed: bool) -> DistributedDataParallel:
     """Gradient buffers in fp32, reduced over data-parallel replicas at the end of a step."""
     if config.bf16:
-        model = Float16Module(config, model)
+        model = _HalfModule(config, model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        # The loss adds to the head's buffer itself: autograd would not tell an overlapping reduction that it is due.
         overlap_grad_reduce=False,
         use_distributed_optimizer=distributed,
         check_for_nan_in_grad=False,  # Student.step reports a loss or norm that is not finite, with the step's number
@@ -66,3 +78,15 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def step(optimizer: MegatronOptimizer) -> float:
+    """Clip and update the weights; returns the gradient's norm before clipping, the same on every rank.
+
+    Where the norm is not finite, weights and the optimizer's state stay as they are: Megatron looks at it in fp16 only.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if math.isfinite(norm):
+        optimizer.step()
+    return norm

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_opd.config import Config
+from megatron_opd.fused import Logits
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups, optim, pipeline, source, weights
+from megatron_opd.student import groups, head, nonfinite, optim, pipeline, source, weights
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 from megatron_opd.types import MicroBatch
@@ -28,12 +30,16 @@ class Student:
         dtype = DTYPES[config.student.dtype]
         megatron = transformer_config(self.arch, parallel, dtype=dtype, recompute=config.student.recompute)
         self.gpt = build_gpt(self.arch, megatron, parallel)
+        head.give_hidden(self.gpt)
         source.load(self.gpt, self.arch, config.student.model, parallel)
         self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.model, config.optim, dtype, num_steps=config.train.steps * config.train.updates_per_step
         )
         megatron.grad_scale_func = self.optimizer.scale_loss
+        self.max_skipped, self.skips = config.train.max_skipped, 0
+        self.skipped: str | None = None
+        """Why the last step left the weights as they were; None: it did not."""
 
     def vocab_shard(self, size: int) -> VocabShard:
         """This rank's columns of the logits; `size` is the number of real entries to normalise over."""
@@ -45,26 +51,53 @@ class Student:
     def step(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
         """One optimizer step on this replica's micro-batches; metrics are means over all replicas' tokens.
 
-        Raises FloatingPointError on every rank when the loss is not finite (the weights are then untouched) or the
-        gradient norm is not (the weights are then lost, and the run should end).
+        Where the loss or the gradient's norm is not finite, weights, optimizer and schedule stay as they were on every
+        rank, `step/skipped` is 1, `skipped` says why, and metrics that are not finite are left out. Raises
+        FloatingPointError, on every rank alike, when that happens more than `train.max_skipped` times in a row.
         """
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._means(pipeline.train(self.model, batches, _at_rows(objective)), objective)
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss is {metrics['loss']}; lower optim.lr, or look for NaN in the models")
+        metrics = self._means(pipeline.train(self.model, batches, self._at_rows(objective)), objective)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        updated, grad_norm, _ = self.optimizer.step()
-        if not updated or not math.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient norm is {grad_norm}; lower optim.lr or raise loss.temperature")
+        if not math.isfinite(metrics["loss"]):
+            where = nonfinite.first(self.parallel.gather_world(self._bad_tokens(batches, objective)))
+            why = f"the loss is {metrics['loss']} {where}; lower optim.lr, or look for NaN in the models"
+            return self._skip(why, metrics)
+        metrics["grad_norm"] = optim.step(self.optimizer)
+        if not math.isfinite(metrics["grad_norm"]):
+            names = dict.fromkeys(chain(*self.parallel.gather_world(nonfinite.parameters(self.gpt))))
+            where = f"the gradient norm is {metrics['grad_norm']} (first of {', '.join(names) or 'none alone'})"
+            return self._skip(f"{where}; lower optim.lr or raise loss.temperature", metrics)
         self.scheduler.step(1)
-        return {**metrics, "grad_norm": float(grad_norm)}
+        self.skipped, self.skips = None, 0
+        return {**metrics, "step/skipped": 0.0}
+
+    def _skip(self, why: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Leave everything as it is, and count. Raises FloatingPointError."""
+        self.skips += 1
+        if self.skips > self.max_skipped:
+            raise FloatingPointError(
+                f"{why} (train.max_skipped: {self.max_skipped}; in a row, this is step {self.skips} of the kind)"
+            )
+        self.skipped = why
+        return {**{name: x for name, x in metrics.items() if math.isfinite(x)}, "step/skipped": 1.0}
+
+    def _bad_tokens(self, batches: Sequence[MicroBatch], objective: Objective) -> list[nonfinite.Token]:
+        """Response tokens of this replica whose loss is not finite, on its last stage; from another forward pass."""
+        numbers = iter(range(len(batches)))
+
+        def look(batch: MicroBatch, hidden_BSD: torch.Tensor) -> list[nonfinite.Token]:
+            place = self.parallel.data_rank, next(numbers)
+            return nonfinite.tokens(objective, batch, self._output(objective, batch, hidden_BSD), place)
+
+        self.model.eval()
+        return [token for found in pipeline.forward(self.model, batches, look) for token in found]
 
     def evaluate(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
         """The objective's metrics without a step: means over all replicas' tokens."""
         self.model.eval()
-        results = pipeline.forward(self.model, batches, _at_rows(objective)) if batches else []
+        results = pipeline.forward(self.model, batches, self._at_rows(objective)) if batches else []
         return self._means(results, objective)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -83,12 +116,15 @@ class Student:
         means = {name: total / count for name, (total, count) in sums.items() if count}
         return {"num_tokens": sums["loss"][1], **means}
 
+    def _at_rows(self, objective: Objective) -> pipeline.AtTheEnd:
+        """The objective at the end of the last stage, on what predicts response tokens."""
 
-def _at_rows(objective: Objective) -> pipeline.AtTheEnd:
-    """The objective at the end of the last stage, on the logits that predict response tokens."""
+        def at_rows(batch: MicroBatch, hidden_BSD: torch.Tensor) -> Any:
+            loss, num_tokens, metrics_M2 = objective(batch, self._output(objective, batch, hidden_BSD))
+            return (loss, num_tokens, metrics_M2) if torch.is_grad_enabled() else metrics_M2
 
-    def at_rows(batch: MicroBatch, logits_BSL: torch.Tensor) -> Any:
-        loss, num_tokens, metrics_M2 = objective(batch, logits_BSL.flatten(0, 1)[batch.rows_T])
-        return (loss, num_tokens, metrics_M2) if torch.is_grad_enabled() else metrics_M2
+        return at_rows
 
-    return at_rows
+    def _output(self, objective: Objective, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Logits:
+        student = head.at_rows(self.gpt, batch, hidden_BSD)
+        return student if objective.takes_hidden and len(batch.rows_T) else head.logits(student)

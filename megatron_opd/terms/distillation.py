@@ -20,6 +20,7 @@ import torch
 from megatron_opd.carriers import Level, Listed, Rows, Student, chunks
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.exact import exact_loss
+from megatron_opd.fused import Linear, Logits
 from megatron_opd.losses import divergence, importance, reverse_kl, sampled_reverse_kl
 from megatron_opd.targets import Target, Targets
 from megatron_opd.terms.estimators import k2, k3
@@ -54,23 +55,29 @@ class Distillation:
             *(("importance/mean", "importance/capped_frac") if self.config.kind == "sampled" else ()),
         ]
 
-    def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether a call may be given the student's hidden states and head in place of its logits."""
+        return self.config.kind == "distribution" and all(t.carrier == "hidden" for t in self.teachers)
+
+    def __call__(self, batch: MicroBatch, student: Logits) -> Term:
         """The term at all tokens; those that no teacher is asked about, whose `distill_T` is 0, have no part in it.
 
-        `logits_TL` are the student's logits at `batch.rows_T`; with gradients on they may be overwritten. The metrics
-        are those of `metric_names`.
+        `student` are the student's logits at `batch.rows_T`, or what they are the product of; with gradients on, logits
+        may be overwritten. The metrics are those of `metric_names`.
         """
         if batch.distill_T is None and self.teachers:
-            return self._at_all(batch, logits_TL)
+            return self._at_all(batch, student)
         asked_T = (batch.weights_TN > 0).any(-1)
         if bool(asked_T.all()):
-            return self._at_all(batch, logits_TL)
-        if not bool(asked_T.any()):
-            metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
-            metrics_M2[0, 1] = len(asked_T)
-            return Term(logits_TL[:0].sum().float(), torch.zeros_like(asked_T, dtype=torch.float64), metrics_M2)
-        term = self._at_all(select(batch, asked_T), logits_TL[asked_T])
+            return self._at_all(batch, student)
         loss_T = torch.zeros(len(asked_T), dtype=torch.float64, device=asked_T.device)
+        if not bool(asked_T.any()):
+            metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=asked_T.device)
+            metrics_M2[0, 1] = len(asked_T)
+            rows = student.hidden_TD if isinstance(student, Linear) else student
+            return Term(rows[:0].sum().float(), loss_T, metrics_M2)
+        term = self._at_all(select(batch, asked_T), _rows_of(student, asked_T))
         loss_T[asked_T] = term.loss_T
         term.metrics_M2[0, 1] = len(asked_T)
         return Term(term.loss, loss_T, term.metrics_M2)
@@ -87,13 +94,18 @@ class Distillation:
         logp_T[asked_T] = known_T
         return logp_T
 
-    def _at_all(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
+    def _at_all(self, batch: MicroBatch, student: Logits) -> Term:
         """The term where teachers are asked about every token."""
-        num_tokens = logits_TL.shape[0]
-        if num_tokens and self.config.kind == "distribution" and all(t.carrier == "hidden" for t in self.teachers):
+        if len(batch.targets_T) and self.takes_hidden:
             settings = self.config, self.sampling_temperature, self.vocab, self.heads
-            loss, columns = exact_loss(*settings, batch, logits_TL)
+            loss, columns = exact_loss(*settings, batch, student)
             return Term(loss, columns[0], sums(columns))
+        assert isinstance(student, torch.Tensor), "logits are needed where a teacher tells less than hidden states"
+        return self._of_logits(batch, student)
+
+    def _of_logits(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
+        """The same with any teachers."""
+        num_tokens = logits_TL.shape[0]
         metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
         loss_T = torch.zeros(num_tokens, dtype=torch.float64, device=logits_TL.device)
         grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
@@ -180,6 +192,11 @@ class Distillation:
             else:
                 columns += [student.sampled_C.new_empty(0)] * 2
         return columns
+
+
+def _rows_of(student: Logits, keep_T: torch.Tensor) -> Logits:
+    """The student at some of the tokens (bool) only."""
+    return Linear(student.hidden_TD[keep_T], student.head_LD) if isinstance(student, Linear) else student[keep_T]
 
 
 def select(batch: MicroBatch, keep_T: torch.Tensor) -> MicroBatch:
