@@ -12,6 +12,8 @@ PIP   := "$(BIN)/python" -m pip install -q --disable-pip-version-check
 # ARGS are more arguments of pytest, for example ARGS="--last-failed -x".
 # One thread a process: tests start several ranks, and results do not depend on the number of cores.
 TEST  := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
+# Test files run side by side, a file in one worker, because most of a rank's life is waiting for another one.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install sglang quickstart quickstart-sglang test test-all test-sglang test-gpu lint clean
@@ -44,10 +46,10 @@ quickstart-sglang: install sglang ## the quickstart with rollouts and one teache
 	"$(BIN)/megatron-opd" report runs/quickstart_sglang
 
 test: install ## fast tests
-	$(TEST) -m "not slow and not gpu and not sglang"
+	$(TEST) $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang" $(ARGS)
 
 test-all: install ## every test that needs neither a GPU nor SGLang
-	$(TEST) -m "not gpu and not sglang"
+	$(TEST) $(SIDE_BY_SIDE) -m "not gpu and not sglang" $(ARGS)
 
 test-sglang: install sglang ## tests against real SGLang servers, which they start
 	$(TEST) -m sglang $(ARGS)

@@ -55,6 +55,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "mypy",
             "types-PyYAML",
