@@ -1,7 +1,7 @@
 """From a micro-batch and the student's logits, or its hidden states and head, to the summed loss, gradient and metrics.
 
     p = ensemble(what teachers told, weights)      q = softmax(student logits / τ)
-    loss = Σ_tokens D_β(p, q)                      or, of the sampled token alone, a policy gradient (`losses.py`)
+    loss = Σ_tokens D_β(p, q)                      or, of the sampled token alone, a policy gradient (`losses/`)
 
 What p is made of, and over which outcomes, is in `targets.py`. A teacher's distribution exists only there, for
 `chunk_tokens` tokens, on the rank that owns the vocabulary shard. The gradient with respect to the logits is computed
