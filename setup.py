@@ -47,7 +47,7 @@ setup(
         # toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
         "gpu": ["transformer-engine[pytorch]"],
         # The kernels of the loss in Triton's interpreter, where torch is a CPU build: others bring their own Triton. It
-        # takes a gigabyte of disk, so it is not among what `make install` brings; with it, `make test` runs those tests.
+        # takes a gigabyte of disk, so `make install` does not bring it; with it, `make test` runs those tests.
         "triton": ["triton>=3; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         # The client side only: SGLang is a server and lives in an environment of its own, with its own torch.
         "sglang": SGLANG,
