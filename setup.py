@@ -46,6 +46,9 @@ setup(
         # Fused kernels and FP8. Never add `apex` here: the package of that name on the Python index is an unrelated web
         # toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
         "gpu": ["transformer-engine[pytorch]"],
+        # The kernels of the loss in Triton's interpreter, where torch is a CPU build: others bring their own Triton. It
+        # takes a gigabyte of disk, so `make install` does not bring it; with it, `make test` runs those tests.
+        "triton": ["triton>=3; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         # The client side only: SGLang is a server and lives in an environment of its own, with its own torch.
         "sglang": SGLANG,
         # Prompts from Parquet files (pyarrow alone would do) and from the Hugging Face hub.

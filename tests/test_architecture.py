@@ -8,9 +8,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_opd"
 
 # Who may import what. Modules are paths below megatron_opd/, as patterns; other packages by name.
-SECTIONS = [f"config/{name}.py" for name in ("__init__", "section", "run", "models", "method", "policy", "data")]
+SECTIONS = [
+    f"config/{name}.py" for name in ("__init__", "section", "run", "models", "method", "policy", "data", "crosstok")
+]
 TERMS = [f"terms/{name}.py" for name in ("term", "estimators", "policy", "cross_entropy")]
-LEAVES = [*SECTIONS, *TERMS, "types.py", "vocab.py", "losses.py", "advantages.py", "outcomes.py", "ensemble.py"]
+LEAVES = [
+    *SECTIONS,
+    *TERMS,
+    "types.py",
+    "vocab.py",
+    "losses/formulas.py",
+    "advantages.py",
+    "outcomes.py",
+    "ensemble.py",
+]
 LEAVES += ["parallel.py", "tracker.py"]
 LEAVES_MAY_IMPORT = ["config", "types", "vocab", "parallel"]
 HTTP = ["aiohttp", "httpx", "requests", "urllib.request"]

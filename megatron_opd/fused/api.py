@@ -188,7 +188,7 @@ class _OfLogits:
         assert isinstance(problem.student, torch.Tensor)
         student_TL = problem.student.detach()
         if needs[0]:
-            if self.how.keep_logits or problem.student.is_leaf:
+            if self.how.keep_logits or _belongs_to_leaf(problem.student):
                 student_TL = student_TL.clone()
             self.grad_TL = student_TL
             problem = replace(problem, scale_R=_scale(problem, self.how))
@@ -274,6 +274,12 @@ def _detached(model: Logits | None) -> Logits | None:
     if isinstance(model, Linear):
         return Linear(model.hidden_TD.detach(), model.head_LD.detach())
     return None if model is None else model.detach()
+
+
+def _belongs_to_leaf(x: torch.Tensor) -> bool:
+    """Whether writing to it would change a leaf of the graph: it is one, or a view of one, as flattened logits are."""
+    base = x._base
+    return x.is_leaf or (base is not None and base.is_leaf)
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 A chunk's logits are one matrix product a model, into buffers that all chunks share; the pass replaces the student's by
 the gradient, and two more products turn that into gradients of hidden states and head. Nothing is computed twice, and
 nothing of a chunk survives it. Under tensor parallelism there are two sets of buffers: while one chunk's statistics
-travel, the next one's products run.
+travel, the next one's products run, and while its sums travel, the next one's statistics are made.
 
 Shape suffixes: T tokens, R tokens that count, C tokens of a chunk, L local columns, D hidden size, N teachers.
 """
@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import torch
 
+from megatron_opd.fused import products
 from megatron_opd.fused.layout import Asked, Rows
 from megatron_opd.fused.outcome import Outcome
 from megatron_opd.fused.passes import Known, Pass
@@ -124,9 +125,10 @@ class _Chunks:
         for at in self._ranges():
             if running is not None and not self.overlaps:
                 outcomes.append(self._end(*running))
-            elif running is not None:
-                running[1].middle()
             ahead = self._begin(at)
+            if running is not None:
+                running[1].middle()
+            ahead.start()
             if running is not None and self.overlaps:
                 outcomes.append(self._end(*running))
             seen += [] if running is None else [running[1].known()]
@@ -140,7 +142,7 @@ class _Chunks:
             yield slice(start, min(start + self.size, self.num_tokens))
 
     def _begin(self, at: slice) -> Pass:
-        """The chunk's logits, and the start of its pass."""
+        """The chunk's logits, and its pass over them, not yet started."""
         problem, number = self.problem, at.start // self.size
         student_CL = self._project(problem.student, at, number, 0)
         asked, weights_CN = problem.asked, problem.weights_RN[at]
@@ -153,9 +155,7 @@ class _Chunks:
                 for n, t in enumerate(problem.teachers)
             )
         rows = Rows(student_CL, teachers, weights_CN.contiguous(), problem.width)
-        made = _pass(problem, at, rows, asked, self.known and self.known[number])
-        made.start()
-        return made
+        return _pass(problem, at, rows, asked, self.known and self.known[number])
 
     def _end(self, at: slice, running: Pass) -> Outcome:
         """The chunk's gradient, and what follows from it."""
@@ -168,11 +168,12 @@ class _Chunks:
     def _add_gradients(self, grad_CL: torch.Tensor, student: Linear, at: slice, into: Gradients) -> None:
         keep_R = self.problem.keep_R
         if into.hidden_TD is not None and keep_R is None:
-            torch.mm(grad_CL, student.head_LD, out=into.hidden_TD[at])
+            products.hidden_gradient(grad_CL, student.head_LD, into.hidden_TD[at])
         elif into.hidden_TD is not None:
-            into.hidden_TD[keep_R[at]] = grad_CL @ student.head_LD
+            made_CD = into.hidden_TD.new_empty(len(grad_CL), into.hidden_TD.shape[1])
+            into.hidden_TD[keep_R[at]] = products.hidden_gradient(grad_CL, student.head_LD, made_CD)
         if into.head_LD is not None:
-            add_product(into.head_LD, grad_CL.T, self._hidden(student, at))
+            products.add_head_gradient(grad_CL, self._hidden(student, at), into.head_LD)
 
     def _hidden(self, source: Linear, at: slice) -> torch.Tensor:
         keep_R = self.problem.keep_R
@@ -182,8 +183,7 @@ class _Chunks:
         if isinstance(source, torch.Tensor):
             assert self.problem.keep_R is None, "tokens are left out of one form only"
             return source[at]
-        out_CL = self._buffer(source, at, number, which)
-        return torch.mm(self._hidden(source, at), source.head_LD.T, out=out_CL)
+        return products.logits(self._hidden(source, at), source.head_LD, self._buffer(source, at, number, which))
 
     def _mean_logits(self, at: slice, number: int) -> torch.Tensor:
         """Σ w_n h_n W_nᵀ as one product after the other into one buffer."""
@@ -194,10 +194,10 @@ class _Chunks:
             w_C1 = self.problem.weights_RN[at, n, None].to(teacher.hidden_TD.dtype)
             weighted_CD = (self._hidden(teacher, at) * w_C1).masked_fill(w_C1 == 0, 0.0)
             if out_CL is None:
-                out_CL = torch.mm(weighted_CD, teacher.head_LD.T, out=self._buffer(teacher, at, number, 1))
+                out_CL = products.logits(weighted_CD, teacher.head_LD, self._buffer(teacher, at, number, 1))
             else:
                 width = min(out_CL.shape[1], teacher.head_LD.shape[0])
-                out_CL[:, :width].addmm_(weighted_CD, teacher.head_LD[:width].T)
+                products.add_logits(weighted_CD, teacher.head_LD[:width], out_CL[:, :width])
         assert out_CL is not None, "weights sum to 1 at every token"
         return out_CL
 
@@ -226,13 +226,3 @@ class _Chunks:
         row = sum(m.head_LD.shape[0] * m.hidden_TD.element_size() for m in models if isinstance(m, Linear))
         budget = _BUFFER_BYTES.get(problem.weights_RN.device.type, _BUFFER_BYTES["cpu"])
         return max(budget // (row * (2 if self.overlaps else 1)) // 16 * 16, 16)
-
-
-def add_product(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """into += a @ b with float32 sums, for any type of a and b."""
-    if a.dtype == into.dtype:
-        into.addmm_(a, b)
-    elif into.is_cuda:
-        torch.addmm(into, a, b, out_dtype=into.dtype, out=into)
-    else:
-        into.addmm_(a.to(into.dtype), b.to(into.dtype))

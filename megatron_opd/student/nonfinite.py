@@ -76,8 +76,8 @@ def first(by_rank: Sequence[Sequence[Token]]) -> str:
         return "but not when it is computed again"
     (replica, micro_batch, row, position), causes = next(iter(seen.items()))
     why = f"not finite: {', '.join(dict.fromkeys(causes))}" if causes else "all that it is made of is finite"
-    more = f", and of {len(seen) - 1} more" if len(seen) > 1 else ""
-    return f"of replica {replica}, micro-batch {micro_batch}, row {row}, position {position}{more} ({why})"
+    more = f", and {len(seen) - 1} more tokens" if len(seen) > 1 else ""
+    return f"at replica {replica}, micro-batch {micro_batch}, row {row}, position {position}{more} ({why})"
 
 
 def parameters(model: torch.nn.Module) -> list[str]:

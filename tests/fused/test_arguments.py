@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_opd.fused import NonFiniteLogits, distillation_loss, linear_distillation_loss, native
+from megatron_opd.fused import native
+from megatron_opd.losses import NonFiniteLogits, distillation_loss, linear_distillation_loss
 from megatron_opd.vocab import VocabShard
 
 T, V, D = 4, 30, 8

@@ -182,3 +182,20 @@ def test_equal_weights_and_shapes_of_any_rank(backend):
     )
     assert by_token.shape == (2, 1)
     assert by_token.mean().item() == pytest.approx(flat.item())
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (2, 3, 40)], ids=str)
+def test_a_leaf_keeps_its_logits(backend, shape):
+    """Also one of several dimensions, which the loss sees as a view."""
+    generator = torch.Generator().manual_seed(0)
+    leaf, teacher = torch.randn(*shape, generator=generator), torch.randn(*shape, generator=generator)
+    before = leaf.clone()
+    leaf.requires_grad_()
+    first = api.distillation_loss(leaf, [teacher], backend=backend)
+    assert torch.equal(leaf, before)
+    first.backward()
+    assert torch.equal(leaf, before)
+    assert api.distillation_loss(leaf, [teacher], backend=backend).item() == first.item()
+    made = leaf * 1
+    api.distillation_loss(made.view(6, 40), [teacher.view(6, 40)], backend=backend)
+    assert not torch.equal(made, before)  # the gradient is there: nothing was copied

@@ -1,6 +1,7 @@
 """The loss on real tensor-parallel ranks: value, gradient and collectives, against the dense float64 formula."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import cases
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from cases import LOSS_ERROR, Case
 
-from megatron_opd.fused import api
+from megatron_opd.fused import api, exchange, products
 from megatron_opd.vocab import VocabShard
 
 UNEVEN = (48, 35)
@@ -166,3 +167,34 @@ def bad_token(parallel):
 
 def test_every_rank_learns_of_a_bad_token(ranks):
     assert ranks.run(2, bad_token) == [[4], [4]]
+
+
+def order_of_events(parallel, beta):
+    """Over three chunks: p a product of logits, g a gather is sent, a a sum is, w one of them is waited for."""
+    vocab, events = shard_of(parallel, cases.COLUMNS, cases.SIZE), []
+    case = Case(beta, "logits", 1, 1.0)
+    (h, head), teachers, _, _ = cases.hidden(case)
+    here = slice(vocab.start, vocab.stop)
+    pairs = [(x, w[here].contiguous()) for x, w in teachers]
+
+    def noted(letter, function):
+        def call(*args):
+            events.append(letter)
+            return function(*args)
+
+        return call
+
+    with (
+        patch.object(products, "logits", noted("p", products.logits)),
+        patch.object(exchange, "gather", noted("g", exchange.gather)),
+        patch.object(exchange, "add", noted("a", exchange.add)),
+        patch.object(exchange.Pending, "wait", noted("w", exchange.Pending.wait)),
+    ):
+        api.linear_distillation_loss(h, head[here].contiguous(), pairs, vocab=vocab, chunk_tokens=3, beta=beta)
+    return "".join(events)
+
+
+def test_an_exchange_travels_during_the_next_products(ranks):
+    """A chunk's gather during the products of the next, and its sums during the statistics of the next."""
+    assert ranks.run(2, order_of_events, 1.0) == ["ppg" + 2 * "ppwg" + "w"] * 2
+    assert ranks.run(2, order_of_events, 0.5) == ["ppg" + 2 * "ppwagw" + "waw"] * 2
