@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
+from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
 from megatron_opd.config.run import LogConfig, OptimConfig, RunConfig, TrainConfig
@@ -20,6 +21,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "LogConfig",
+    "LoraConfig",
     "LossConfig",
     "OptimConfig",
     "ParallelConfig",
@@ -44,6 +46,8 @@ class Config:
     """The layout of ranks."""
     student: StudentConfig
     """The model that learns."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Adapters in place of the whole student."""
     teachers: list[TeacherConfig]
     """The models it learns from."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
