@@ -26,6 +26,11 @@ class LoraConfig:
     all-linear, which an empty list means too."""
 
     @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return self.alpha / self.rank
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """Hugging Face names of the modules that `targets` mean, each once, in the order of a layer."""
         wanted = {name for target in self.targets or ["all-linear"] for name in GROUPS.get(target, (target,))}

@@ -29,7 +29,7 @@ from megatron_opd.config import LoraConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.student import groups
 from megatron_opd.student.architecture import Architecture
-from megatron_opd.student.lora_layout import SUFFIX, Place, places
+from megatron_opd.student.lora_layout import SUFFIX, Place, merged, places
 
 
 class _Pair(torch.nn.Module):
@@ -47,7 +47,6 @@ class Adapter(torch.nn.Module):
     def __init__(self, place: Place, config: LoraConfig, parallel: Parallel, pairs: dict[str, _Pair], hf: str) -> None:
         super().__init__()
         self.place, self.config, self.parallel, self.hf = place, config, parallel, hf
-        self.scale = config.alpha / config.rank
         for part, pair in pairs.items():
             self.add_module(part, pair)
             split, copy = (pair.lora_A, pair.lora_B) if place.row_parallel else (pair.lora_B, pair.lora_A)
@@ -61,7 +60,7 @@ class Adapter(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The linear layer's input, as it gets it -> what to add to its output, split as that is."""
         pairs = self.pairs()
-        h_SBR = F.linear(x, torch.cat([pair.lora_A for pair in pairs.values()])) * self.scale
+        h_SBR = F.linear(x, torch.cat([pair.lora_A for pair in pairs.values()])) * self.config.scale
         pieces = self._exchange(h_SBR).split(self.config.rank, dim=-1)
         return self.place.interleave(
             {name: F.linear(piece, pair.lora_B) for (name, pair), piece in zip(pairs.items(), pieces, strict=True)}
@@ -80,9 +79,9 @@ class Adapter(torch.nn.Module):
         return tp.copy_to_tensor_model_parallel_region(h, group=group)
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of W + (alpha / rank) B A in W's type, computed in fp32."""
-        deltas = {part: pair.lora_A.float().T @ pair.lora_B.float().T for part, pair in self.pairs().items()}
-        return (weight.float() + self.scale * self.place.interleave(deltas).T).to(weight.dtype)
+        """This rank's shard of W + (alpha / rank) B A."""
+        pairs = {part: (pair.lora_A, pair.lora_B) for part, pair in self.pairs().items()}
+        return merged(weight, self.place, pairs, self.config.scale)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

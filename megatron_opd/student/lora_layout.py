@@ -52,6 +52,14 @@ class Place:
         return torch.cat(grouped, dim=-1).flatten(-2) if len(grouped) > 1 else given
 
 
+def merged(
+    weight: torch.Tensor, place: Place, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float
+) -> torch.Tensor:
+    """W + scale B A of a layer's modules with (A, B), in W's type, computed in fp32."""
+    deltas = {part: a.float().T @ b.float().T for part, (a, b) in pairs.items()}
+    return (weight.float() + scale * place.interleave(deltas).T).to(weight.dtype)
+
+
 def places(arch: Architecture, config: LoraConfig, num_shards: int = 1) -> list[Place]:
     """The linear layers of a decoder layer in which some module is adapted."""
     heads, kv_heads, size = arch.num_heads, arch.num_kv_heads, arch.head_dim
