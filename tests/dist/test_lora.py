@@ -9,6 +9,9 @@ import steps
 import tiny
 import torch
 
+from megatron_opd.config import LoraConfig
+from megatron_opd.student.lora_layout import facts
+
 VOCAB_SIZE = 90
 NUM_STEPS = 3
 RANK, ALPHA = 3, 7.0
@@ -266,3 +269,35 @@ def names_of_adapters(parallel, config):
     from megatron_opd.student.student import Student
 
     return [name for name, _ in Student(config, parallel).export_adapters()]
+
+
+def message(_, directory, theirs, mine):
+    """What restoring a checkpoint with the adapters `theirs` into a student with `mine` is answered with, or None."""
+    import json
+
+    from megatron_opd.student.checkpoint import CheckpointError, _read_marker
+
+    (directory / "loop.json").write_text(json.dumps({"student": theirs}))
+    try:
+        _read_marker(directory, mine)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def test_a_run_continues_only_with_its_own_adapters(ranks, tmp_path):
+    def said(theirs, mine):
+        return ranks.run(1, message, tmp_path, theirs, mine)[0]
+
+    def adapters(**changes):
+        return facts(LoraConfig(**{"rank": 4, "alpha": 32.0, "targets": ["qkv"], **changes}))
+
+    assert said(adapters(), adapters(targets=["v_proj", "q_proj", "k_proj"])) is None
+    assert said(adapters(rank=0), adapters(rank=0, alpha=1.0)) is None
+    before_there_was_lora = {}
+    assert said(before_there_was_lora, adapters(rank=0)) is None
+    assert "its lora.rank is 0, by lora.rank it is 4 now; set lora.rank back" in said(before_there_was_lora, adapters())
+    assert "its lora.rank is 0, by lora.rank it is 4 now" in said(adapters(rank=0), adapters())
+    assert "its lora.rank is 4, by lora.rank it is 0 now" in said(adapters(), adapters(rank=0))
+    assert "its lora.alpha is 32.0, by lora.alpha it is 16.0 now" in said(adapters(), adapters(alpha=16.0))
+    assert "by lora.targets it is ['o_proj'] now; set lora.targets back" in said(adapters(), adapters(targets=["o_proj"]))
