@@ -55,6 +55,8 @@ setup(
         "datasets": DATASETS,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        # For the test that reads exported adapters with peft itself; writing them needs nothing.
+        "peft": ["peft>=0.15"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",

@@ -111,6 +111,8 @@ def _detached(student: Logits, *, copies: bool) -> Logits:
 def _room(student: Linear) -> Gradients:
     """Memory for the gradients: the head's in float32 at least, where Megatron sums it if that is known."""
     head_LD = student.head_LD
+    if not head_LD.requires_grad:  # adapters learn, the head does not
+        return Gradients(torch.empty_like(student.hidden_TD), None)
     into_LD = getattr(head_LD, "main_grad", None)
     if into_LD is None:
         wide = torch.promote_types(head_LD.dtype, torch.float32)
@@ -122,7 +124,7 @@ def _with_gradient(loss: torch.Tensor, problem: Problem, student: Logits, gradie
     """The loss as a node of the graph."""
     if isinstance(student, Linear):
         assert gradients is not None
-        has_added = hasattr(student.head_LD, "main_grad")
+        has_added = student.head_LD.requires_grad and hasattr(student.head_LD, "main_grad")
         of = gradients.hidden_TD, None if has_added else gradients.head_LD
         inputs = student.hidden_TD, student.head_LD
     else:

@@ -25,6 +25,7 @@ from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
 from megatron_opd.student.architecture import check_layout, read_architecture, read_limits
 from megatron_opd.student.headers import check_tensors
+from megatron_opd.student.lora_layout import check_targets
 from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
 from megatron_opd.types import Prompt
 
@@ -112,6 +113,7 @@ def _on_our_ranks(
     wrong = _attempt(what, lambda: check_tensors(model, arch), problems)
     problems += [f"{what}: {problem}" for problem in wrong or []]
     problems += check_layout(arch, config.parallel, what=what)
+    problems += check_targets(arch, config.lora) if what == "student.model" else []
     return arch.vocab_size, arch.max_positions
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CONFIG, CHECKPOINTS, LOGS, HF_EXPORT, SERVERS = "config.yaml", "checkpoints", "logs", "hf", "servers"
+ADAPTER = "adapter"
+"""What a run with LoRA exports beside the merged student: the adapters alone, for peft."""
 MARKER = "loop.json"
 """File of a checkpoint that is written last; without it there is no checkpoint."""
 _LOCK = ".lock"

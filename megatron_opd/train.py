@@ -31,7 +31,7 @@ from megatron_opd.rollout import build_engine
 from megatron_opd.rollout.ahead import Ahead
 from megatron_opd.sglang.errors import SGLangError
 from megatron_opd.shaping import Shaping
-from megatron_opd.student import groups, hf_dir
+from megatron_opd.student import adapter_dir, groups, hf_dir
 from megatron_opd.student.checkpoint import Checkpoints
 from megatron_opd.student.student import Student
 from megatron_opd.sync import sync
@@ -276,14 +276,18 @@ class Run:
 
     def _export(self) -> None:
         out = Path(self.config.run.dir) / run_dir.HF_EXPORT
-        weights = self.student.export()
+        weights, adapters = self.student.export(), self.student.export_adapters()
         if self.parallel.is_main:
             try:
                 hf_dir.write(weights, out, like=self.config.student.model)
+                if self.config.lora.rank:
+                    base = self.config.student.model
+                    adapter_dir.write(adapters, out.with_name(run_dir.ADAPTER), self.config.lora, base=base)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"the export {out} could not be written: {error}; is the disk full?") from error
         else:
             sync(weights, None, version=0)
+            sync(adapters, None, version=0)
         self.tracker.message(f"exported {out}")
 
     def _mine(self, prompts: list[_T]) -> list[_T]:

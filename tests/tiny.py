@@ -98,6 +98,7 @@ def config(student_dir, teachers, **sections):
     """A run's config; `sections` hold the settings that differ, e.g. loss={"beta": 0.0}."""
     made = {
         "parallel": c.ParallelConfig,
+        "lora": c.LoraConfig,
         "loss": c.LossConfig,
         "rollout": c.RolloutConfig,
         "optim": c.OptimConfig,

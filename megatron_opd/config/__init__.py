@@ -11,6 +11,7 @@ import dataclasses
 
 from megatron_opd.config.crosstok import CrossTokenizerConfig
 from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
+from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
 from megatron_opd.config.policy import PolicyConfig, RLConfig
@@ -23,6 +24,7 @@ __all__ = [
     "CrossTokenizerConfig",
     "DataConfig",
     "LogConfig",
+    "LoraConfig",
     "LossConfig",
     "OptimConfig",
     "ParallelConfig",
@@ -49,6 +51,8 @@ class Config:
     """The layout of ranks."""
     student: StudentConfig
     """The model that learns."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Adapters in place of the whole student."""
     teachers: list[TeacherConfig]
     """The models it learns from."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)

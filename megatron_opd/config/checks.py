@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
+from megatron_opd.config.checks_lora import check_lora
 from megatron_opd.config.checks_method import check_method
 from megatron_opd.config.checks_serving import check_serving
 from megatron_opd.rewards import problem_with
@@ -19,6 +20,7 @@ def check(config: Config) -> list[str]:
     return [
         *_check_numbers(config),
         *_check_layout(config),
+        *check_lora(config),
         *_check_teachers(config),
         *_check_data(config),
         *_check_rewards(config),

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_opd.parallel import Parallel
 from megatron_opd.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue
+from megatron_opd.student.lora_layout import facts
 from megatron_opd.student.student import Student
 
 
@@ -175,12 +176,13 @@ def _read_marker(checkpoint: Path, mine: dict[str, Any]) -> dict[str, Any]:
     """loop.json of a checkpoint, which must be of the student with the fingerprint `mine`."""
     try:
         loop: dict[str, Any] = json.loads((checkpoint / MARKER).read_text())
-        theirs = loop["student"]
+        theirs = {"lora.rank": 0, **loop["student"]}
     except (ValueError, KeyError, TypeError):
         _damaged(checkpoint, f"{MARKER} is not what was written")
     for key, value in theirs.items():
         if mine.get(key) != value:
             setting = {"optimizer": "optim.distributed", "dtype": "student.dtype"}.get(key, "student.model")
+            setting = key if key.startswith("lora.") else setting
             raise CheckpointError(
                 f"{checkpoint} is of another student: its {key} is {value}, by {setting} it is {mine.get(key)} now;"
                 f" set {setting} back, or give this run a run.dir of its own"
@@ -200,7 +202,8 @@ def _fingerprint(student: Student) -> dict[str, Any]:
     del arch["padded_vocab_size"]
     optimizers = getattr(student.optimizer, "chained_optimizers", [student.optimizer])
     kind = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
-    return {**arch, "optimizer": kind, "dtype": str(next(student.gpt.parameters()).dtype)}
+    dtype = str(next(student.gpt.parameters()).dtype)
+    return {**arch, "optimizer": kind, "dtype": dtype, **facts(student.lora)}
 
 
 def _random_state() -> dict[str, Any]:

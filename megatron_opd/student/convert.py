@@ -28,6 +28,7 @@ from megatron_opd.student.architecture import Architecture, read_architecture
 from megatron_opd.student.checkpoint_keys import region
 from megatron_opd.student.headers import check_tensors, weight_names
 from megatron_opd.student.hf_dir import HFWriter
+from megatron_opd.student.lora_checkpoint import open_checkpoint
 from megatron_opd.student.safetensors_dir import READ_BYTES, TensorDir
 from megatron_opd.student.torch_dist_dir import Region, TorchDistDir, is_torch_dist, write
 from megatron_opd.student.weight_map import Rule, all_rules, hf_shapes
@@ -132,7 +133,7 @@ def find_like(checkpoint_dir: str | Path, like: str | Path | None = None) -> str
 
 def plan_to_hf(checkpoint_dir: str | Path, *, like: str | Path, dtype: torch.dtype | None = None) -> Plan:
     """Check a torch_dist checkpoint against the config.json of `like`. Raises ValueError, all contradictions listed."""
-    checkpoint = TorchDistDir(checkpoint_dir)
+    checkpoint = open_checkpoint(checkpoint_dir)
     arch = read_architecture(like)
     _raise_if([*_other_student(Path(checkpoint_dir), arch, like), *check_tensors(checkpoint_dir, arch)])
     arch = stored_architecture(arch, checkpoint)
@@ -148,7 +149,7 @@ def to_hf(
     writer = HFWriter(out, hf_shapes({p.name: p.rule for p in plan.parameters}), plan.dtype, like=like)
 
     def fill() -> None:
-        checkpoint = TorchDistDir(checkpoint_dir)
+        checkpoint = open_checkpoint(checkpoint_dir)
         for parameter in plan.parameters[_rank() :: _world_size()]:
             for name, tensor in hf_tensors(parameter, checkpoint):
                 writer.put(name, cast(tensor, plan.dtype, name))
@@ -168,7 +169,7 @@ def hf_tensors(parameter: Parameter, source: TensorDir | TorchDistDir) -> Iterat
 
 def open_weights(model_dir: str | Path) -> TensorDir | TorchDistDir:
     """The weights of either kind of directory."""
-    return TorchDistDir(model_dir) if is_torch_dist(model_dir) else TensorDir(model_dir)
+    return open_checkpoint(model_dir) if is_torch_dist(model_dir) else TensorDir(model_dir)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

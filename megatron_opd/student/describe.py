@@ -16,8 +16,9 @@ from megatron_opd.student.architecture import FAMILIES, Architecture, read_archi
 from megatron_opd.student.checkpoint_keys import is_optimizer
 from megatron_opd.student.convert import find_like
 from megatron_opd.student.headers import check_tensors
+from megatron_opd.student.lora_checkpoint import open_checkpoint
 from megatron_opd.student.safetensors_dir import TensorDir
-from megatron_opd.student.torch_dist_dir import TorchDistDir, is_torch_dist
+from megatron_opd.student.torch_dist_dir import is_torch_dist
 
 
 def describe(model_dir: str | Path, like: str | Path | None = None) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def describe(model_dir: str | Path, like: str | Path | None = None) -> dict[str,
     facts["parameters"] = sizes
     facts["dtype"] = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in counted))
     if is_torch_dist(path):
-        checkpoint = TorchDistDir(path)
+        checkpoint = open_checkpoint(path)
         facts["optimizer"] = any(is_optimizer(key) for key in checkpoint.tensors)
         if "embedding.word_embeddings.weight" in checkpoint.tensors:
             facts["vocabulary as stored"] = checkpoint.shape("embedding.word_embeddings.weight")[0]
@@ -87,7 +88,7 @@ def _tensors(path: Path) -> tuple[int, Counter[Any]]:
     counted: Counter[Any] = Counter()
     total = 0
     if is_torch_dist(path):
-        checkpoint = TorchDistDir(path)
+        checkpoint = open_checkpoint(path)
         for key in checkpoint.tensors:
             if not is_optimizer(key):
                 total += math.prod(checkpoint.shape(key))
@@ -118,4 +119,14 @@ def _about_run(path: Path, problems: list[str]) -> dict[str, Any]:
         "step": step,
         "saved at layout": f"tensor {tensor} x pipeline {pipeline} x data {data} (loads at any)",
         "student": f"{family}, {student.get('num_layers')} layers",
+        **_about_adapters(student),
+    }
+
+
+def _about_adapters(student: dict[str, Any]) -> dict[str, Any]:
+    if not student.get("lora.rank"):
+        return {}
+    targets = ", ".join(student["lora.targets"])
+    return {
+        "adapters": f"LoRA of rank {student['lora.rank']}, alpha {student['lora.alpha']:g}: {targets} (shown merged)"
     }

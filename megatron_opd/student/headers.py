@@ -10,8 +10,9 @@ from pathlib import Path
 
 from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.checkpoint_keys import is_optimizer, is_vocab, region
+from megatron_opd.student.lora_checkpoint import open_checkpoint
 from megatron_opd.student.safetensors_dir import TensorDir
-from megatron_opd.student.torch_dist_dir import TorchDistDir, is_torch_dist
+from megatron_opd.student.torch_dist_dir import is_torch_dist
 from megatron_opd.student.weight_map import all_rules, hf_shapes
 
 _IGNORABLE = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -48,7 +49,7 @@ def _wrong_in_hf(model_dir: str | Path, arch: Architecture) -> list[str]:
 
 
 def _wrong_in_checkpoint(model_dir: str | Path, arch: Architecture) -> list[str]:
-    checkpoint = TorchDistDir(model_dir)
+    checkpoint = open_checkpoint(model_dir)
     regions = [region(name, rule.shape, arch) for name, rule in all_rules(arch).items()]
     expected = {r.key: r.whole for r in regions}
     found = {key for key in checkpoint.tensors if not is_optimizer(key)}

@@ -14,7 +14,7 @@ from megatron_opd.config import Config
 from megatron_opd.fused import Logits
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups, head, nonfinite, optim, pipeline, source, weights
+from megatron_opd.student import groups, head, lora, nonfinite, optim, pipeline, source, weights
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 from megatron_opd.types import MicroBatch
@@ -32,6 +32,9 @@ class Student:
         self.gpt = build_gpt(self.arch, megatron, parallel)
         head.give_hidden(self.gpt)
         source.load(self.gpt, self.arch, config.student.model, parallel)
+        self.lora = config.lora
+        if self.lora.rank:
+            lora.attach(self.gpt, self.arch, self.lora, parallel, seed=config.run.seed)
         self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.model, config.optim, dtype, num_steps=config.train.steps * config.train.updates_per_step
@@ -103,6 +106,10 @@ class Student:
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) pairs on the leader of each replica; a collective (see weights.export)."""
         return weights.export(self.gpt, self.arch, self.parallel)
+
+    def export_adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same for the adapters alone, under the names of peft's files; nothing without adapters."""
+        return weights.export_adapters(self.gpt, self.parallel) if self.lora.rank else iter(())
 
     def _means(self, results: list[torch.Tensor], objective: Objective) -> dict[str, float]:
         """Means over the tokens of all micro-batches and replicas, on every rank; without those that have no token."""

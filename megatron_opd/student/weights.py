@@ -6,7 +6,7 @@ replica, as the engines and the exporter want it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups
+from megatron_opd.student import groups, lora
 from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.safetensors_dir import TensorDir
 from megatron_opd.student.weight_map import Named, Rule, Shards, is_expert, read_vocab_rows, stage_rules
@@ -51,17 +51,30 @@ def load_head_rows(model_dir: str | Path, arch: Architecture, start: int, stop: 
         return read_vocab_rows(tensors, name, start, stop)
 
 
-@torch.no_grad()
 def export(
     model: torch.nn.Module, arch: Architecture, parallel: Parallel, bucket_bytes: int = 256 << 20
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream (Hugging Face name, full tensor) of the whole model; pairs are yielded on the leader of each replica.
 
     A collective: every rank must run the iterator to its end. No rank holds more than a bucket beside its own shard.
+    Adapters are added to the weights that they change.
     """
+    return _to_leader(_merged_buckets(model, arch, parallel, bucket_bytes), parallel)
+
+
+def export_adapters(
+    model: torch.nn.Module, parallel: Parallel, bucket_bytes: int = 256 << 20
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same for the adapters alone, under the names of peft's files."""
+    return _to_leader(_adapter_buckets(model, parallel, bucket_bytes), parallel)
+
+
+@torch.no_grad()
+def _to_leader(buckets: Iterator[Named], parallel: Parallel) -> Iterator[tuple[str, torch.Tensor]]:
+    """What each stage in turn has on its first tensor-parallel rank; `buckets` is not begun before the stage's turn."""
     for stage in range(parallel.pipeline_size):
         if parallel.pipeline_rank == stage:
-            for merged in _merged_buckets(model, arch, parallel, bucket_bytes):
+            for merged in buckets:
                 if parallel.is_leader:
                     yield from merged
                 elif parallel.tensor_rank == 0:
@@ -79,7 +92,7 @@ def _merged_buckets(
     """This stage's Hugging Face tensors, bucket by bucket: one gather over the ranks that share it a bucket."""
     tables = [stage_rules(arch, parallel, expert_rank=rank) for rank in range(parallel.expert_size)]
     for experts in (False, True):
-        named = [(name, p.detach()) for name, p in model.named_parameters() if is_expert(name) == experts]
+        named = (pair for pair in lora.merged_parameters(model) if is_expert(pair[0]) == experts)
         num_shards = parallel.expert_size if experts else parallel.tensor_size
         for bucket in _buckets(named, bucket_bytes // num_shards):
             shards = _gather(bucket, parallel.expert_group if experts else parallel.tensor_group, num_shards)
@@ -92,11 +105,23 @@ def _merged_buckets(
                 yield _merge(tables[0], names, shards)
 
 
+def _adapter_buckets(model: torch.nn.Module, parallel: Parallel, bucket_bytes: int) -> Iterator[Named]:
+    split = {name: dim for name, _, dim in lora.peft_parameters(model)}
+    named = ((name, shard) for name, shard, _ in lora.peft_parameters(model))
+    for bucket in _buckets(named, bucket_bytes // parallel.tensor_size):
+        shards = _gather(bucket, parallel.tensor_group, parallel.tensor_size)
+        whole = []
+        for (name, _), *pieces in zip(bucket, *shards, strict=True):
+            dim = split[name]
+            whole.append((name, pieces[0] if dim is None else torch.cat(pieces, dim)))
+        yield whole if parallel.tensor_rank == 0 else []
+
+
 def _merge(table: dict[str, Rule], names: list[str], shards: list[Shards]) -> Named:
     return [hf for name, *pieces in zip(names, *shards, strict=True) for hf in table[name].merge(pieces)]
 
 
-def _buckets(named: Named, max_bytes: int) -> Iterator[Named]:
+def _buckets(named: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[Named]:
     bucket: Named = []
     size = 0
     for name, tensor in named:
