@@ -99,6 +99,8 @@ def config(student_dir, teachers, **sections):
     made = {
         "parallel": c.ParallelConfig,
         "loss": c.LossConfig,
+        "policy": c.PolicyConfig,
+        "rl": c.RLConfig,
         "rollout": c.RolloutConfig,
         "optim": c.OptimConfig,
         "train": c.TrainConfig,
