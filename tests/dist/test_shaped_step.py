@@ -230,3 +230,34 @@ def one_by_one(parallel, config, parts, vocab_size):
     halves = [every[: len(every) // 2], every[len(every) // 2 :]]
     metrics = [student.step(halves[i % 2], objective) for i in range(len(parts))]
     return metrics, {name: tensor.clone() for name, tensor in student.export()}
+
+
+def shaped_beside_answers_of_others(parallel, config, rollouts, vocab_size):
+    """Per rollout: (distill_T, sft_T, advantage_T), and the metrics, where every other rollout is not the student's."""
+    from megatron_opd.shaping import Shaping
+
+    _, objective, pack = steps.build(parallel, config, vocab_size)
+    batches = []
+    for i, batch in enumerate(pack(rollouts)):
+        own = torch.full(batch.targets_T.shape, rollouts[i].origin == "student")
+        batches.append(replace(batch, on_policy_T=own, sft_T=0.5 * (~own).float()))
+    parts, metrics = Shaping(config, parallel, objective.distillation)(rollouts, batches, 0)
+    return [(b.distill_T, b.sft_T, b.advantage_T) for part in parts for b in part], metrics
+
+
+def test_answers_of_others_have_no_advantage_and_their_share_of_the_cross_entropy(ranks, paths):
+    others = [replace(r, origin="dataset", reward=None) if i % 2 else r for i, r in enumerate(graded())]
+    made = config(paths, "hybrid", micro_batch_size=1)
+    found, metrics = ranks.run(1, shaped_beside_answers_of_others, made, others, VOCAB_SIZE)[0]
+    tokens = sum(len(r.response_ids) for r in others)
+    for r, (distill, sft, advantage) in zip(others, found, strict=True):
+        share = tokens / len(others) / len(r.response_ids)
+        if r.origin == "student":
+            assert (sft == 0).all()
+            assert advantage.abs().max() > 0
+        else:
+            torch.testing.assert_close(sft, torch.full_like(sft, 0.5 * share))
+            torch.testing.assert_close(distill, torch.full_like(distill, 0.5 * share))  # no reward, so no mask
+            assert (advantage == 0).all()
+    assert metrics["reward/mean"] == fmean(REWARDS[::2])
+    assert metrics["reward/mixed_groups"] == 0.5  # 1 and 0.25, 0 and 0
