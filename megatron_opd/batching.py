@@ -32,7 +32,7 @@ def renormalised(rollouts: Sequence[Rollout], weights: Weights, scores: Scores) 
     for i, (rollout, row) in enumerate(zip(rollouts, weights, strict=True)):
         left = [w if per_teacher[i] is not None else 0.0 for w, per_teacher in zip(row, scores, strict=True)]
         total = sum(left)
-        if not total:
+        if row and not total:
             prompt = f"prompt {rollout.prompt.index} of source '{rollout.prompt.source}'"
             raise NoTeacherLeft(f"none of the teachers of {prompt} answered")
         made.append(list(row) if left == list(row) else [w / total for w in left])

@@ -100,6 +100,8 @@ def config(student_dir, teachers, **sections):
         "parallel": c.ParallelConfig,
         "lora": c.LoraConfig,
         "loss": c.LossConfig,
+        "policy": c.PolicyConfig,
+        "rl": c.RLConfig,
         "rollout": c.RolloutConfig,
         "optim": c.OptimConfig,
         "train": c.TrainConfig,

@@ -109,7 +109,8 @@ def _check_layout(config: Config) -> list[str]:
 
 
 def _check_teachers(config: Config) -> list[str]:
-    problems = [] if config.teachers else ["teachers: at least one teacher is needed"]
+    needs_one = config.loss.weight > 0 or config.policy.kl_coef > 0
+    problems = ["teachers: at least one teacher is needed"] if needs_one and not config.teachers else []
     problems += [] if config.data.train else ["data.train: at least one source is needed"]
     if not config.run.dir:
         problems.append("run.dir must not be empty")

@@ -77,8 +77,10 @@ class SampledTokens:
             sft_C = cross_entropy(own_logp_C, batch.sft_T[rows])
             nll_C = -own_logp_C.detach()[batch.sft_T[rows] > 0]
         loss_C = policy_C + sft_C
-        wants_gradient = loss_C.requires_grad
-        grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if wants_gradient else torch.zeros_like(logits_CL)
+        grad_CL = None
+        if torch.is_grad_enabled():  # without advantages and weights the loss is a constant
+            has_gradient = loss_C.requires_grad
+            grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if has_gradient else torch.zeros_like(logits_CL)
         with torch.no_grad():
             entropy_C = -self.vocab.sum(logp_CL.exp() * logp_CL)
         return grad_CL, [loss_C, policy_C, sft_C, ratio_C, cut_C.double(), nll_C, entropy_C]

@@ -34,6 +34,22 @@ def train(parallel, config, rollouts, vocab_size, num_steps):
     return metrics, evaluation, {name: tensor.clone() for name, tensor in student.export()}
 
 
+def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
+    """The same with the weights and advantages of a step, and its updates: ([metrics by step], exported weights)."""
+    from megatron_opd.objective import build_objective
+    from megatron_opd.shaping import Shaping
+    from megatron_opd.updates import update
+
+    student, objective, pack = build(parallel, config, vocab_size)
+    objective = build_objective(config, objective.vocab, objective.heads)
+    shaping = Shaping(config, parallel, objective.distillation)
+    mine, metrics = rollouts[parallel.data_rank :: parallel.data_size], []
+    for step in range(num_steps):
+        parts, shaped = shaping(mine, pack(mine), step)
+        metrics.append({**update(student, parts, objective, config.train), **shaped})
+    return metrics, {name: tensor.clone() for name, tensor in student.export()}
+
+
 def step_on_nan(parallel, config, rollouts, vocab_size):
     """Whether a step whose teacher says NaN on the last rank raises here and leaves the weights alone."""
     student, objective, pack = build(parallel, config, vocab_size)

@@ -39,7 +39,7 @@ def test_each_source_has_its_own_reward_and_order_is_kept():
         answered("b", "#### 12", "it is 13."),
         answered("a", "", ""),
     ]
-    assert evaluator(a="exact", b="gsm8k").grade(rollouts) == [1, 1, 1, 0, 0, 1]
+    assert evaluator(a="exact", b="gsm8k").grader.grade(rollouts) == [1, 1, 1, 0, 0, 1]
 
 
 def test_accuracy_counts_what_is_right_and_reward_is_the_mean():
