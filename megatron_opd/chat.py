@@ -39,15 +39,37 @@ class Encoder:
             if isinstance(asked, str):
                 return asked
             raise ValueError('messages need a chat template: set data.chat_template to "tokenizer" or to a file')
+        return self._apply(self._messages(asked), add_generation_prompt=True)
+
+    def turn(self, asked: str | Messages, rendered: str, answer: str) -> str:
+        """What follows the `rendered` prompt where `answer` is the assistant's: with a template, also its end of turn.
+
+        Raises ValueError where the template's turn does not begin with what it opens for the model.
+        """
+        if self.template is None:
+            return answer
+        messages = [*self._messages(asked), {"role": "assistant", "content": answer}]
+        whole = self._apply(messages, add_generation_prompt=False)
+        if not whole.startswith(rendered):
+            raise ValueError(
+                "the chat template's turn of the assistant does not begin with its generation prompt, so there are no"
+                " tokens that the student could have answered with; give data.chat_template a template where it does"
+            )
+        return whole[len(rendered) :]
+
+    def _messages(self, asked: str | Messages) -> Messages:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         if self.system_prompt and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+            return [{"role": "system", "content": self.system_prompt}, *messages]
+        return messages
+
+    def _apply(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         try:
             return str(
                 self.tokenizer.hf.apply_chat_template(
                     messages,
                     chat_template=self.template,
-                    add_generation_prompt=True,
+                    add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                     **self.options,
                 )

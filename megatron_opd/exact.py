@@ -52,6 +52,10 @@ def exact_loss(
     if wants_gradient and logits_TL.is_leaf:
         student_TL = student_TL.clone()
     teachers = tuple(_linear(score, head) for score, head in zip(batch.teachers, heads, strict=True))
+    if batch.distill_T is None:
+        scale_T = torch.ones(len(student_TL), dtype=torch.float64, device=student_TL.device)
+    else:
+        scale_T = batch.distill_T.double()
     problem = Problem(
         student=student_TL,
         teachers=teachers,
@@ -63,20 +67,23 @@ def exact_loss(
         vocab=vocab,
         backend=backends.choose([student_TL, *(t.hidden_TD for t in teachers if t is not None)]),
         ids_R=batch.targets_T,
-        scale_R=torch.ones(len(student_TL), dtype=torch.float64, device=student_TL.device) if wants_gradient else None,
+        scale_R=scale_T if wants_gradient else None,
         chunk_tokens=config.chunk_tokens,
     )  # fmt: skip
     found = run(problem).outcome
     student_T, target_T, sampler_T = found.sampled()
     assert found.teachers_RN is not None
-    loss = found.loss_R.sum().float()
+    loss_T = found.loss_R if batch.distill_T is None else found.loss_R * scale_T
+    loss = loss_T.sum().float()
     if wants_gradient:
         torch.autograd.graph.increment_version(student_TL)
         loss = _WithGradient.apply(logits_TL, loss, student_TL, problem.backend)
     asked_TN = batch.weights_TN > 0
     by_teacher = [found.teachers_RN[asked_TN[:, n], n] for n in range(len(teachers))]
     lag_T = sampler_T - batch.behaviour_logp_T
-    columns = [found.loss_R, found.reverse_kl_R, *by_teacher, student_T, target_T]
+    if batch.on_policy_T is not None:
+        lag_T = lag_T[batch.on_policy_T]
+    columns = [loss_T, found.reverse_kl_R, *by_teacher, student_T, target_T]
     return loss, [*columns, lag_T.exp() - 1 - lag_T]
 
 

@@ -23,6 +23,7 @@ from megatron_opd.carriers import Level, Listed, Rows, Student, chunks
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.exact import exact_loss
 from megatron_opd.losses import divergence, importance, reverse_kl, sampled_reverse_kl
+from megatron_opd.partly import tokens_of
 from megatron_opd.targets import Target, Targets
 from megatron_opd.types import MicroBatch
 from megatron_opd.vocab import VocabShard
@@ -54,6 +55,8 @@ class Objective:
     heads: tuple[torch.Tensor | None, ...]
     """By teacher: the output-head rows of this shard [L, D_n] in the teacher's dtype; None for one that does not tell
     hidden states, and on ranks that do not compute the loss."""
+    has_answers_of_others: bool = False
+    """Whether there may be tokens that the student did not sample, or with a weight of the cross-entropy."""
 
     def metric_names(self) -> list[str]:
         """Names of the per-token sums that a call returns, in order."""
@@ -63,6 +66,7 @@ class Objective:
             *("logprob/student", "logprob/teacher", "mismatch/kl"),
             *(f"topk/{name}/{what}" for name in lists for what in ("mass_outside", "overlap")),
             *(("importance/mean", "importance/capped_frac") if self.config.kind == "sampled" else ()),
+            *(("sft/nll",) if self.has_answers_of_others else ()),
         ]
 
     def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,13 +75,39 @@ class Objective:
         `logits_TL` are the student's logits at `batch.rows_T`. The metrics are the sum over tokens, and the number of
         tokens summed, of each of `metric_names`.
         """
+        if batch.distill_T is None and not self.has_answers_of_others:
+            return self._distillation(batch, logits_TL)
+        all_R = torch.arange(len(logits_TL), device=logits_TL.device)
+        keep_R = all_R if batch.distill_T is None else batch.distill_T.nonzero()[:, 0]
+        loss, _, metrics_M2 = self._distillation(tokens_of(batch, keep_R), logits_TL[keep_R])
+        if self.has_answers_of_others:
+            entropy, its_12 = self._cross_entropy(batch, logits_TL)
+            loss, metrics_M2 = loss + entropy, torch.cat([metrics_M2, its_12])
+        metrics_M2[0] = torch.stack([loss.detach().double(), metrics_M2.new_tensor(len(logits_TL))])
+        return loss, torch.tensor(len(logits_TL), dtype=torch.int, device=logits_TL.device), metrics_M2
+
+    def _cross_entropy(self, batch: MicroBatch, logits_TL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum over tokens of -w log q(y) at temperature 1, [1, 2] the sum of -log q(y) where w > 0 and its tokens)."""
+        if batch.sft_T is None:
+            return logits_TL.new_zeros((), dtype=torch.float32), logits_TL.new_zeros(1, 2, dtype=torch.float64)
+        keep_R = batch.sft_T.nonzero()[:, 0]
+        logp_RL = self.vocab.log_softmax(logits_TL[keep_R])
+        nats_R = -self.vocab.gather(logp_RL, batch.targets_T[keep_R, None])[:, 0]
+        total = nats_R.detach().double().sum()
+        return (batch.sft_T[keep_R] * nats_R).sum(), torch.stack([total, total.new_tensor(len(keep_R))])[None]
+
+    def _distillation(
+        self, batch: MicroBatch, logits_TL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The distillation term alone, over all tokens that there are."""
         num_tokens = logits_TL.shape[0]
         if num_tokens and self.config.kind == "distribution" and all(t.carrier == "hidden" for t in self.teachers):
             settings = self.config, self.sampling_temperature, self.vocab, self.heads
             loss, columns = exact_loss(*settings, batch, logits_TL)
             metrics_M2 = torch.stack([torch.stack([c.sum(), c.new_tensor(len(c))]) for c in columns])
             return loss, torch.tensor(num_tokens, dtype=torch.int, device=logits_TL.device), metrics_M2
-        metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
+        names = self.metric_names()[: -1 if self.has_answers_of_others else None]
+        metrics_M2 = torch.zeros(len(names), 2, dtype=torch.float64, device=logits_TL.device)
         grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
         for level, rows in chunks(batch, self.teachers, self.config.chunk_tokens):
             grad_CL, columns = self._chunk(batch, logits_TL[rows].detach(), rows, level)
@@ -108,6 +138,8 @@ class Objective:
             loss_C = sampled_reverse_kl(student.sampled_C, target.sampled_C, weight_C)
         else:
             loss_C = divergence(*self._compared(student, target), self.config.beta)
+        if batch.distill_T is not None:
+            loss_C = loss_C * batch.distill_T[rows]
         grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if torch.is_grad_enabled() else None
         with torch.no_grad():
             columns = [loss_C, *self._divergences(batch, student, target, rows), student.sampled_C, target.sampled_C]
@@ -142,6 +174,8 @@ class Objective:
             sampler_CL = self.vocab.log_softmax(logits_CL, self.sampling_temperature)
             sampler_C = self.vocab.gather(sampler_CL, batch.targets_T[rows, None])[:, 0]
         lag_C = sampler_C - batch.behaviour_logp_T[rows]
+        if batch.on_policy_T is not None:
+            lag_C = lag_C[batch.on_policy_T[rows]]
         return lag_C.exp() - 1 - lag_C
 
     def _lists(self, batch: MicroBatch, student: Student, target: Target, rows: Rows) -> list[torch.Tensor]:

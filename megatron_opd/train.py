@@ -17,6 +17,8 @@ from typing import Any, TypeVar, cast
 from safetensors import SafetensorError
 
 from megatron_opd import run_dir, serve, step_metrics
+from megatron_opd.answers import Answers, build_answers
+from megatron_opd.answers.emphasis import teacher_weights, weighted
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
@@ -80,10 +82,14 @@ class Run:
             vocab,
             tuple(config.teachers),
             tuple(teacher.head_LD for teacher in self.teachers),
+            has_answers_of_others=config.answers.lmbda < 1,
         )
         self.engine: RolloutEngine | None = None
+        self.answers: Answers | None = None
         if parallel.is_leader:
-            self.engine = build_engine(served, parallel, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+            ids = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
+            self.engine = build_engine(served, parallel, **ids)
+            self.answers = build_answers(served, self.engine, **ids)
             self.evaluator = Evaluator(config, load_tokenizer(config.student.model))
         self.prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
@@ -102,7 +108,7 @@ class Run:
     def close(self) -> None:
         """Ends what runs beside the loop."""
         self.ahead.close()
-        for part in (self.engine, *self.teachers):
+        for part in (self.engine, self.answers, *self.teachers):
             if part is not None:
                 part.close()
 
@@ -149,8 +155,8 @@ class Run:
         seconds = time.perf_counter() - started
         return {
             **step_metrics.derived(metrics),
-            **step_metrics.of_rollouts(rollouts, self.parallel, version=step),
-            **step_metrics.of_parts([self.engine, *self.teachers], self.parallel),
+            **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=config.answers.lmbda < 1),
+            **step_metrics.of_parts([self.engine, self.answers, *self.teachers], self.parallel),
             **{f"time/{stage}": t for stage, t in self.times.items()},
             "tokens_per_s": metrics["num_tokens"] / seconds,
         }
@@ -160,7 +166,7 @@ class Run:
 
     def _sample(self, step: int, prompts: list[Prompt]) -> list[Rollout]:
         """This replica's answers; each goes to the served teachers as soon as it is finished."""
-        assert self.engine is not None
+        assert self.answers is not None
         rollout = self.config.rollout
         sampling = Sampling(
             max_new_tokens=rollout.max_new_tokens,
@@ -170,19 +176,19 @@ class Run:
             samples_per_prompt=rollout.samples_per_prompt,
             seed=self.config.run.seed + step,
         )
-        return self.engine.generate(self._mine(prompts), sampling, on_finished=self._submit)
+        return self.answers.to(self._mine(prompts), sampling, step, on_finished=self._submit)
 
     def _submit(self, rollout: Rollout) -> None:
-        weights = self.config.teacher_weights(rollout.prompt.source)
+        weights = teacher_weights(self.config, rollout)
         for teacher, weight in zip(self.teachers, weights, strict=True):
             if weight > 0:
                 teacher.submit(rollout)
 
     def _pack(self, rollouts: list[Rollout]) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
-        weights = [self.config.teacher_weights(r.prompt.source) for r in rollouts]
+        weights = [teacher_weights(self.config, r) for r in rollouts]
         scores = [_ask(teacher, rollouts, [w[n] > 0 for w in weights]) for n, teacher in enumerate(self.teachers)]
-        return pack(
+        batches = pack(
             rollouts,
             micro_batch_size=self.config.train.micro_batch_size,
             length_multiple=self.parallel.tensor_size if self.parallel.sequence else 1,
@@ -190,6 +196,7 @@ class Run:
             scores=scores,
             weights=renormalised(rollouts, weights, scores),
         )
+        return weighted(self.config, batches, rollouts)
 
     def _sync(self) -> None:
         """The student's weights into the engine."""

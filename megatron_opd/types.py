@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
@@ -28,6 +28,10 @@ class Prompt:
     """Reference answer, where the source's reward needs one; for `exact` the text that a right response decodes to."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What else of its row the source's reward needs, as it is in the file."""
+    answer_ids: tuple[int, ...] = ()
+    """`answer` as a response, its end-of-sequence token included; only where runs train on answers of the data set."""
+    teacher_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """By name, what a teacher sees instead of `token_ids`; only those that see something else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +62,8 @@ class Rollout:
     """"stop": ended by end-of-sequence; "length": cut at max_new_tokens."""
     versions: tuple[int, ...]
     """For each response token the version of the weights that sampled it (the step that produced them)."""
+    origin: Literal["student", "teacher", "dataset"] = "student"
+    """Who answered. Of others than the student `logps` and `versions` mean nothing to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,12 @@ class MicroBatch:
     teachers: tuple[TeacherScore | None, ...]
     """What each of the N teachers says about the T tokens, fillers where its weight is 0; None for a teacher that was
     asked about none of them, and for hidden states on ranks that do not compute the loss."""
+    distill_T: torch.Tensor | None = None
+    """float32; weight of the distillation term at each token, 0 where no teacher is asked; None: 1 at all."""
+    sft_T: torch.Tensor | None = None
+    """float32; weight of the cross-entropy -log q(y) at each token; None: there is no such term."""
+    on_policy_T: torch.Tensor | None = None
+    """bool; whether the student sampled the token; None: all of them."""
 
 
 class RolloutEngine(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_opd.config.answers import AnswersConfig
 from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
@@ -17,6 +18,7 @@ from megatron_opd.config.section import section
 
 __all__ = [
     "HUB",
+    "AnswersConfig",
     "Config",
     "DataConfig",
     "LogConfig",
@@ -50,6 +52,8 @@ class Config:
     """What is minimised."""
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     """How answers are sampled."""
+    answers: AnswersConfig = dataclasses.field(default_factory=AnswersConfig)
+    """Who answers the training prompts."""
     data: DataConfig
     """The prompts."""
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
+from megatron_opd.config.checks_answers import check_answers, needs_teachers
 from megatron_opd.config.checks_serving import check_serving
 from megatron_opd.rewards import problem_with
 
@@ -22,6 +23,7 @@ def check(config: Config) -> list[str]:
         *_check_data(config),
         *_check_rewards(config),
         *check_serving(config),
+        *check_answers(config),
     ]
 
 
@@ -41,12 +43,14 @@ def _check_numbers(config: Config) -> list[str]:
         "train.micro_batch_size": config.train.micro_batch_size,
         "train.keep_last": config.train.keep_last,
         "train.eval_samples": config.train.eval_samples,
+        "log.completions": config.log.completions,
         "rewards.code_memory_mb": config.rewards.code_memory_mb,
         "rewards.code_workers": config.rewards.code_workers,
     }
     not_negative = {
         "train.eval_every": config.train.eval_every,
         "train.save_every": config.train.save_every,
+        "log.completions_every": config.log.completions_every,
         "optim.lr": config.optim.lr,
         "optim.min_lr": config.optim.min_lr,
         "optim.warmup_steps": config.optim.warmup_steps,
@@ -101,7 +105,7 @@ def _check_layout(config: Config) -> list[str]:
 
 
 def _check_teachers(config: Config) -> list[str]:
-    problems = [] if config.teachers else ["teachers: at least one teacher is needed"]
+    problems = [] if config.teachers or not needs_teachers(config) else ["teachers: at least one teacher is needed"]
     problems += [] if config.data.train else ["data.train: at least one source is needed"]
     if not config.run.dir:
         problems.append("run.dir must not be empty")
