@@ -44,18 +44,19 @@ class Encoder:
     def turn(self, asked: str | Messages, rendered: str, answer: str) -> str:
         """What follows the `rendered` prompt where `answer` is the assistant's: with a template, also its end of turn.
 
-        Raises ValueError where the template's turn does not begin with what it opens for the model.
+        Where the template does not open turns of the past as it opens one for the model (which may be told not to
+        think), it is the answer and what the template puts behind it. Raises ValueError where that cannot be seen.
         """
         if self.template is None:
             return answer
         messages = [*self._messages(asked), {"role": "assistant", "content": answer}]
         whole = self._apply(messages, add_generation_prompt=False)
-        if not whole.startswith(rendered):
-            raise ValueError(
-                "the chat template's turn of the assistant does not begin with its generation prompt, so there are no"
-                " tokens that the student could have answered with; give data.chat_template a template where it does"
-            )
-        return whole[len(rendered) :]
+        if whole.startswith(rendered):
+            return whole[len(rendered) :]
+        before, _, end = whole.rpartition(answer.strip() or "\0")
+        if not before:
+            raise ValueError("the chat template changes the answer, so it cannot be told what the student is to say")
+        return answer.strip() + end
 
     def _messages(self, asked: str | Messages) -> Messages:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
