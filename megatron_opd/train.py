@@ -20,6 +20,7 @@ from megatron_opd import run_dir, serve, step_metrics
 from megatron_opd.answers import Answers, build_answers
 from megatron_opd.answers.emphasis import teacher_weights, weighted
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
+from megatron_opd.completions import Completions
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
 from megatron_opd.data import PromptMix
@@ -91,6 +92,8 @@ class Run:
             self.engine = build_engine(served, parallel, **ids)
             self.answers = build_answers(served, self.engine, **ids)
             self.evaluator = Evaluator(config, load_tokenizer(config.student.model))
+        tokenizer = self.evaluator.tokenizer if parallel.is_leader else None
+        self.completions = Completions(config.log, config.run.dir, parallel, tokenizer, tracker)
         self.prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
         self.times: dict[str, float] = {}
@@ -148,6 +151,7 @@ class Run:
         batches = self._timed("score", lambda: self._on_servers(lambda: self._pack(rollouts)))
         metrics = self._timed("step", lambda: self.student.step(batches, self.objective))
         self.trained, self.cursor = step + 1, self.ahead.cursor
+        self.completions.log(rollouts, self.trained)
         if config.rollout.max_staleness and not config.rollout.partial:
             # Answers under way are not to change weights in their middle.
             self._timed("settle", lambda: self._on_servers(self.ahead.settle))
@@ -263,11 +267,13 @@ class Run:
         )
         if loop is None:
             self.tracker.rewind(-1)
+            self.completions.rewind(-1)
             if changed is not None:
                 self.tracker.message(f"no complete checkpoint in {self.config.run.dir}: starting from the beginning")
             return 0
         self.prompts.load_state(loop["prompts"])
         self.tracker.rewind(loop["step"])
+        self.completions.rewind(loop["step"])
         self.tracker.message(f"resuming after step {loop['step']}")
         for line in changed or []:
             self.tracker.message(f"changed since the last start: {line}")

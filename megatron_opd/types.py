@@ -64,6 +64,8 @@ class Rollout:
     """For each response token the version of the weights that sampled it (the step that produced them)."""
     origin: Literal["student", "teacher", "dataset"] = "student"
     """Who answered. Of others than the student `logps` and `versions` mean nothing to it."""
+    reward: float | None = None
+    """How good the answer is, from 0 to 1; None where it was not graded."""
 
 
 @dataclass(frozen=True, slots=True)

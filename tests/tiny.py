@@ -100,6 +100,7 @@ def config(student_dir, teachers, **sections):
         "parallel": c.ParallelConfig,
         "loss": c.LossConfig,
         "rollout": c.RolloutConfig,
+        "answers": c.AnswersConfig,
         "optim": c.OptimConfig,
         "train": c.TrainConfig,
     }
