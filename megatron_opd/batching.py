@@ -26,13 +26,13 @@ class NoTeacherLeft(RuntimeError):
 def renormalised(rollouts: Sequence[Rollout], weights: Weights, scores: Scores) -> list[list[float]]:
     """The teachers' weights by rollout without those that did not answer, the others raised to sum to 1 again.
 
-    Rollouts that lack no answer keep their weights bit by bit. Raises NoTeacherLeft.
+    Rollouts that lack no answer, or about which no teacher is asked, keep theirs bit by bit. Raises NoTeacherLeft.
     """
     made = []
     for i, (rollout, row) in enumerate(zip(rollouts, weights, strict=True)):
         left = [w if per_teacher[i] is not None else 0.0 for w, per_teacher in zip(row, scores, strict=True)]
         total = sum(left)
-        if row and not total:
+        if not total and any(row):
             prompt = f"prompt {rollout.prompt.index} of source '{rollout.prompt.source}'"
             raise NoTeacherLeft(f"none of the teachers of {prompt} answered")
         made.append(list(row) if left == list(row) else [w / total for w in left])

@@ -39,15 +39,38 @@ class Encoder:
             if isinstance(asked, str):
                 return asked
             raise ValueError('messages need a chat template: set data.chat_template to "tokenizer" or to a file')
+        return self._apply(self._messages(asked), add_generation_prompt=True)
+
+    def turn(self, asked: str | Messages, rendered: str, answer: str) -> str:
+        """What follows the `rendered` prompt where `answer` is the assistant's: with a template, also its end of turn.
+
+        Where the template does not open turns of the past as it opens one for the model (which may be told not to
+        think), it is the answer and what the template puts behind it. Raises ValueError where that cannot be seen.
+        """
+        if self.template is None:
+            return answer
+        messages = [*self._messages(asked), {"role": "assistant", "content": answer}]
+        whole = self._apply(messages, add_generation_prompt=False)
+        if whole.startswith(rendered):
+            return whole[len(rendered) :]
+        before, _, end = whole.rpartition(answer.strip() or "\0")
+        if not before:
+            raise ValueError("the chat template changes the answer, so it cannot be told what the student is to say")
+        return answer.strip() + end
+
+    def _messages(self, asked: str | Messages) -> Messages:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         if self.system_prompt and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+            return [{"role": "system", "content": self.system_prompt}, *messages]
+        return messages
+
+    def _apply(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         try:
             return str(
                 self.tokenizer.hf.apply_chat_template(
                     messages,
                     chat_template=self.template,
-                    add_generation_prompt=True,
+                    add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                     **self.options,
                 )

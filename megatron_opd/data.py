@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,7 @@ from megatron_opd.chat import Encoder, Messages, checked
 from megatron_opd.config import SourceConfig
 from megatron_opd.packed import PackedPrompts
 from megatron_opd.rewards.base import Reward
-from megatron_opd.rows import Row, read_rows
+from megatron_opd.rows import Row, at_path, read_rows
 from megatron_opd.types import Prompt
 
 _BATCH = 1024
@@ -34,20 +34,50 @@ class Limit:
     """Leave longer prompts out, instead of an error."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A row on its way to become a prompt of the student."""
+
+    where: str
+    """For messages: "prompts.jsonl, line 3"."""
+    fields: Any
+    prompt: Prompt
+    messages: Messages | None
+    """What it asks, where that is not a text; without the answer."""
+    rendered: str
+    """The text of `prompt.token_ids`."""
+
+
+Complete = Callable[[Sequence[Asked]], list[Prompt | None]]
+"""Adds what else of its rows a run needs; None for a prompt to leave out."""
+
+
 def read_prompts(
-    source: SourceConfig, encoder: Encoder, *, limit: Limit, reward: Reward, is_graded: bool
+    source: SourceConfig,
+    encoder: Encoder,
+    *,
+    limit: Limit,
+    reward: Reward,
+    is_graded: bool,
+    complete: Complete | None = None,
 ) -> PackedPrompts:
     """All prompts of a source, in its order, with a progress bar on a terminal where that takes a while.
 
     Raises ValueError naming the source's line or row for one that cannot be read or has no prompt, for malformed
-    messages, for a prompt that is too long (unless `limit` drops it; an error when nothing is left), and
-    (`is_graded`) for a row without what the source's reward needs.
+    messages, for a prompt that is too long (unless `limit` drops it; an error when nothing is left), for a row without
+    what the source's reward needs (`is_graded`), and for what `complete` refuses.
     """
     prompts = PackedPrompts(source.name)
-    rows = read_rows(source)
+    rows, seen = read_rows(source), 0
     with _progress(f"reading {source.name}") as show:
         while batch := list(islice(rows, _BATCH)):
-            _add(batch, prompts, source, encoder, limit, reward, is_graded)
+            asked = _asked(batch, source, encoder, reward, is_graded)
+            fitting = _fitting(asked, encoder, limit)
+            for prompt in complete(fitting) if complete else [one.prompt for one in fitting]:
+                if prompt is not None:
+                    prompts.append(prompt)
+            prompts.dropped = seen + len(batch) - len(prompts)
+            seen += len(batch)
             show(batch[-1].share)
     if prompts.dropped and not prompts:
         raise ValueError(
@@ -59,15 +89,8 @@ def read_prompts(
     return prompts
 
 
-def _add(
-    rows: list[Row],
-    prompts: PackedPrompts,
-    source: SourceConfig,
-    encoder: Encoder,
-    limit: Limit,
-    reward: Reward,
-    is_graded: bool,
-) -> None:
+def _asked(rows: list[Row], source: SourceConfig, encoder: Encoder, reward: Reward, is_graded: bool) -> list[Asked]:
+    """The rows, checked; their prompts without token ids."""
     asked = []
     for row in rows:
         try:
@@ -80,26 +103,31 @@ def _add(
                 reward.check(prompt)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from None
-        asked.append((prompt, rendered))
-    all_ids = encoder.encode([rendered for _, rendered in asked])
-    for row, (prompt, _), ids in zip(rows, asked, all_ids, strict=True):
+        asked.append(Asked(where=row.where, fields=row.fields, prompt=prompt, messages=messages, rendered=rendered))
+    return asked
+
+
+def _fitting(asked: list[Asked], encoder: Encoder, limit: Limit) -> list[Asked]:
+    """Those within the limit, with token ids. Raises ValueError for another one, unless they are to be dropped."""
+    fitting = []
+    for one, ids in zip(asked, encoder.encode([one.rendered for one in asked]), strict=True):
         if len(ids) <= limit.tokens:
-            prompts.append(dataclasses.replace(prompt, token_ids=tuple(ids)))
-        elif limit.drop:
-            prompts.dropped += 1
-        else:
+            prompt = dataclasses.replace(one.prompt, token_ids=tuple(ids))
+            fitting.append(dataclasses.replace(one, prompt=prompt))
+        elif not limit.drop:
             raise ValueError(
-                f"{row.where}: the prompt has {len(ids)} tokens, and data.on_too_long is error; the limit is"
+                f"{one.where}: the prompt has {len(ids)} tokens, and data.on_too_long is error; the limit is"
                 f" {limit.tokens} ({limit.why})"
             )
+    return fitting
 
 
 def _parse(fields: Any, source: SourceConfig) -> tuple[str, str | None, Messages | None]:
     """(text, answer, the messages if the prompt is some) of a row."""
-    asked = _field(fields, source.prompt_field)
+    asked = at_path(fields, source.prompt_field)
     if asked is None:
-        asked = _field(fields, "messages")
-    messages, answer = None, _field(fields, source.answer_field)
+        asked = at_path(fields, "messages")
+    messages, answer = None, at_path(fields, source.answer_field)
     if isinstance(asked, list):
         messages = checked(asked)
         if messages[-1]["role"] == "assistant":
@@ -119,16 +147,6 @@ def _extra(fields: Any, source: SourceConfig, wanted: tuple[str, ...] | None) ->
     """The fields of a row that its reward wants besides prompt and answer; None: all others."""
     own = (source.prompt_field, source.answer_field, "messages")
     return {name: x for name, x in fields.items() if name not in own and (wanted is None or name in wanted)}
-
-
-def _field(fields: Any, name: str) -> Any:
-    """What a row has under a name, or under a path of names with dots; None if nothing."""
-    if not isinstance(fields, Mapping):
-        return None
-    if name in fields or "." not in name:
-        return fields.get(name)
-    first, _, rest = name.partition(".")
-    return _field(fields.get(first), rest)
 
 
 @contextmanager

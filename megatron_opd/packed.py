@@ -49,9 +49,8 @@ class PackedPrompts(Sequence[Prompt]):
             return [self[i] for i in range(len(self))[at]]
         i = range(len(self))[at]
         others = self._others[self._others_end[i] : self._others_end[i + 1]].decode("utf-8", "surrogatepass")
-        return Prompt(
-            source=self.source,
-            index=self._index[i],
-            token_ids=tuple(self._ids[self._ids_end[i] : self._ids_end[i + 1]]),
-            **dict(zip(_OTHERS, json.loads(others), strict=True)),
-        )
+        fields = dict(zip(_OTHERS, json.loads(others), strict=True))
+        fields["answer_ids"] = tuple(fields["answer_ids"])
+        fields["teacher_ids"] = {name: tuple(ids) for name, ids in fields["teacher_ids"].items()}
+        token_ids = tuple(self._ids[self._ids_end[i] : self._ids_end[i + 1]])
+        return Prompt(source=self.source, index=self._index[i], token_ids=token_ids, **fields)

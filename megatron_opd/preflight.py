@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_opd import serve
+from megatron_opd.answers.rows import build_row_reader
 from megatron_opd.chat import Encoder, build_encoder
 from megatron_opd.config import Config, SourceConfig
 from megatron_opd.config.checks_serving import check_vocabulary
@@ -188,7 +189,10 @@ class _Reader:
             reward = self._reward(source.reward)
             if reward is None:
                 continue
-            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
+            complete = build_row_reader(
+                self.config, source, self.encoder, within, is_trained_on=setting == "data.train"
+            )
+            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward, complete=complete)
             prompts = _attempt("data", lambda: read(is_graded=are_graded), self.problems)  # noqa: B023
             found.append((source, prompts or []))
             if prompts and prompts.dropped:

@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,16 @@ def _hub(source: SourceConfig) -> Iterator[Row]:
         ) from None
     for number, fields in enumerate(found, start=1):
         yield Row(number - 1, f"{where}, row {number}", fields, number / len(found))
+
+
+def at_path(fields: Any, name: str) -> Any:
+    """What a row has under a name, or under a path of names with dots; None if nothing."""
+    if not isinstance(fields, Mapping):
+        return None
+    if name in fields or "." not in name:
+        return fields.get(name)
+    first, _, rest = name.partition(".")
+    return at_path(fields.get(first), rest)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
 
+from megatron_opd.answers.answers import Answers
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import Rollout, RolloutEngine, TeacherScorer
 
@@ -25,18 +25,27 @@ def derived(metrics: dict[str, float]) -> dict[str, float]:
     }
 
 
-def of_rollouts(rollouts: Sequence[Rollout], parallel: Parallel, *, version: int) -> dict[str, float]:
-    """Means over the rollouts of all replicas, which have equally many. Collective."""
+def of_rollouts(
+    rollouts: Sequence[Rollout], parallel: Parallel, *, version: int, is_mixed: bool = False
+) -> dict[str, float]:
+    """Means over the student's own rollouts of all replicas; with `is_mixed` also how many those are, and how long the
+    others. Collective."""
+    own = [r for r in rollouts if r.origin == "student"]
+    others = [r for r in rollouts if r.origin != "student"]
     mine = {
-        "rollout/length": fmean(len(r.response_ids) for r in rollouts),
-        "rollout/truncated_frac": fmean(r.finish == "length" for r in rollouts),
-        "rollout/version_lag": fmean(version - v for r in rollouts for v in r.versions),
+        "rollout/length": [float(len(r.response_ids)) for r in own],
+        "rollout/truncated_frac": [float(r.finish == "length") for r in own],
+        "rollout/version_lag": [float(version - v) for r in own for v in r.versions],
     }
-    replicas = parallel.gather_leaders(mine)
-    return {name: fmean(replica[name] for replica in replicas) for name in mine}
+    if is_mixed:
+        mine["answers/student_frac"] = [float(r.origin == "student") for r in rollouts]
+        mine["answers/length_others"] = [float(len(r.response_ids)) for r in others]
+    replicas = parallel.gather_leaders({name: (math.fsum(values), len(values)) for name, values in mine.items()})
+    totals = {name: [sum(column) for column in zip(*(r[name] for r in replicas), strict=True)] for name in mine}
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
-def of_parts(parts: Sequence[RolloutEngine | TeacherScorer | None], parallel: Parallel) -> dict[str, float]:
+def of_parts(parts: Sequence[Answers | RolloutEngine | TeacherScorer | None], parallel: Parallel) -> dict[str, float]:
     """What engine and teachers counted on the leaders of all replicas since the last step. Collective."""
     totals: Counter[str] = Counter()
     mine = [part.metrics() for part in parts if part is not None]

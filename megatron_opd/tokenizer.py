@@ -21,6 +21,11 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     """Every id that ends a response: the tokenizer's, and those of generation_config.json."""
 
+    @property
+    def eos_id(self) -> int:
+        """The tokenizer's own of these, where it has one."""
+        return self.hf.eos_token_id if self.hf.eos_token_id in self.eos_ids else self.eos_ids[0]
+
     def __len__(self) -> int:
         return len(self.hf)
 

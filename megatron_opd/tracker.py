@@ -63,6 +63,12 @@ class Tracker:
             for sink in self._sinks:
                 sink.log(row, step)
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """A table of equally keyed rows, where a sink shows tables (Weights & Biases)."""
+        for sink in self._sinks:
+            if isinstance(sink, _Wandb):
+                sink.table(name, rows, step)
+
     def message(self, text: str) -> None:
         """One line for people, on the console and in train.log."""
         if self._terminal:
@@ -283,6 +289,7 @@ class _Wandb:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
+        self._wandb: Any = wandb
         online = config.log.wandb == "online"
         try:
             self._run = wandb.init(
@@ -303,6 +310,11 @@ class _Wandb:
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         self._run.log({_STEP: step, **row})
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        columns = list(rows[0]) if rows else []
+        made = self._wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+        self._run.log({_STEP: step, name: made})
 
     def rewind(self, step: int) -> None:
         """Nothing can be taken back there: steps done twice show as two points of the same value."""

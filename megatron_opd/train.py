@@ -18,7 +18,10 @@ from typing import Any, TypeVar, cast
 from safetensors import SafetensorError
 
 from megatron_opd import run_dir, serve, step_metrics
+from megatron_opd.answers import Answers, build_answers
+from megatron_opd.answers.emphasis import teacher_weights, weighted
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
+from megatron_opd.completions import Completions
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
 from megatron_opd.data import PromptMix
@@ -78,14 +81,19 @@ class Run:
         self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
         self.teachers = build_teachers(served, parallel, vocab)
-        self.objective = build_objective(config, vocab, self.teachers)
+        self.objective = build_objective(config, vocab, self.teachers, has_answers_of_others=config.answers.lmbda < 1)
         self.shaping = Shaping(config, parallel, self.objective.distillation)
         self.engine: RolloutEngine | None = None
+        self.answers: Answers | None = None
         if parallel.is_leader:
-            self.engine = build_engine(served, parallel, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+            ids = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
+            self.engine = build_engine(served, parallel, **ids)
+            self.answers = build_answers(served, self.engine, **ids)
             tokenizer = load_tokenizer(config.student.model)
             self.evaluator = Evaluator(config, tokenizer)
             self.grader = Grader(config.data.train if config.is_graded else [], config.rewards, tokenizer)
+        tokenizer = self.evaluator.tokenizer if parallel.is_leader else None
+        self.completions = Completions(config.log, config.run.dir, parallel, tokenizer, tracker)
         self.prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
         self.times: dict[str, float] = {}
@@ -103,7 +111,7 @@ class Run:
     def close(self) -> None:
         """Ends what runs beside the loop."""
         self.ahead.close()
-        for part in (self.engine, *self.teachers):
+        for part in (self.engine, self.answers, *self.teachers):
             if part is not None:
                 part.close()
 
@@ -146,6 +154,7 @@ class Run:
         self.trained, self.cursor = step + 1, self.ahead.cursor
         if self.student.skipped:
             self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")
+        self.completions.log(rollouts, self.trained)
         if config.rollout.max_staleness and not config.rollout.partial:
             # Answers under way are not to change weights in their middle.
             self._timed("settle", lambda: self._on_servers(self.ahead.settle))
@@ -154,8 +163,8 @@ class Run:
         return {
             **step_metrics.derived(metrics),
             **shaped,
-            **step_metrics.of_rollouts(rollouts, self.parallel, version=step),
-            **step_metrics.of_parts([self.engine, *self.teachers], self.parallel),
+            **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=config.answers.lmbda < 1),
+            **step_metrics.of_parts([self.engine, self.answers, *self.teachers], self.parallel),
             **{f"time/{stage}": t for stage, t in self.times.items()},
             "tokens_per_s": metrics["num_tokens"] / seconds,
         }
@@ -165,7 +174,7 @@ class Run:
 
     def _sample(self, step: int, prompts: list[Prompt]) -> list[Rollout]:
         """This replica's answers; each goes to the served teachers as soon as it is finished."""
-        assert self.engine is not None
+        assert self.answers is not None
         rollout = self.config.rollout
         sampling = Sampling(
             max_new_tokens=rollout.max_new_tokens,
@@ -175,22 +184,22 @@ class Run:
             samples_per_prompt=rollout.samples_per_prompt,
             seed=self.config.run.seed + step,
         )
-        rollouts = self.engine.generate(self._mine(prompts), sampling, on_finished=self._submit)
+        rollouts = self.answers.to(self._mine(prompts), sampling, step, on_finished=self._submit)
         if not self.config.is_graded:
             return rollouts
         return [replace(r, reward=x) for r, x in zip(rollouts, self.grader.grade(rollouts), strict=True)]
 
     def _submit(self, rollout: Rollout) -> None:
-        weights = self.config.teacher_weights(rollout.prompt.source)
+        weights = teacher_weights(self.config, rollout)
         for teacher, weight in zip(self.teachers, weights, strict=True):
             if weight > 0:
                 teacher.submit(rollout)
 
     def _pack(self, rollouts: list[Rollout]) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
-        weights = [self.config.teacher_weights(r.prompt.source) for r in rollouts]
+        weights = [teacher_weights(self.config, r) for r in rollouts]
         scores = [_ask(teacher, rollouts, [w[n] > 0 for w in weights]) for n, teacher in enumerate(self.teachers)]
-        return pack(
+        batches = pack(
             rollouts,
             micro_batch_size=self.config.train.micro_batch_size,
             length_multiple=self.parallel.tensor_size if self.parallel.sequence else 1,
@@ -198,6 +207,7 @@ class Run:
             scores=scores,
             weights=renormalised(rollouts, weights, scores),
         )
+        return weighted(self.config, batches, rollouts)
 
     def _sync(self) -> None:
         """The student's weights into the engine."""
@@ -264,11 +274,13 @@ class Run:
         )
         if loop is None:
             self.tracker.rewind(-1)
+            self.completions.rewind(-1)
             if changed is not None:
                 self.tracker.message(f"no complete checkpoint in {self.config.run.dir}: starting from the beginning")
             return 0
         self.prompts.load_state(loop["prompts"])
         self.tracker.rewind(loop["step"])
+        self.completions.rewind(loop["step"])
         self.tracker.message(f"resuming after step {loop['step']}")
         for line in changed or []:
             self.tracker.message(f"changed since the last start: {line}")

@@ -28,6 +28,10 @@ class Prompt:
     """Reference answer, where the source's reward needs one; for `exact` the text that a right response decodes to."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What else of its row the source's reward needs, as it is in the file."""
+    answer_ids: tuple[int, ...] = ()
+    """`answer` as a response, its end-of-sequence token included; only where runs train on answers of the data set."""
+    teacher_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """By name, what a teacher sees instead of `token_ids`; only those that see something else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +63,7 @@ class Rollout:
     versions: tuple[int, ...]
     """For each response token the version of the weights that sampled it (the step that produced them)."""
     origin: Literal["student", "teacher", "dataset"] = "student"
-    """Whose answer it is."""
+    """Who answered. Of others than the student `logps` and `versions` mean nothing to it."""
     reward: float | None = None
     """How good the answer is, from 0 to 1; None where it was not graded."""
 

@@ -10,7 +10,7 @@ PACKAGE = "megatron_opd"
 # Who may import what. Modules are paths below megatron_opd/, as patterns; other packages by name.
 SECTIONS = [
     f"config/{name}.py"
-    for name in ("__init__", "section", "run", "models", "method", "policy", "data", "crosstok", "lora")
+    for name in ("__init__", "section", "run", "models", "method", "policy", "data", "crosstok", "lora", "answers")
 ]
 TERMS = [f"terms/{name}.py" for name in ("term", "estimators", "policy", "cross_entropy")]
 LEAVES = [

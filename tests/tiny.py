@@ -103,6 +103,7 @@ def config(student_dir, teachers, **sections):
         "policy": c.PolicyConfig,
         "rl": c.RLConfig,
         "rollout": c.RolloutConfig,
+        "answers": c.AnswersConfig,
         "optim": c.OptimConfig,
         "train": c.TrainConfig,
     }

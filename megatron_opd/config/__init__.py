@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_opd.config.answers import AnswersConfig
 from megatron_opd.config.crosstok import CrossTokenizerConfig
 from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
 from megatron_opd.config.lora import LoraConfig
@@ -20,6 +21,7 @@ from megatron_opd.config.section import section
 
 __all__ = [
     "HUB",
+    "AnswersConfig",
     "Config",
     "CrossTokenizerConfig",
     "DataConfig",
@@ -65,6 +67,8 @@ class Config:
     """Reinforcement learning next to the distillation, or instead of it."""
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     """How answers are sampled."""
+    answers: AnswersConfig = dataclasses.field(default_factory=AnswersConfig)
+    """Who answers the training prompts."""
     data: DataConfig
     """The prompts."""
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)

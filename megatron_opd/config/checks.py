@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
+from megatron_opd.config.checks_answers import check_answers, needs_teachers
 from megatron_opd.config.checks_lora import check_lora
 from megatron_opd.config.checks_method import check_method
 from megatron_opd.config.checks_serving import check_serving
@@ -27,6 +28,7 @@ def check(config: Config) -> list[str]:
         *check_serving(config),
         *_check_tokenizers(config),
         *check_method(config),
+        *check_answers(config),
     ]
 
 
@@ -46,6 +48,7 @@ def _check_numbers(config: Config) -> list[str]:
         "train.micro_batch_size": config.train.micro_batch_size,
         "train.keep_last": config.train.keep_last,
         "train.eval_samples": config.train.eval_samples,
+        "log.completions": config.log.completions,
         "rewards.code_memory_mb": config.rewards.code_memory_mb,
         "rewards.code_workers": config.rewards.code_workers,
     }
@@ -53,6 +56,7 @@ def _check_numbers(config: Config) -> list[str]:
         "train.eval_every": config.train.eval_every,
         "train.save_every": config.train.save_every,
         "train.max_skipped": config.train.max_skipped,
+        "log.completions_every": config.log.completions_every,
         "optim.lr": config.optim.lr,
         "optim.min_lr": config.optim.min_lr,
         "optim.warmup_steps": config.optim.warmup_steps,
@@ -109,8 +113,7 @@ def _check_layout(config: Config) -> list[str]:
 
 
 def _check_teachers(config: Config) -> list[str]:
-    needs_one = config.loss.weight > 0 or config.policy.kl_coef > 0
-    problems = ["teachers: at least one teacher is needed"] if needs_one and not config.teachers else []
+    problems = [] if config.teachers or not needs_teachers(config) else ["teachers: at least one teacher is needed"]
     problems += [] if config.data.train else ["data.train: at least one source is needed"]
     if not config.run.dir:
         problems.append("run.dir must not be empty")
@@ -185,6 +188,8 @@ def _check_tokenizers(config: Config) -> list[str]:
             problems.append(
                 f"teachers.{i}.carrier: a teacher with its own tokenizer must tell hidden states, not {teacher.carrier}"
             )
+    if config.answers.seq_kd or config.answers.teacher_mixed_alpha:
+        problems.append("answers.seq_kd, answers.teacher_mixed_alpha: a teacher with its own tokenizer cannot sample")
     if config.loss.kind != "distribution":
         problems.append("loss.kind must be distribution where teachers have their own tokenizer")
     if config.policy.kl_coef > 0:

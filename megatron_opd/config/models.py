@@ -109,6 +109,12 @@ class TeacherConfig:
     """Log-probabilities a token of the carrier topk; the sampled token is always one of them."""
     on_failure: Literal["fail", "renormalise"] = "fail"
     """When no server of it answers: save and stop, or go on with the other teachers, weights raised to sum to 1."""
+    prompt_field: str = ""
+    """Field of a row with the prompt that this teacher sees instead of the student's, a text or messages (privileged
+    information, self-distillation); a.b is field b of field a. Empty: the student's prompt."""
+    prompt_template: str = ""
+    """The same, made from the row: a Jinja template of its fields, `prompt` and `answer` among them, e.g.
+    "{{ prompt }} Reference: {{ answer }}". It stands in place of the row's prompt, or of its last message."""
 
     def weight_for(self, source: str) -> float:
         """Unnormalised ensemble weight of this teacher for prompts of `source`."""

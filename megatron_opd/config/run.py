@@ -90,3 +90,8 @@ class LogConfig:
     """Also log to Weights & Biases; offline writes to <run.dir>/wandb."""
     wandb_project: str = "megatron-opd"
     """Project name for Weights & Biases."""
+    completions_every: int = 0
+    """Write answers of a training step to <run.dir>/completions.jsonl (and a table of W&B) every this many steps; 0:
+    never."""
+    completions: int = 32
+    """Answers that are written then, the first ones of the step."""

@@ -97,9 +97,8 @@ class LocalEngine:
         ids_BS = torch.tensor([prompt.token_ids for prompt, _ in wanted], device=device)
         cache = None
         for r in range(sampling.max_new_tokens):
-            out = self.model(input_ids=ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            ids_B, logp_B = self._sample(out.logits[:, -1], uniform_BR[:, r], sampling.temperature)
+            logits_BV, cache = self._logits(ids_BS, cache, sampling.temperature)
+            ids_B, logp_B = self._sample(logits_BV, uniform_BR[:, r], sampling.temperature)
             for answer, token, logp in zip(answers, ids_B.tolist(), logp_B.tolist(), strict=True):
                 answer.add(token, logp, ends=token in self.eos_ids)
             if all(answer.ended for answer in answers):
@@ -107,11 +106,15 @@ class LocalEngine:
             ids_BS = ids_B[:, None]
         return [self._rollout(*key, answer) for key, answer in zip(wanted, answers, strict=True)]
 
+    def _logits(self, ids_BS: torch.Tensor, cache: Any, temperature: float) -> tuple[torch.Tensor, Any]:
+        """(logits of the token after `ids_BS`, float32 [B, vocab_size]; the cache with these). None: an empty cache."""
+        out = self.model(input_ids=ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1, : self.vocab_size].float(), out.past_key_values
+
     def _sample(
         self, logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token and its log-probability by inverting the cumulative distribution at `uniform_B`."""
-        logits_BV = logits_BV[:, : self.vocab_size].float()
         logp_BV = torch.log_softmax(logits_BV / (temperature or 1.0), dim=-1)
         if temperature == 0:
             ids_B = logits_BV.argmax(-1)

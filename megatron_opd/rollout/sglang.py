@@ -53,14 +53,16 @@ class SGLangEngine:
         self,
         pool: Pool,
         loop: Loop,
-        sync: WeightSync,
+        sync: WeightSync | None,
         *,
         eos_ids: tuple[int, ...],
         vocab_size: int,
         partial: bool = False,
         lag: int = 0,
     ) -> None:
-        """Only ids below `vocab_size` are sampled, whatever the vocabulary of the servers' model. `lag`: versions that
+        """`sync` None: the servers have the weights that they start with for good, and all versions are 0.
+
+        Only ids below `vocab_size` are sampled, whatever the vocabulary of the servers' model. `lag`: versions that
         a server may be behind when a request reaches it, where somebody else's engine pushes the weights."""
         self.pool, self.loop, self.sync, self.partial = pool, loop, sync, partial
         self.eos_ids = eos_ids
@@ -91,6 +93,7 @@ class SGLangEngine:
 
         Raises Down when none took them. `weights` is always run to its end: other ranks take part in it.
         """
+        assert self.sync is not None, "these servers keep their weights"
         clients = self.pool.clients  # one that is down may have come back
         failed = self.sync.push(clients, weights, version)
         self.oldest = version - self.lag
@@ -103,7 +106,8 @@ class SGLangEngine:
 
     def close(self) -> None:
         """Drop the connections; generation under way fails."""
-        self.sync.close()
+        if self.sync is not None:
+            self.sync.close()
         self.loop.run(self.pool.close(), timeout_s=30.0)
         self.loop.close()
 
@@ -134,6 +138,7 @@ class SGLangEngine:
             stop_ids=self.eos_ids,
             banned_ids=self.banned_ids,
             seed=_seed(sampling, prompt, sample),
+            is_fixed=self.sync is None,
         )
         drawn = await self._finish(draw, group)
         rollout = Rollout(

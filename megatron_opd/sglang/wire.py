@@ -55,6 +55,8 @@ class Draw:
     stop_ids: tuple[int, ...] = ()
     banned_ids: tuple[int, ...] = ()
     seed: int = 0
+    is_fixed: bool = False
+    """The weights never change, whatever the server calls them; their version is 0."""
 
     @property
     def is_cut(self) -> bool:
@@ -133,7 +135,7 @@ def read_drawn(draw: Draw, answer: Any) -> Drawn:
             f"the server ends an answer at token {ids[-1]}, but the run's end-of-sequence tokens are {draw.stop_ids}:"
             " let config.json and generation_config.json of student.model agree"
         )
-    versions = _versions(_field(meta, "weight_versions", list), len(ids))
+    versions = (0,) * len(ids) if draw.is_fixed else _versions(_field(meta, "weight_versions", list), len(ids))
     return Drawn(tuple(ids), tuple(logps), versions, finish)
 
 

@@ -20,7 +20,6 @@ def build_teachers(config: Config, parallel: Parallel, vocab: VocabShard) -> lis
 
 def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:
     """A teacher that reads the student's text in tokens of its own; its head is cut along its own vocabulary."""
-    from megatron_opd.chat import build_encoder
     from megatron_opd.crosstok.align import Translator
     from megatron_opd.crosstok.matched import match
     from megatron_opd.crosstok.pieces import read_pieces
@@ -37,7 +36,6 @@ def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, v
     return ForeignTeacher(
         _build(teacher, config, parallel, theirs),
         Translator(*student, *other),
-        build_encoder(config.data, tokenizers[1]),
         vocab=theirs,
         matched=match(student, other, (vocab.size, arch.vocab_size)),
     )

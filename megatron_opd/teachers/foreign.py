@@ -1,7 +1,7 @@
 """A teacher with a tokenizer of its own: the student's answers in its tokens, scored by whatever scores it.
 
-The prompt is what the row asks, through the teacher's own template where there is one; the response is the student's
-text. `crosstok/` compares what comes back with the student.
+The prompt is the teacher's own (`Prompt.teacher_ids`), the response is the student's text. `crosstok/` compares what comes
+back with the student.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_opd.chat import Encoder
 from megatron_opd.crosstok.align import Span, Translator
 from megatron_opd.crosstok.matched import Matched
 from megatron_opd.crosstok.term import Foreigner
@@ -27,15 +26,13 @@ class _Translated:
 class ForeignTeacher:
     """Wraps the scorer of the teacher's own tokens, which tells hidden states."""
 
-    def __init__(
-        self, scorer: TeacherScorer, translator: Translator, encoder: Encoder, *, vocab: VocabShard, matched: Matched
-    ) -> None:
+    def __init__(self, scorer: TeacherScorer, translator: Translator, *, vocab: VocabShard, matched: Matched) -> None:
         """`vocab` is this rank's shard of the teacher's vocabulary, whose rows `scorer.head_LD` has."""
         self.name, self.head_LD = scorer.name, scorer.head_LD
         self.foreigner = None
         if self.head_LD is not None:
             self.foreigner = Foreigner(self.head_LD, vocab, matched.to(self.head_LD.device))
-        self._scorer, self._translator, self._encoder = scorer, translator, encoder
+        self._scorer, self._translator = scorer, translator
 
     def submit(self, rollout: Rollout) -> None:
         """Start scoring a rollout."""
@@ -59,11 +56,9 @@ class ForeignTeacher:
         self._scorer.close()
 
     def _translated(self, rollout: Rollout) -> _Translated:
-        [prompt_ids] = self._encoder.encode([self._encoder.render(rollout.prompt.text)])
         ids, spans = self._translator.response(rollout.response_ids)
         theirs = replace(
             rollout,
-            prompt=replace(rollout.prompt, token_ids=tuple(prompt_ids)),
             response_ids=tuple(ids),
             logps=(0.0,) * len(ids),
             versions=(rollout.versions[-1],) * len(ids),

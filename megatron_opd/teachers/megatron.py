@@ -19,6 +19,7 @@ from megatron_opd.student import groups, pipeline, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, drop_head, transformer_config
 from megatron_opd.teachers.head import load_head
+from megatron_opd.teachers.seen import rollout_seen_by
 from megatron_opd.types import Hidden, MicroBatch, Rollout
 from megatron_opd.vocab import VocabShard
 
@@ -53,7 +54,7 @@ class MegatronTeacher:
         if self.offload:
             self._fetch()
         batches = batching.pack(
-            rollouts,
+            [rollout_seen_by(self.name, rollout) for rollout in rollouts],
             micro_batch_size=self.micro_batch_size,
             length_multiple=self.parallel.tensor_size if self.parallel.sequence else 1,
             device=groups.device(),

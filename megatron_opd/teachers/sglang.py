@@ -17,6 +17,7 @@ from megatron_opd.sglang.errors import RETRIED
 from megatron_opd.sglang.loop import Loop
 from megatron_opd.sglang.pool import Group, Pool
 from megatron_opd.sglang.wire import Ask
+from megatron_opd.teachers.seen import seen_by
 from megatron_opd.types import Hidden, Rollout, TeacherScore
 
 
@@ -100,8 +101,9 @@ class SGLangTeacher:
 
     async def _ask(self, rollout: Rollout) -> TeacherScore:
         assert self._pool is not None
-        ids = rollout.prompt.token_ids + rollout.response_ids
-        first, carrier, top_k = len(rollout.prompt.token_ids), self.config.carrier, self.config.top_k
+        prompt_ids = seen_by(self.name, rollout.prompt).token_ids
+        ids = prompt_ids + rollout.response_ids
+        first, carrier, top_k = len(prompt_ids), self.config.carrier, self.config.top_k
         return await self._pool.run(
             lambda client, rid: client.score(Ask(rid=rid, ids=ids, first=first, carrier=carrier, top_k=top_k)),
             group=Group(),

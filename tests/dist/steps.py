@@ -19,7 +19,10 @@ def build(parallel, config, vocab_size):
     vocab = student.vocab_shard(vocab_size)
     teachers = build_teachers(config, parallel, vocab)
     heads = tuple(t.head_LD for t in teachers)
-    objective = Objective(config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads)
+    objective = Objective(
+        config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads,
+        has_answers_of_others=config.answers.lmbda < 1,
+    )  # fmt: skip
     run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
     return student, objective, lambda rollouts: Run._pack(run, rollouts) if rollouts else []
 

@@ -56,7 +56,9 @@ def rollouts(paths):
         prompt, answer = tokenizer.encode_all([f"prompt {i}: ", text], add_special_tokens=False)
         ids = [*answer, tokenizer.eos_ids[0]] if i % 2 else answer
         one = tiny.rollout(prompt, ids, index=i)
-        made.append(dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, text=f"prompt {i}: ")))
+        theirs = load_tokenizer(paths["teacher"]).encode(f"prompt {i}: ")
+        seen = {"text": f"prompt {i}: ", "teacher_ids": {"other": tuple(theirs)}}
+        made.append(dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, **seen)))
     return made
 
 

@@ -316,3 +316,12 @@ def test_an_error_in_the_caller_s_function_is_the_caller_s(servers, make_engine)
 
     with pytest.raises(KeyError, match="oops"):
         make_engine(servers(1)).generate(PROMPTS, SAMPLING, fails)
+
+
+def test_servers_that_keep_their_weights_need_no_version_of_ours(servers, loop, make_pool):
+    """A teacher that samples: nobody has told its servers a version, and nobody will."""
+    with_none = servers(2, version="default")
+    engine = SGLangEngine(make_pool(with_none), loop, None, eos_ids=(END,), vocab_size=VOCAB_SIZE)
+    rollouts = engine.generate(PROMPTS, SAMPLING)
+    assert_right(rollouts)
+    assert {v for rollout in rollouts for v in rollout.versions} == {0}

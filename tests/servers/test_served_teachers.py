@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,3 +233,14 @@ def test_one_rank_asks_and_all_know(ranks, servers, tmp_path, carrier):
     if carrier == "hidden":  # nothing dense where the loss is not computed
         assert all(score.hidden_RD is None for score in first if score is not None)
         torch.testing.assert_close(head_LD, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("carrier", ["sampled", "topk", "hidden"])
+def test_a_teacher_that_sees_a_prompt_of_its_own(servers, make_teacher, carrier):
+    """Rows are those of the same tokens behind its prompt; rollouts that are equal but for that are told apart."""
+    teacher = make_teacher(servers(1), carrier=carrier, head_LD=torch.zeros(VOCAB_SIZE, HIDDEN_SIZE))
+    own = {"t": (5, 4, 3, 2), "somebody else": (1,)}
+    seen = [replace(r, prompt=replace(r.prompt, teacher_ids=own)) for r in ROLLOUTS[:3]]
+    expected = [replace(r, prompt=replace(r.prompt, token_ids=own["t"])) for r in seen]
+    assert_right(teacher.score(seen), expected, carrier=carrier)
+    assert_right(teacher.score([*seen, *ROLLOUTS[:3]]), [*expected, *ROLLOUTS[:3]], carrier=carrier)

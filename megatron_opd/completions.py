@@ -1,0 +1,70 @@
+"""Tables of training answers for people to read: <run.dir>/completions.jsonl, and Weights & Biases where it is on.
+
+A line an answer. After a resume the lines of steps that are done again are dropped first, as in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_opd.config import LogConfig
+from megatron_opd.parallel import Parallel
+from megatron_opd.tokenizer import Tokenizer
+from megatron_opd.tracker import Tracker
+from megatron_opd.types import Rollout
+
+COMPLETIONS_FILE = "completions.jsonl"
+
+
+class Completions:
+    """What every rank holds; leaders tell of their answers, the main rank writes."""
+
+    def __init__(
+        self, config: LogConfig, run_dir: str | Path, parallel: Parallel, tokenizer: Tokenizer | None, tracker: Tracker
+    ) -> None:
+        """`tokenizer` is for leaders."""
+        self.config, self.parallel, self.tokenizer, self.tracker = config, parallel, tokenizer, tracker
+        self.path = Path(run_dir) / COMPLETIONS_FILE
+
+    def log(self, rollouts: Sequence[Rollout], step: int) -> None:
+        """Write the step's first answers, replica by replica, if it is a step that is written. Collective."""
+        if not self.config.completions_every or step % self.config.completions_every:
+            return
+        first = rollouts[: self.config.completions]
+        mine = [] if self.tokenizer is None else [_row(r, self.tokenizer, step) for r in first]
+        replicas = self.parallel.gather_leaders(mine)
+        if self.parallel.is_main:
+            rows = [row for replica in replicas for row in replica][: self.config.completions]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.tracker.table("completions", rows, step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`, and what a killed run left unfinished."""
+        if not self.parallel.is_main or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        temporary = self.path.with_suffix(".tmp")
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def _row(rollout: Rollout, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+    ours = rollout.origin == "student"
+    return {
+        "step": step,
+        "source": rollout.prompt.source,
+        "index": rollout.prompt.index,
+        "sample": rollout.sample,
+        "origin": rollout.origin,
+        "prompt": rollout.prompt.text,
+        "response": tokenizer.decode(rollout.response_ids),
+        "length": len(rollout.response_ids),
+        "finish": rollout.finish,
+        "logprob": sum(rollout.logps) if ours else None,
+        "reward": rollout.reward,
+    }

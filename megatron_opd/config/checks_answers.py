@@ -1,0 +1,106 @@
+"""What is wrong about settings of where answers come from, and of what teachers see; each problem names the setting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jinja2
+
+from megatron_opd.config import AnswersConfig, Config, TeacherConfig
+
+
+def check_answers(config: Config) -> list[str]:
+    """Every such problem."""
+    problems = [*_check_numbers(config.answers), *_check_off_policy(config), *_check_sampling_teachers(config)]
+    for i, teacher in enumerate(config.teachers):
+        problems += _check_prompt(f"teachers.{i}", teacher)
+    return problems
+
+
+def needs_teachers(config: Config) -> bool:
+    """Whether something of the run asks a teacher, whatever their number."""
+    answers = config.answers
+    is_taught = config.loss.weight > 0 or config.policy.kl_coef > 0
+    distils = is_taught and (answers.lmbda > 0 or answers.sft_alpha == 0)
+    return distils or answers.seq_kd or answers.teacher_mixed_alpha > 0
+
+
+def sampling_teachers(config: Config) -> Iterator[tuple[int, TeacherConfig]]:
+    """Position and settings of the teachers that may be asked to sample."""
+    answers = config.answers
+    if answers.seq_kd or answers.teacher_mixed_alpha:
+        for i, teacher in enumerate(config.teachers):
+            if answers.teacher in ("", teacher.name):
+                yield i, teacher
+
+
+def _check_numbers(answers: AnswersConfig) -> list[str]:
+    problems = []
+    if not 0 <= answers.lmbda <= 1:
+        problems.append(f"answers.lmbda must lie between 0 (off-policy) and 1 (on-policy), not {answers.lmbda}")
+    for name in ("sft_alpha", "distill_alpha"):
+        if getattr(answers, name) < 0:
+            problems.append(f"answers.{name} must not be negative, but is {getattr(answers, name)}")
+    if not 0 <= answers.teacher_mixed_alpha < 1:
+        problems.append(f"answers.teacher_mixed_alpha must lie in [0, 1), not {answers.teacher_mixed_alpha}")
+    return problems
+
+
+def _check_off_policy(config: Config) -> list[str]:
+    """Settings of answers that are not the student's."""
+    answers, problems = config.answers, []
+    if answers.lmbda >= 1:
+        unused = {"seq_kd": answers.seq_kd, "sft_alpha": answers.sft_alpha, "distill_alpha": answers.distill_alpha != 1}
+        return [f"answers.{name} has no effect while answers.lmbda is 1" for name, is_set in unused.items() if is_set]
+    if answers.sft_alpha == 0 and answers.distill_alpha == 0:
+        problems.append(
+            "answers.sft_alpha and answers.distill_alpha are both 0, so nothing is learnt on answers that are not the"
+            " student's; raise one of them, or set answers.lmbda to 1"
+        )
+    if answers.lmbda == 0 and not answers.seq_kd and config.rollout.samples_per_prompt > 1:
+        problems.append(
+            f"rollout.samples_per_prompt ({config.rollout.samples_per_prompt}) must be 1 with answers.lmbda 0: a row of"
+            " the data set has one answer"
+        )
+    if answers.distill_alpha and config.teachers and config.loss.kind == "sampled":
+        problems.append(
+            "loss.kind: sampled is a policy gradient of tokens that the student sampled; with answers.lmbda below 1 set"
+            " answers.distill_alpha to 0, or loss.kind to distribution"
+        )
+    return problems
+
+
+def _check_sampling_teachers(config: Config) -> list[str]:
+    """Settings of teachers that sample, alone or mixed with the student."""
+    answers, rollout, problems = config.answers, config.rollout, []
+    if answers.teacher and not (answers.seq_kd or answers.teacher_mixed_alpha):
+        problems.append("answers.teacher has no effect without answers.seq_kd or answers.teacher_mixed_alpha")
+    if answers.teacher and answers.teacher not in [t.name for t in config.teachers]:
+        problems.append(f"answers.teacher: there is no teacher '{answers.teacher}'")
+    mixes = answers.teacher_mixed_alpha > 0
+    if mixes and rollout.engine != "local":
+        problems.append("answers.teacher_mixed_alpha needs rollout.engine: local, which runs both models side by side")
+    for i, teacher in sampling_teachers(config):
+        if mixes and teacher.backend != "megatron":
+            problems.append(f"answers.teacher_mixed_alpha needs teachers.{i}.backend: megatron, not {teacher.backend}")
+        if mixes and (teacher.prompt_field or teacher.prompt_template):
+            problems.append(
+                f"answers.teacher_mixed_alpha needs teacher and student to see one prompt, but teachers.{i} has one of"
+                " its own (prompt_field, prompt_template)"
+            )
+        if answers.seq_kd and teacher.backend == "megatron" and (rollout.top_p != 1 or rollout.top_k != 0):
+            problems.append(
+                f"answers.seq_kd: teachers.{i} samples in the embedded engine, which knows no rollout.top_p and"
+                f" rollout.top_k; unset these, or serve it (teachers.{i}.backend: sglang)"
+            )
+    return problems
+
+
+def _check_prompt(what: str, teacher: TeacherConfig) -> list[str]:
+    if teacher.prompt_field and teacher.prompt_template:
+        return [f"{what}: prompt_field and prompt_template exclude each other"]
+    try:
+        jinja2.Environment().parse(teacher.prompt_template)
+    except jinja2.TemplateError as error:
+        return [f"{what}.prompt_template is not a Jinja template: {error}"]
+    return []

@@ -1,0 +1,88 @@
+"""Tables of answers: what a line says, who writes, when, and what a resume drops."""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+from megatron_opd import config as c
+from megatron_opd.completions import Completions
+from megatron_opd.config import LogConfig
+from megatron_opd.tracker import Tracker, build_tracker
+
+TOKENIZER = SimpleNamespace(decode=lambda ids: "".join(chr(96 + i) for i in ids))
+
+
+def parallel(replicas=1, is_main=True):
+    """Of replicas whose answers are all the same."""
+    return SimpleNamespace(is_main=is_main, gather_leaders=lambda value: [value] * replicas)
+
+
+def completions(run_dir, *, every=1, most=32, **place):
+    return Completions(
+        LogConfig(completions_every=every, completions=most), run_dir, parallel(**place), TOKENIZER, Tracker()
+    )
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+
+
+def rollouts():
+    ours = tiny.rollout((1, 2), (3, 4), source="add", index=7)
+    others = replace(tiny.rollout((1, 2), (5,), index=8), origin="dataset", finish="length", reward=0.5)
+    return [replace(ours, prompt=replace(ours.prompt, text="a ↦ b")), others]
+
+
+def test_a_line_an_answer(tmp_path):
+    completions(tmp_path).log(rollouts(), 3)
+    ours, others = rows(tmp_path)
+    assert ours == {
+        **{"step": 3, "source": "add", "index": 7, "sample": 0, "origin": "student", "prompt": "a ↦ b"},
+        **{"response": "cd", "length": 2, "finish": "stop", "reward": None},
+        "logprob": pytest.approx(sum(rollouts()[0].logps)),
+    }
+    assert others["logprob"] is None  # it has none
+    assert (others["origin"], others["finish"], others["reward"]) == ("dataset", "length", 0.5)
+
+
+def test_every_so_many_steps_and_no_more_than_so_many(tmp_path):
+    table = completions(tmp_path, every=2, most=3, replicas=2)
+    for step in range(1, 5):
+        table.log(rollouts(), step)
+    assert [row["step"] for row in rows(tmp_path)] == [2, 2, 2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("place", [{"every": 0}, {"is_main": False}])
+def test_nothing_is_written_where_it_is_off_or_elsewhere(tmp_path, place):
+    table = completions(tmp_path, **place)
+    table.log(rollouts(), 4)
+    table.rewind(1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resume_drops_what_comes_again_and_half_a_line(tmp_path):
+    table = completions(tmp_path)
+    for step in (1, 2, 3):
+        table.log(rollouts(), step)
+    with (tmp_path / "completions.jsonl").open("a") as file:
+        file.write('{"step": 1, "sou')
+    table.rewind(2)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 1, 2, 2]
+    table.log(rollouts(), 3)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_table_of_wandb(tmp_path, monkeypatch):
+    logged = []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: None)
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(Settings=dict, Error=RuntimeError, Table=dict, init=lambda **_: run)
+    )
+    made = replace(tiny.config("s", []), run=c.RunConfig(dir=str(tmp_path)), log=LogConfig(wandb="offline"))
+    with build_tracker(made, is_main=True) as tracker:
+        tracker.table("completions", [{"step": 4, "response": "x"}, {"step": 4, "response": "y"}], 4)
+    assert logged == [{"step": 4, "completions": {"columns": ["step", "response"], "data": [[4, "x"], [4, "y"]]}}]
