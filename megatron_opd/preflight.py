@@ -189,11 +189,13 @@ class _Reader:
             reward = self._reward(source.reward)
             if reward is None:
                 continue
-            complete = build_row_reader(
-                self.config, source, self.encoder, within, is_trained_on=setting == "data.train"
+            rows = functools.partial(build_row_reader, self.config, source, self.encoder, within)
+            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
+            prompts = _attempt(
+                "data",
+                lambda: read(is_graded=are_graded, complete=rows(is_trained_on=setting == "data.train")),  # noqa: B023
+                self.problems,
             )
-            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward, complete=complete)
-            prompts = _attempt("data", lambda: read(is_graded=are_graded), self.problems)  # noqa: B023
             found.append((source, prompts or []))
             if prompts and prompts.dropped:
                 self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))

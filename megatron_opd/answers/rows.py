@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -132,9 +133,9 @@ def build_row_reader(
     """What the run needs of the rows of a source; None: nothing more."""
     asked = [teacher for teacher in config.teachers if teacher.weight_for(source.name) > 0]
     views = tuple(
-        View(t, build_encoder(config.data, load_tokenizer(t.model)) if t.tokenizer == "own" else encoder)
-        for t in asked
-        if t.prompt_field or t.prompt_template or t.tokenizer == "own"
+        View(teacher, _own_encoder(config, teacher) if teacher.tokenizer == "own" else encoder)
+        for teacher in asked
+        if teacher.prompt_field or teacher.prompt_template or (teacher.tokenizer == "own" and _is_there(teacher))
     )
     wants_answers = is_trained_on and config.answers.lmbda < 1 and not config.answers.seq_kd
     if not views and not wants_answers:
@@ -147,6 +148,15 @@ def build_row_reader(
         max_answer_tokens=config.rollout.max_new_tokens,
         cuts=config.answers.on_too_long == "cut",
     )
+
+
+def _own_encoder(config: Config, teacher: TeacherConfig) -> Encoder:
+    return build_encoder(config.data, load_tokenizer(teacher.model))
+
+
+def _is_there(teacher: TeacherConfig) -> bool:
+    """Whether there is a model at all; that there is none is said where its config.json is looked for."""
+    return Path(teacher.model).is_dir()
 
 
 def _of(asked: Asked, make: Any) -> Any:

@@ -1,7 +1,7 @@
 """A teacher with a tokenizer of its own: the student's answers in its tokens, scored by whatever scores it.
 
-The prompt is the teacher's own (`Prompt.teacher_ids`), the response is the student's text. `crosstok/` compares what comes
-back with the student.
+The prompt is the teacher's own (`Prompt.teacher_ids`), the response is the student's text. `crosstok/` compares what
+comes back with the student.
 """
 
 from __future__ import annotations
