@@ -12,6 +12,7 @@ import dataclasses
 from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
+from megatron_opd.config.precision import Fp8Config, PrecisionConfig
 from megatron_opd.config.run import LogConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_opd.config.section import section
 
@@ -19,10 +20,12 @@ __all__ = [
     "HUB",
     "Config",
     "DataConfig",
+    "Fp8Config",
     "LogConfig",
     "LossConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PrecisionConfig",
     "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
@@ -46,6 +49,8 @@ class Config:
     """The model that learns."""
     teachers: list[TeacherConfig]
     """The models it learns from."""
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+    """FP8, and whose layers are used on a GPU."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """What is minimised."""
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
+from megatron_opd.config.checks_precision import check_precision
 from megatron_opd.config.checks_serving import check_serving
 from megatron_opd.rewards import problem_with
 
@@ -22,6 +23,7 @@ def check(config: Config) -> list[str]:
         *_check_data(config),
         *_check_rewards(config),
         *check_serving(config),
+        *check_precision(config),
     ]
 
 

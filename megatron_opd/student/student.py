@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import Config
+from megatron_opd.config.checks_precision import STUDENT
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups, optim, pipeline, source, weights
+from megatron_opd.precision.plan import plan_of
+from megatron_opd.student import fp8, groups, optim, pipeline, source, weights
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 from megatron_opd.types import MicroBatch
@@ -26,9 +28,13 @@ class Student:
         self.parallel = parallel
         self.arch = read_architecture(config.student.model, vocab_multiple=config.student.vocab_multiple)
         dtype = DTYPES[config.student.dtype]
-        megatron = transformer_config(self.arch, parallel, dtype=dtype, recompute=config.student.recompute)
+        plan = plan_of(config, STUDENT, self.arch)
+        megatron = transformer_config(
+            self.arch, parallel, dtype=dtype, recompute=config.student.recompute, precision=plan.megatron()
+        )
         self.gpt = build_gpt(self.arch, megatron, parallel)
         source.load(self.gpt, self.arch, config.student.model, parallel)
+        self.fp8 = fp8.install(self.gpt, plan, parallel)
         self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.model, config.optim, dtype, num_steps=config.train.steps
@@ -66,6 +72,26 @@ class Student:
         self.model.eval()
         results = pipeline.forward(self.model, batches, _at_rows(objective)) if batches else []
         return self._means(results, objective)
+
+    def logits(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Of one micro-batch at its response tokens, [T, L], on the last stage; None elsewhere."""
+        self.model.eval()
+        found = pipeline.forward(self.model, [batch], lambda b, logits_BSL: logits_BSL.flatten(0, 1)[b.rows_T])
+        return found[0] if found else None
+
+    def gradients(self, batches: Sequence[MicroBatch], objective: Objective) -> list[torch.Tensor]:
+        """This rank's gradients of the summed loss in host memory, not reduced over anything. No step is made."""
+        self.model.train()
+        self.model.zero_grad_buffer()
+        config = self.gpt.config
+        reduce, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+        try:
+            pipeline.train(self.model, batches, _at_rows(objective))
+        finally:
+            config.finalize_model_grads_func = reduce
+        made = [p.main_grad.float().cpu().clone() for p in self.gpt.parameters() if p.requires_grad]
+        self.model.zero_grad_buffer()
+        return made
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) pairs on the leader of each replica; a collective (see weights.export)."""
