@@ -93,7 +93,7 @@ class ModelPlan:
         parts = []
         if self.layer_products is not None:
             text = self.layer_products.recipe.line(backward=self.layer_products.backward)
-            kept = [f"{n} {which}" for n, which in zip(self.bf16_layers, ("first", "last"), strict=True) if n]
+            kept = [f"{which} {n}" for n, which in zip(self.bf16_layers, ("first", "last"), strict=True) if n]
             text += f" in linear_qkv, linear_proj, linear_fc1, linear_fc2{', kept in FP8' if self.resident else ''}"
             parts.append(f"{text}; {' and '.join(kept)} layers {self.dtype}" if kept else text)
         if self.head_products is not None:
