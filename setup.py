@@ -45,7 +45,13 @@ setup(
     extras_require={
         # Fused kernels and FP8. Never add `apex` here: the package of that name on the Python index is an unrelated web
         # toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
-        "gpu": ["transformer-engine[pytorch]"],
+        # These versions belong together: megatron-core 0.16 was made for that range of Transformer Engine, whose PyTorch
+        # part is compiled against the torch that is there (docs/gpu.md). precision/installed.py checks the same range.
+        "gpu": [
+            "torch>=2.9,<2.14",
+            "megatron-core>=0.16.1,<0.17",
+            "transformer-engine[core-cu13,pytorch]>=2.9,<2.12",
+        ],
         # The client side only: SGLang is a server and lives in an environment of its own, with its own torch.
         "sglang": SGLANG,
         # Prompts from Parquet files (pyarrow alone would do) and from the Hugging Face hub.

@@ -34,13 +34,14 @@ def by_hand(x, scaling):
     return out
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
-def test_is_torchs_cast_under_a_scale_a_block(fmt, block, power_of_two):
+def test_is_torchs_cast_under_a_scale_a_block(fmt, block, power_of_two, device):
     scaling = Scaling(fmt, block, power_of_two=power_of_two)
     x = normal(150, 300)  # no multiples of the blocks
-    assert torch.equal(rounded(x, scaling), by_hand(x, scaling))
+    assert torch.equal(rounded(x.to(device), scaling).cpu(), by_hand(x, scaling))
 
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
