@@ -45,8 +45,8 @@ setup(
     extras_require={
         # Fused kernels and FP8. Never add `apex` here: the package of that name on the Python index is an unrelated web
         # toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
-        # These versions belong together: megatron-core 0.16 was made for that range of Transformer Engine, whose PyTorch
-        # part is compiled against the torch that is there (docs/gpu.md). precision/installed.py checks the same range.
+        # These versions belong together: megatron-core 0.16 was made for that range of Transformer Engine, whose torch
+        # part is compiled against what is installed (docs/gpu.md). precision/installed.py checks the same range.
         "gpu": [
             "torch>=2.9,<2.14",
             "megatron-core>=0.16.1,<0.17",
