@@ -45,7 +45,13 @@ setup(
     extras_require={
         # Fused kernels and FP8. Never add `apex` here: the package of that name on the Python index is an unrelated web
         # toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
-        "gpu": ["transformer-engine[pytorch]"],
+        # These versions belong together: megatron-core 0.16 was made for that range of Transformer Engine, whose torch
+        # part is compiled against what is installed (docs/gpu.md). precision/installed.py checks the same range.
+        "gpu": [
+            "torch>=2.9,<2.14",
+            "megatron-core>=0.16.1,<0.17",
+            "transformer-engine[core-cu13,pytorch]>=2.9,<2.12",
+        ],
         # The kernels of the loss in Triton's interpreter, where torch is a CPU build: others bring their own Triton. It
         # takes a gigabyte of disk, so `make install` does not bring it; with it, `make test` runs those tests.
         "triton": ["triton>=3; platform_system == 'Linux' and platform_machine == 'x86_64'"],

@@ -22,6 +22,7 @@ from megatron_opd.config.file import ConfigError
 from megatron_opd.crosstok.pieces import read_pieces
 from megatron_opd.data import Limit, read_prompts
 from megatron_opd.packed import PackedPrompts
+from megatron_opd.precision import preflight as precision
 from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
 from megatron_opd.student.architecture import check_layout, read_architecture, read_limits
@@ -62,6 +63,8 @@ def read_inputs(config: Config) -> Inputs:
             f" {vocab_size} entries in its vocabulary"
         )
     problems += check_vocabulary(config, vocab_size)
+    unfit, of_precision = precision.look(config)
+    problems += unfit
     encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
     if encoder is None:
         raise ConfigError(problems)
@@ -71,7 +74,11 @@ def read_inputs(config: Config) -> Inputs:
         eval=read.sources("data.eval", config.data.eval, are_graded=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,
-        notes=(*read.notes, *(reward.note for reward in read.rewards.values() if reward and reward.note)),
+        notes=(
+            *read.notes,
+            *(reward.note for reward in read.rewards.values() if reward and reward.note),
+            *of_precision,
+        ),
     )
     if problems:
         raise ConfigError(problems)

@@ -9,7 +9,7 @@ learn of it together, save what is trained, and stop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError
 
-from megatron_opd import run_dir, serve, step_metrics
+from megatron_opd import fidelity, run_dir, serve, step_metrics
 from megatron_opd.answers import Answers, build_answers
 from megatron_opd.answers.emphasis import teacher_weights, weighted
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
@@ -29,6 +29,8 @@ from megatron_opd.evaluate import Evaluator, means
 from megatron_opd.grading import Grader
 from megatron_opd.objective import build_objective
 from megatron_opd.parallel import Parallel, PeerError
+from megatron_opd.precision.gate import Measured
+from megatron_opd.precision.plan import length_multiple
 from megatron_opd.preflight import Inputs, read_inputs
 from megatron_opd.rollout import build_engine
 from megatron_opd.rollout.ahead import Ahead
@@ -131,9 +133,9 @@ class Run:
     def _steps(self) -> None:
         num_steps = self.config.train.steps
         self._sync()
-        for note in self.inputs.notes:
-            self.tracker.message(note)
         if self.trained == 0:
+            if self.config.precision.fp8.is_on:
+                fidelity.judge(self.measure_fp8(), self.config, self.parallel, self.tracker)
             self._evaluate()
         elif self.trained >= num_steps:
             self.tracker.message(f"nothing to train: train.steps is {num_steps}; a larger one continues")
@@ -195,14 +197,15 @@ class Run:
             if weight > 0:
                 teacher.submit(rollout)
 
-    def _pack(self, rollouts: list[Rollout]) -> list[MicroBatch]:
+    def _pack(self, rollouts: list[Rollout], teachers: Sequence[TeacherScorer] | None = None) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
         weights = [teacher_weights(self.config, r) for r in rollouts]
-        scores = [_ask(teacher, rollouts, [w[n] > 0 for w in weights]) for n, teacher in enumerate(self.teachers)]
+        asked = enumerate(self.teachers if teachers is None else teachers)
+        scores = [_ask(teacher, rollouts, [w[n] > 0 for w in weights]) for n, teacher in asked]
         batches = pack(
             rollouts,
             micro_batch_size=self.config.train.micro_batch_size,
-            length_multiple=self.parallel.tensor_size if self.parallel.sequence else 1,
+            length_multiple=length_multiple(self.config),
             device=groups.device(),
             scores=scores,
             weights=renormalised(rollouts, weights, scores),
@@ -251,6 +254,13 @@ class Run:
         if self.trained == 0 and self.config.train.eval_teachers:
             metrics |= self.parallel.share_world(self._teacher_accuracies)
         self.tracker.log(metrics, self.trained)
+
+    def measure_fp8(self) -> Measured:
+        """What FP8 does to this run, on answers to held-out prompts."""
+        prompts = fidelity.held_out(self.inputs, self.config.precision.fp8.check_prompts)
+        rollouts = self._on_servers(lambda: self.parallel.share(lambda: self._sample(0, prompts)))
+        parts = self.config, self.student, self.teachers, self.objective
+        return self._on_servers(lambda: fidelity.measure(*parts, rollouts, self._pack))
 
     def _answer(self, prompts: list[Any]) -> tuple[list[Rollout], Any]:
         assert self.engine is not None

@@ -10,7 +10,19 @@ PACKAGE = "megatron_opd"
 # Who may import what. Modules are paths below megatron_opd/, as patterns; other packages by name.
 SECTIONS = [
     f"config/{name}.py"
-    for name in ("__init__", "section", "run", "models", "method", "policy", "data", "crosstok", "lora", "answers")
+    for name in (
+        "__init__",
+        "section",
+        "run",
+        "models",
+        "method",
+        "policy",
+        "data",
+        "crosstok",
+        "lora",
+        "answers",
+        "precision",
+    )
 ]
 TERMS = [f"terms/{name}.py" for name in ("term", "estimators", "policy", "cross_entropy")]
 LEAVES = [

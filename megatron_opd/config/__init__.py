@@ -16,6 +16,7 @@ from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
 from megatron_opd.config.policy import PolicyConfig, RLConfig
+from megatron_opd.config.precision import Fp8Config, PrecisionConfig
 from megatron_opd.config.run import LogConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_opd.config.section import section
 
@@ -25,12 +26,14 @@ __all__ = [
     "Config",
     "CrossTokenizerConfig",
     "DataConfig",
+    "Fp8Config",
     "LogConfig",
     "LoraConfig",
     "LossConfig",
     "OptimConfig",
     "ParallelConfig",
     "PolicyConfig",
+    "PrecisionConfig",
     "RLConfig",
     "RewardsConfig",
     "RolloutConfig",
@@ -57,6 +60,8 @@ class Config:
     """Adapters in place of the whole student."""
     teachers: list[TeacherConfig]
     """The models it learns from."""
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+    """FP8, and whose layers are used on a GPU."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """What is minimised."""
     cross_tokenizer: CrossTokenizerConfig = dataclasses.field(default_factory=CrossTokenizerConfig)

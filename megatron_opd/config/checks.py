@@ -9,6 +9,7 @@ from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
 from megatron_opd.config.checks_answers import check_answers, needs_teachers
 from megatron_opd.config.checks_lora import check_lora
 from megatron_opd.config.checks_method import check_method
+from megatron_opd.config.checks_precision import check_precision
 from megatron_opd.config.checks_serving import check_serving
 from megatron_opd.rewards import problem_with
 
@@ -29,6 +30,7 @@ def check(config: Config) -> list[str]:
         *_check_tokenizers(config),
         *check_method(config),
         *check_answers(config),
+        *check_precision(config),
     ]
 
 

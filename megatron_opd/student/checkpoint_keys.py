@@ -10,6 +10,7 @@ import re
 
 from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.torch_dist_dir import Region
+from megatron_opd.student.weight_map import fused_name
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -34,16 +35,8 @@ def region(name: str, shape: tuple[int, ...], arch: Architecture) -> Region:
     index, rest = int(layer[1]), layer[2]
     expert = _EXPERT.fullmatch(rest)
     if expert is None:
-        key, stack, at = f"decoder.layers.{_fused(rest, arch)}", (arch.num_layers,), (index,)
+        key, stack, at = f"decoder.layers.{fused_name(rest, arch)}", (arch.num_layers,), (index,)
     else:
         key = f"decoder.layers.mlp.experts.experts.{expert[2]}"
         stack, at = (arch.num_layers, arch.num_experts), (index, int(expert[1]))
     return Region(key, (*stack, *shape), (*at, *(0,) * len(shape)), (*(1,) * len(stack), *shape))
-
-
-def _fused(name: str, arch: Architecture) -> str:
-    if name == "input_layernorm.weight":
-        return "self_attention.linear_qkv.layer_norm_weight"
-    if name == "pre_mlp_layernorm.weight" and not arch.num_experts:
-        return "mlp.linear_fc1.layer_norm_weight"
-    return name

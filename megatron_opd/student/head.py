@@ -9,8 +9,9 @@ Shape letters: S sequence, B batch, D hidden size, T response tokens, L local vo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from megatron.core.tensor_parallel import (
 
 from megatron_opd.fused import Linear
 from megatron_opd.types import MicroBatch
+
+Product: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def give_hidden(model: GPTModel) -> None:
@@ -53,9 +56,12 @@ def weight(model: GPTModel) -> torch.nn.Parameter:
     return model.output_layer.weight
 
 
-def logits(student: Linear) -> torch.Tensor:
-    """This shard's columns of the logits [T, L] in float32, with gradients for hidden states and head."""
-    return F.linear(student.hidden_TD, student.head_LD).float()
+def logits(student: Linear, multiply: Product | None = None) -> torch.Tensor:
+    """This shard's columns of the logits [T, L] in float32, with gradients for hidden states and head.
+
+    `multiply`: hidden states and head to their product, where that is not the plain one.
+    """
+    return (multiply or F.linear)(student.hidden_TD, student.head_LD).float()
 
 
 def _pass_on(is_sequence_parallel: bool, hidden_SBD: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,16 +15,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.student import groups
 from megatron_opd.student.architecture import Architecture
-from megatron_opd.student.spec import block_spec
+from megatron_opd.student.spec import block_spec, default_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Recompute = Literal["none", "selective", "full"]
 
 
 def transformer_config(
-    arch: Architecture, parallel: Parallel, *, dtype: torch.dtype, recompute: Recompute = "none"
+    arch: Architecture,
+    parallel: Parallel,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
+    precision: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Megatron's config of the decoder: no dropout, no fusion that needs a GPU extension."""
+    """Megatron's config of the decoder: no dropout, no fusion that needs a GPU extension beyond `spec.py`'s layers.
+
+    `precision` are the settings that a plan adds (`precision.plan.ModelPlan.megatron`).
+    """
     full = recompute == "full"
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -60,6 +69,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        **{"transformer_impl": default_layers(), **(precision or {})},
         **(_mixture(arch, parallel) if arch.num_experts else {}),
     )
 

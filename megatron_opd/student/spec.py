@@ -1,4 +1,4 @@
-"""Megatron layers without Transformer Engine: the local layer spec with two modules replaced.
+"""Megatron's layers: Transformer Engine's where they are, else the local layer spec with two modules replaced.
 
 * RMSNorm: the stock torch norm refuses sequence parallelism; this one marks its weight so that Megatron sums the
   weight's gradient over the tensor-parallel ranks.
@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -48,8 +52,19 @@ class CausalAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
+def default_layers() -> str:
+    """Megatron's word (transformer_impl) for the layers that are used unless a setting says otherwise."""
+    return "transformer_engine" if HAVE_TE and torch.cuda.is_available() else "local"
+
+
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Spec of this pipeline stage. A block spec, not only a layer spec, so that the final norm is ours too."""
+    """Spec of this pipeline stage. A block spec, not only a layer spec, so that the final norm is of one kind too."""
+    if config.transformer_impl == "transformer_engine":
+        assert HAVE_TE, "Transformer Engine is not installed"  # precision/installed.py said so before the run
+        fused = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm
+        )
+        return TransformerBlockSubmodules(layer_specs=[fused] * get_num_layers_to_build(config), layer_norm=TENorm)
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import Config
+from megatron_opd.config.checks_precision import STUDENT
 from megatron_opd.fused import Logits
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups, head, lora, nonfinite, optim, pipeline, source, weights
+from megatron_opd.precision.plan import plan_of
+from megatron_opd.student import fp8, groups, head, lora, nonfinite, optim, pipeline, source, weights
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 from megatron_opd.types import MicroBatch
@@ -28,13 +30,17 @@ class Student:
         self.parallel = parallel
         self.arch = read_architecture(config.student.model, vocab_multiple=config.student.vocab_multiple)
         dtype = DTYPES[config.student.dtype]
-        megatron = transformer_config(self.arch, parallel, dtype=dtype, recompute=config.student.recompute)
+        plan = plan_of(config, STUDENT, self.arch)
+        megatron = transformer_config(
+            self.arch, parallel, dtype=dtype, recompute=config.student.recompute, precision=plan.megatron()
+        )
         self.gpt = build_gpt(self.arch, megatron, parallel)
         head.give_hidden(self.gpt)
         source.load(self.gpt, self.arch, config.student.model, parallel)
         self.lora = config.lora
         if self.lora.rank:
             lora.attach(self.gpt, self.arch, self.lora, parallel, seed=config.run.seed)
+        self.fp8 = fp8.install(self.gpt, plan, parallel)
         self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.model, config.optim, dtype, num_steps=config.train.steps * config.train.updates_per_step
@@ -103,6 +109,26 @@ class Student:
         results = pipeline.forward(self.model, batches, self._at_rows(objective)) if batches else []
         return self._means(results, objective)
 
+    def logits(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Of one micro-batch at its response tokens, [T, L], on the last stage; None elsewhere."""
+        self.model.eval()
+        found = pipeline.forward(self.model, [batch], lambda b, hidden_BSD: self._logits(b, hidden_BSD))
+        return found[0] if found else None
+
+    def gradients(self, batches: Sequence[MicroBatch], objective: Objective) -> list[torch.Tensor]:
+        """This rank's gradients of the summed loss in host memory, not reduced over anything. No step is made."""
+        self.model.train()
+        self.model.zero_grad_buffer()
+        config = self.gpt.config
+        reduce, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+        try:
+            pipeline.train(self.model, batches, self._at_rows(objective))
+        finally:
+            config.finalize_model_grads_func = reduce
+        made = [p.main_grad.float().cpu().clone() for p in self.gpt.parameters() if p.requires_grad]
+        self.model.zero_grad_buffer()
+        return made
+
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) pairs on the leader of each replica; a collective (see weights.export)."""
         return weights.export(self.gpt, self.arch, self.parallel)
@@ -133,5 +159,9 @@ class Student:
         return at_rows
 
     def _output(self, objective: Objective, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Logits:
-        student = head.at_rows(self.gpt, batch, hidden_BSD)
-        return student if objective.takes_hidden and len(batch.rows_T) else head.logits(student)
+        if objective.takes_hidden and len(batch.rows_T) and not self.fp8.head:
+            return head.at_rows(self.gpt, batch, hidden_BSD)
+        return self._logits(batch, hidden_BSD)
+
+    def _logits(self, batch: MicroBatch, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        return head.logits(head.at_rows(self.gpt, batch, hidden_BSD), self.fp8.head)

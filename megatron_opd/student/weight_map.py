@@ -76,6 +76,30 @@ def _mlp(mg: str, hf: str, arch: Architecture) -> dict[str, Rule]:
     }
 
 
+_FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Transformer Engine's linears hold the norm in front of them; a mixture's experts do not, so its norm stays."""
+
+
+def plain_name(name: str) -> str:
+    """The table's name of a parameter that Transformer Engine's layers name otherwise; any other name as it is."""
+    for plain, fused in _FUSED_NORMS.items():
+        if name.endswith(f".{fused}"):
+            return name.removesuffix(fused) + plain
+    return name
+
+
+def fused_name(name: str, arch: Architecture) -> str:
+    """What Transformer Engine's layers call a parameter of the table, or of a layer without its prefix."""
+    for plain, fused in _FUSED_NORMS.items():
+        is_alone = bool(arch.num_experts) and plain == "pre_mlp_layernorm.weight"
+        if (name == plain or name.endswith(f".{plain}")) and not is_alone:
+            return name.removesuffix(plain) + fused
+    return name
+
+
 def all_rules(arch: Architecture) -> dict[str, Rule]:
     """The table of the whole model on one rank."""
     return rules(arch, layers=range(arch.num_layers), first=True, last=True, experts=range(arch.num_experts))

@@ -17,7 +17,7 @@ from megatron_opd.parallel import Parallel
 from megatron_opd.student import groups, lora
 from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.safetensors_dir import TensorDir
-from megatron_opd.student.weight_map import Named, Rule, Shards, is_expert, read_vocab_rows, stage_rules
+from megatron_opd.student.weight_map import Named, Rule, Shards, is_expert, plain_name, read_vocab_rows, stage_rules
 
 
 @torch.no_grad()
@@ -28,7 +28,8 @@ def load(model: torch.nn.Module, arch: Architecture, model_dir: str | Path, para
     """
     table = stage_rules(arch, parallel)
     with TensorDir(model_dir) as tensors:
-        for name, parameter in model.named_parameters():
+        for own_name, parameter in model.named_parameters():
+            name = plain_name(own_name)
             if name not in table:
                 raise ValueError(f"{model_dir}: no rule for Megatron's parameter {name}")
             grid = (0, 1) if is_expert(name) else (parallel.tensor_rank, parallel.tensor_size)
@@ -92,7 +93,8 @@ def _merged_buckets(
     """This stage's Hugging Face tensors, bucket by bucket: one gather over the ranks that share it a bucket."""
     tables = [stage_rules(arch, parallel, expert_rank=rank) for rank in range(parallel.expert_size)]
     for experts in (False, True):
-        named = (pair for pair in lora.merged_parameters(model) if is_expert(pair[0]) == experts)
+        all_named = [(plain_name(name), tensor) for name, tensor in lora.merged_parameters(model)]
+        named = [(name, tensor) for name, tensor in all_named if is_expert(name) == experts]
         num_shards = parallel.expert_size if experts else parallel.tensor_size
         for bucket in _buckets(named, bucket_bytes // num_shards):
             shards = _gather(bucket, parallel.expert_group if experts else parallel.tensor_group, num_shards)

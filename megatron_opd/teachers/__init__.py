@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.parallel import Parallel
+from megatron_opd.precision.plan import ModelPlan, plan_of
+from megatron_opd.teachers.rounded_head import RoundedHead
 from megatron_opd.types import TeacherScorer
 from megatron_opd.vocab import VocabShard
 
 
 def build_teachers(config: Config, parallel: Parallel, vocab: VocabShard) -> list[TeacherScorer]:
     """All teachers of the config, in its order. `vocab` is this rank's shard of the student's vocabulary."""
-    return [
-        _build_foreign(teacher, config, parallel, vocab)
-        if teacher.tokenizer == "own"
-        else _build(teacher, config, parallel, vocab)
-        for teacher in config.teachers
-    ]
+    return [build_teacher(teacher, config, parallel, vocab) for teacher in config.teachers]
+
+
+def build_teacher(
+    teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard, *, in_fp8: bool = True
+) -> TeacherScorer:
+    """One of them, or without FP8 what it would be without."""
+    if teacher.tokenizer == "own":
+        return _build_foreign(teacher, config, parallel, vocab)
+    plan = _plan(teacher, config) if in_fp8 and config.precision.fp8.is_on else None
+    made = _build(teacher, config, parallel, vocab, plan)
+    return made if plan is None or plan.head_products is None else RoundedHead(made, plan.head_products)
 
 
 def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:
@@ -34,18 +42,35 @@ def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, v
     tokenizers = load_tokenizer(config.student.model), load_tokenizer(teacher.model)
     student, other = ((tokenizer, read_pieces(tokenizer)) for tokenizer in tokenizers)
     return ForeignTeacher(
-        _build(teacher, config, parallel, theirs),
+        _build(teacher, config, parallel, theirs, None),
         Translator(*student, *other),
         vocab=theirs,
         matched=match(student, other, (vocab.size, arch.vocab_size)),
     )
 
 
-def _build(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:
+def is_in_fp8(teacher: TeacherConfig, config: Config) -> bool:
+    """Whether any of a teacher is."""
+    plan = _plan(teacher, config) if config.precision.fp8.is_on else None
+    return plan is not None and bool(plan.rules)
+
+
+def _plan(teacher: TeacherConfig, config: Config) -> ModelPlan | None:
+    if teacher.carrier != "hidden":
+        return None
+    from megatron_opd.student.architecture import read_architecture
+
+    return plan_of(config, teacher.name, read_architecture(teacher.model, vocab_multiple=config.parallel.tensor))
+
+
+def _build(
+    teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard, plan: ModelPlan | None
+) -> TeacherScorer:
     if teacher.backend == "megatron":
         from megatron_opd.teachers.megatron import MegatronTeacher
 
-        return MegatronTeacher(teacher, parallel, vocab, micro_batch_size=config.train.micro_batch_size)
+        size = config.train.micro_batch_size
+        return MegatronTeacher(teacher, parallel, vocab, micro_batch_size=size, plan=plan)
     from megatron_opd.sglang.loop import Loop
     from megatron_opd.sglang.pool import connect
     from megatron_opd.sglang.wire import Limits

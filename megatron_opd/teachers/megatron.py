@@ -15,7 +15,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron_opd import batching
 from megatron_opd.config import TeacherConfig
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups, pipeline, source
+from megatron_opd.precision.plan import ModelPlan
+from megatron_opd.student import fp8, groups, pipeline, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, drop_head, transformer_config
 from megatron_opd.teachers.head import load_head
@@ -27,7 +28,16 @@ from megatron_opd.vocab import VocabShard
 class MegatronTeacher:
     """Scores rollouts with hidden states [R, D] in the teacher's dtype."""
 
-    def __init__(self, config: TeacherConfig, parallel: Parallel, vocab: VocabShard, *, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        parallel: Parallel,
+        vocab: VocabShard,
+        *,
+        micro_batch_size: int,
+        plan: ModelPlan | None = None,
+    ) -> None:
+        """`plan` says what of it is in FP8; None: nothing."""
         self.name = config.name
         self.parallel = parallel
         self.micro_batch_size = micro_batch_size
@@ -35,10 +45,14 @@ class MegatronTeacher:
         arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
         dtype = DTYPES[config.dtype]
         body = dataclasses.replace(arch, tied_embeddings=False)  # without a head there is nothing to tie
-        self.model = build_gpt(body, transformer_config(body, parallel, dtype=dtype), parallel)
+        plan = plan or ModelPlan(config.name, config.dtype, rules=())
+        self.length_multiple = plan.multiple * (parallel.tensor_size if parallel.sequence else 1)
+        megatron = transformer_config(body, parallel, dtype=dtype, precision=plan.megatron())
+        self.model = build_gpt(body, megatron, parallel)
         drop_head(self.model)
         source.load(self.model, body, config.model, parallel)
         self.model.requires_grad_(False).eval()
+        self.fp8 = fp8.install(self.model, plan, parallel)
         self.head_LD = load_head(config, parallel, vocab)
         if self.offload:
             self._host = {name: p.detach().cpu().pin_memory() for name, p in self.model.named_parameters()}
@@ -56,7 +70,7 @@ class MegatronTeacher:
         batches = batching.pack(
             [rollout_seen_by(self.name, rollout) for rollout in rollouts],
             micro_batch_size=self.micro_batch_size,
-            length_multiple=self.parallel.tensor_size if self.parallel.sequence else 1,
+            length_multiple=self.length_multiple,
             device=groups.device(),
         )
         rows = pipeline.forward(self.model, batches, self._response_rows)

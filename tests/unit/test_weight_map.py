@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.safetensors_dir import TensorDir
-from megatron_opd.student.weight_map import all_rules, hf_shapes, is_expert, rules
+from megatron_opd.student.weight_map import all_rules, fused_name, hf_shapes, is_expert, plain_name, rules
 
 FAMILIES = [*tiny.FAMILIES, "qwen3_moe"]
 
@@ -92,3 +92,18 @@ def test_experts_are_counted_from_the_ranks_first(tmp_path):
     assert is_expert(name)
     assert list(hf_shapes({name: second[name]})) == ["model.layers.1.mlp.experts.2.down_proj.weight"]
     assert sum(is_expert(n) for n in second) == 4
+
+
+@pytest.mark.parametrize(("family", "num_norms"), [("qwen3", 2), ("qwen2", 2), ("qwen3_moe", 1)])
+def test_names_of_transformer_engine_are_the_tables_both_ways(tmp_path, family, num_norms):
+    arch = read_architecture(tiny.save(tiny.build(family), tmp_path))
+    table = all_rules(arch)
+    fused = {name: fused_name(name, arch) for name in table}
+    assert len(set(fused.values())) == len(table)
+    assert {plain_name(theirs): theirs for theirs in fused.values()} == fused
+    changed = {name for name, theirs in fused.items() if name != theirs}
+    assert len(changed) == num_norms * arch.num_layers
+    layer = "decoder.layers.1."
+    assert fused[layer + "input_layernorm.weight"] == layer + "self_attention.linear_qkv.layer_norm_weight"
+    assert (layer + "mlp.linear_fc1.layer_norm_weight" in fused.values()) == (not arch.num_experts)
+    assert "decoder.final_layernorm.weight" not in changed

@@ -1,0 +1,92 @@
+"""What the settings of `precision` alone reveal to be wrong, each problem naming the setting to change."""
+
+from __future__ import annotations
+
+from megatron_opd.config import Config, TeacherConfig
+
+ALL = "all"
+STUDENT = "student"
+
+
+def check_precision(config: Config) -> list[str]:
+    """Every such problem; what depends on models and on this machine is `precision/preflight.py`."""
+    fp8 = config.precision.fp8
+    problems = _check_names(config) + _check_numbers(config)
+    if fp8.recipe == "delayed" and (fp8.first_layers_bf16 or fp8.last_layers_bf16):
+        problems.append(
+            "precision.fp8.recipe delayed keeps its scales over all layers: set first_layers_bf16 and last_layers_bf16"
+            " to 0, or take another recipe"
+        )
+    if fp8.resident and not fp8.teachers:
+        problems.append("precision.fp8.resident keeps FP8 teachers small, but precision.fp8.teachers names none")
+    if fp8.resident and not fp8.emulate:
+        offloaded = [t.name for t in config.teachers if t.offload and is_named(t, fp8.teachers)]
+        problems += [f"precision.fp8.resident: set offload=false for teacher '{name}'" for name in offloaded]
+    if not fp8.is_on:
+        return problems + (["precision.fp8.emulate: nothing is in FP8 to be emulated"] if fp8.emulate else [])
+    if not fp8.emulate:
+        problems += _check_real(config)
+    return problems
+
+
+def is_named(teacher: TeacherConfig, names: list[str]) -> bool:
+    """Whether a list of models means this teacher; `all` means those that the list can be about."""
+    return teacher.name in names or ALL in names
+
+
+def _check_names(config: Config) -> list[str]:
+    fp8 = config.precision.fp8
+    by_name = {t.name: t for t in config.teachers}
+    problems = []
+    if fp8.is_on and {ALL, STUDENT} & set(by_name):
+        problems.append("teachers: the names 'all' and 'student' mean other models in precision.fp8; choose another")
+        return problems
+    for setting, names, others in (
+        ("precision.fp8.teachers", fp8.teachers, {ALL}),
+        ("precision.fp8.heads", fp8.heads, {ALL, STUDENT}),
+    ):
+        for name in names:
+            if name not in by_name and name not in others:
+                known = ", ".join([*sorted(others), *by_name])
+                problems.append(f"{setting}: there is no model '{name}' (there are {known})")
+    for name in set(fp8.teachers) & set(by_name):
+        if by_name[name].backend != "megatron":
+            problems.append(
+                f"precision.fp8.teachers: '{name}' is behind servers; ask them for FP8, e.g. servers.args="
+                "[--quantization, fp8]"
+            )
+    for name in set(fp8.heads) & set(by_name):
+        if by_name[name].carrier != "hidden":
+            problems.append(f"precision.fp8.heads: the head of '{name}' is not applied here (carrier hidden is)")
+    return problems
+
+
+def _check_numbers(config: Config) -> list[str]:
+    fp8 = config.precision.fp8
+    counts = {"first_layers_bf16": fp8.first_layers_bf16, "last_layers_bf16": fp8.last_layers_bf16}
+    problems = [f"precision.fp8.{name} must not be negative, but is {n}" for name, n in counts.items() if n < 0]
+    if fp8.max_kl_ratio <= 0:
+        problems.append(f"precision.fp8.max_kl_ratio must be above 0, not {fp8.max_kl_ratio}")
+    if fp8.check_prompts < 1:
+        problems.append(f"precision.fp8.check_prompts must be at least 1, not {fp8.check_prompts}")
+    return problems
+
+
+def _check_real(config: Config) -> list[str]:
+    """What only the emulation can do."""
+    fp8, problems = config.precision.fp8, []
+    if fp8.student == "forward":
+        problems.append(
+            "precision.fp8.student=forward is emulated only: Transformer Engine's linears of this megatron-core run"
+            " both passes in FP8; set full, or precision.fp8.emulate=true"
+        )
+    if fp8.heads:
+        problems.append("precision.fp8.heads are emulated only so far; set precision.fp8.emulate=true, or leave it out")
+    if config.precision.layers == "local":
+        problems.append("precision.layers=local has no FP8: set auto, or precision.fp8.emulate=true")
+    if fp8.student != "off" and config.student.dtype != "bf16":
+        problems.append(f"precision.fp8.student needs student.dtype=bf16, not {config.student.dtype}")
+    for i, teacher in enumerate(config.teachers):
+        if is_named(teacher, fp8.teachers) and teacher.backend == "megatron" and teacher.dtype != "bf16":
+            problems.append(f"precision.fp8.teachers: '{teacher.name}' needs teachers.{i}.dtype=bf16")
+    return problems

@@ -1,0 +1,94 @@
+"""What of the GPU's software is installed, from metadata alone: nothing is imported that may fail or be wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import torch
+from packaging.version import Version
+
+TRANSFORMER_ENGINE = ("2.9", "2.12")
+"""From (inclusive) and to (exclusive) which versions megatron-core 0.16 was made for."""
+
+
+def has_cuda() -> bool:
+    """Whether this machine has a CUDA device for us."""
+    return torch.cuda.is_available()
+
+
+def version(package: str) -> str | None:
+    """Of an installed distribution; None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def transformer_engine() -> str | None:
+    """The version of Transformer Engine with its PyTorch part; None without either."""
+    return version("transformer-engine") if version("transformer-engine-torch") else None
+
+
+def fp8_problem() -> str | None:
+    """Why real FP8 cannot be had here, and what to do."""
+    if not has_cuda():
+        return "there is no CUDA device here; FP8's effect can be studied with precision.fp8.emulate=true"
+    found = transformer_engine()
+    if found is None:
+        # megatron-core accepts fp8 without Transformer Engine, and then quietly computes without it.
+        return "Transformer Engine is not installed, and without it megatron-core would ignore FP8; see docs/gpu.md"
+    first, last = TRANSFORMER_ENGINE
+    if not Version(first) <= Version(found) < Version(last):
+        return f"Transformer Engine {found} is not one of those for this megatron-core (from {first}, below {last})"
+    return None
+
+
+def recipe_problem(recipe: str) -> str | None:
+    """Why the device that there is does not do a recipe."""
+    if not has_cuda():
+        return None
+    have = torch.cuda.get_device_capability()
+    needs, name = {"mxfp8": ((10, 0), "Blackwell"), "blockwise": ((9, 0), "Hopper")}.get(recipe, ((8, 9), "Ada"))
+    if have >= needs:
+        return None
+    return f"it needs a device of the generation {name} or later (compute capability {needs[0]}.{needs[1]})"
+
+
+def apex_problem() -> str | None:
+    """Why the `apex` that is installed must go; None without one, or with NVIDIA's."""
+    spec = importlib.util.find_spec("apex")  # of a top-level name: it is not imported
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    if spec is None or any((folder / "optimizers").is_dir() for folder in folders):
+        return None
+    found = version("apex")
+    return (
+        f"the installed package apex{f' {found}' if found else ''} is not NVIDIA's Apex but an unrelated web toolkit of"
+        " that name on the Python index, and megatron-core would take it for NVIDIA's: pip uninstall apex (docs/gpu.md)"
+    )
+
+
+def has_apex() -> bool:
+    """Whether NVIDIA's is there."""
+    return importlib.util.find_spec("apex") is not None and apex_problem() is None
+
+
+def notes(layers: str) -> list[str]:
+    """What a run on a GPU uses of it and what in its place, a line each; nothing without a GPU."""
+    if not has_cuda():
+        return []
+    engine = transformer_engine()
+    if layers == "local":
+        first = "layers: Megatron's own (precision.layers=local)"
+    elif engine:
+        first = f"layers: Transformer Engine {engine}"
+    else:
+        first = "layers: Megatron's own, for Transformer Engine is not installed (docs/gpu.md)"
+    if engine:
+        second = f"optimizer: FusedAdam of Transformer Engine {engine}"
+    elif has_apex():
+        second = "optimizer: FusedAdam of NVIDIA's Apex"
+    else:
+        second = "optimizer: torch's AdamW, for neither Transformer Engine nor NVIDIA's Apex is installed (docs/gpu.md)"
+    return [first, second]

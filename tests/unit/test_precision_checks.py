@@ -1,0 +1,212 @@
+"""What of `precision` is refused before a run, in which words, and what of the machine people are told."""
+
+import importlib.util
+import sys
+
+import pytest
+from test_config import problems_of, tree_with
+
+from megatron_opd.config import file as cfg
+from megatron_opd.precision import installed, preflight
+from megatron_opd.precision.gate import Measured, Noise, too_coarse
+
+
+def with_fp8(**fp8):
+    layers = fp8.pop("layers", "auto")
+    student = {"model": "s", "dtype": fp8.pop("dtype", "bf16")}
+    tree = tree_with(precision__fp8=fp8, precision__layers=layers)
+    tree["student"] = student
+    for teacher in tree["teachers"]:
+        teacher["dtype"] = student["dtype"]
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("fp8", "fragment"),
+    [
+        ({"teachers": ["c"]}, "precision.fp8.teachers: there is no model 'c' (there are all, a, b)"),
+        (
+            {"heads": ["c"], "emulate": True},
+            "heads: there is no model 'c' (there are all, student, a, b)",
+        ),
+        ({"student": "full", "recipe": "delayed", "first_layers_bf16": 1}, "precision.fp8.recipe delayed"),
+        ({"student": "full", "last_layers_bf16": -1}, "precision.fp8.last_layers_bf16 must not be negative"),
+        ({"student": "full", "max_kl_ratio": 0}, "precision.fp8.max_kl_ratio must be above 0"),
+        ({"student": "full", "check_prompts": 0}, "precision.fp8.check_prompts must be at least 1"),
+        ({"resident": True}, "precision.fp8.resident"),
+        ({"emulate": True}, "precision.fp8.emulate: nothing is in FP8"),
+        ({"student": "forward"}, "precision.fp8.student=forward is emulated only"),
+        ({"heads": ["a"]}, "precision.fp8.heads are emulated only"),
+        ({"student": "full", "layers": "local"}, "precision.layers=local has no FP8"),
+        ({"student": "full", "dtype": "fp32"}, "precision.fp8.student needs student.dtype=bf16"),
+        ({"teachers": ["b"], "dtype": "fp32"}, "'b' needs teachers.1.dtype=bf16"),
+    ],
+)
+def test_settings_that_are_refused(fp8, fragment):
+    (problem,) = problems_of(with_fp8(**fp8))
+    assert fragment in problem
+
+
+def test_names_that_mean_other_models():
+    tree = with_fp8(student="full")
+    tree["teachers"][0]["name"] = "student"
+    (problem,) = problems_of(tree)
+    assert "choose another" in problem
+
+
+def test_a_served_teacher_is_refused_by_name():
+    tree = with_fp8(teachers=["a"])
+    tree["teachers"][0] |= {"backend": "sglang", "carrier": "topk"}
+    problems = [p for p in problems_of(tree) if "precision" in p]
+    assert len(problems) == 1
+    assert "'a' is behind servers" in problems[0]
+
+
+def test_resident_and_offload_exclude_each_other_on_a_gpu():
+    tree = with_fp8(teachers=["a"], resident=True)
+    tree["teachers"][0]["offload"] = True
+    (problem,) = problems_of(tree)
+    assert "set offload=false for teacher 'a'" in problem
+
+
+@pytest.mark.parametrize("fp8", [{}, {"student": "full"}, {"student": "forward", "emulate": True, "dtype": "fp32"},
+                                 {"heads": ["all"], "teachers": ["all"], "emulate": True}])  # fmt: skip
+def test_settings_that_are_taken(fp8):
+    assert cfg.from_dict(with_fp8(**fp8)).precision.fp8.is_on == bool(fp8)
+
+
+def test_fp16_is_refused_with_what_there_is():
+    (problem,) = problems_of(tree_with(student__model="s", student__dtype="fp16"))
+    assert problem.startswith("student.dtype: ")
+    assert "fp32" in problem
+    assert "bf16" in problem
+
+
+class Machine:
+    """What a machine has, in place of this one."""
+
+    def __init__(self, monkeypatch):
+        self.patch = monkeypatch
+        self.has(cuda=False)
+
+    def has(self, *, cuda=True, capability=(9, 0), **packages):
+        versions = {name.replace("_", "-"): version for name, version in packages.items()}
+        self.patch.setattr(installed, "has_cuda", lambda: cuda)
+        self.patch.setattr(installed.torch.cuda, "get_device_capability", lambda *_: capability)
+        self.patch.setattr(installed, "version", versions.get)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return Machine(monkeypatch)
+
+
+def look(**fp8):
+    return preflight.look(cfg.from_dict(with_fp8(**fp8)))
+
+
+def test_fp8_without_a_gpu_is_refused_and_emulation_is_not(machine):
+    (problem,), _ = look(student="full")
+    assert problem.startswith("precision.fp8: there is no CUDA device here")
+    assert "precision.fp8.emulate=true" in problem
+    assert look(student="full", emulate=True)[0] == []
+
+
+def test_fp8_without_transformer_engine_is_not_quietly_left_out(machine):
+    machine.has()
+    (problem,), _ = look(student="full")
+    assert "Transformer Engine is not installed" in problem
+    assert "would ignore FP8" in problem
+    machine.has(transformer_engine="2.11.0")  # without its PyTorch part
+    assert look(student="full")[0] == [problem]
+
+
+@pytest.mark.parametrize(("version", "fits"), [("2.8.0", False), ("2.9.0", True), ("2.11.0", True), ("2.12.0", False)])
+def test_versions_of_transformer_engine(machine, version, fits):
+    machine.has(transformer_engine=version, transformer_engine_torch=version)
+    problems, notes = look(teachers=["a"])
+    assert (problems == []) == fits
+    assert notes[:2] == [
+        f"layers: Transformer Engine {version}",
+        f"optimizer: FusedAdam of Transformer Engine {version}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "fits"),
+    [("tensorwise", (8, 0), False), ("tensorwise", (8, 9), True), ("delayed", (9, 0), True),
+     ("blockwise", (8, 9), False), ("blockwise", (9, 0), True), ("mxfp8", (9, 0), False), ("mxfp8", (10, 0), True)],
+)  # fmt: skip
+def test_devices_that_do_a_recipe(machine, recipe, capability, fits):
+    machine.has(capability=capability, transformer_engine="2.11.0", transformer_engine_torch="2.11.0")
+    problems, _ = look(student="full", recipe=recipe)
+    assert (problems == []) == fits
+    assert all(f"precision.fp8.recipe={recipe}" in problem for problem in problems)
+
+
+def test_what_takes_the_place_of_what_is_missing(machine, monkeypatch):
+    assert installed.notes("auto") == []  # nothing to tell without a GPU
+    machine.has()
+    first, second = installed.notes("auto")
+    assert "Megatron's own, for Transformer Engine is not installed" in first
+    assert "torch's AdamW" in second
+    monkeypatch.setattr(installed, "has_apex", lambda: True)
+    assert installed.notes("auto")[1] == "optimizer: FusedAdam of NVIDIA's Apex"
+    assert installed.notes("local")[0] == "layers: Megatron's own (precision.layers=local)"
+
+
+@pytest.mark.parametrize("is_nvidias", [False, True])
+def test_the_other_apex_is_refused_without_importing_it(tmp_path, monkeypatch, is_nvidias):
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    if is_nvidias:
+        (package / "optimizers").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    problem = installed.apex_problem()
+    assert "apex" not in sys.modules
+    assert installed.has_apex() == is_nvidias
+    if is_nvidias:
+        assert problem is None
+    else:
+        assert "pip uninstall apex" in problem
+        assert look()[0] == [problem]  # also of a run without FP8
+
+
+def measured(*, signal=1.0, **noises):
+    found = tuple(Noise(name, value, value, 1.0) for name, value in noises.items())
+    return Measured(signal, found, 0.1, 100)
+
+
+@pytest.mark.parametrize(
+    ("found", "refused"),
+    [
+        (measured(a=0.05, ensemble=0.02, student=0.1), []),
+        (measured(a=0.11, ensemble=0.02, student=0.0), ["teacher 'a'"]),
+        (measured(a=0.0, ensemble=0.2, student=0.3), ["the teachers' average", "the student"]),
+        (measured(signal=0.1, a=0.05), ["teacher 'a'"]),  # the same noise beside less to learn
+        (measured(signal=0.0, a=1e-9), ["teacher 'a'"]),  # nothing to learn
+        (measured(signal=0.0, a=0.0), []),
+        (measured(a=-1e-9), []),  # rounding of a KL of 0
+        (measured(a=float("nan")), ["teacher 'a'"]),
+        (measured(signal=float("nan"), a=0.1), ["teacher 'a'"]),
+    ],
+)
+def test_what_is_too_coarse(found, refused):
+    fp8 = cfg.from_dict(with_fp8(student="full")).precision.fp8
+    problems = too_coarse(found, fp8)
+    assert len(problems) == len(refused), problems
+    for problem, who in zip(problems, refused, strict=True):
+        assert f"FP8 changes {who} by" in problem
+        assert "precision.fp8.max_kl_ratio=0.1" in problem
+
+
+def test_measured_in_words_and_numbers():
+    found = measured(signal=0.5, a=0.05)
+    assert found.metrics() == {
+        "fp8/gradient_error": 0.1, "fp8/kl/a": 0.05, "fp8/top1/a": 1.0, "fp8/ratio/a": pytest.approx(0.1),
+    }  # fmt: skip
+    assert found.lines()[0] == (
+        "fp8: a: KL 0.05 nats a token (at most 0.05), 10.00% of the 0.5 to be learned; top-1 agreement 100.00%"
+    )

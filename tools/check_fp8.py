@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""What FP8 does to the teachers, their average, the student and its gradient, beside what is to be learned.
+
+Nothing is trained: the student answers held-out prompts of a config, every model is asked about the answers with FP8
+and without, and the difference is held against the KL between student and teachers. A run does so before its first
+step. Refuses what `megatron-opd train` would refuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+
+import tool
+from rich.console import Console
+from rich.table import Table
+
+from megatron_opd.config import Config
+from megatron_opd.config import file as config_file
+from megatron_opd.precision.gate import Measured, too_coarse
+from megatron_opd.precision.recipes import RECIPES
+
+_EXAMPLES = """\
+examples:
+  python tools/check_fp8.py run.yaml precision.fp8.student=full "precision.fp8.teachers=[all]"
+  python tools/check_fp8.py run.yaml --recipes tensorwise blockwise --emulate
+  python tools/check_fp8.py run.yaml --model runs/mine/hf          # late in a run there is less to learn
+  torchrun --nproc-per-node 8 tools/check_fp8.py run.yaml          # with as many ranks as the config's layout
+
+Without settings of precision.fp8 in the config or behind it, student, teachers and (emulated) heads are all in FP8.
+Exit code 1 when a recipe is above precision.fp8.max_kl_ratio.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Measure what FP8 does to a distillation run.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=list(RECIPES), default=[], metavar="NAME", help="compare these recipes"
+    )
+    parser.add_argument("--emulate", action="store_true", help="precision.fp8.emulate=true")
+    parser.add_argument("--model", metavar="DIR", help="the student as it is now (default: student.model)")
+    arguments = parser.parse_args(argv)
+    return tool.run(_check, arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from megatron_opd.student import cpu
+
+    configs = _configs(arguments)
+    for config in configs.values():
+        _check_world(config)
+    cpu.enable()
+    found = _measure(configs)
+    if not tool.is_main():
+        return 0
+    _print(found)
+    problems = {recipe: too_coarse(measured, configs[recipe].precision.fp8) for recipe, measured in found.items()}
+    for recipe, lines in problems.items():
+        for line in lines:
+            print(f"{recipe}: {line}")
+    return int(any(problems.values()))
+
+
+def _configs(arguments: argparse.Namespace) -> dict[str, Config]:
+    """The config by recipe. Raises ConfigError."""
+    overrides = [*arguments.overrides]
+    overrides += ["precision.fp8.emulate=true"] if arguments.emulate else []
+    overrides += [f"student.model={arguments.model}"] if arguments.model else []
+    emulates = [o for o in overrides if o.startswith("precision.fp8.emulate=")]
+    first = config_file.load(arguments.config, [o for o in overrides if o not in emulates])
+    if not first.precision.fp8.is_on:
+        overrides += ["precision.fp8.student=full", "precision.fp8.teachers=[all]"]
+        overrides += ["precision.fp8.heads=[all]"] if emulates else []
+    recipes = arguments.recipes or [first.precision.fp8.recipe]
+    return {
+        recipe: config_file.load(arguments.config, [*overrides, f"precision.fp8.recipe={recipe}"]) for recipe in recipes
+    }
+
+
+def _check_world(config: Config) -> None:
+    ranks, needed = tool.world_size(), config.parallel.world_size
+    if ranks != needed:
+        raise ValueError(
+            f"the config's layout needs {needed} ranks, not {ranks}: torchrun --nproc-per-node {needed}"
+            " tools/check_fp8.py …, or parallel.tensor=1 parallel.pipeline=1 parallel.data=1"
+        )
+
+
+def _measure(configs: dict[str, Config]) -> dict[str, Measured]:
+    """By recipe. Collective; models are loaded for each, and the process groups are gone afterwards."""
+    from megatron_opd.preflight import read_inputs
+    from megatron_opd.student import scores
+
+    first = next(iter(configs.values()))
+    parallel = scores.start_megatron(first.parallel, timeout_s=first.run.timeout_s)
+    from megatron_opd.student import groups
+    from megatron_opd.tracker import Tracker
+    from megatron_opd.train import Run
+
+    found = {}
+    try:
+        for recipe, config in configs.items():
+            inputs = parallel.share_world(lambda: read_inputs(config))  # noqa: B023
+            for note in inputs.notes if parallel.is_main else ():
+                print(note, flush=True)
+            scratch = tempfile.TemporaryDirectory() if parallel.is_main else None
+            at = parallel.share_world(lambda: scratch.name)  # noqa: B023
+            run = Run(_in(config, at), parallel, inputs, Tracker())
+            try:
+                run._sync()
+                found[recipe] = run.measure_fp8()
+            finally:
+                run.close()
+                if scratch is not None:
+                    scratch.cleanup()
+    finally:
+        groups.stop()
+    return found
+
+
+def _in(config: Config, run_dir: str) -> Config:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
+
+
+def _print(found: dict[str, Measured]) -> None:
+    table = Table("recipe", "of", *("KL", "at most", "of the KL to learn", "top-1 agreement"))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for recipe, measured in found.items():
+        for noise in measured.noises:
+            numbers = f"{noise.kl:.2e}", f"{noise.largest:.2e}", f"{measured.ratio(noise):.3%}", f"{noise.top1:.2%}"
+            table.add_row(recipe, noise.name, *numbers)
+        table.add_row(recipe, "gradient", f"error {measured.gradient_error:.3f}", "", "", "", end_section=True)
+    console = Console(width=100)
+    console.print(table)
+    for recipe, measured in found.items():
+        console.print(f"{recipe}: {measured.signal:.4g} nats a token to be learned, {measured.num_tokens} tokens")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
