@@ -3,8 +3,9 @@
 
 Both get the same random models, prompts, lengths and batch, sample every answer from the student with its full length
 (no end of sequence), minimise the full-vocabulary reverse KL to one teacher in float32, and step AdamW. They run in
-turn, each time in a fresh process: samples a second are those of the steps after the warm-up, memory is the largest
-resident size above that after importing everything. The two losses are means over steps that hardly move the student
+turn, each time in a fresh process: samples a second are those of the steps after the warm-up, by the clock and by
+the time of the CPU (which compares on a busy machine too), memory is the largest resident size above that after
+importing everything. The two losses are means over steps that hardly move the student
 (a tiny learning rate), so they estimate the same number.
 
 TRL lives in an environment of its own that borrows this one's packages (torch and transformers are the same files);
@@ -120,17 +121,27 @@ def _measure(name: str, python: str, folder: str, core: int) -> dict[str, Any]:
 
 def _show(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace, core: int) -> None:
     table = Table(title="On-policy distillation, one core: median (all runs)", title_justify="left", title_style="bold")
-    columns = ["samples/s", "sampling, s a step", "peak memory, MB above import", "loss"]
+    columns = ["samples/s", "samples/CPU s", "sampling, s a step", "peak memory, MB above import", "loss"]
     for i, column in enumerate(["", *columns]):
         table.add_column(column, justify="right" if i else "left")
     for name, found in runs.items():
         losses = [loss for run in found for loss in run["losses"]]
-        cells = [_cell(found, "samples_per_s", 3), _cell(found, "generate_s", 2), _cell(found, "peak_mb", 0)]
+        cells = [
+            _cell(found, "samples_per_s", 3),
+            _cell(found, "samples_per_cpu_s", 3),
+            _cell(found, "generate_s", 2),
+            _cell(found, "peak_mb", 0),
+        ]
         table.add_row(name, *cells, f"{fmean(losses):.4f} [{min(losses):.4f}, {max(losses):.4f}]")
-    Console(width=130).print(table)
-    ours, theirs = (median(run["samples_per_s"] for run in runs[name]) for name in ("ours", "TRL"))
-    memory = [median(run["peak_mb"] for run in runs[name]) for name in ("TRL", "ours")]
-    print(f"ours / TRL: {ours / theirs:.2f}x samples a second, {memory[1] / memory[0]:.2f}x memory")
+    Console(width=160).print(table)
+    ratios = {
+        key: median(run[key] for run in runs["ours"]) / median(run[key] for run in runs["TRL"])
+        for key in ("samples_per_s", "samples_per_cpu_s", "peak_mb")
+    }
+    print(
+        f"ours / TRL: {ratios['samples_per_s']:.2f}x samples a second, {ratios['samples_per_cpu_s']:.2f}x samples a CPU"
+        f" second, {ratios['peak_mb']:.2f}x memory"
+    )
     print(
         f"{arguments.batch} answers a step of {arguments.prompt} + {arguments.response} tokens, vocabulary"
         f" {arguments.vocab}, float32, core {core}, {arguments.rounds} rounds of {arguments.steps} steps each"
