@@ -9,6 +9,8 @@ from megatron_opd.config import Config, ParallelConfig, ServersConfig, TeacherCo
 from megatron_opd.planner.gpus import GPUS, Assumed, Gpu
 from megatron_opd.student.architecture import Architecture, check_layout, read_architecture
 
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
@@ -56,7 +58,7 @@ class Job:
         both = zip(self.config.teachers, self.teachers, strict=True)
         return [(t, arch) for t, arch in both if t.backend == "megatron" and arch is not None]
 
-    def with_layout(self, parallel: ParallelConfig, *, recompute: str, micro_batch_size: int) -> Job:
+    def with_layout(self, parallel: ParallelConfig, *, recompute: Recompute, micro_batch_size: int) -> Job:
         """The same on another layout."""
         config = replace(
             self.config,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.planner import memory, timing
-from megatron_opd.planner.job import Job
+from megatron_opd.planner.job import Job, Recompute
 
-_RECOMPUTE = ("none", "selective", "full")
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _AS_FAST = 1.03
 """Layouts this close to the shortest step are as good, and the one that changes least is taken."""
 _GROWTH = (1, 2, 4, 8, 16)
@@ -80,7 +80,7 @@ def _parallel(job: Job, tensor: int, pipeline: int, data: int) -> ParallelConfig
     return ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, expert=expert, sequence=sequence)
 
 
-def _with_micro_batches(job: Job, parallel: ParallelConfig, recompute: str) -> Iterator[Layout]:
+def _with_micro_batches(job: Job, parallel: ParallelConfig, recompute: Recompute) -> Iterator[Layout]:
     if job.config.rollout.prompts_per_step % parallel.data:
         return
     per_replica = job.sequences // parallel.data

@@ -139,21 +139,19 @@ def keeping_pace(job: Job, role: Role, seconds: float) -> int | None:
 
     None where no number of servers is enough, because one sequence alone takes longer.
     """
-    if role.setting == "rollout.servers":
-        tensor, of = job.config.rollout.servers.tensor, rollout
-    else:
-        index = int(role.setting.split(".")[1])
-        tensor, of = job.config.teachers[index].servers.tensor, lambda other: teacher(other, index)
+    index = None if role.setting == "rollout.servers" else int(role.setting.split(".")[1])
+    servers = job.config.rollout.servers if index is None else job.config.teachers[index].servers
 
     def is_enough(count: int) -> bool:
-        return of(_with_servers(job, role.setting, count)).seconds <= seconds
+        other = _with_servers(job, role.setting, count)
+        return (rollout(other) if index is None else teacher(other, index)).seconds <= seconds
 
     most = 1
     while not is_enough(most):
         if most > _MOST_SERVERS:
             return None
         most *= 2
-    return tensor * _first(is_enough, most // 2 + 1, most)
+    return servers.tensor * _first(is_enough, most // 2 + 1, most)
 
 
 def _first(is_enough: Callable[[int], bool], low: int, high: int) -> int:

@@ -38,6 +38,7 @@ def found(name, rates, **more):
     return {"name": name, "tokens_per_s": rates, "about": {"commit": "abc"}, **more}
 
 
+@pytest.mark.slow
 def test_steps_are_measured_on_ranks_of_their_own_and_added_to_the_file(tmp_path):
     out = tmp_path / "steps.json"
     out.write_text(json.dumps({"cases": [found("older", [1.0], ranks=1, stages=[{"step": 1.0}])]}))
@@ -119,6 +120,7 @@ def test_compare_tells_a_difference_from_noise(tmp_path, capsys):
     assert bench_step.main(["--compare", str(tmp_path / "other"), str(tmp_path / "after")]) == 1
 
 
+@pytest.mark.slow
 def test_our_side_of_the_comparison_with_trl(tmp_path):
     """TRL's needs an environment of its own; both sides read the same folder and print the same figures."""
     sizes = {"vocab": 64, "hidden": 32, "layers": 1, "batch": 2, "prompt": 4, "response": 3, "steps": 2, "warmup": 1}
