@@ -76,12 +76,18 @@ def _run(arguments: argparse.Namespace) -> int:
             for name in sorted(pythons, reverse=bool(number % 2)):
                 runs[name].append(_measure(name, pythons[name], folder, core))
                 last = runs[name][-1]
-                print(f"round {number + 1}: {name}: {last['samples_per_s']:.3f} samples/s", file=sys.stderr, flush=True)
+                rates = f"{last['samples_per_s']:.3f} samples/s, {last['samples_per_cpu_s']:.3f} samples/CPU s"
+                print(f"round {number + 1}: {name}: {rates}", file=sys.stderr, flush=True)
+                _write(arguments, runs)
     _show(runs, arguments, core)
+    return 0
+
+
+def _write(arguments: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """After every run, so that an interruption loses one."""
     if arguments.json:
         told = {key: value for key, value in vars(arguments).items() if key not in ("python", "env", "json")}
         Path(arguments.json).write_text(json.dumps({"settings": told, "runs": runs}, indent=2) + "\n")
-    return 0
 
 
 def _environment(folder: Path) -> str:
