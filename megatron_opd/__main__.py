@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from megatron_opd import __version__
+from megatron_opd.planner import command as planner
 
 _GRACE_S = 10.0
 """How long a rank that stops because of another one stays: launchers end everybody when the first rank exits, and the
@@ -18,6 +19,7 @@ rank that failed should be heard first."""
 _EPILOG = """\
 examples:
   megatron-opd check examples/quickstart.yaml                  what would run, without running it
+  megatron-opd check my.yaml --plan --gpu H100                 what it needs, and how long a step takes
   megatron-opd train examples/quickstart.yaml                  start, or continue after an interruption
   megatron-opd train examples/quickstart.yaml optim.lr=5e-4 parallel.tensor=1 run.dir=runs/mine
   torchrun --nproc-per-node 4 -m megatron_opd train examples/quickstart.yaml
@@ -61,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="validate a config against its models and data; starts nothing")
     _add_config(check)
+    check.add_argument("--plan", action="store_true", help="what it needs and how long a step takes; needs no weights")
+    planner.add_options(check)
     check.set_defaults(run=_check)
 
     evaluate = commands.add_parser("eval", help="grade answers of a Hugging Face model to the config's eval sources")
@@ -143,6 +147,8 @@ def _after_the_others(code: int) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.plan:
+        return planner.run(arguments)
     from megatron_opd import launch
     from megatron_opd.config.file import dump, load
     from megatron_opd.preflight import read_inputs

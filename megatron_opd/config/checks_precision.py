@@ -24,6 +24,10 @@ def check_precision(config: Config) -> list[str]:
         problems += [f"precision.fp8.resident: set offload=false for teacher '{name}'" for name in offloaded]
     if not fp8.is_on:
         return problems + (["precision.fp8.emulate: nothing is in FP8 to be emulated"] if fp8.emulate else [])
+    if config.lora.rank and fp8.student != "off":
+        problems.append("precision.fp8.student: adapters (lora.rank) are not in FP8; set one of the two off")
+    if config.crosses_tokenizers:
+        problems.append("precision.fp8 is not for teachers with their own tokenizer (teachers.N.tokenizer)")
     if not fp8.emulate:
         problems += _check_real(config)
     return problems

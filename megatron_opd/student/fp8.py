@@ -103,6 +103,7 @@ class _Emulated:
         shared = parallel.tensor_group if module.sequence_parallel and not module.is_expert else None
         is_column = isinstance(module, ColumnParallelLinear)
         self.input = Rounding(recipe.activations, shared if is_column else None)
+        self.rows = Rounding(recipe.activations)  # of an input that is whole on this rank, whatever the layout
         self.weight = Rounding(recipe.weights)
         self.gradient = Rounding(recipe.gradients) if products.backward else None
         self.is_on = True
@@ -116,8 +117,7 @@ class _Emulated:
 
     def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """input · weightᵀ of whole rows, for a layer that is not called."""
-        rows = Rounding(self.input.format)  # they are on this rank, whatever the layout
-        out = F.linear(RoundForward.apply(input, rows), RoundForward.apply(weight, self.weight))
+        out = F.linear(RoundForward.apply(input, self.rows), RoundForward.apply(weight, self.weight))
         return out if self.gradient is None else RoundBackward.apply(out, self.gradient)
 
     def __call__(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,0 +1,74 @@
+"""FLOPs of a step by stage. A product of [a, b] and [b, c] is 2abc; causal attention counts half of its square.
+
+The trainer computes on padded sequences: all of a step are as long as its longest, for which the longest that the
+config allows stands here. Servers compute on the tokens that there are.
+"""
+
+from __future__ import annotations
+
+from megatron_opd.config import TeacherConfig
+from megatron_opd.planner import sizes
+from megatron_opd.planner.job import Job
+from megatron_opd.planner.loss_buffers import is_exact
+from megatron_opd.student.architecture import Architecture
+
+
+def body(arch: Architecture, length: float) -> float:
+    """Of all layers on one sequence, forward."""
+    attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim * length**2
+    return 2 * sizes.body_numel(arch) * length + attention
+
+
+def head(width: int, columns: int, rows: float) -> float:
+    """Of an output head."""
+    return 2.0 * width * columns * rows
+
+
+def training(job: Job) -> float:
+    """Student forward and backward, and the teachers' heads in the loss; of all replicas. Recomputing is work too."""
+    forward, rows = job.sequences * body(job.student, job.longest), job.sequences * job.response
+    logits = rows if job.logits == "chunked" and is_exact(job) else job.sequences * job.longest
+    passes = 4 if job.config.student.recompute == "full" else 3
+    columns = job.student.padded_vocab_size
+    made = passes * forward + 3 * head(job.student.hidden_size, columns, logits)
+    for teacher, arch in zip(job.config.teachers, job.teachers, strict=True):
+        if teacher.carrier == "hidden" and arch is not None:
+            made += asked_share(job, teacher) * head(arch.hidden_size, columns, rows)
+    return made
+
+
+def model_training(job: Job) -> float:
+    """The same without what is recomputed, padded, or asked of teachers: what MFU is measured by."""
+    length = job.prompt + job.response
+    whole = body(job.student, length) + head(job.student.hidden_size, job.student.vocab_size, length)
+    return 3 * job.sequences * whole
+
+
+def scoring(job: Job, teacher: TeacherConfig, arch: Architecture) -> float:
+    """A teacher's forward passes; one that is served and tells no hidden states computes its own head."""
+    length = job.longest if teacher.backend == "megatron" else job.prompt + job.response
+    made = body(arch, length)
+    if teacher.carrier != "hidden":
+        made += head(arch.hidden_size, arch.vocab_size, job.response)
+    return job.sequences * asked_share(job, teacher) * made
+
+
+def prefill(job: Job) -> float:
+    """Reading the prompts; servers read a prompt once for all its samples, the embedded engine once for each."""
+    served = job.config.rollout.engine == "sglang"
+    return (job.config.rollout.prompts_per_step if served else job.sequences) * body(job.student, job.prompt)
+
+
+def decoding(job: Job) -> float:
+    """Sampling token by token."""
+    last = body(job.student, job.prompt + job.response) - body(job.student, job.prompt)
+    return job.sequences * (last + head(job.student.hidden_size, job.student.vocab_size, job.response))
+
+
+def asked_share(job: Job, teacher: TeacherConfig) -> float:
+    """The part of the answers that this teacher is asked about."""
+    sources = job.config.data.train
+    total = sum(source.weight for source in sources)
+    if not total:
+        return 1.0 if teacher.weight > 0 else 0.0
+    return sum(s.weight for s in sources if teacher.weight_for(s.name) > 0) / total

@@ -1,0 +1,171 @@
+"""GPU memory of a rank by part, and the moment of a step at which it is highest.
+
+What is always there: weights, gradients, optimizer, teachers, their heads, an embedded engine. On top of that come, one
+after the other, the cache of the engine that samples, the teachers' hidden states, and the student's forward and
+backward passes with the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_opd.planner import activations, loss_buffers, sizes
+from megatron_opd.planner.activations import Pass
+from megatron_opd.planner.gpus import BYTES
+from megatron_opd.planner.job import Job
+from megatron_opd.student.architecture import Architecture
+
+_LOCAL_BATCH = 256
+"""Sequences that the embedded engine decodes together at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMemory:
+    """Bytes of one rank."""
+
+    stage: int
+    always: dict[str, float]
+    moments: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What is there besides while the step samples, scores and trains; by part."""
+
+    @property
+    def peak_at(self) -> str:
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """At the peak, without what is not there."""
+        found = {**self.always, **self.moments[self.peak_at]}
+        return {name: value for name, value in found.items() if value}
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def trainer(job: Job) -> list[RankMemory]:
+    """The first tensor-parallel rank of every pipeline stage of a replica; its peers have the same, but no engine."""
+    return [_rank(job, stage) for stage in range(job.config.parallel.pipeline)]
+
+
+def worst(job: Job) -> RankMemory:
+    """The rank that needs most."""
+    return max(trainer(job), key=lambda rank: rank.total)
+
+
+def fits(job: Job) -> bool:
+    """Whether every rank of the trainer has room on its GPU."""
+    return worst(job).total <= job.gpu.memory * job.assumed.usable
+
+
+def _rank(job: Job, stage: int) -> RankMemory:
+    config = job.config
+    parameters = sizes.stage_parameters(job.student, config.parallel, stage)
+    held = sizes.buffers(parameters, config.parallel, distributed=config.optim.distributed)
+    is_bf16 = config.student.dtype == "bf16"
+    is_last = stage == config.parallel.pipeline - 1
+    resting, moving = _teacher_weights(job, stage)
+    engine, cache = _engine(job) if stage == 0 else (0.0, 0.0)
+    always = {
+        "weights": held.gradients * BYTES[config.student.dtype],
+        "gradients": 4 * held.gradients,
+        "optimizer": held.optimized * (12 if is_bf16 else 8),
+        "teacher weights": resting,
+        "teacher heads": _teacher_heads(job) if is_last else 0,
+        "engine weights": engine,
+    }
+    hidden = _hidden_states(job) if is_last else 0.0
+    kept = under_way(job, stage)
+    return RankMemory(
+        stage=stage,
+        always=always,
+        moments={
+            "the loss": {
+                "hidden states": hidden,
+                "activations": kept,
+                "loss": loss_buffers.peak(job) if is_last else 0.0,
+            },
+            "the backward pass": {"hidden states": hidden, "activations": kept + activations.backward(one_pass(job))},
+            "scoring": {
+                "teachers fetched": moving,
+                "hidden states": 2 * hidden,  # rollout by rollout, and put together in micro-batches
+                "activations": _scoring(job),
+            },
+            "sampling": {"engine cache": cache},
+        },
+    )
+
+
+def one_pass(job: Job) -> Pass:
+    """A micro-batch through a stage of the student."""
+    config = job.config
+    return Pass(
+        arch=job.student,
+        parallel=config.parallel,
+        student=config.student,
+        sequences=config.train.micro_batch_size,
+        length=job.longest,
+        fused_norms=job.fused_norms,
+    )
+
+
+def under_way(job: Job, stage: int) -> float:
+    """Activations of the micro-batches that are between forward and backward pass (one forward, one backward)."""
+    stages = job.config.parallel.pipeline
+    kept = activations.saved(one_pass(job), is_first=stage == 0, is_last=stage == stages - 1)
+    return kept * min(job.micro_batches, stages - stage)
+
+
+def _scoring(job: Job) -> float:
+    """The largest tensors of one layer of a teacher's forward pass, which keeps nothing."""
+    config, found = job.config, [0.0]
+    for teacher, arch in job.inside:
+        widest = arch.num_heads * arch.head_dim + 2 * arch.num_kv_heads * arch.head_dim + 3 * arch.ffn_size
+        a_token = 3 * arch.hidden_size + widest / config.parallel.tensor
+        found.append(config.train.micro_batch_size * job.longest * a_token * BYTES[teacher.dtype])
+    return max(found)
+
+
+def _teacher_weights(job: Job, stage: int) -> tuple[float, float]:
+    """(bytes that stay, bytes that are there while their teacher scores)."""
+    resting, moving = 0.0, [0.0]
+    for teacher, arch in job.inside:
+        parameters = [p for p in sizes.stage_parameters(arch, job.config.parallel, stage) if p.name != "head"]
+        size = sizes.numel(parameters) * BYTES[teacher.dtype]
+        if teacher.offload:
+            moving.append(size)
+        else:
+            resting += size
+    return resting, max(moving)
+
+
+def _teacher_heads(job: Job) -> float:
+    """Rows of this rank's shard of the student's vocabulary, of every teacher that tells hidden states."""
+    columns = job.student.padded_vocab_size // job.config.parallel.tensor
+    return sum(columns * width * size for width, size in _hidden_widths(job))
+
+
+def _hidden_states(job: Job) -> float:
+    """Of all answers of a replica's step."""
+    tokens = job.sequences / job.config.parallel.data * job.config.rollout.max_new_tokens
+    return sum(tokens * width * size for width, size in _hidden_widths(job))
+
+
+def _hidden_widths(job: Job) -> list[tuple[int, int]]:
+    """(hidden size, bytes of a number) of the teachers that tell hidden states."""
+    both = zip(job.config.teachers, job.teachers, strict=True)
+    return [(arch.hidden_size, BYTES[t.dtype]) for t, arch in both if t.carrier == "hidden" and arch is not None]
+
+
+def _engine(job: Job) -> tuple[float, float]:
+    """(weights, cache) of the embedded engine, which is whole and in float32 on the leader of each replica."""
+    if job.config.rollout.engine != "local":
+        return 0.0, 0.0
+    sequences = min(job.sequences // job.config.parallel.data, _LOCAL_BATCH)
+    return 4 * sizes.numel(sizes.whole(job.student)), sequences * job.longest * cache_bytes(job.student, 4, 1)
+
+
+def cache_bytes(arch: Architecture, size: int, tensor: int) -> float:
+    """Bytes of keys and values of one token on one of `tensor` GPUs, numbers of `size` bytes."""
+    heads = max(arch.num_kv_heads / tensor, 1)
+    return 2 * heads * arch.head_dim * arch.num_layers * size

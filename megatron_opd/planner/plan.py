@@ -1,0 +1,101 @@
+"""What a run will need and how long it will take, from its config and its models' config.json alone.
+
+Arithmetic only. `plan` answers; `table.py` and `as_dict` show it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_opd.planner import memory, search, servers, timing, wire
+from megatron_opd.planner.job import Job
+from megatron_opd.planner.memory import RankMemory
+from megatron_opd.planner.search import Layout
+from megatron_opd.planner.servers import Role
+from megatron_opd.planner.timing import Estimate
+from megatron_opd.planner.wire import Traffic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The answers."""
+
+    job: Job
+    ranks: list[RankMemory]
+    """Of each pipeline stage."""
+    roles: list[Role]
+    traffic: list[Traffic]
+    estimate: Estimate
+    problems: list[str]
+    """What does not fit, and what the layout does not divide."""
+    nearest: Layout | None
+    """Where the trainer does not fit: the layout that changes least."""
+    fastest: Layout | None
+    """The layout with the shortest step on as many GPUs."""
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that may be planned with."""
+        return self.job.gpu.memory * self.job.assumed.usable
+
+
+def plan(job: Job) -> Plan:
+    """Everything about a job. One whose layout is impossible is planned as far as the numbers divide."""
+    ranks, roles = memory.trainer(job), servers.roles(job)
+    problems = job.problems()
+    too_large = not memory.fits(job)
+    if too_large:
+        need = memory.worst(job)
+        problems.append(
+            f"stage {need.stage} of the trainer needs {need.total / 1e9:.1f} GB at its peak ({need.peak_at}); a"
+            f" {job.gpu_name} has {job.gpu.memory * job.assumed.usable / 1e9:.1f} GB that can be used"
+        )
+    for role in roles:
+        if role.setting and not role.cache_tokens and role.concurrent:
+            problems.append(
+                f"{role.name}: weights of {role.weights / 1e9:.1f} GB leave a {job.gpu_name} no room for one sequence"
+                f" of {job.longest} tokens; raise {role.setting}.tensor"
+            )
+    return Plan(
+        job=job,
+        ranks=ranks,
+        roles=roles,
+        traffic=wire.table(job),
+        estimate=timing.estimate(job),
+        problems=problems,
+        nearest=search.nearest(job) if too_large or job.problems() else None,
+        fastest=search.fastest(job),
+    )
+
+
+def as_dict(made: Plan) -> dict[str, Any]:
+    """For --json: bytes, FLOPs and seconds."""
+    job = made.job
+    return {
+        "gpu": {"name": job.gpu_name, **dataclasses.asdict(job.gpu)},
+        "assumed": dataclasses.asdict(job.assumed),
+        "lengths": {"prompt": job.prompt, "response": job.response, "longest": job.longest},
+        "logits": job.logits,
+        "ranks": [{"stage": r.stage, "peak_at": r.peak_at, "parts": r.parts, "total": r.total} for r in made.ranks],
+        "servers": [dataclasses.asdict(role) for role in made.roles],
+        "wire": {
+            "bytes_a_token": {
+                t.name: {"sent": wire.carrier_bytes(t, arch), "payload": wire.payload_bytes(t, arch)}
+                for t, arch in zip(job.config.teachers, job.teachers, strict=True)
+            },
+            "a_step": [dataclasses.asdict(traffic) for traffic in made.traffic],
+        },
+        "step": dataclasses.asdict(made.estimate),
+        "problems": made.problems,
+        "nearest": _layout(made.nearest),
+        "fastest": _layout(made.fastest),
+    }
+
+
+def _layout(layout: Layout | None) -> dict[str, Any] | None:
+    if layout is None:
+        return None
+    found = {"overrides": layout.overrides, "seconds": layout.seconds, "memory": layout.memory}
+    return found | {"gpus": layout.job.config.parallel.world_size}

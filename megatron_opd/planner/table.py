@@ -1,0 +1,142 @@
+"""A plan for people: tables of memory, servers, traffic and time, and what to change."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_opd.planner import wire
+from megatron_opd.planner.plan import Plan
+from megatron_opd.planner.search import Layout
+
+_MOST_STAGES = 6
+"""Columns of stages that are shown; of more, the ends are."""
+
+
+def show(made: Plan, console: Console) -> None:
+    """Print it."""
+    job = made.job
+    layout = job.config.parallel
+    console.print(
+        f"{layout.world_size} x {job.gpu_name}: tensor {layout.tensor} x pipeline {layout.pipeline} x data"
+        f" {layout.data}; {job.sequences} answers a step, prompts of {job.prompt:g} and answers of {job.response:g}"
+        f" tokens, at most {job.longest} together\n"
+    )
+    for table in (_memory(made), _servers(made), _teachers(made), _traffic(made), _time(made)):
+        if table.row_count:
+            console.print(table)
+    estimate = made.estimate
+    ahead = job.config.rollout.max_staleness
+    how = f"sampling {ahead} step(s) ahead" if ahead else "on-policy: one stage after the other"
+    console.print(
+        f"a step takes {seconds(estimate.seconds)} ({how}), {estimate.tokens_per_s:,.0f} response tokens a second;"
+        f" bound by {escape(estimate.bound)}\n"
+    )
+    _advice(made, console)
+    rates = ", ".join(f"{name} {value:g}" for name, value in _assumed(made).items())
+    console.print(
+        f"[dim]assumed parts of the data sheet: {rates}; student's logits {job.logits}[/dim]", highlight=False
+    )
+
+
+def _assumed(made: Plan) -> dict[str, float]:
+    assumed = made.job.assumed
+    names = ("training", "scoring", "decoding", "transfer", "usable", "server")
+    return {name: getattr(assumed, name) for name in names}
+
+
+def _advice(made: Plan, console: Console) -> None:
+    for problem in made.problems:
+        console.print(f"[red]does not fit:[/red] {escape(problem)}", highlight=False)
+    if made.problems and made.nearest is not None:
+        console.print(f"nearest layout that fits: {_described(made.nearest)}", highlight=False, soft_wrap=True)
+    elif made.problems and any("trainer" in p or "parallel." in p for p in made.problems):
+        console.print("no layout of up to 16 times as many GPUs fits")
+    fastest = made.fastest
+    if fastest is not None and (made.problems or fastest.seconds < 0.95 * made.estimate.seconds):
+        console.print(f"fastest on as many GPUs: {_described(fastest)}", highlight=False, soft_wrap=True)
+
+
+def _described(layout: Layout) -> str:
+    world = layout.job.config.parallel.world_size
+    return (
+        f"{' '.join(layout.overrides)}  ({world} GPUs, {layout.memory / 1e9:.1f} GB, {seconds(layout.seconds)} a step)"
+    )
+
+
+def _memory(made: Plan) -> Table:
+    shown = made.ranks
+    if len(shown) > _MOST_STAGES:
+        shown = [*shown[:2], *shown[-2:]]
+    table = _table("GPU memory of a rank", "part", *(f"stage {rank.stage}" for rank in shown))
+    names = list(dict.fromkeys(name for rank in shown for name in rank.parts))
+    for name in names:
+        table.add_row(name, *(_size(rank.parts.get(name, 0.0)) for rank in shown))
+    table.add_section()
+    table.add_row("at its peak", *(_size(rank.total) for rank in shown), style="bold")
+    table.add_row("which is in", *(rank.peak_at.removeprefix("the ") for rank in shown))
+    table.add_row("usable", *(_size(made.usable) for _ in shown))
+    return table
+
+
+def _servers(made: Plan) -> Table:
+    names = ("GPUs", "weights a GPU", "cache, tokens", "sequences together")
+    table = _table("Engine and servers", "model", *names)
+    for role in made.roles:
+        cache = f"{role.cache_tokens:,}" if role.cache_tokens else "no room" if role.concurrent else "?"
+        table.add_row(escape(role.name), str(role.gpus), _size(role.weights), cache, f"{role.concurrent:,}")
+    return table
+
+
+def _teachers(made: Plan) -> Table:
+    job = made.job
+    table = _table("What a teacher tells about a token, bytes", "teacher", "carrier", "payload", "on the wire")
+    for teacher, arch in zip(job.config.teachers, job.teachers, strict=True):
+        sent = wire.carrier_bytes(teacher, arch)
+        carrier = f"{teacher.carrier} {teacher.top_k}" if teacher.carrier == "topk" else teacher.carrier
+        on_wire = f"{sent:,.0f}" if sent else "0 (on the ranks)" if teacher.backend == "megatron" else "?"
+        table.add_row(escape(teacher.name), carrier, f"{wire.payload_bytes(teacher, arch):,.0f}", on_wire)
+    return table
+
+
+def _traffic(made: Plan) -> Table:
+    table = _table("Traffic of a step", "what", "over", "all together", "busiest sender")
+    for traffic in made.traffic:
+        table.add_row(escape(traffic.name), traffic.path, _size(traffic.total), _size(traffic.a_rank))
+    return table
+
+
+def _time(made: Plan) -> Table:
+    table = _table("A step", "stage", "seconds", "PFLOP", "GPUs", "GPUs to keep pace")
+    for stage in made.estimate.stages:
+        work = f"{stage.flops / 1e15:,.3g}" if stage.flops else "-"
+        pace = "-" if stage.keeping_pace is None else str(stage.keeping_pace)
+        table.add_row(escape(stage.name), seconds(stage.seconds), work, str(stage.gpus or "-"), pace)
+    return table
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def _size(size: float) -> str:
+    if not size:
+        return "-"
+    for unit, one in (("GB", 1e9), ("MB", 1e6)):
+        if size >= one:
+            return f"{size / one:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
+
+
+def seconds(value: float) -> str:
+    """For people."""
+    if math.isinf(value):
+        return "never"
+    return f"{value:,.1f} s" if value >= 1 else f"{value * 1000:,.3g} ms"

@@ -1,0 +1,154 @@
+"""The planner's bytes against those of real ranks: the tensors that there are, those that autograd keeps, and the peak.
+
+Bytes of tensors repeat exactly, whatever the machine does besides; resident memory would not.
+"""
+
+import dataclasses
+import json
+
+import pytest
+import steps
+import tiny
+import torch
+
+VOCAB = 2048
+SIZES = {"vocab_size": VOCAB, "num_hidden_layers": 4, "intermediate_size": 128, "hidden_size": 64}
+LAYOUTS = [
+    ({"tensor": 1}, "fp32", "none"),
+    ({"tensor": 2, "pipeline": 2}, "fp32", "none"),
+    ({"tensor": 1, "pipeline": 2, "data": 2}, "fp32", "full"),
+    ({"tensor": 2, "sequence": True, "data": 2}, "bf16", "selective"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    student = tiny.save(tiny.build("llama", **SIZES), folder / "student")
+    teacher = tiny.save(tiny.build("qwen3", seed=1, **{**SIZES, "hidden_size": 48}), folder / "teacher")
+    mixture = tiny.save(tiny.build("qwen3_moe", seed=2, **SIZES, moe_intermediate_size=32), folder / "mixture")
+    return {"student": student, "teacher": teacher, "mixture": mixture}
+
+
+def planned(student, teacher, layout, dtype="fp32", recompute="none"):
+    """(config, what the planner says of each stage)."""
+    from megatron_opd.planner import memory
+    from megatron_opd.planner.job import build
+
+    config = tiny.config(
+        student,
+        [{"name": "t", "model": teacher}],
+        parallel=layout,
+        student={"dtype": dtype, "recompute": recompute},
+        train={"steps": 10, "micro_batch_size": 4},
+        loss={"chunk_tokens": 64},
+        rollout={"prompts_per_step": 16, "max_new_tokens": 32},
+    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_prompt_tokens=32))
+    return config, memory.trainer(dataclasses.replace(build(config, gpu="H100"), fused_norms=False))
+
+
+def longest():
+    """Rollouts that are as long as the config allows, as the planner assumes."""
+    return [tiny.rollout([1 + i] * 32, [3 + i] * 32, index=i) for i in range(16)]
+
+
+def together(tensors):
+    """Bytes of the memory behind the tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def measured(parallel, config, rollouts, trace):
+    """Bytes on this rank: what is there between steps, what one micro-batch keeps, and the peak of a step over that."""
+    from megatron_opd.student import pipeline
+    from megatron_opd.student.student import _at_rows
+
+    student, objective, pack = steps.build(parallel, config, VOCAB)
+    batches = pack(rollouts[parallel.data_rank :: parallel.data_size])
+    student.step(batches, objective)
+    found = {
+        "weights": together(student.gpt.parameters()),
+        "gradients": together(p.main_grad for p in student.gpt.parameters()),
+        "optimizer": together(_optimizer_state(student)),
+        "kept": _kept(parallel, student, batches[0]) if parallel.pipeline_size == 1 else None,
+    }
+    student.model.zero_grad_buffer()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        pipeline.train(student.model, batches, _at_rows(objective))
+    path = f"{trace}.{parallel.rank}"
+    profile.export_chrome_trace(path)
+    with open(path) as file:
+        events = [e for e in json.load(file)["traceEvents"] if e.get("name") == "[memory]"]
+    events.sort(key=lambda e: e["ts"])
+    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+    return found | {"peak": max(e["args"]["Total Allocated"] for e in events) - before}
+
+
+def _optimizer_state(student):
+    """Moments, and master weights where they are not the weights themselves."""
+    weights = {p.untyped_storage().data_ptr() for p in student.gpt.parameters()}
+    for optimizer in getattr(student.optimizer, "chained_optimizers", [student.optimizer]):
+        adam = optimizer.optimizer
+        for group in adam.param_groups:
+            yield from (p for p in group["params"] if p.untyped_storage().data_ptr() not in weights)
+        for state in adam.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value) and value.dim())
+
+
+def _kept(parallel, student, batch):
+    """Bytes that autograd saves in the forward pass, without the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in student.gpt.parameters()}
+    saved = []
+    size, length = batch.tokens_BS.shape
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = student.model(batch.tokens_BS, torch.arange(length).expand(size, length), None)
+    output.sum().backward()
+    return together(t for t in saved if t.untyped_storage().data_ptr() not in parameters)
+
+
+@pytest.mark.parametrize(("layout", "dtype", "recompute"), LAYOUTS)
+def test_a_rank_has_the_memory_that_was_planned(ranks, models, tmp_path, layout, dtype, recompute):
+    config, plans = planned(models["student"], models["teacher"], layout, dtype, recompute)
+    count = config.parallel.world_size
+    found = ranks.run(count, measured, config, longest(), str(tmp_path / "trace"), **layout)
+    for plan in plans:
+        real = found[plan.stage * count // config.parallel.pipeline]
+        for part in ("weights", "gradients", "optimizer"):
+            assert plan.always[part] == pytest.approx(real[part], rel=0.01), part
+        training = [plan.moments[name] for name in ("the loss", "the backward pass")]
+        if real["kept"] is not None:
+            assert training[0]["activations"] == pytest.approx(real["kept"], rel=0.01)
+        own = sum(plan.always[part] for part in ("weights", "gradients", "optimizer"))
+        at_most = max(sum(size for name, size in moment.items() if name != "hidden states") for moment in training)
+        at_rest = sum(real[part] for part in ("weights", "gradients", "optimizer"))
+        assert own + at_most == pytest.approx(at_rest + real["peak"], rel=0.1)
+
+
+def numels(parallel, config):
+    """(parameters of the student, of a teacher with its head) on this rank."""
+    from megatron_opd.teachers import build_teachers
+
+    made = steps.build(parallel, config, VOCAB)[0]
+    scorer = build_teachers(config, parallel, made.vocab_shard(VOCAB))[0]
+    head = 0 if scorer.head_LD is None else scorer.head_LD.numel()
+    return sum(p.numel() for p in made.gpt.parameters()), sum(p.numel() for p in scorer.model.parameters()) + head
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("student", {"tensor": 2, "pipeline": 2}),
+        ("mixture", {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}),
+    ],
+)
+def test_every_rank_has_the_parameters_that_were_planned(ranks, models, model, layout):
+    config, plans = planned(models[model], models["teacher"], layout)
+    from megatron_opd.planner import sizes
+    from megatron_opd.student.architecture import read_architecture
+
+    arch = read_architecture(models[model])
+    found = ranks.run(4, numels, config, **layout)
+    for rank, (student, teacher) in enumerate(found):
+        stage = rank // 2
+        assert student == sizes.numel(sizes.stage_parameters(arch, config.parallel, stage))
+        assert teacher * 4 == plans[stage].always["teacher weights"] + plans[stage].always["teacher heads"]

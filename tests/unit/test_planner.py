@@ -1,0 +1,313 @@
+"""The planner against sums done by hand, public parameter counts, and the table that loads real weights."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from megatron_opd import __main__ as cli
+from megatron_opd import config as c
+from megatron_opd.planner import flops, loss_buffers, memory, search, servers, sizes, timing, wire
+from megatron_opd.planner.gpus import GPUS
+from megatron_opd.planner.job import build
+from megatron_opd.planner.plan import as_dict, plan
+from megatron_opd.student.architecture import read_architecture
+from megatron_opd.student.weight_map import is_expert, rules
+
+MODELS = Path(__file__).parents[1] / "models"
+TP4 = {"tensor": 4, "data": 4, "sequence": True}
+
+
+def run_of(model="llama-8b", teachers=None, *, lengths=(1024, 2048), **sections):
+    """A config of big models, of which only config.json is there."""
+    sections = {
+        "parallel": TP4,
+        "student": {"dtype": "bf16"},
+        "train": {"steps": 10, "micro_batch_size": 2},
+        **sections,
+        "rollout": {
+            "engine": "sglang", "prompts_per_step": 64, "samples_per_prompt": 4, "max_new_tokens": lengths[1],
+            "servers": c.ServersConfig(count=8), **sections.get("rollout", {}),
+        },
+    }  # fmt: skip
+    teachers = [{"name": "big", "model": "llama-70b", "dtype": "bf16"}] if teachers is None else teachers
+    made = tiny.config(
+        str(MODELS / model), [{**teacher, "model": str(MODELS / teacher["model"])} for teacher in teachers], **sections
+    )
+    sources = [c.SourceConfig(name="math", path=""), c.SourceConfig(name="code", path="", weight=3.0)]
+    return dataclasses.replace(made, data=c.DataConfig(train=sources, max_prompt_tokens=lengths[0]))
+
+
+def job_of(*args, gpu="H100", logits="whole", response=None, **sections):
+    return build(run_of(*args, **sections), gpu=gpu, logits=logits, response=response)
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("llama-8b", 8.03), ("llama-70b", 70.55), ("qwen3-8b", 8.19), ("qwen3-0.6b", 0.596), ("qwen3-30b-a3b", 30.53)],
+)
+def test_parameters_are_the_published_ones(model, billions):
+    assert sizes.numel(sizes.whole(read_architecture(MODELS / model))) / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_active_parameters_of_a_mixture():
+    arch = read_architecture(MODELS / "qwen3-30b-a3b")
+    embedding = arch.vocab_size * arch.hidden_size
+    assert (sizes.active_numel(arch) + embedding) / 1e9 == pytest.approx(3.35, rel=0.01)  # "A3B", embeddings included
+
+
+@pytest.mark.parametrize("model", sorted(path.name for path in MODELS.iterdir()))
+@pytest.mark.parametrize(("tensor", "pipeline", "expert"), [(1, 1, 1), (4, 4, 4), (8, 2, 4), (2, 1, 2)])
+def test_every_stage_has_the_parameters_of_the_weight_table(model, tensor, pipeline, expert):
+    arch = read_architecture(MODELS / model)
+    layout = c.ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert if arch.num_experts else 1)
+    size, experts = arch.num_layers // pipeline, arch.num_experts // layout.expert
+    for stage in range(pipeline):
+        table = rules(arch, layers=range(size), first=stage == 0, last=stage == pipeline - 1, experts=range(experts))
+        there = 0
+        for name, rule in table.items():
+            whole = is_expert(name) or "norm" in name or "router" in name
+            there += math.prod(rule.shape) // (1 if whole else tensor)
+        assert sizes.numel(sizes.stage_parameters(arch, layout, stage)) == there
+
+
+def test_memory_of_llama_8b_by_hand():
+    """TP 4, distributed optimizer over 4 replicas: 2 bytes of weights, 4 of gradients, a quarter of 12 of state."""
+    rank = memory.worst(job_of(teachers=[{"name": "t", "model": "llama-8b", "dtype": "bf16"}]))
+    split = 8_030_261_248 - 65 * 4096  # all but the norms
+    mine = split // 4 + 65 * 4096
+    assert rank.always["weights"] == pytest.approx(2 * mine, rel=1e-6)
+    assert rank.always["gradients"] == pytest.approx(4 * mine, rel=1e-6)
+    assert rank.always["optimizer"] == pytest.approx(3 * mine, rel=1e-6)
+    assert rank.always["teacher weights"] == 2 * (mine - 128256 * 4096 // 4)  # without its head,
+    assert rank.always["teacher heads"] == 2 * 128256 * 4096 // 4  # which is counted here
+    assert rank.moments["the loss"]["hidden states"] == 64 * 2048 * 4096 * 2
+    assert rank.moments["scoring"]["hidden states"] == 2 * 64 * 2048 * 4096 * 2
+
+
+def test_a_plain_optimizer_is_whole_on_every_replica():
+    rank = memory.worst(job_of(optim={"distributed": False}, student={"dtype": "fp32"}))
+    assert rank.always["optimizer"] == 2 * rank.always["gradients"] == 2 * rank.always["weights"]
+
+
+def test_an_offloaded_teacher_is_there_while_it_scores():
+    teacher = {"name": "big", "model": "llama-70b", "dtype": "bf16"}
+    stays = memory.worst(job_of(teachers=[teacher, {**teacher, "name": "two"}]))
+    comes = memory.worst(job_of(teachers=[{**teacher, "offload": True}, {**teacher, "name": "two", "offload": True}]))
+    assert comes.always["teacher weights"] == 0
+    assert comes.moments["scoring"]["teachers fetched"] == stays.always["teacher weights"] / 2
+    assert comes.total < stays.total
+
+
+def test_pipeline_stages_hold_as_many_micro_batches_as_are_under_way():
+    job = job_of(parallel={"tensor": 2, "pipeline": 4, "sequence": True})
+    kept = [rank.moments["the loss"]["activations"] for rank in memory.trainer(job)]
+    ids = 2 * 3072 * 9  # of the first stage: tokens, and which of them are here
+    assert kept[0] - 4 * ids == pytest.approx(4 / 3 * kept[1], rel=1e-9)
+    assert kept[1] == pytest.approx(3 / 2 * kept[2], rel=1e-9)
+
+
+def test_loss_buffers_by_hand():
+    positions, rows, columns = 2 * 3072, 2 * 2048, 128256 // 4
+    teacher = 2 * 2 * 1024 * columns  # bf16, twice: exchanges overlap with products
+    assert loss_buffers.peak(job_of()) == 4 * positions * columns + 4 * rows * columns + teacher
+    chunked = loss_buffers.peak(job_of(logits="chunked"))
+    assert chunked == 2 * rows * 4096 * 2 + 2 * teacher
+    lists = [{"name": "t", "model": "llama-70b", "backend": "sglang", "carrier": "topk"}]
+    by_lists = {"teachers": lists, "loss": {"ensemble": "probs"}}
+    assert loss_buffers.peak(job_of(logits="chunked", **by_lists)) == loss_buffers.peak(job_of(**by_lists))
+
+
+def test_flops_by_hand():
+    job = job_of("llama-8b", [{"name": "t", "model": "llama-8b", "dtype": "bf16"}], lengths=(1000, 1000))
+    body, length = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336), 2000
+    forward = 2 * body * length + 2 * 32 * 32 * 128 * length**2
+    head = 2 * 4096 * 128256
+    assert flops.body(job.student, length) == forward
+    teacher_head = 256 * 1000 * head
+    assert flops.training(job) == 256 * 3 * (forward + length * head) + teacher_head
+    recomputed = job.with_layout(job.config.parallel, recompute="full", micro_batch_size=2)
+    assert flops.training(recomputed) - flops.training(job) == 256 * forward
+    chunked = dataclasses.replace(job, logits="chunked")
+    assert flops.training(job) - flops.training(chunked) == 256 * 3 * 1000 * head
+
+
+def test_a_routed_teacher_is_asked_about_its_share():
+    teachers = [
+        {"name": "math", "model": "llama-8b", "sources": {"code": 0.0}},
+        {"name": "code", "model": "llama-8b", "sources": {"math": 0.0}},
+    ]
+    job = job_of(teachers=teachers)
+    assert [flops.asked_share(job, teacher) for teacher in job.config.teachers] == [0.25, 0.75]
+
+
+def test_bytes_of_the_carriers():
+    served = {"model": "llama-70b", "backend": "sglang"}
+    teachers = [
+        {"name": "hidden", **served},
+        {"name": "list", "carrier": "topk", "top_k": 100, **served},
+        {"name": "one", "carrier": "sampled", **served},
+        {"name": "here", "model": "llama-8b"},
+    ]
+    job = job_of(teachers=teachers)
+    sent = [wire.carrier_bytes(t, arch) for t, arch in zip(job.config.teachers, job.teachers, strict=True)]
+    assert sent == [25 * 8192, 34 + 1080, 34, 0]
+    tokens = 256 * 2048
+    assert wire.of_teachers(job) == {"hidden": tokens * sent[0], "list": tokens * sent[1], "one": tokens * sent[2]}
+    assert wire.weight_sync(job) == 2 * 8_030_261_248
+
+
+def test_traffic_between_ranks_by_hand():
+    job = job_of(parallel={"tensor": 2, "pipeline": 2, "data": 2, "sequence": True}, teachers=[])
+    activation = 128 * 3072 * 4096 * 2  # of a replica's sequences
+    assert wire.tensor_parallel(job) == 2 * activation / 2 * 16 * 4
+    assert wire.pipeline(job) == 2 * activation / 2
+    heaviest = sizes.numel(sizes.stage_parameters(job.student, job.config.parallel, 1))  # the final norm makes it so
+    assert wire.gradients(job) == heaviest * (4 + 2) / 2
+
+
+def test_the_70b_teacher_needs_a_node_and_is_told_so():
+    served = {"name": "big", "model": "llama-70b", "backend": "sglang", "carrier": "topk"}
+    little = c.ServersConfig(count=1, tensor=1)
+    made = plan(job_of(teachers=[{**served, "servers": little}], loss={"ensemble": "probs"}))
+    assert any("teachers.0.servers.tensor" in problem for problem in made.problems)
+    assert math.isinf(made.estimate.seconds)
+    enough = c.ServersConfig(count=1, tensor=8)
+    made = plan(job_of(teachers=[{**served, "servers": enough}], loss={"ensemble": "probs"}))
+    assert not made.problems
+    role = made.roles[1]
+    assert role.weights == 2 * 70_553_706_496 / 8
+    a_token = 2 * 1 * 128 * 80 * 2
+    assert role.cache_tokens == int((0.85 * 80e9 - role.weights) // a_token)
+
+
+def test_70b_student_does_not_fit_and_a_layout_that_does_is_found():
+    job = job_of("llama-70b", parallel={"tensor": 8, "data": 4, "sequence": True})
+    made = plan(job)
+    assert any("needs" in problem and "GB at its peak" in problem for problem in made.problems)
+    found = made.nearest
+    assert found is not None
+    assert memory.fits(found.job)
+    assert not found.job.problems()
+    assert found.job.config.parallel.world_size % 32 == 0
+    everything = search.fitting(job, found.job.config.parallel.world_size)
+    assert all(layout.changes >= found.changes for layout in everything)
+
+
+def test_the_fastest_layout_fits_and_is_not_slower():
+    made = plan(job_of())
+    assert made.fastest is not None
+    assert made.fastest.seconds <= made.estimate.seconds * 1.03
+    assert made.fastest.job.config.parallel.world_size == 16
+    assert memory.fits(made.fastest.job)
+
+
+def test_an_impossible_layout_is_a_problem_with_its_setting():
+    made = plan(job_of(parallel={"tensor": 1, "pipeline": 64}))
+    assert any("parallel.pipeline=64 does not divide" in problem for problem in made.problems)
+    assert made.nearest is not None
+
+
+def test_sampling_ahead_hides_the_shorter_part():
+    teachers = [{"name": "t", "model": "llama-8b", "dtype": "bf16"}]
+    waits = timing.estimate(job_of(teachers=teachers))
+    ahead = timing.estimate(job_of(teachers=teachers, rollout={"max_staleness": 1}))
+    seconds = {stage.name: stage.seconds for stage in waits.stages}
+    own = seconds["training"] + seconds["teachers on the ranks"]
+    assert waits.seconds == pytest.approx(seconds["sampling"] + own + seconds["sync"])
+    assert ahead.seconds == pytest.approx(max(seconds["sampling"], own) + seconds["sync"])
+    assert ahead.tokens_per_s == pytest.approx(256 * 2048 / ahead.seconds)
+
+
+def test_gpus_to_keep_pace():
+    """With as many servers sampling is no longer the bound, and with one less it is."""
+
+    def with_servers(count, response):
+        return job_of(teachers=[], rollout={"servers": c.ServersConfig(count=count)}, response=response)
+
+    sampling, training, _ = timing.estimate(with_servers(1, 500)).stages
+    enough = sampling.keeping_pace
+    assert enough is not None
+    assert enough > 1
+    assert servers.rollout(with_servers(enough, 500)).seconds <= training.seconds
+    assert servers.rollout(with_servers(enough - 1, 500)).seconds > training.seconds
+
+
+def test_no_number_of_servers_hastens_one_sequence():
+    few = {"prompts_per_step": 4, "samples_per_prompt": 1}
+    job = job_of("qwen3-0.6b", [], lengths=(64, 16000), rollout=few, train={"steps": 1, "micro_batch_size": 1})
+    assert timing.estimate(job).stages[0].keeping_pace is None
+
+
+def test_a_family_that_only_servers_know():
+    other = {"name": "t", "model": "other", "backend": "sglang", "carrier": "sampled"}
+    config = run_of(teachers=[other], loss={"kind": "sampled", "ensemble": "probs"})
+    directory = MODELS / "other"
+    assert not directory.exists()
+    with pytest.raises(ValueError, match=r"teachers\.0\.model: .*other"):
+        build(config, gpu="H100")
+
+
+def test_what_cannot_be_planned_is_said_at_once(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Unheard"], "vocab_size": 9}')
+    config = run_of(teachers=[{"name": "t", "model": str(tmp_path)}], lengths=(8, 8))
+    with pytest.raises(ValueError, match="cannot be planned") as error:
+        build(config, gpu="H1000", response=9)
+    for said in ("--gpu H1000", "--response 9", "teachers.0.model", "Unheard"):
+        assert said in str(error.value)
+    served = dataclasses.replace(config.teachers[0], backend="sglang", carrier="sampled")
+    loss = dataclasses.replace(config.loss, kind="sampled")
+    made = plan(build(dataclasses.replace(config, teachers=[served], loss=loss), gpu="H100"))
+    assert "unknown family" in made.roles[1].name
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_data_sheets_are_in_base_units(name):
+    gpu = GPUS[name]
+    assert 2e10 < gpu.memory < 1e12
+    assert 1e14 < gpu.bf16 < 1e16
+    assert gpu.fp32 < gpu.bf16
+    assert gpu.network < gpu.host < gpu.bandwidth
+    assert 1e11 < gpu.bandwidth < 1e13
+
+
+def test_the_plan_as_json():
+    told = json.loads(json.dumps(as_dict(plan(job_of()))))
+    assert told["ranks"][0]["total"] == pytest.approx(sum(told["ranks"][0]["parts"].values()))
+    assert told["wire"]["bytes_a_token"]["big"] == {"sent": 0.0, "payload": 16384}
+
+
+def test_check_plan_needs_config_json_alone(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"""
+run: {{dir: runs/never}}
+parallel: {{tensor: 4, data: 2, sequence: true}}
+student: {{model: {MODELS / "llama-8b"}, dtype: bf16}}
+teachers: [{{name: big, model: {MODELS / "llama-70b"}, backend: sglang, carrier: topk,
+            servers: {{tensor: 8, urls: ["http://127.0.0.1:1"]}}}}]
+loss: {{ensemble: probs}}
+rollout: {{engine: sglang, servers: {{urls: ["http://127.0.0.1:2"]}}}}
+data: {{train: [{{name: math, path: nowhere.jsonl}}]}}
+train: {{steps: 1}}
+""")
+    assert cli.main(["check", str(config), "--plan", "--gpu", "H200"]) == 0
+    shown = capsys.readouterr().out
+    for what in ("8 x H200", "optimizer", "keep pace", "bound by", "assumed"):
+        assert what in shown
+    assert cli.main(["check", str(config), "parallel.tensor=1", "parallel.data=1", "parallel.sequence=false",
+                     "--plan", "--gpu", "A100"]) == 1  # fmt: skip
+    assert "nearest layout that fits: parallel.tensor=" in capsys.readouterr().out
+
+
+def test_no_torch_is_needed():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from megatron_opd.planner import command, plan, table\n"
+        "assert 'megatron' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[2])
