@@ -45,6 +45,7 @@ def _check_numbers(config: Config) -> list[str]:
         "rewards.code_workers": config.rewards.code_workers,
     }
     not_negative = {
+        "run.max_restarts": config.run.max_restarts,
         "train.eval_every": config.train.eval_every,
         "train.save_every": config.train.save_every,
         "optim.lr": config.optim.lr,
