@@ -169,16 +169,14 @@ opd_run() {
   OPD_WARNED="" OPD_CANCELLED="" OPD_STARTS=0 OPD_CODE=1 OPD_PIDS=() OPD_GONE=()
   trap 'OPD_WARNED=1' USR1
   trap 'OPD_CANCELLED=1' TERM INT
+  # Servers that other nodes reach need a key; it is in the environment of this job's steps only.
+  export MEGATRON_OPD_API_KEY="${MEGATRON_OPD_API_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
   opd_nodes
   opd_plan "$@" || exit 1
   declare -ga OPD_STARTED=("${OPD_NAMES[@]/*/0}")
   OPD_LOGS=$OPD_DIR/logs/job-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
   rm -rf "$OPD_DIR/servers"  # addresses of a start that was killed
   mkdir -p "$OPD_LOGS" || exit 1
-  # Servers that other nodes reach need a key; it is in the environment of this job's steps only.
-  if ((OPD_SERVERS)); then
-    export MEGATRON_OPD_API_KEY="${MEGATRON_OPD_API_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
-  fi
   for ((i = 0; i < OPD_TRAINER; i++)); do opd_start "$i"; done
   if opd_ready; then
     while :; do
@@ -196,4 +194,29 @@ opd_run() {
   [[ $OPD_CODE == "$OPD_PREEMPTED" && ! $OPD_CANCELLED ]] && opd_requeue "the run has saved and made room"
   opd_say "the job ends with exit code $OPD_CODE"
   exit "$OPD_CODE"
+}
+
+# opd_bench PROGRAM [ARGUMENT ...]: the program over 1, 2, 4, ... nodes and all of them, one after the other; its ranks
+# have torchrun's variables. The job's exit code is that of the last one that failed.
+opd_bench() {
+  local program=$1 count=1 all code=0 arguments ranks
+  shift
+  OPD_STARTS=0
+  opd_nodes
+  all=${#OPD_NODES[@]} OPD_LOGS=${OPD_LOGS:-$PWD/runs/bench-$SLURM_JOB_ID}
+  mkdir -p "$OPD_LOGS" || exit 1
+  while :; do
+    ranks=$((count * OPD_RANKS_PER_NODE))
+    arguments=("${@//\{nodes\}/$count}")
+    arguments=("${arguments[@]//\{ranks\}/$ranks}")
+    opd_rendezvous "${OPD_NODES[0]}"
+    opd_say "$count node(s), $ranks ranks, logs $OPD_LOGS/bench-$count-*.log"
+    # shellcheck disable=SC2016  # the rank's own variables
+    (opd_step bench "$(seq -s, 0 $((count - 1)))" "$ranks" "$OPD_LOGS/bench-$count-%t.log" \
+      'env RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS '"$program $(
+        printf '%q ' "${arguments[@]}")") || { code=$?; opd_say "error: $count node(s): exit code $code"; }
+    ((count < all)) || break
+    count=$((2 * count < all ? 2 * count : all))
+  done
+  exit "$code"
 }
