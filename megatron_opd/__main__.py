@@ -181,6 +181,8 @@ def _work(arguments: argparse.Namespace) -> int:
         _after_the_others(launch.PEER_FAILED)  # who ends this rank now also says what happened to the other
         print(f"error: rank {os.environ['RANK']} lost another rank: {error}", file=sys.stderr, flush=True)
         return launch.PEER_FAILED
+    finally:
+        notice.close()
     return 0
 
 

@@ -19,12 +19,19 @@ class Preempted(Exception):
 
 
 class Notice:
-    """Whether this process was asked to make room. It listens to signals from its construction on."""
+    """Whether this process was asked to make room. It listens to signals from its construction on, until `close`."""
 
     def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
         self.asked = False
+        self.signals = signals
         for number in signals:
             signal.signal(number, self._note)
+
+    def close(self) -> None:
+        """From here on the process ends anyway. Python gives a signal its deadly default back while it shuts down, but
+        leaves one alone that is ignored; warnings may come more than once."""
+        for number in self.signals:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, *_: object) -> None:
         self.asked = True

@@ -54,7 +54,7 @@ def place(config: Config, arguments: Sequence[str], *, gpus_per_node: int, nodes
         steps += _servers(process, arguments, free, gpus_per_node)
     if nodes is not None and nodes != len(free):
         hint = "ask for as many" if nodes < len(free) else "ask for fewer, or raise servers.count or parallel.data"
-        raise ValueError(f"this run takes {len(free)} nodes of {gpus_per_node} GPUs, not {nodes}; {hint}")
+        raise ValueError(f"this run takes {len(free)} node(s) of {gpus_per_node} GPUs, not {nodes}; {hint}")
     return [*steps, last]
 
 

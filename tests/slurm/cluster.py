@@ -49,7 +49,7 @@ SlurmdTimeout=20
 GresTypes=gpu
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} Sockets=1 \
 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=batch Nodes=n[1-{nodes}] Default=YES MaxTime=02:00:00 State=UP
+PartitionName=batch Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -211,10 +211,10 @@ class Job:
         return int(self.shown()["ExitCode"].partition(":")[0]), self.output
 
     def wait_for_requeue(self, patience_s=300):
-        """Until it is pending again; then it may start at once (Slurm would wait for two minutes)."""
+        """Until it is pending again; then it may start soon (Slurm would wait for two minutes)."""
         self.cluster.until(lambda: self.shown()["Restarts"] == "1", "the job is requeued", patience_s)
         self.cluster.until(lambda: self.shown()["JobState"] == "PENDING", "the job is pending", patience_s)
-        self.cluster._run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        self.cluster._run("scontrol", "update", f"JobId={self.number}", "StartTime=now+10")
 
     def signal(self, name):
         """To the batch script, as `#SBATCH --signal=B:` does."""
