@@ -83,7 +83,8 @@ opd_plan() {
 # opd_start I: starts step I in the background.
 opd_start() {
   local log=$OPD_LOGS/${OPD_NAMES[$1]}.$((OPD_STARTED[$1]++))-%t.log
-  opd_step "${OPD_NAMES[$1]}" "${OPD_ON[$1]}" "${OPD_TASKS[$1]}" "$log" "${OPD_COMMANDS[$1]}" &
+  opd_step "${OPD_NAMES[$1]}" "${OPD_ON[$1]}" "${OPD_TASKS[$1]}" "$log" "${OPD_COMMANDS[$1]}" \
+    2>"${log/%-%t.log/.srun}" &
   OPD_PIDS[$1]=$!
   opd_say "${OPD_NAMES[$1]}: ${OPD_TASKS[$1]} task(s) on node(s) ${OPD_ON[$1]} of ${OPD_NODES[*]}, log $log"
 }
@@ -133,6 +134,17 @@ opd_train() {
   done
   wait "${OPD_PIDS[OPD_TRAINER]}"
   OPD_CODE=$?
+  opd_first_code "$OPD_LOGS/trainer.$((OPD_STARTED[OPD_TRAINER] - 1)).srun"
+}
+
+# opd_first_code FILE: srun's exit code is the largest, which is that of the ranks that it has killed because another one
+# failed. Sets OPD_CODE to that one's, from what srun said in FILE, and repeats that.
+opd_first_code() {
+  local first
+  cat "$1" >&2
+  ((OPD_CODE)) || return 0
+  first=$(sed -n 's/^srun: error: .*: tasks\{0,1\} .*: Exited with exit code \([0-9]*\)$/\1/p' "$1" | head -n 1)
+  OPD_CODE=${first:-$OPD_CODE}
 }
 
 # opd_stop: ends the servers, politely at first. What is left then, Slurm ends with the job.

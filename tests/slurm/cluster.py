@@ -128,6 +128,9 @@ class Cluster:
     def idle(self):
         return len(re.findall(r"State=IDLE ", self._run("scontrol", "-o", "show", "node")))
 
+    def clears_up(self):
+        return "COMPLETING" in self._run("scontrol", "-o", "show", "node")
+
     def until(self, condition, what, patience_s=PATIENCE_S):
         end = time.monotonic() + patience_s
         while not condition():
@@ -202,6 +205,9 @@ class Job:
 
         self.cluster.until(has_it, f"{text} is in {path}", patience_s)
 
+    def nodes(self):
+        return self.cluster._run("scontrol", "show", "hostnames", self.shown()["NodeList"]).split()
+
     def has_ended(self):
         return self.shown()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 
@@ -214,6 +220,8 @@ class Job:
         """Until it is pending again; then it may start soon (Slurm would wait for two minutes)."""
         self.cluster.until(lambda: self.shown()["Restarts"] == "1", "the job is requeued", patience_s)
         self.cluster.until(lambda: self.shown()["JobState"] == "PENDING", "the job is pending", patience_s)
+        # Slurm 22.05 does not start a job right that it is still clearing up after.
+        self.cluster.until(lambda: not self.cluster.clears_up(), "nothing of it is left", patience_s)
         self.cluster._run("scontrol", "update", f"JobId={self.number}", "StartTime=now+10")
 
     def signal(self, name):

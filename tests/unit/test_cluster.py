@@ -78,8 +78,8 @@ def test_a_small_run_shares_one_node():
     [
         (["rollout.servers.tensor=16"], {}, r"rollout\.servers\.tensor \(16\) is more than the 8 GPUs of a node"),
         (["parallel.data=3"], {"gpus_per_node": 16}, r"trainer's 24 ranks .* do not fill nodes of 16"),
-        ([], {"nodes": 2}, "takes 3 node\(s\) of 8 GPUs, not 2; ask for as many"),
-        ([], {"nodes": 5}, "takes 3 node\(s\) of 8 GPUs, not 5; ask for fewer"),
+        ([], {"nodes": 2}, r"takes 3 node\(s\) of 8 GPUs, not 2; ask for as many"),
+        ([], {"nodes": 5}, r"takes 3 node\(s\) of 8 GPUs, not 5; ask for fewer"),
     ],
 )
 def test_what_does_not_fit(overrides, how, problem):

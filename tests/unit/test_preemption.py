@@ -1,4 +1,4 @@
-"""Warnings: which signals are some, and what a process does about them; whole runs are tests/e2e's and tests/slurm's."""
+"""Warnings: which signals are some, and what a process does about them. Whole runs: tests/e2e and tests/slurm."""
 
 import os
 import signal
