@@ -27,6 +27,9 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 readonly OPD_PREEMPTED=75  # preemption.EXIT_CODE
+# Before a rank's command; torchrun's names. A single task would otherwise take itself for a program started by hand.
+# shellcheck disable=SC2016  # the variables of each task
+readonly OPD_AS_RANK='env RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS'
 
 opd_say() { printf '%(%H:%M:%S)T  %s\n' -1 "$*" >&2; }
 
@@ -83,7 +86,9 @@ opd_plan() {
 # opd_start I: starts step I in the background.
 opd_start() {
   local log=$OPD_LOGS/${OPD_NAMES[$1]}.$((OPD_STARTED[$1]++))-%t.log
-  opd_step "${OPD_NAMES[$1]}" "${OPD_ON[$1]}" "${OPD_TASKS[$1]}" "$log" "${OPD_COMMANDS[$1]}" \
+  local command=${OPD_COMMANDS[$1]}
+  (($1 == OPD_TRAINER)) && command="$OPD_AS_RANK $command"
+  opd_step "${OPD_NAMES[$1]}" "${OPD_ON[$1]}" "${OPD_TASKS[$1]}" "$log" "$command" \
     2>"${log/%-%t.log/.srun}" &
   OPD_PIDS[$1]=$!
   opd_say "${OPD_NAMES[$1]}: ${OPD_TASKS[$1]} task(s) on node(s) ${OPD_ON[$1]} of ${OPD_NODES[*]}, log $log"
@@ -220,13 +225,11 @@ opd_bench() {
   while :; do
     ranks=$((count * OPD_RANKS_PER_NODE))
     arguments=("${@//\{nodes\}/$count}")
-    arguments=("${arguments[@]//\{ranks\}/$ranks}")
+    arguments=(${arguments[@]+"${arguments[@]//\{ranks\}/$ranks}"})
     opd_rendezvous "${OPD_NODES[0]}"
     opd_say "$count node(s), $ranks ranks, logs $OPD_LOGS/bench-$count-*.log"
-    # shellcheck disable=SC2016  # the rank's own variables
     (opd_step bench "$(seq -s, 0 $((count - 1)))" "$ranks" "$OPD_LOGS/bench-$count-%t.log" \
-      'env RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS '"$program $(
-        printf '%q ' "${arguments[@]}")") || { code=$?; opd_say "error: $count node(s): exit code $code"; }
+      "$OPD_AS_RANK $program $(printf '%q ' ${arguments[@]+"${arguments[@]}"})") || { code=$?; opd_say "error: $count node(s): exit code $code"; }
     ((count < all)) || break
     count=$((2 * count < all ? 2 * count : all))
   done

@@ -18,6 +18,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PATIENCE_S = 60
+TRIES = 5
+"""Of a question to a controller that is too busy to answer."""
 CPUS, GPUS = 4, 8
 _CONF = """\
 ClusterName=test
@@ -118,9 +120,13 @@ class Cluster:
             daemon.kill()
 
     def _run(self, *command):
-        done = subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-        )
+        for _ in range(TRIES):
+            done = subprocess.run(
+                command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+            )
+            if done.returncode == 0 or command[0] != "scontrol":
+                break
+            time.sleep(1)
         if done.returncode:
             raise subprocess.SubprocessError(f"{command}: {done.stdout}{done.stderr}")
         return done.stdout

@@ -164,7 +164,7 @@ def test_servers_on_nodes_of_their_own(submit, tmp_path, model):
         f"student={{model: {model}}}",
         f"teachers=[{{name: big, model: {model}, backend: sglang, carrier: topk, top_k: 8, {served}}}]",
         f"rollout={{engine: sglang, sync: disk, prompts_per_step: 4, max_new_tokens: 8, {served}}}",
-        *("train={steps: 3, micro_batch_size: 2}", "parallel.tensor=1", "data.max_prompt_tokens=40"),
+        *("train={steps: 3, micro_batch_size: 2}", "parallel={}", "data.max_prompt_tokens=40"),
         nodes=3,
     )
     code, said = job.end()
