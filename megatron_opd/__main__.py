@@ -98,7 +98,7 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTION",
-        help="more of the header: --partition=h100; repeatable",
+        help="more of the header: --sbatch=--partition=h100; repeatable",
     )
     parser.add_argument("--setup", default="", metavar="CODE", help="shell code that makes the environment")
     parser.add_argument("--steps", action="store_true", help="print the job's steps, as its script reads them")
