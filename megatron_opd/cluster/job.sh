@@ -154,8 +154,13 @@ opd_first_code() {
 
 # opd_stop: ends the servers, politely at first. What is left then, Slurm ends with the job.
 opd_stop() {
-  local began=$SECONDS left=1
-  for ((i = 0; i < OPD_TRAINER; i++)); do opd_runs "$i" && kill -TERM "${OPD_PIDS[i]}"; done
+  local began=$SECONDS left=1 step name
+  # By Slurm: srun does not pass SIGTERM on, but has its tasks killed.
+  while read -r step name; do
+    for ((i = 0; i < OPD_TRAINER; i++)); do
+      [[ ${OPD_NAMES[i]} == "$name" ]] && scancel --signal=TERM "$step" 2>/dev/null
+    done
+  done < <(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j')
   while ((left && SECONDS - began < 30)); do
     left=0
     for ((i = 0; i < OPD_TRAINER; i++)); do opd_runs "$i" && left=1; done

@@ -159,12 +159,13 @@ def test_servers_on_nodes_of_their_own(submit, tmp_path, model):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/slurm/standin_server.py "$@"\n')
     python.chmod(0o755)
-    served = f"servers: {{python: {python}, port: 33000}}"
+    # Two nodes of this cluster are one host, so their servers must not ask for the same port.
+    rollout, teacher = (f"servers: {{python: {python}, port: {port}}}" for port in (33000, 34000))
     job = submit(
         "opd_70b_to_8b.sh",
         f"student={{model: {model}}}",
-        f"teachers=[{{name: big, model: {model}, backend: sglang, carrier: topk, top_k: 8, {served}}}]",
-        f"rollout={{engine: sglang, sync: disk, prompts_per_step: 4, max_new_tokens: 8, {served}}}",
+        f"teachers=[{{name: big, model: {model}, backend: sglang, carrier: topk, top_k: 8, {teacher}}}]",
+        f"rollout={{engine: sglang, sync: disk, prompts_per_step: 4, max_new_tokens: 8, {rollout}}}",
         *("train={steps: 3, micro_batch_size: 2}", "parallel={}", "data.max_prompt_tokens=40"),
         nodes=3,
     )
