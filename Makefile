@@ -16,7 +16,7 @@ TEST  := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-all test-sglang test-gpu lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-all test-sglang test-slurm test-gpu lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -46,20 +46,23 @@ quickstart-sglang: install sglang ## the quickstart with rollouts and one teache
 	"$(BIN)/megatron-opd" report runs/quickstart_sglang
 
 test: install ## fast tests
-	$(TEST) $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang" $(ARGS)
+	$(TEST) $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang and not slurm" $(ARGS)
 
-test-all: install ## every test that needs neither a GPU nor SGLang
-	$(TEST) $(SIDE_BY_SIDE) -m "not gpu and not sglang" $(ARGS)
+test-all: install ## every test that needs neither a GPU, nor SGLang, nor Slurm
+	$(TEST) $(SIDE_BY_SIDE) -m "not gpu and not sglang and not slurm" $(ARGS)
 
 test-sglang: install sglang ## tests against real SGLang servers, which they start
 	$(TEST) -m sglang $(ARGS)
+
+test-slurm: install ## submit the jobs of slurm/ to a real Slurm of virtual nodes on this machine (root, apt)
+	$(TEST) -m slurm $(ARGS)
 
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu
 
 lint: install ## style, shell scripts, types of the leaf modules, generated documentation
 	"$(BIN)/ruff" check .
-	"$(BIN)/shellcheck" .ci/run $(wildcard tools/*.sh slurm/*.sh)
+	"$(BIN)/shellcheck" -x .ci/run $(wildcard tools/*.sh slurm/*.sh megatron_opd/*/*.sh)
 	"$(BIN)/mypy"
 	"$(BIN)/python" tools/config_docs.py --check
 

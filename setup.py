@@ -23,7 +23,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megatron_opd", "megatron_opd.*"]),
-    package_data={"megatron_opd.fused": ["*.cpp"]},  # compiled at first use
+    package_data={
+        "megatron_opd.fused": ["*.cpp"],  # compiled at first use
+        "megatron_opd.cluster": ["*.sh"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1",

@@ -26,6 +26,7 @@ examples:
   megatron-opd report runs/quickstart                          table and plot of a run
   megatron-opd eval examples/quickstart.yaml --model runs/quickstart/hf
   megatron-opd serve my.yaml --only teacher-math               its SGLang servers, in a job step of their own
+  megatron-opd launch my.yaml --slurm --dry-run                the Slurm job of a run; without --dry-run it is submitted
 
 every setting: docs/config.md
 """
@@ -61,7 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
     train.set_defaults(run=_train)
 
+    launch = commands.add_parser("launch", help="train with restarts on this machine, or as a Slurm job (--slurm)")
+    _add_launch(launch)
+    _add_config(launch)
+    launch.set_defaults(run=_launch)
+
     check = commands.add_parser("check", help="validate a config against its models and data; starts nothing")
+    check.add_argument("--settings-only", action="store_true", help="look at no model, tokenizer or data")
     _add_config(check)
     check.add_argument("--plan", action="store_true", help="what it needs and how long a step takes; needs no weights")
     planner.add_options(check)
@@ -85,6 +92,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started or submitted")
+    parser.add_argument("--slurm", action="store_true", help="write the script of a Slurm job, and submit it")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster (default 8)")
+    parser.add_argument("--nodes", type=int, metavar="N", help="fail unless the run takes so many")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="more of the header: --sbatch=--partition=h100; repeatable",
+    )
+    parser.add_argument("--setup", default="", metavar="CODE", help="shell code that makes the environment")
+    parser.add_argument("--steps", action="store_true", help="print the job's steps, as its script reads them")
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file (see examples/)")
     parser.add_argument(
@@ -105,9 +128,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return launch.launch(config, [arguments.config, *arguments.overrides])
 
 
+def _launch(arguments: argparse.Namespace) -> int:
+    from megatron_opd import launch
+    from megatron_opd.cluster import command
+    from megatron_opd.config.file import load
+    from megatron_opd.preflight import read_inputs
+
+    config = load(arguments.config, arguments.overrides)
+    given = [arguments.config, *arguments.overrides]
+    if arguments.slurm:
+        return command.slurm(config, given, arguments)
+    if arguments.dry_run:
+        print(*launch.plan(config, given), sep="\n")
+        return 0
+    read_inputs(config)
+    return launch.launch(config, given, max_restarts=config.run.max_restarts)
+
+
 def _work(arguments: argparse.Namespace) -> int:
     """One rank. Whatever goes wrong on all ranks alike is said once."""
-    from megatron_opd import launch
+    from megatron_opd import launch, preemption
     from megatron_opd.parallel import PeerError, lost_peer
 
     launch.end_with_parent()
@@ -115,6 +155,7 @@ def _work(arguments: argparse.Namespace) -> int:
     # Nothing is lost: what is saved is complete, and what is being saved is not a checkpoint yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    notice = preemption.Notice(preemption.warnings())
     from megatron_opd.config.file import load
     from megatron_opd.student import cpu, groups
 
@@ -129,7 +170,13 @@ def _work(arguments: argparse.Namespace) -> int:
     from megatron_opd.train import train
 
     try:
-        train(config)
+        train(config, notice)
+    except preemption.Preempted as preempted:
+        groups.stop()
+        if os.environ["RANK"] != "0":
+            return 0
+        print(f"making room; {preempted}", file=sys.stderr, flush=True)
+        return _after_the_others(preemption.EXIT_CODE)  # which launchers take for a failure of this rank
     except PeerError:
         return _after_the_others(launch.PEER_FAILED)
     except RuntimeError as error:
@@ -138,6 +185,8 @@ def _work(arguments: argparse.Namespace) -> int:
         _after_the_others(launch.PEER_FAILED)  # who ends this rank now also says what happened to the other
         print(f"error: rank {os.environ['RANK']} lost another rank: {error}", file=sys.stderr, flush=True)
         return launch.PEER_FAILED
+    finally:
+        notice.close()
     return 0
 
 
@@ -154,6 +203,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from megatron_opd.preflight import read_inputs
 
     config = load(arguments.config, arguments.overrides)
+    if arguments.settings_only:
+        print("# models, tokenizers and data were not looked at")
+        print(*launch.plan(config, [arguments.config, *arguments.overrides]), sep="\n")
+        return 0
     inputs = read_inputs(config)
     print(dump(config))
     for kind in ("train", "eval"):

@@ -9,12 +9,15 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd import run_dir, serve
+import psutil
+
+from megatron_opd import preemption, run_dir, serve, watchdog
 from megatron_opd.config import Config
 
 PEER_FAILED = 3
@@ -30,6 +33,8 @@ class Process:
     name: str
     command: tuple[str, ...]
     ranks: int
+    served: serve.Served | None = None
+    """The model, of a process that is servers."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.ranks} rank{'s' if self.ranks > 1 else ''} of `{shlex.join(self.command)}`"
@@ -42,6 +47,7 @@ def plan(config: Config, arguments: Sequence[str]) -> list[Process]:
             name=f"SGLang servers for {served.name}",
             command=("sglang.launch_server", "--model-path", served.model, *served.arguments, *served.servers.args),
             ranks=served.servers.count * served.servers.tensor,
+            served=served,
         )
         for served in serve.to_start(config)
     ]
@@ -70,8 +76,44 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def launch(config: Config, arguments: Sequence[str]) -> int:
+def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0) -> int:
     """Run the config's servers and the trainer's ranks on this machine and wait; returns an exit code.
+
+    After a failure all of it is started again, up to `max_restarts` times: the ranks go on from the newest checkpoint.
+    SIGUSR1 is passed on to the ranks, which save and leave; the exit code is then preemption.EXIT_CODE.
+    """
+    for left in range(max_restarts, -1, -1):
+        try:
+            with _passing_warnings_on():
+                code = _attempt(config, arguments)
+        except preemption.Preempted:
+            return preemption.EXIT_CODE
+        if code != 1 or not left:
+            break
+        say(f"starting again ({left - 1} more time(s) by run.max_restarts): {run_dir.how_to_continue(config.run.dir)}")
+    return code
+
+
+@contextmanager
+def _passing_warnings_on() -> Iterator[None]:
+    """SIGUSR1 goes on to the ranks; raises Preempted when there are none yet."""
+
+    def pass_on(*_: object) -> None:
+        ranks = [child for child in psutil.Process().children() if "RANK" in child.environ()]
+        for rank in ranks:
+            rank.send_signal(signal.SIGUSR1)
+        if not ranks:
+            raise preemption.Preempted
+
+    before = signal.signal(signal.SIGUSR1, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _attempt(config: Config, arguments: Sequence[str]) -> int:
+    """Servers and ranks once, to their end.
 
     Rank 0 writes to this terminal; the others write to <run.dir>/logs/, and the end of the log of a rank that failed
     by itself is shown. When one rank fails, the others are ended.
@@ -104,6 +146,8 @@ def launch(config: Config, arguments: Sequence[str]) -> int:
             elastic_launch(settings, sys.executable)("-m", module, *rest)
     except ChildFailedError as error:
         _mend_terminal()
+        if {failure.exitcode for failure in error.failures.values()} & {preemption.EXIT_CODE, -signal.SIGUSR1}:
+            return preemption.EXIT_CODE
         print(_explain(error.failures, logs), file=sys.stderr)
         return 1
     except (SignalException, KeyboardInterrupt) as error:
@@ -141,4 +185,6 @@ def _explain(failures: Mapping[int, Any], logs: Path) -> str:
         newest = max(logs.glob(f"*/attempt_0/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime, default=None)
         lines = newest.read_text(errors="replace").splitlines()[-_LOG_LINES:] if newest else []
         said += [f"the end of {newest}:", *lines] if lines else []
+    if stuck := watchdog.stacks(logs):
+        said.append(f"where ranks were when the run did not get on: {', '.join(map(str, stuck))}")
     return "\n".join(said)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
@@ -81,6 +82,12 @@ class Parallel:
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, value, group=self.world_group)
         return everyone
+
+    def any_world(self, flag: bool) -> bool:
+        """Whether any rank says so, on every rank: one number over gloo. Collective over all ranks."""
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.world_group)
+        return bool(flags)
 
     def gather_leaders(self, value: _T) -> list[_T]:
         """Every replica's value, in the order of replicas, on every rank. Collective over all ranks."""

@@ -9,6 +9,7 @@ to start or to end.
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from megatron_opd.config import Config, ServersConfig
 from megatron_opd.sglang import process
 from megatron_opd.student.architecture import read_limits
 
-_ANYWHERE = "0.0.0.0"
+ANYWHERE = "0.0.0.0"
+"""The address of servers that other machines are to reach."""
 MARGIN = 8
 """Tokens of context that a server must have beyond the longest prompt and answer: SGLang keeps some for itself."""
 
@@ -37,10 +39,15 @@ class Served:
     """Where its ServersConfig is: `rollout.servers`."""
     servers: ServersConfig
     model: str
-    context: int
-    """Longest prompt and answer together that the run will ask about."""
+    longest: int
+    """Longest prompt and answer together that the config allows."""
     arguments: tuple[str, ...]
     """Of sglang.launch_server, as this use of the model needs."""
+
+    @property
+    def context(self) -> int:
+        """Longest prompt and answer together that the run will ask about; reads the model's config.json."""
+        return min(self.longest, read_limits(self.model)[1])
 
 
 def needed(config: Config) -> list[Served]:
@@ -56,7 +63,7 @@ def needed(config: Config) -> list[Served]:
                 setting="rollout.servers",
                 servers=_like_the_student(config),
                 model=config.student.model,
-                context=min(longest, read_limits(config.student.model)[1]),
+                longest=longest,
                 arguments=() if has_weights else ("--load-format", "dummy"),
             )
         )
@@ -69,7 +76,7 @@ def needed(config: Config) -> list[Served]:
                     setting=f"teachers.{i}.servers",
                     servers=teacher.servers,
                     model=teacher.model,
-                    context=min(longest, read_limits(teacher.model)[1]),
+                    longest=longest,
                     arguments=hidden,
                 )
             )
@@ -109,7 +116,7 @@ def running(
         groups = []
         for served in ours:
             notes.mkdir(exist_ok=True)
-            for stale in notes.glob(f"{served.name}@{socket.gethostname()}-*"):  # of a start that was killed
+            for stale in notes.glob(f"{served.name}@{_machine()}-*"):  # of a start that was killed
                 stale.unlink()
             group = process.start(
                 served.servers,
@@ -168,10 +175,15 @@ def _check_gpus(ours: Sequence[Served], *, is_shared: bool) -> None:
                 )
 
 
+def _machine() -> str:
+    """What Slurm calls this one, where it runs: several of its nodes may be on one host."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def _note(notes: Path, name: str, i: int, url: str) -> Path:
     """One file a server, so that several machines can add theirs."""
-    note = notes / f"{name}@{socket.gethostname()}-{i:03d}"
-    url = url.replace(f"//{_ANYWHERE}:", f"//{socket.gethostname()}:")
+    note = notes / f"{name}@{_machine()}-{i:03d}"
+    url = url.replace(f"//{ANYWHERE}:", f"//{socket.gethostname()}:")
     temporary = note.with_name(f".{note.name}")
     temporary.write_text(url + "\n")
     temporary.replace(note)

@@ -31,6 +31,7 @@ from megatron_opd.objective import build_objective
 from megatron_opd.parallel import Parallel, PeerError
 from megatron_opd.precision.gate import Measured
 from megatron_opd.precision.plan import length_multiple
+from megatron_opd.preemption import Notice, Preempted
 from megatron_opd.preflight import Inputs, read_inputs
 from megatron_opd.rollout import build_engine
 from megatron_opd.rollout.ahead import Ahead
@@ -45,6 +46,7 @@ from megatron_opd.tokenizer import load_tokenizer
 from megatron_opd.tracker import Tracker, build_tracker
 from megatron_opd.types import MicroBatch, Prompt, Rollout, RolloutEngine, Sampling, TeacherScore, TeacherScorer
 from megatron_opd.updates import update
+from megatron_opd.watchdog import Watch
 
 _T = TypeVar("_T")
 
@@ -53,8 +55,11 @@ class ServersLost(ValueError):
     """No server is left that could do what the run needs; every rank raises it at the same place."""
 
 
-def train(config: Config) -> None:
-    """Run the config to its last step on this rank, from the newest checkpoint of run.dir if there is one."""
+def train(config: Config, notice: Notice) -> None:
+    """Run the config to its last step on this rank, from the newest checkpoint of run.dir if there is one.
+
+    Raises Preempted on all ranks, with everything saved, after one of them got notice to make room.
+    """
     parallel = groups.start(config.parallel, config.run)
     inputs = parallel.share_world(lambda: read_inputs(config))
     with ExitStack() as opened:
@@ -68,9 +73,11 @@ def train(config: Config) -> None:
         parallel.share_world(open_run_dir)
         for note in inputs.notes:
             tracker.message(note)
+        logs = Path(config.run.dir) / run_dir.LOGS
+        watch = opened.enter_context(Watch(logs, parallel.rank, config.run.timeout_s))
         run = Run(config, parallel, inputs, tracker)
         opened.callback(run.close)
-        run.to_the_end()
+        run.to_the_end(watch, notice)
     groups.stop()  # a rank that fails does not wait for the others here
 
 
@@ -117,20 +124,19 @@ class Run:
             if part is not None:
                 part.close()
 
-    def to_the_end(self) -> None:
+    def to_the_end(self, watch: Watch, notice: Notice) -> None:
         """Every step that is left, then the export."""
         try:
-            self._steps()
+            self._steps(watch, notice)
         except ServersLost as lost:
-            if self.trained > self.saved:
-                self._save()
+            self._save_the_rest()
             how = f"{lost}; {run_dir.how_to_continue(self.config.run.dir)}"
             raise ServersLost(how) if self.parallel.is_main else PeerError(how) from lost
         if self.config.train.export:
             self._export()
         self.tracker.message(f"done; for tables and a plot: megatron-opd report {self.config.run.dir}")
 
-    def _steps(self) -> None:
+    def _steps(self, watch: Watch, notice: Notice) -> None:
         num_steps = self.config.train.steps
         self._sync()
         if self.trained == 0:
@@ -140,6 +146,10 @@ class Run:
         elif self.trained >= num_steps:
             self.tracker.message(f"nothing to train: train.steps is {num_steps}; a larger one continues")
         while self.trained < num_steps:
+            watch.beat()
+            if self.parallel.any_world(notice.asked):
+                self._save_the_rest()
+                raise Preempted(run_dir.how_to_continue(self.config.run.dir))
             self.tracker.log(self._step(), self.trained)
             if _due(self.trained, self.config.train.eval_every, num_steps):
                 self._evaluate()
@@ -240,6 +250,10 @@ class Run:
         path = self.checkpoints.save(self.student, loop)
         self.saved = self.trained
         self.tracker.message(f"saved {path}")
+
+    def _save_the_rest(self) -> None:
+        if self.trained > self.saved:
+            self._save()
 
     def _evaluate(self) -> None:
         """How good held-out answers are, and the divergence to the teachers on the greedy ones."""

@@ -55,6 +55,7 @@ def _check_numbers(config: Config) -> list[str]:
         "rewards.code_workers": config.rewards.code_workers,
     }
     not_negative = {
+        "run.max_restarts": config.run.max_restarts,
         "train.eval_every": config.train.eval_every,
         "train.save_every": config.train.save_every,
         "train.max_skipped": config.train.max_skipped,

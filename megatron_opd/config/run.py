@@ -17,6 +17,9 @@ class RunConfig:
     """Seeds the order of prompts, every sampled token and dropout: same seed, same numbers."""
     timeout_s: float = 1800.0
     """Seconds a rank waits for another one in a collective before the run stops with an error."""
+    max_restarts: int = 0
+    """Times that `megatron-opd launch` and Slurm jobs start the run again from its newest checkpoint after a failure;
+    `train` never does."""
 
 
 @section

@@ -78,10 +78,10 @@ def torchrun(ranks, *arguments, timeout=PATIENCE_S):
 class Started:
     """A run in the background, in a session of its own as a terminal would give it."""
 
-    def __init__(self, run_dir, *overrides, env=None):
+    def __init__(self, run_dir, *overrides, env=None, command="train"):
         self.dir = Path(run_dir)
         self.process = subprocess.Popen(
-            [*_PROGRAM, "train", CONFIG, *SMALL, f"run.dir={run_dir}", *overrides],
+            [*_PROGRAM, command, CONFIG, *SMALL, f"run.dir={run_dir}", *overrides],
             cwd=ROOT,
             env=environment(**(env or {})),
             text=True,
@@ -133,9 +133,9 @@ class Started:
 
 
 @contextmanager
-def started(run_dir, *overrides, env=None):
+def started(run_dir, *overrides, **how):
     """A run in the background that does not outlive the block."""
-    run = Started(run_dir, *overrides, env=env)
+    run = Started(run_dir, *overrides, **how)
     try:
         yield run
     finally:

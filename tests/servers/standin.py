@@ -41,7 +41,7 @@ class _Request:
 class StandIn:
     """One server. `faults` are names that the next /generate requests suffer, one each; see `standin_faults`."""
 
-    def __init__(self, *, token_s=0.0, api_key="", admin_key="", cached=0, version=VERSION):
+    def __init__(self, *, token_s=0.0, api_key="", admin_key="", cached=0, version=VERSION, port=0):
         self.token_s, self.api_key, self.admin_key = token_s, api_key, admin_key
         self.cached = cached
         """Prompt tokens that hidden states are never given for, as after an earlier request."""
@@ -55,7 +55,7 @@ class StandIn:
         """Tokens after which requests are aborted."""
         self.running, self.done = {}, []
         self.paused, self.session, self.groups = False, False, set()
-        self.port = 0
+        self.port = port
         self._loop = Loop()
         self.start()
 

@@ -1,0 +1,144 @@
+"""Which process goes to which node and GPU, and the text of the Slurm job; submitting it is tests/slurm's."""
+
+import argparse
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_opd.__main__ import main
+from megatron_opd.cluster import command, slurm
+from megatron_opd.cluster.layout import idle_gpus, num_nodes, place
+from megatron_opd.config.file import load
+from megatron_opd.launch import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+IN_PROCESS = "examples/cluster/opd_70b_to_8b.yaml"
+MULTI = "examples/cluster/opd_multi_teacher.yaml"
+SERVED = ["teachers.0.backend=sglang", "teachers.0.carrier=topk", "teachers.0.offload=false",
+          "teachers.0.servers={tensor: 8, count: 1, port: 31000}"]  # fmt: skip
+QUICKSTART = "examples/quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MEGATRON_OPD_API_KEY", "secret")
+
+
+def placed(path, *overrides, **how):
+    """(config, steps) of a config on nodes of 8 GPUs."""
+    config = load(path, overrides)
+    return config, place(config, [path, *overrides], **{"gpus_per_node": 8, **how})
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes"), [([IN_PROCESS], 3), ([IN_PROCESS, *SERVED], 4), ([MULTI], 4)], ids=["in-process", "served", "3"]
+)
+def test_the_jobs_of_the_scripts(given, nodes):
+    config, steps = placed(*given, nodes=nodes)
+    gpus = [(node, gpu) for step in steps for node in step.nodes for gpu in step.gpus]
+    assert sorted(gpus) == [(node, gpu) for node in range(nodes) for gpu in range(8)]  # every one, and once
+    ports = [(step.nodes, port) for step in steps for port in step.ports]
+    assert len(set(ports)) == len(ports)
+    for process in plan(config, given):  # no role is left out, no server of any
+        mine = [step for step in steps if step.name.startswith(process.served.name if process.served else "trainer")]
+        assert sum(len(step.nodes) * len(step.gpus) for step in mine) == process.ranks
+    assert all(len(step.nodes) * len(step.gpus) == step.tasks for step in steps[-1:])
+    header = Path(f"slurm/{Path(given[0]).stem}.sh").read_text()
+    assert f"--nodes={nodes}" in header
+
+
+def test_what_a_servers_step_runs_is_a_valid_config_of_its_share():
+    _, steps = placed(IN_PROCESS, "rollout.servers.count=12", "rollout.servers.args=[]")
+    first, second, trainer = steps
+    assert (trainer.name, trainer.nodes, trainer.tasks) == ("trainer", (0, 1), 16)
+    assert [(s.name, s.nodes, s.gpus, s.ports) for s in (first, second)] == [
+        ("rollout-0", (2,), tuple(range(8)), tuple(range(30000, 30008))),
+        ("rollout-1", (3,), (0, 1, 2, 3), tuple(range(30000, 30004))),
+    ]
+    at = second.command.index("serve")
+    assert second.command[at + 1 : at + 4] == ("--only", "rollout", IN_PROCESS)
+    theirs = load(IN_PROCESS, second.command[at + 4 :]).rollout.servers
+    assert (theirs.count, theirs.gpus, theirs.host, theirs.args) == (4, [0, 1, 2, 3], "0.0.0.0", [])
+    assert idle_gpus(steps, 8) == {3: [4, 5, 6, 7]}
+    assert "warning: node 3 has idle GPUs: 4-7" in slurm.describe(steps, 8)
+
+
+def test_a_small_run_shares_one_node():
+    _, steps = placed(IN_PROCESS, "parallel.tensor=4", "parallel.data=1", "rollout.servers.count=4", nodes=1)
+    rollout, trainer = steps
+    assert (rollout.nodes, rollout.gpus, trainer.gpus) == ((0,), (4, 5, 6, 7), (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "how", "problem"),
+    [
+        (["rollout.servers.tensor=16"], {}, r"rollout\.servers\.tensor \(16\) is more than the 8 GPUs of a node"),
+        (["parallel.data=3"], {"gpus_per_node": 16}, r"trainer's 24 ranks .* do not fill nodes of 16"),
+        ([], {"nodes": 2}, r"takes 3 node\(s\) of 8 GPUs, not 2; ask for as many"),
+        ([], {"nodes": 5}, r"takes 3 node\(s\) of 8 GPUs, not 5; ask for fewer"),
+    ],
+)
+def test_what_does_not_fit(overrides, how, problem):
+    overrides = [*overrides, "rollout.prompts_per_step=240"]
+    with pytest.raises(ValueError, match=problem):
+        placed(IN_PROCESS, *overrides, **how)
+
+
+def test_the_steps_as_the_job_reads_them():
+    config, steps = placed(MULTI, "run.max_restarts=5")
+    first, *rest = [line.split("\t") for line in slurm.table(config, steps).splitlines()]
+    assert first == ["run", str(ROOT / "runs/opd_multi_teacher"), "5"]
+    for (kind, name, nodes, tasks, servers, run), step in zip(rest, steps, strict=True):
+        assert (kind, name, int(tasks), int(servers)) == ("step", step.name, step.tasks, len(step.ports))
+        assert tuple(map(int, nodes.split(","))) == step.nodes
+        assert tuple(shlex.split(run)) == step.command
+
+
+def test_the_script_of_a_config():
+    given = [QUICKSTART, "run.dir=runs/it is mine"]
+    config, steps = placed(*given, gpus_per_node=2)
+    text = slurm.script(config, given, steps, gpus_per_node=2, sbatch=["--partition=h100"], setup="module load cuda")
+    header = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE)
+    assert {"nodes": str(num_nodes(steps)), "gpus-per-node": "2", "partition": "h100"}.items() <= dict(header).items()
+    assert {"requeue", "signal"} <= dict(header).keys()
+    assert text.index("#SBATCH") < text.index("OPD_SETUP='module load cuda'") < text.index("opd_run()")
+    last = shlex.split(text.splitlines()[-1])
+    assert last == ["opd_run", *given, "$@"]
+    assert subprocess.run(["bash", "-n"], input=text, text=True, timeout=60).returncode == 0
+
+
+def test_the_command_prints_writes_and_submits(tmp_path, monkeypatch, capsys):
+    submitted = []
+
+    def run(call, **_):
+        submitted.append((call, Path(call[1]).read_text()))
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    given = ["launch", "--slurm", "--gpus-per-node", "4", QUICKSTART, f"run.dir={tmp_path}/run"]
+    assert main([*given, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert not submitted
+    assert not (tmp_path / "run").exists()
+    assert main(given) == 0
+    assert submitted == [(["sbatch", f"{tmp_path}/run/job.sh"], printed)]
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(given) == 1
+    assert "there is no sbatch on this machine" in capsys.readouterr().err
+    assert main([*given, "--gpus-per-node", "0"]) == 1
+    assert "--gpus-per-node must be at least 1" in capsys.readouterr().err
+
+
+def test_settings_of_a_cluster_are_checked_without_its_models(capsys):
+    assert main(["check", "--settings-only", MULTI]) == 0
+    printed = capsys.readouterr().out
+    assert "models, tokenizers and data were not looked at" in printed
+    assert "trainer: 8 ranks" in printed
+    assert main(["check", "--settings-only", MULTI, "loss.ensemble=logits"]) == 1
+    assert "needs loss.ensemble: probs" in capsys.readouterr().err
