@@ -94,14 +94,13 @@ class Run:
         self.shaping = Shaping(config, parallel, self.objective.distillation)
         self.engine: RolloutEngine | None = None
         self.answers: Answers | None = None
-        if parallel.is_leader:
+        tokenizer = load_tokenizer(config.student.model) if parallel.is_leader else None
+        if tokenizer is not None:
             ids = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
             self.engine = build_engine(served, parallel, **ids)
             self.answers = build_answers(served, self.engine, **ids)
-            tokenizer = load_tokenizer(config.student.model)
             self.evaluator = Evaluator(config, tokenizer)
             self.grader = Grader(config.data.train if config.is_graded else [], config.rewards, tokenizer)
-        tokenizer = self.evaluator.tokenizer if parallel.is_leader else None
         self.completions = Completions(config.log, config.run.dir, parallel, tokenizer, tracker)
         self.prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
