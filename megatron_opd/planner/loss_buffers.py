@@ -19,8 +19,9 @@ from megatron_opd.precision.plan import plan_of
 
 _SAMPLED = 5
 """Float32 [C, L] tensors that live at one time in `terms/sampled.py`."""
-_READABLE, _OF_TEACHER = 7, 2
-"""The same in `terms/distillation.py`, and besides for each teacher that tells hidden states."""
+_READABLE, _ALONE, _OF_SEVERAL = 7, 2, 3
+"""The same in `terms/distillation.py`; besides for a teacher that tells hidden states, alone or each of several. Lists of
+ids take one more."""
 _CROSSING = 8
 """Float32 [C, V] tensors of a whole vocabulary V in `crosstok/`: roughly, for sorting has buffers of its own."""
 
@@ -108,8 +109,9 @@ def _distilling(job: Job, sizes: _Sizes) -> float:
     if config.crosses_tokenizers:
         theirs = max((arch.padded_vocab_size for arch in job.teachers if arch is not None), default=0)
         return _CROSSING * 4 * sizes.chunk * (sizes.columns * tensor + theirs)
-    hidden = sum(t.carrier == "hidden" for t in config.teachers)
-    return (_READABLE + _OF_TEACHER * hidden) * 4 * sizes.chunk * sizes.columns
+    carriers = [t.carrier for t in config.teachers]
+    of_hidden = carriers.count("hidden") * (_ALONE if len(carriers) == 1 else _OF_SEVERAL)
+    return (_READABLE + of_hidden + ("topk" in carriers)) * 4 * sizes.chunk * sizes.columns
 
 
 def _buffers(job: Job, sizes: _Sizes, *, with_student: bool) -> float:

@@ -123,9 +123,9 @@ def test_loss_buffers_by_hand():
     lists = [{"name": "t", "model": "llama-70b", "backend": "sglang", "carrier": "topk"}]
     logits = 4 * rows * columns
     by_lists = {"teachers": lists, "loss": {"ensemble": "probs"}}
-    assert loss_buffers.peak(job_of(**by_lists)) == output + hidden + 2 * logits + 7 * chunk
+    assert loss_buffers.peak(job_of(**by_lists)) == output + hidden + 2 * logits + 8 * chunk
     with_rewards = {**by_lists, "rl": {"weight": 1.0}}
-    assert loss_buffers.peak(job_of(**with_rewards)) == output + hidden + 3 * logits + 7 * chunk
+    assert loss_buffers.peak(job_of(**with_rewards)) == output + hidden + 3 * logits + 8 * chunk
     both = loss_buffers.peak(job_of(rl={"weight": 1.0}, loss={"chunk_tokens": 16}))
     assert both == output + hidden + 3 * logits  # what the fused loss left, and a gradient with its upstream factor
     rewards_alone = loss_buffers.peak(job_of(rl={"weight": 1.0}, loss={"weight": 0.0}))
