@@ -20,8 +20,8 @@ from megatron_opd.precision.plan import plan_of
 _SAMPLED = 5
 """Float32 [C, L] tensors that live at one time in `terms/sampled.py`."""
 _READABLE, _ALONE, _OF_SEVERAL = 7, 2, 3
-"""The same in `terms/distillation.py`; besides for a teacher that tells hidden states, alone or each of several. Lists of
-ids take one more."""
+"""The same in `terms/distillation.py`; besides for a teacher that tells hidden states, alone or each of several. Lists
+of ids take one more."""
 _CROSSING = 8
 """Float32 [C, V] tensors of a whole vocabulary V in `crosstok/`: roughly, for sorting has buffers of its own."""
 
