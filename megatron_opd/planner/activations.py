@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_opd.config import ParallelConfig, StudentConfig
+from megatron_opd.config import LoraConfig, ParallelConfig, StudentConfig
+from megatron_opd.planner import adapters
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.student.architecture import Architecture
 
@@ -22,11 +23,12 @@ class Pass:
     arch: Architecture
     parallel: ParallelConfig
     student: StudentConfig
+    lora: LoraConfig
     sequences: int
     length: int
     """Padded length of a sequence."""
-    fused_norms: bool
-    """Whether RMSNorm is one kernel, as on GPUs, or a chain of operations in float32, as PyTorch has it on CPUs."""
+    on_gpu: bool
+    """See `Job.on_gpu`."""
 
     @property
     def tokens(self) -> int:
@@ -48,7 +50,7 @@ def saved(one: Pass, *, is_first: bool, is_last: bool) -> float:
     if is_first:
         kept += one.tokens * (8 + (1 if one.parallel.tensor > 1 else 0))  # ids, and which of them are here
     if is_last:
-        kept += one.tokens * (_norm(one, one.width) + one.width * _size(one))
+        kept += one.tokens * _norm(one, one.width)
     return kept
 
 
@@ -66,14 +68,26 @@ def layer(one: Pass) -> float:
     """Bytes that one layer keeps."""
     arch, tensor, size = one.arch, one.parallel.tensor, _size(one)
     q, kv = arch.num_heads * arch.head_dim / tensor, arch.num_kv_heads * arch.head_dim / tensor
-    a_token = 2 * _norm(one, one.width) + 2 * one.width * size  # and what enters qkv and fc1
+    a_token = 2 * _norm(one, one.width) + _entering(one) * one.width * size
     a_token += (q + 2 * kv) * size + (q + kv) * size + q * size  # qkv as one, rotated q and k, the attention's output
     a_token += 4 * arch.num_heads / tensor if one.student.recompute == "none" else 0  # logsumexp of the attention
     if arch.qk_norm:  # queries are copied out of qkv; keys are not, and in float32 their norm's input is part of it
         per_head = 4 * (arch.num_heads + arch.num_kv_heads) / tensor
-        a_token += per_head + (size * q if one.fused_norms else 8 * q + (4 if size == 4 else 8) * kv)
-    a_token += _mixture(one) if arch.num_experts else 5 * arch.ffn_size / tensor * size
-    return one.tokens * a_token + _rotary(one)
+        a_token += per_head + (size * q if one.on_gpu else 8 * q + (4 if size == 4 else 8) * kv)
+    a_token += _mixture(one) if arch.num_experts else (5 - _is_frozen(one, "down_proj")) * arch.ffn_size / tensor * size
+    beside = adapters.kept(arch, one.lora, one.parallel, one.tokens) * size if one.lora.rank else 0
+    return one.tokens * a_token + _rotary(one) + beside
+
+
+def _entering(one: Pass) -> int:
+    """How many of the inputs of qkv and fc1 are kept: those of matrices that have a gradient, or adapters."""
+    fc1 = _is_frozen(one, "gate_proj", "up_proj") and not one.arch.num_experts
+    return 2 - _is_frozen(one, "q_proj", "k_proj", "v_proj") - fc1
+
+
+def _is_frozen(one: Pass, *modules: str) -> bool:
+    """Whether nothing is trained that the input of these modules would be needed for."""
+    return bool(one.lora.rank) and not set(modules) & set(one.lora.modules)
 
 
 def _mixture(one: Pass) -> float:
@@ -90,7 +104,9 @@ def _rotary(one: Pass) -> float:
 
 def _norm(one: Pass, width: float) -> float:
     """Bytes a token of a norm: its input and scale; in a chain of operations the normalised input too, in float32."""
-    return width * _size(one) + 4 if one.fused_norms else 2 * 4 * width + 4
+    if one.on_gpu:
+        return width * _size(one) + 4
+    return (1 if one.lora.rank else 2) * 4 * width + 4
 
 
 def _size(one: Pass) -> int:

@@ -14,12 +14,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(GPUS)} (%(default)s)")
     group.add_argument("--prompt", type=float, metavar="TOKENS", help="mean prompt (data.max_prompt_tokens)")
     group.add_argument("--response", type=float, metavar="TOKENS", help="mean answer (rollout.max_new_tokens)")
-    group.add_argument(
-        "--logits",
-        choices=["whole", "chunked"],
-        default="whole",
-        help="of the student: those of a micro-batch at one time, or loss.chunk_tokens rows of them (%(default)s)",
-    )
     group.add_argument("--json", action="store_true", help="print the plan as JSON: bytes, FLOPs and seconds")
 
 
@@ -34,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load(arguments.config, arguments.overrides)
     lengths = {"prompt": arguments.prompt, "response": arguments.response}
-    made = plan(build(config, gpu=arguments.gpu, logits=arguments.logits, **lengths))
+    made = plan(build(config, gpu=arguments.gpu, **lengths))
     if arguments.json:
         print(json.dumps(as_dict(made), indent=2))
     else:

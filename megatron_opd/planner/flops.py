@@ -9,14 +9,17 @@ from __future__ import annotations
 from megatron_opd.config import TeacherConfig
 from megatron_opd.planner import sizes
 from megatron_opd.planner.job import Job
-from megatron_opd.planner.loss_buffers import is_exact
 from megatron_opd.student.architecture import Architecture
 
 
 def body(arch: Architecture, length: float) -> float:
     """Of all layers on one sequence, forward."""
-    attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim * length**2
-    return 2 * sizes.body_numel(arch) * length + attention
+    return 2 * sizes.body_numel(arch) * length + attention(arch, length)
+
+
+def attention(arch: Architecture, length: float) -> float:
+    """The part of `body` that has no weights."""
+    return 2 * arch.num_layers * arch.num_heads * arch.head_dim * length**2
 
 
 def head(width: int, columns: int, rows: float) -> float:
@@ -26,22 +29,32 @@ def head(width: int, columns: int, rows: float) -> float:
 
 def training(job: Job) -> float:
     """Student forward and backward, and the teachers' heads in the loss; of all replicas. Recomputing is work too."""
-    forward, rows = job.sequences * body(job.student, job.longest), job.sequences * job.response
-    logits = rows if job.logits == "chunked" and is_exact(job) else job.sequences * job.longest
-    passes = 4 if job.config.student.recompute == "full" else 3
-    columns = job.student.padded_vocab_size
-    made = passes * forward + 3 * head(job.student.hidden_size, columns, logits)
-    for teacher, arch in zip(job.config.teachers, job.teachers, strict=True):
-        if teacher.carrier == "hidden" and arch is not None:
-            made += asked_share(job, teacher) * head(arch.hidden_size, columns, rows)
+    rows, columns = job.sequences * job.response, job.student.padded_vocab_size
+    again = body(job.student, job.longest) if job.config.student.recompute == "full" else 0.0
+    made = job.sequences * (_both_ways(job, job.longest) + again)
+    made += _passes(job) * head(job.student.hidden_size, columns, rows)
+    for teacher, arch in job.telling_hidden:
+        theirs = arch.padded_vocab_size if teacher.tokenizer == "own" else columns
+        made += asked_share(job, teacher) * head(arch.hidden_size, theirs, rows)
     return made
+
+
+def _passes(job: Job) -> int:
+    """Products of a weight: forward, and the gradients of its input and, unless adapters are trained, of itself."""
+    return 2 if job.config.lora.rank else 3
+
+
+def _both_ways(job: Job, length: float) -> float:
+    """Of the student's layers on one sequence, forward and backward, nothing recomputed; adapters are small."""
+    scores = attention(job.student, length)
+    return _passes(job) * (body(job.student, length) - scores) + 3 * scores
 
 
 def model_training(job: Job) -> float:
     """The same without what is recomputed, padded, or asked of teachers: what MFU is measured by."""
     length = job.prompt + job.response
-    whole = body(job.student, length) + head(job.student.hidden_size, job.student.vocab_size, length)
-    return 3 * job.sequences * whole
+    logits = head(job.student.hidden_size, job.student.vocab_size, length)
+    return job.sequences * (_both_ways(job, length) + _passes(job) * logits)
 
 
 def scoring(job: Job, teacher: TeacherConfig, arch: Architecture) -> float:

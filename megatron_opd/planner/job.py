@@ -25,10 +25,9 @@ class Job:
     """Mean length of a prompt in tokens."""
     response: float
     """Mean length of an answer in tokens."""
-    logits: Literal["whole", "chunked"] = "whole"
-    """Whether the student's logits of a micro-batch exist at one time, or `loss.chunk_tokens` rows of them."""
-    fused_norms: bool = True
-    """As on GPUs; see `activations.Pass`."""
+    on_gpu: bool = True
+    """Whether RMSNorm is one kernel and products of bf16 have float32 sums; on CPUs PyTorch has a chain of operations
+    in float32, and operands are converted."""
     assumed: Assumed = field(default_factory=Assumed)
 
     @property
@@ -57,6 +56,12 @@ class Job:
         """The teachers on the trainer's ranks."""
         both = zip(self.config.teachers, self.teachers, strict=True)
         return [(t, arch) for t, arch in both if t.backend == "megatron" and arch is not None]
+
+    @property
+    def telling_hidden(self) -> list[tuple[TeacherConfig, Architecture]]:
+        """The teachers whose output heads are on the trainer's ranks."""
+        both = zip(self.config.teachers, self.teachers, strict=True)
+        return [(t, arch) for t, arch in both if t.carrier == "hidden" and arch is not None]
 
     def with_layout(self, parallel: ParallelConfig, *, recompute: Recompute, micro_batch_size: int) -> Job:
         """The same on another layout."""
@@ -89,9 +94,7 @@ def gpus_of(servers: ServersConfig) -> int:
     return servers.tensor * (len(servers.urls) or servers.count)
 
 
-def build(
-    config: Config, *, gpu: str, prompt: float | None = None, response: float | None = None, logits: str = "whole"
-) -> Job:
+def build(config: Config, *, gpu: str, prompt: float | None = None, response: float | None = None) -> Job:
     """Read the config.json of every model; lengths that are not given are the longest that the config allows.
 
     Raises ValueError for models that cannot be read, for an unknown GPU, and for impossible lengths.
@@ -116,7 +119,6 @@ def build(
         gpu_name=gpu,
         prompt=prompt or config.data.max_prompt_tokens,
         response=response or config.rollout.max_new_tokens,
-        logits="chunked" if logits == "chunked" else "whole",
     )
 
 

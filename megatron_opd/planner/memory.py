@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_opd.planner import activations, loss_buffers, sizes
+from megatron_opd.config import TeacherConfig
+from megatron_opd.planner import activations, adapters, loss_buffers, sizes
 from megatron_opd.planner.activations import Pass
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
+from megatron_opd.precision.plan import LINEARS, plan_of
 from megatron_opd.student.architecture import Architecture
 
 _LOCAL_BATCH = 256
@@ -60,14 +62,15 @@ def fits(job: Job) -> bool:
 
 def _rank(job: Job, stage: int) -> RankMemory:
     config = job.config
-    parameters = sizes.stage_parameters(job.student, config.parallel, stage)
-    held = sizes.buffers(parameters, config.parallel, distributed=config.optim.distributed)
+    trained = adapters.trained(job.student, config, stage)
+    held = sizes.buffers(trained, config.parallel, distributed=config.optim.distributed)
+    frozen = sizes.numel(sizes.stage_parameters(job.student, config.parallel, stage)) if config.lora.rank else 0
     is_bf16 = config.student.dtype == "bf16"
     is_last = stage == config.parallel.pipeline - 1
     resting, moving = _teacher_weights(job, stage)
     engine, cache = _engine(job) if stage == 0 else (0.0, 0.0)
     always = {
-        "weights": held.gradients * BYTES[config.student.dtype],
+        "weights": (frozen + held.gradients) * BYTES[config.student.dtype],
         "gradients": 4 * held.gradients,
         "optimizer": held.optimized * (12 if is_bf16 else 8),
         "teacher weights": resting,
@@ -103,9 +106,10 @@ def one_pass(job: Job) -> Pass:
         arch=job.student,
         parallel=config.parallel,
         student=config.student,
+        lora=config.lora,
         sequences=config.train.micro_batch_size,
         length=job.longest,
-        fused_norms=job.fused_norms,
+        on_gpu=job.on_gpu,
     )
 
 
@@ -131,7 +135,7 @@ def _teacher_weights(job: Job, stage: int) -> tuple[float, float]:
     resting, moving = 0.0, [0.0]
     for teacher, arch in job.inside:
         parameters = [p for p in sizes.stage_parameters(arch, job.config.parallel, stage) if p.name != "head"]
-        size = sizes.numel(parameters) * BYTES[teacher.dtype]
+        size = sizes.numel(parameters) * BYTES[teacher.dtype] - _saved_by_fp8(job, teacher, arch, stage)
         if teacher.offload:
             moving.append(size)
         else:
@@ -139,22 +143,31 @@ def _teacher_weights(job: Job, stage: int) -> tuple[float, float]:
     return resting, max(moving)
 
 
+def _saved_by_fp8(job: Job, teacher: TeacherConfig, arch: Architecture, stage: int) -> float:
+    """Bytes that a teacher on the ranks has less for matrices that stay in FP8 between passes."""
+    plan = plan_of(job.config, teacher.name, arch)
+    if not plan.resident:
+        return 0.0
+    layers = arch.num_layers // job.config.parallel.pipeline
+    rounded = [i for i in range(stage * layers, (stage + 1) * layers) if plan.of(LINEARS[0].replace("*", str(i)))]
+    made = [p for p in sizes.stage_parameters(arch, job.config.parallel, stage) if p.name in sizes.MATRICES]
+    return sizes.numel(made) * len(rounded) / layers * (BYTES[teacher.dtype] - 1)
+
+
 def _teacher_heads(job: Job) -> float:
-    """Rows of this rank's shard of the student's vocabulary, of every teacher that tells hidden states."""
-    columns = job.student.padded_vocab_size // job.config.parallel.tensor
-    return sum(columns * width * size for width, size in _hidden_widths(job))
+    """Rows of this rank's shard of the student's vocabulary, of every teacher that tells hidden states; of a teacher's
+    own, where it has a tokenizer of its own."""
+    tensor, found = job.config.parallel.tensor, 0.0
+    for teacher, arch in job.telling_hidden:
+        whose = arch if teacher.tokenizer == "own" else job.student
+        found += -(-whose.padded_vocab_size // tensor) * arch.hidden_size * BYTES[teacher.dtype]
+    return found
 
 
 def _hidden_states(job: Job) -> float:
     """Of all answers of a replica's step."""
     tokens = job.sequences / job.config.parallel.data * job.config.rollout.max_new_tokens
-    return sum(tokens * width * size for width, size in _hidden_widths(job))
-
-
-def _hidden_widths(job: Job) -> list[tuple[int, int]]:
-    """(hidden size, bytes of a number) of the teachers that tell hidden states."""
-    both = zip(job.config.teachers, job.teachers, strict=True)
-    return [(arch.hidden_size, BYTES[t.dtype]) for t, arch in both if t.carrier == "hidden" and arch is not None]
+    return sum(tokens * arch.hidden_size * BYTES[teacher.dtype] for teacher, arch in job.telling_hidden)
 
 
 def _engine(job: Job) -> tuple[float, float]:

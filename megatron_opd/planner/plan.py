@@ -77,7 +77,6 @@ def as_dict(made: Plan) -> dict[str, Any]:
         "gpu": {"name": job.gpu_name, **dataclasses.asdict(job.gpu)},
         "assumed": dataclasses.asdict(job.assumed),
         "lengths": {"prompt": job.prompt, "response": job.response, "longest": job.longest},
-        "logits": job.logits,
         "ranks": [{"stage": r.stage, "peak_at": r.peak_at, "parts": r.parts, "total": r.total} for r in made.ranks],
         "servers": [dataclasses.asdict(role) for role in made.roles],
         "wire": {

@@ -14,6 +14,8 @@ from megatron_opd.student.architecture import Architecture
 _ALIGN = 64
 """Megatron's gradient buffer starts every parameter at a multiple of this, with the distributed optimizer."""
 _BUCKET_ALIGN = 128
+MATRICES = ("qkv", "projection", "fc1", "fc2")
+"""Names of the parameters that adapters and FP8 are about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def active_numel(arch: Architecture) -> int:
     """Parameters of matrix products that a token passes through, the output head's included: of a mixture, those of its
     chosen experts."""
     share = arch.experts_per_token / arch.num_experts if arch.num_experts else 1.0
-    counted = [p for p in whole(arch) if p.name in ("qkv", "projection", "router", "fc1", "fc2")]
+    counted = [p for p in whole(arch) if p.name in (*MATRICES, "router")]
     body = sum(p.numel * p.count * (share if p.is_expert else 1) for p in counted)
     return round(body) + arch.padded_vocab_size * arch.hidden_size
 

@@ -37,9 +37,7 @@ def show(made: Plan, console: Console) -> None:
     )
     _advice(made, console)
     rates = ", ".join(f"{name} {value:g}" for name, value in _assumed(made).items())
-    console.print(
-        f"[dim]assumed parts of the data sheet: {rates}; student's logits {job.logits}[/dim]", highlight=False
-    )
+    console.print(f"[dim]assumed parts of the data sheet: {rates}[/dim]", highlight=False)
 
 
 def _assumed(made: Plan) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_opd.config import TeacherConfig
-from megatron_opd.planner import flops, sizes
+from megatron_opd.planner import adapters, flops, sizes
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
 from megatron_opd.student.architecture import Architecture
@@ -66,7 +66,7 @@ def gradients(job: Job) -> float:
     all-gather of weights (distributed optimizer), or an all-reduce."""
     config, replicas = job.config, job.config.parallel.data
     size = 4 + (BYTES[config.student.dtype] if config.optim.distributed else 4)
-    mine = max(sizes.numel(sizes.stage_parameters(job.student, config.parallel, s)) for s in _stages(job))
+    mine = max(sizes.numel(adapters.trained(job.student, config, stage)) for stage in _stages(job))
     return mine * size * (replicas - 1) / replicas
 
 

@@ -6,17 +6,19 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
 from megatron_opd import __main__ as cli
 from megatron_opd import config as c
-from megatron_opd.planner import flops, loss_buffers, memory, search, servers, sizes, timing, wire
+from megatron_opd.planner import adapters, flops, loss_buffers, memory, search, servers, sizes, timing, wire
 from megatron_opd.planner.gpus import GPUS
 from megatron_opd.planner.job import build
 from megatron_opd.planner.plan import as_dict, plan
 from megatron_opd.student.architecture import read_architecture
+from megatron_opd.student.lora_layout import places
 from megatron_opd.student.weight_map import is_expert, rules
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -43,8 +45,8 @@ def run_of(model="llama-8b", teachers=None, *, lengths=(1024, 2048), **sections)
     return dataclasses.replace(made, data=c.DataConfig(train=sources, max_prompt_tokens=lengths[0]))
 
 
-def job_of(*args, gpu="H100", logits="whole", response=None, **sections):
-    return build(run_of(*args, **sections), gpu=gpu, logits=logits, response=response)
+def job_of(*args, gpu="H100", response=None, **sections):
+    return build(run_of(*args, **sections), gpu=gpu, response=response)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,101 @@ def test_pipeline_stages_hold_as_many_micro_batches_as_are_under_way():
 
 def test_loss_buffers_by_hand():
     positions, rows, columns = 2 * 3072, 2 * 2048, 128256 // 4
-    teacher = 2 * 2 * 1024 * columns  # bf16, twice: exchanges overlap with products
-    assert loss_buffers.peak(job_of()) == 4 * positions * columns + 4 * rows * columns + teacher
-    chunked = loss_buffers.peak(job_of(logits="chunked"))
-    assert chunked == 2 * rows * 4096 * 2 + 2 * teacher
+    output, hidden = positions * 4096 * 2, rows * 4096 * 2
+    buffer, chunk = 2 * 1024 * columns, 4 * 1024 * columns  # bf16 in the fused loss, float32 elsewhere
+    assert loss_buffers.peak(job_of()) == output + 2 * hidden + 2 * 2 * buffer  # twice: exchanges overlap with products
+    assert loss_buffers.peak(job_of(loss={"chunk_tokens": 4096})) == output + 2 * hidden + 2 * 4 * buffer  # but for one
     lists = [{"name": "t", "model": "llama-70b", "backend": "sglang", "carrier": "topk"}]
+    logits = 4 * rows * columns
     by_lists = {"teachers": lists, "loss": {"ensemble": "probs"}}
-    assert loss_buffers.peak(job_of(logits="chunked", **by_lists)) == loss_buffers.peak(job_of(**by_lists))
+    assert loss_buffers.peak(job_of(**by_lists)) == output + hidden + 2 * logits + 8 * chunk
+    with_rewards = {**by_lists, "rl": {"weight": 1.0}}
+    assert loss_buffers.peak(job_of(**with_rewards)) == output + hidden + 3 * logits + 8 * chunk
+    both = loss_buffers.peak(job_of(rl={"weight": 1.0}, loss={"chunk_tokens": 16}))
+    assert both == output + hidden + 3 * logits  # what the fused loss left, and a gradient with its upstream factor
+    rewards_alone = loss_buffers.peak(job_of(rl={"weight": 1.0}, loss={"weight": 0.0}))
+    assert rewards_alone == output + hidden + 2 * logits + 5 * chunk
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, True),
+        ({"rl": {"weight": 1.0}}, False),
+        ({"policy": {"kl_coef": 1.0}}, False),
+        ({"answers": {"lmbda": 0.5}}, False),
+        ({"loss": {"kind": "sampled"}}, False),
+        ({"loss": {"ensemble": "probs"}, "teachers": [{"name": "t", "model": "llama-8b", "backend": "sglang",
+                                                         "carrier": "topk"}]}, False),
+    ],
+)  # fmt: skip
+def test_logits_are_planned_where_the_objective_wants_them(sections, expected):
+    from megatron_opd.objective import build_objective
+    from megatron_opd.vocab import VocabShard
+
+    job = job_of(**sections)
+    heads = [SimpleNamespace(head_LD=None) for _ in job.config.teachers]
+    others = job.config.answers.lmbda < 1
+    objective = build_objective(job.config, VocabShard.whole(9), heads, has_answers_of_others=others)
+    assert loss_buffers.takes_hidden(job) == objective.takes_hidden == expected
+
+
+def with_fp8(job, **settings):
+    """The job with a section precision.fp8."""
+    precision = c.PrecisionConfig(fp8=c.Fp8Config(**settings))
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, precision=precision))
+
+
+def test_a_rounded_student_head_makes_logits():
+    assert not loss_buffers.takes_hidden(with_fp8(job_of(), heads=["student"], emulate=True))
+    assert loss_buffers.takes_hidden(with_fp8(job_of(), heads=["big"], emulate=True))
+
+
+def test_matrices_of_a_resident_fp8_teacher_are_a_byte_a_weight():
+    job = job_of(parallel={"tensor": 4, "pipeline": 2, "data": 2, "sequence": True})
+    plain = [rank.always["teacher weights"] for rank in memory.trainer(job)]
+    resident = with_fp8(job, teachers=["all"], resident=True, first_layers_bf16=4)
+    small = [rank.always["teacher weights"] for rank in memory.trainer(resident)]
+    a_layer = (8192 * (8192 + 2048) + 8192 * 8192 + 3 * 8192 * 28672) // 4
+    assert [a - b for a, b in zip(plain, small, strict=True)] == [36 * a_layer, 40 * a_layer]
+    moving = with_fp8(job, teachers=["all"])
+    assert [rank.always["teacher weights"] for rank in memory.trainer(moving)] == plain
+
+
+def test_a_teacher_with_its_own_tokenizer_has_its_own_vocabulary():
+    teacher = {"name": "t", "model": "qwen3-8b", "dtype": "bf16", "tokenizer": "own"}
+    job = job_of(teachers=[teacher])
+    assert memory.worst(job).always["teacher heads"] == 2 * 151936 // 4 * 4096
+    assert not loss_buffers.takes_hidden(job)
+    rows, columns, chunk = 2 * 2048, 128256 // 4, 1024 * 4
+    needed = 2 * 4 * rows * columns + 8 * chunk * (128256 + 151936)
+    assert loss_buffers.peak(job) == 2 * 3072 * 4096 * 2 + rows * 4096 * 2 + needed
+
+
+@pytest.mark.parametrize("targets", [[], ["qkv"], ["o_proj", "down_proj"]])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (4, 2)])
+def test_adapters_are_those_of_the_layers(tensor, pipeline, targets):
+    arch, lora = read_architecture(MODELS / "llama-8b"), c.LoraConfig(rank=16, targets=targets)
+    layout = c.ParallelConfig(tensor=tensor, pipeline=pipeline)
+    expected = 0
+    for place in places(arch, lora, tensor):
+        adapted = [part for part in place.parts if part in lora.modules]
+        expected += sum(16 * (place.inputs + place.rows(part)) for part in adapted)
+    found = sizes.numel(adapters.parameters(arch, lora, layout, pipeline - 1))
+    assert found == expected * arch.num_layers // pipeline
+
+
+def test_adapters_alone_have_gradients_and_optimizer_state():
+    job = job_of(lora={"rank": 16})
+    whole, rank = memory.worst(job_of()), memory.worst(job)
+    mine = sizes.numel(adapters.trained(job.student, job.config, 0))
+    assert rank.always["gradients"] == 4 * mine
+    assert rank.always["optimizer"] == 3 * mine
+    assert rank.always["weights"] == whole.always["weights"] + 2 * mine
+    assert wire.gradients(job) == mine * 6 * 3 / 4
+    assert flops.training(job_of()) - flops.training(job) == 256 * 2 * sizes.body_numel(job.student) * 3072 + 256 * (
+        flops.head(4096, 128256, 2048)
+    )
 
 
 def test_flops_by_hand():
@@ -130,11 +220,9 @@ def test_flops_by_hand():
     head = 2 * 4096 * 128256
     assert flops.body(job.student, length) == forward
     teacher_head = 256 * 1000 * head
-    assert flops.training(job) == 256 * 3 * (forward + length * head) + teacher_head
+    assert flops.training(job) == 256 * 3 * (forward + 1000 * head) + teacher_head
     recomputed = job.with_layout(job.config.parallel, recompute="full", micro_batch_size=2)
     assert flops.training(recomputed) - flops.training(job) == 256 * forward
-    chunked = dataclasses.replace(job, logits="chunked")
-    assert flops.training(job) - flops.training(chunked) == 256 * 3 * 1000 * head
 
 
 def test_a_routed_teacher_is_asked_about_its_share():
