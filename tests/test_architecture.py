@@ -2,7 +2,6 @@
 
 import ast
 from fnmatch import fnmatch
-from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
