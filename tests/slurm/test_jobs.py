@@ -65,7 +65,7 @@ def test_the_step_benchmark_over_two_and_four_nodes(submit, tmp_path):
     """The script's own program, tools/bench_step.py; its results go into one file."""
     found = tmp_path / "found.json"
     config = ["examples/quickstart.yaml", "parallel.pipeline=1", "parallel.tensor=1", "parallel.data={ranks}"]
-    small = ["rollout={prompts_per_step: 8, samples_per_prompt: 1}", "train.micro_batch_size=2"]
+    small = ["rollout={prompts_per_step: 8, samples_per_prompt: 1, max_new_tokens: 8}", "train.micro_batch_size=2"]
     how = ["--warmup", "1", "--steps", "1", "--repeats", "2", "--json", found]
     job = submit("bench_multinode.sh", *config, *small, *how, nodes=4, OPD_LOGS=str(tmp_path / "logs"))
     code, said = job.end()
