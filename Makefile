@@ -55,7 +55,7 @@ test-sglang: install sglang ## tests against real SGLang servers, which they sta
 	$(TEST) -m sglang $(ARGS)
 
 test-slurm: install ## submit the jobs of slurm/ to a real Slurm of virtual nodes on this machine (root, apt)
-	$(TEST) -m slurm $(ARGS)
+	$(TEST) $(SIDE_BY_SIDE) -m slurm $(ARGS)
 
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu

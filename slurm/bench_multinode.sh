@@ -2,7 +2,8 @@
 # Runs a program over 1, 2, 4, ... nodes of the job, up to all of them, a rank a GPU; in its arguments {nodes} and
 # {ranks} stand for their numbers:
 #
-#   sbatch slurm/bench_multinode.sh examples/quickstart.yaml 'parallel.data={ranks}'
+#   sbatch slurm/bench_multinode.sh examples/quickstart.yaml parallel.tensor=1 parallel.pipeline=1 'parallel.data={ranks}' \
+#     --json runs/scaling.json        (strong scaling; --scaling weak: rollout.prompts_per_step is of each replica)
 #   sbatch --nodes=8 --export=ALL,TOOL="python my_bench.py" slurm/bench_multinode.sh --out 'results/{nodes}.json'
 #
 # ---- Edit here: the cluster.

@@ -4,7 +4,13 @@
 #   sbatch slurm/opd_70b_to_8b.sh                                            teacher in the trainer, 3 nodes
 #   sbatch --nodes=4 --export=ALL,OPD_LAYOUT=served slurm/opd_70b_to_8b.sh   teacher on a node of its own, 4 nodes
 #
-# Arguments are more settings (train.steps=100); docs/cluster.md says how to get here from nothing.
+# Arguments are more settings (train.steps=100); docs/cluster.md says how to get here from nothing. With the teacher in FP8
+# (docs/fp8.md; before it trains, the run measures what that does to the signal):
+#
+#   sbatch slurm/opd_70b_to_8b.sh 'precision.fp8.teachers=[llama-70b]'                products in FP8, weights in bf16
+#   sbatch slurm/opd_70b_to_8b.sh 'precision.fp8.teachers=[llama-70b]' precision.fp8.resident=true teachers.0.offload=false
+#                                        weights in FP8 too, in half the memory, so that they can stay on the GPUs
+#   ... OPD_LAYOUT=served slurm/opd_70b_to_8b.sh 'teachers.0.servers.args=[--quantization, fp8]'   the servers' own FP8
 #
 # ---- Edit here: the cluster.
 #SBATCH --job-name=opd_70b_to_8b

@@ -181,3 +181,12 @@ def test_budgets():
                     found.append((node.lineno, f"{node.name} has", parameters, "parameters", MAX_PARAMETERS))
         offenders += [(path, at, f"{who} {n} {unit}, more than {most}") for at, who, n, unit, most in found if n > most]
     assert_none(offenders)
+
+
+def test_pytest_collects_every_test_file(pytestconfig):
+    """It leaves out folders by name, and refuses two modules of one name."""
+    files = list(Path(__file__).parent.rglob("test_*.py"))
+    skipped = pytestconfig.getini("norecursedirs")
+    folders = {part for file in files for part in file.relative_to(Path(__file__).parent).parts[:-1]}
+    assert not [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in skipped)]
+    assert sorted({file.name for file in files}) == sorted(file.name for file in files)

@@ -4,12 +4,14 @@ Nothing of it is installed as a service, and all of it ends by process id.
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,6 +27,10 @@ _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
+SlurmctldParameters=preempt_send_user_signal
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -42,16 +48,17 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=2
 SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
 MinJobAge=7200
-KillWait=5
 SlurmdTimeout=20
 GresTypes=gpu
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} Sockets=1 \
 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=batch Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP
+PartitionName=batch Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
+PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -59,10 +66,12 @@ def install():
     """Debian's Slurm where this user may install it; returns why there is none, or None."""
     if os.geteuid() != 0:
         return "Slurm's daemons of several nodes on one machine need root"
-    if missing() and shutil.which("apt-get"):
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "slurm-wlm", "munge"]):
+    with open(Path(tempfile.gettempdir()) / "megatron-opd-apt.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
+        if missing() and shutil.which("apt-get"):
             environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(["apt-get", *command], env=environment, capture_output=True, timeout=600)
+            for command in ("update -qq", "install -y -qq --no-install-recommends slurm-wlm munge"):
+                subprocess.run(["apt-get", *command.split()], env=environment, capture_output=True, timeout=600)
     return f"there is no {', '.join(missing())}, and apt-get could not install it" if missing() else None
 
 
@@ -73,7 +82,8 @@ def missing():
 class Cluster:
     """Starts with the object, ends with `close`."""
 
-    def __init__(self, directory, nodes):
+    def __init__(self, directory, nodes, number):
+        """`number` keeps the ports of clusters on one machine apart, and those of their jobs, which follow job ids."""
         self.dir, self.nodes = Path(directory), nodes
         for name in ("state", "munge", "spool"):
             (self.dir / name).mkdir()
@@ -84,8 +94,9 @@ class Cluster:
         (self.dir / "gres.conf").write_text(
             f"AutoDetect=off\nNodeName=n[1-{nodes}] Name=gpu File={self.dir}/gpu[0-{GPUS - 1}]\n"
         )
-        port = _free_ports(nodes + 1)
+        port = _free_ports(17000 + 1000 * number, nodes + 1)
         place = {"host": socket.gethostname(), "dir": self.dir, "port": port, "first": port + 1, "last": port + nodes}
+        place["first_job"] = 1 + 300 * number
         (self.dir / "slurm.conf").write_text(_CONF.format(nodes=nodes, cpus=CPUS, gpus=GPUS, **place))
         try:
             self._start()
@@ -157,18 +168,32 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return Job(self, done.stdout.strip())
 
+    def submit_urgent(self, directory):
+        """A job that needs all nodes, in the partition with more priority."""
+        script = directory / "urgent.sh"
+        script.write_text("#!/bin/sh\nhostname\n")
+        where = ["--partition=urgent", f"--nodes={self.nodes}", "--exclusive", f"--output={directory}/urgent.out"]
+        return self.submit(script, options=where)
+
     def job(self, number):
         return Job(self, number)
 
     def rank(self, rank, job):
         """The process of a rank of the job."""
-        wanted = {"SLURM_CONF": self.environment["SLURM_CONF"], "SLURM_JOB_ID": job.number, "SLURM_PROCID": str(rank)}
-        for process in psutil.process_iter():
+        for process in self.processes(job):
             with contextlib.suppress(psutil.Error):
-                theirs = process.environ()
-                if "train" in process.cmdline() and wanted.items() <= theirs.items():
+                if "train" in process.cmdline() and process.environ().get("SLURM_PROCID") == str(rank):
                     return process
         raise AssertionError(f"rank {rank} does not run")
+
+    def processes(self, job):
+        """All of the job, its batch script and what it and the ranks have started."""
+        wanted, found = {"SLURM_CONF": self.environment["SLURM_CONF"], "SLURM_JOB_ID": job.number}, []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if wanted.items() <= process.environ().items():
+                    found.append(process)
+        return found
 
     def start_node(self, node):
         """After `kill_node`."""
@@ -230,6 +255,10 @@ class Job:
         self.cluster.until(lambda: not self.cluster.clears_up(), "nothing of it is left", patience_s)
         self.cluster._run("scontrol", "update", f"JobId={self.number}", "StartTime=now+10")
 
+    def cancel(self):
+        """As a user does."""
+        self.cluster._run("scancel", self.number)
+
     def signal(self, name):
         """To the batch script, as `#SBATCH --signal=B:` does."""
         self.cluster._run("scancel", "--batch", f"--signal={name}", self.number)
@@ -240,9 +269,9 @@ def _without_slurm():
     return {name: value for name, value in os.environ.items() if not hidden.fullmatch(name)}
 
 
-def _free_ports(count):
+def _free_ports(start, count):
     """The first of so many in a row."""
-    for first in range(17000, 19000, count):
+    for first in range(start, start + 1000 - count, count):
         with contextlib.ExitStack() as opened:
             try:
                 for port in range(first, first + count):

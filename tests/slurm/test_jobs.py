@@ -1,5 +1,6 @@
 """The scripts in slurm/, really submitted, at the size of the quickstart: they end where a run on this machine ends."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,21 +9,11 @@ from pathlib import Path
 
 import pytest
 import tiny
-from e2e.program import MODELS, PATIENCE_S, checkpoints, environment, exported, opd, rows
+from e2e.program import MODELS, PATIENCE_S, environment, rows
 from servers.standin_model import VOCAB_SIZE
+from slurm.small import CONFIG, ONE_TEACHER, ROOT, SMALL, assert_same, local
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "examples/quickstart/data"
-SOURCES = "[{name: math, path: %(data)s/add.train.jsonl}, {name: code, path: %(data)s/max.train.jsonl},"
-SOURCES += " {name: chat, path: %(data)s/subtract.train.jsonl}]"
-SMALL = [
-    *("parallel.tensor=2", "parallel.data=1", f"student={{model: {MODELS / 'student'}}}"),
-    *("rollout={prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 8}", "data.chat_template=none"),
-    *(f"data.train={SOURCES % {'data': DATA}}", "data.eval=[]", "optim={lr: 1.0e-3}", "run.timeout_s=300"),
-    *("train={steps: 8, micro_batch_size: 2, save_every: 2}", "run.max_restarts=1"),
-]
-ONE_TEACHER = [f"teachers=[{{name: carry, model: {MODELS / 'teacher_carry'}}}]"]
 # The script's own teachers, in the trainer instead of on servers.
 THREE_TEACHERS = [
     f"teachers.{i}.{setting}"
@@ -31,85 +22,12 @@ THREE_TEACHERS = [
 ] + ["teachers.1.on_failure=fail", "teachers.2.on_failure=fail"]
 
 
-def local(run_dir, config, *overrides):
-    """The same run on this machine, without Slurm."""
-    done = opd("train", config, *SMALL, *overrides, f"run.dir={run_dir}", timeout=3 * PATIENCE_S)
-    assert done.returncode == 0, done.stderr
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The small run of slurm/opd_70b_to_8b.sh, uninterrupted and without Slurm."""
-    config = "examples/cluster/opd_70b_to_8b.yaml"
-    return local(tmp_path_factory.mktemp("local") / "run", config, *ONE_TEACHER)
-
-
-@pytest.fixture
-def submit(cluster, tmp_path):
-    """Submit a script in small, a rank a node; its run is in <tmp_path>/run."""
-
-    def start(script, *overrides, nodes=2, options=(), **env):
-        where = [f"--nodes={nodes}", f"--output={tmp_path}/job.out", *options]
-        given = [*SMALL, *overrides, f"run.dir={tmp_path}/run"] if script.startswith("opd_") else overrides
-        return cluster.submit(ROOT / "slurm" / script, *given, options=where, OPD_RANKS_PER_NODE="1", **env)
-
-    return start
-
-
-def assert_same(run_dir, other):
-    assert rows(run_dir) == rows(other)
-    assert exported(run_dir) == exported(other)
-
-
 def test_one_teacher(submit, tmp_path, whole):
     code, said = submit("opd_70b_to_8b.sh", *ONE_TEACHER).end()
     assert code == 0, said
     assert_same(tmp_path / "run", whole)
     (logs,) = (tmp_path / "run/logs").glob("job-*.0")
     assert {log.name for log in logs.iterdir()} == {"trainer.0-0.log", "trainer.0-1.log", "trainer.0.srun"}
-
-
-def test_a_warning_requeues_and_the_job_goes_on(submit, tmp_path, whole):
-    job = submit("opd_70b_to_8b.sh", *ONE_TEACHER)
-    job.wait_for("step 3/", tmp_path / "run/train.log")
-    job.signal("USR1")
-    job.wait_for_requeue()
-    step = int(checkpoints(tmp_path / "run")[-1].removeprefix("step_"))
-    assert 3 <= step < 8
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, step + 1))  # none is done again
-    code, said = job.end()
-    assert code == 0, said
-    assert "the run has saved and made room; requeueing" in said
-    assert f"resuming after step {step}" in (tmp_path / "run/train.log").read_text()
-    assert_same(tmp_path / "run", whole)
-
-
-def test_a_killed_rank_restarts_within_the_job(submit, cluster, tmp_path, whole):
-    job = submit("opd_70b_to_8b.sh", *ONE_TEACHER)
-    job.wait_for("step 3/", tmp_path / "run/train.log")
-    cluster.rank(1, job).kill()
-    code, said = job.end()
-    assert code == 0, said
-    assert "starting the ranks again" in said
-    assert job.shown()["Restarts"] == "0"
-    assert_same(tmp_path / "run", whole)
-
-
-def test_a_killed_node_requeues(submit, cluster, tmp_path, whole):
-    # Without GPUs: Slurm 22.05 forgets those of a requeued job when one of its nodes goes down.
-    job = submit("opd_70b_to_8b.sh", *ONE_TEACHER, options=["--gpus-per-node=0"], OPD_GPUS_PER_NODE="0")
-    job.wait_for("step 3/", tmp_path / "run/train.log")
-    cluster.kill_node("n2")
-    try:
-        job.wait_for_requeue()
-        code, said = job.end()
-        assert code == 0, said
-        assert len(job.nodes()) == 2
-        assert "n2" not in job.nodes()
-        assert_same(tmp_path / "run", whole)
-    finally:
-        cluster.start_node("n2")
 
 
 def test_three_teachers(submit, tmp_path):
@@ -133,7 +51,7 @@ def test_settings_that_do_not_fit_the_job(submit, tmp_path):
     assert "error: this run takes 1 node(s) of 1 GPUs, not 2; ask for fewer" in said
 
 
-def test_benchmarks_over_more_and_more_nodes(submit, tmp_path):
+def test_a_program_over_more_and_more_nodes(submit, tmp_path):
     program = f"python {ROOT}/tests/slurm/sum_of_ranks.py"
     result = f"{tmp_path}/{{nodes}}-{{ranks}}.txt"
     job = submit("bench_multinode.sh", result, nodes=3, TOOL=program, OPD_LOGS=str(tmp_path / "logs"))
@@ -141,6 +59,26 @@ def test_benchmarks_over_more_and_more_nodes(submit, tmp_path):
     assert code == 0, said
     found = {path.name: path.read_text() for path in tmp_path.glob("*-*.txt")}
     assert found == {"1-1.txt": "n1: 0", "2-2.txt": "n1 n2: 1", "3-3.txt": "n1 n2 n3: 3"}
+
+
+def test_the_step_benchmark_over_two_and_four_nodes(submit, tmp_path):
+    """The script's own program, tools/bench_step.py; its results go into one file."""
+    found = tmp_path / "found.json"
+    config = ["examples/quickstart.yaml", "parallel.pipeline=1", "parallel.tensor=1", "parallel.data={ranks}"]
+    small = ["rollout={prompts_per_step: 8, samples_per_prompt: 1, max_new_tokens: 8}", "train.micro_batch_size=2"]
+    how = ["--warmup", "1", "--steps", "1", "--repeats", "2", "--json", found]
+    job = submit("bench_multinode.sh", *config, *small, *how, nodes=4, OPD_LOGS=str(tmp_path / "logs"))
+    code, said = job.end()
+    assert code == 0, said + "".join(log.read_text() for log in (tmp_path / "logs").iterdir())
+    cases = json.loads(found.read_text())["cases"]
+    assert [(case["ranks"], len(case["tokens_per_s"])) for case in cases] == [(1, 2), (2, 2), (4, 2)]
+    assert all(rate > 0 for case in cases for rate in case["tokens_per_s"])
+    sent = [sum(case["bytes"].values()) for case in cases]
+    assert sent[0] < sent[1] < sent[2]  # gradients of more replicas
+    for case in cases:
+        table = (tmp_path / f"logs/bench-{case['ranks']}-0.log").read_text()
+        assert "medians of the repeats" in table
+        assert case["name"] in table
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +123,7 @@ def test_launch_submits_what_it_renders(cluster, tmp_path, whole):
     setup = f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}"
     command = [sys.executable, "-m", "megatron_opd", "launch", "--slurm", "--gpus-per-node", "2", "--setup", setup]
     command += [f"--sbatch=--output={tmp_path}/job.out", "--sbatch=--time=20"]
-    command += ["examples/cluster/opd_70b_to_8b.yaml", *SMALL, *ONE_TEACHER, f"run.dir={tmp_path}/run"]
+    command += [CONFIG, *SMALL, *ONE_TEACHER, f"run.dir={tmp_path}/run"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(**cluster_of), capture_output=True, text=True, timeout=PATIENCE_S
     )

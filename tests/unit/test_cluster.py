@@ -51,6 +51,28 @@ def test_the_jobs_of_the_scripts(given, nodes):
     assert f"--nodes={nodes}" in header
 
 
+IN_FP8 = "'precision.fp8.teachers=[llama-70b]'"
+
+
+@pytest.mark.parametrize(
+    ("said", "layout", "nodes"),
+    [
+        (IN_FP8, [], 3),
+        (f"{IN_FP8} precision.fp8.resident=true teachers.0.offload=false", [], 3),
+        ("'teachers.0.servers.args=[--quantization, fp8]'", SERVED, 4),
+    ],
+    ids=["products", "weights too", "servers"],
+)
+def test_the_scripts_ways_into_fp8(said, layout, nodes):
+    assert f"opd_70b_to_8b.sh {said}" in Path("slurm/opd_70b_to_8b.sh").read_text()
+    config, steps = placed(IN_PROCESS, *layout, *shlex.split(said))
+    assert num_nodes(steps) == nodes
+    (teacher,) = config.teachers
+    assert config.precision.fp8.teachers == ([] if layout else [teacher.name])
+    served = [p.served.name for p in plan(config, []) if p.command[-2:] == ("--quantization", "fp8")]
+    assert served == ([f"teacher-{teacher.name}"] if layout else [])
+
+
 def test_what_a_servers_step_runs_is_a_valid_config_of_its_share():
     _, steps = placed(IN_PROCESS, "rollout.servers.count=12", "rollout.servers.args=[]")
     first, second, trainer = steps
