@@ -214,7 +214,9 @@ class Run:
         batches = pack(
             rollouts,
             micro_batch_size=self.config.train.micro_batch_size,
-            length_multiple=length_multiple(self.config),
+            length_multiple=length_multiple(
+                self.config, shards=self.parallel.tensor_size if self.parallel.sequence else 1
+            ),
             device=groups.device(),
             scores=scores,
             weights=renormalised(rollouts, weights, scores),

@@ -120,11 +120,11 @@ def plans(config: Config, architectures: Mapping[str, Architecture]) -> list[Mod
     ]
 
 
-def length_multiple(config: Config) -> int:
-    """What the length of the student's sequences must be a multiple of, whatever their number."""
+def length_multiple(config: Config, *, shards: int) -> int:
+    """What the length of the student's sequences must be a multiple of, whatever their number, where each is split over
+    `shards` ranks."""
     recipe = RECIPES[config.precision.fp8.recipe]
-    multiple = recipe.multiple if config.precision.fp8.student != "off" else 1
-    return multiple * (config.parallel.tensor if config.parallel.sequence else 1)
+    return shards * (recipe.multiple if config.precision.fp8.student != "off" else 1)
 
 
 def plan_of(config: Config, model: str, arch: Architecture) -> ModelPlan:

@@ -118,7 +118,9 @@ class _Emulated:
     def product(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """input · weightᵀ of whole rows, for a layer that is not called."""
         out = F.linear(RoundForward.apply(input, self.rows), RoundForward.apply(weight, self.weight))
-        return out if self.gradient is None else RoundBackward.apply(out, self.gradient)
+        if self.gradient is None:
+            return out
+        return RoundBackward.apply(out, self.gradient).clone()  # the loss writes its gradient in the logits' place
 
     def __call__(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.is_on:

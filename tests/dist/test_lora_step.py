@@ -90,10 +90,11 @@ def rollouts():
 
 
 def logits(student, batches):
-    from megatron_opd.student import pipeline
+    """This rank's columns at every position, on the last stage."""
+    from megatron_opd.student import head, pipeline
 
     student.model.eval()
-    return pipeline.forward(student.model, batches, lambda _, logits_BSL: logits_BSL.clone())
+    return pipeline.forward(student.model, batches, lambda _, hidden_BSD: hidden_BSD @ head.weight(student.gpt).T)
 
 
 def train(parallel, config, num_steps=NUM_STEPS):

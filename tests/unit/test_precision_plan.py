@@ -171,18 +171,18 @@ def test_megatron_keeps_no_more_layers_out_than_a_stage_has():
 
 
 @pytest.mark.parametrize(
-    ("fp8", "parallel", "multiple"),
+    ("fp8", "shards", "multiple"),
     [
-        ({}, {}, 1),
-        ({}, {"tensor": 2, "sequence": True}, 2),
-        ({"student": "full"}, {"tensor": 2}, 16),
-        ({"student": "full"}, {"tensor": 2, "sequence": True}, 32),
-        ({"student": "full", "recipe": "mxfp8"}, {}, 32),
-        ({"teachers": ["a"]}, {}, 1),
+        ({}, 1, 1),
+        ({}, 2, 2),
+        ({"student": "full"}, 1, 16),
+        ({"student": "full"}, 2, 32),
+        ({"student": "full", "recipe": "mxfp8"}, 1, 32),
+        ({"teachers": ["a"]}, 1, 1),
     ],
 )
-def test_sequences_are_padded_to_what_the_kernels_take(fp8, parallel, multiple):
-    assert length_multiple(config(parallel=parallel, **fp8)) == multiple
+def test_sequences_are_padded_to_what_the_kernels_take(fp8, shards, multiple):
+    assert length_multiple(config(**fp8), shards=shards) == multiple
 
 
 def test_lines_for_people():
