@@ -44,7 +44,7 @@ def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
     from megatron_opd.updates import update
 
     student, objective, pack = build(parallel, config, vocab_size)
-    objective = build_objective(config, objective.vocab, objective.heads)
+    objective = build_objective(config, objective.vocab, [SimpleNamespace(head_LD=head) for head in objective.heads])
     shaping = Shaping(config, parallel, objective.distillation)
     mine, metrics = rollouts[parallel.data_rank :: parallel.data_size], []
     for step in range(num_steps):
