@@ -63,7 +63,9 @@ class CrossTokenizer:
         """The term at all tokens; leaves the logits alone."""
         num_tokens = len(logits_TL)
         grad_TL = torch.zeros_like(logits_TL) if torch.is_grad_enabled() else None
-        sampled = [self._sampled(batch, logits_TL, at) for at in (self.config.temperature, self.sampling_temperature)]
+        sampled = [self._sampled(batch, logits_TL, self.config.temperature)]
+        is_same = self.sampling_temperature == self.config.temperature
+        sampled.append(sampled[0] if is_same else self._sampled(batch, logits_TL, self.sampling_temperature))
         told = _Told.nothing(num_tokens, len(self.teachers), logits_TL.device)
         for n, score in enumerate(batch.teachers):
             if isinstance(score, Foreign) and score.hidden_QD is not None:

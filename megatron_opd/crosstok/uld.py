@@ -20,15 +20,12 @@ Shape suffixes: G spans, V a whole vocabulary, M matched ids, R rows (tokens) of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from megatron_opd.crosstok.matched import Matched
 from megatron_opd.losses import divergence
 from megatron_opd.vocab import VocabShard
-
-Merge = Literal["first", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +80,6 @@ def sorted_l1(student_GA: torch.Tensor, teacher_GB: torch.Tensor) -> torch.Tenso
     student_GA = torch.nn.functional.pad(student_GA, (0, max(-missing, 0)))
     teacher_GB = torch.nn.functional.pad(teacher_GB, (0, max(missing, 0)))
     return (student_GA - teacher_GB).abs().sum(-1)
-
-
-def merged(logp_RV: torch.Tensor, ids_R: torch.Tensor, spans_G2: torch.Tensor, merge: Merge) -> Spans:
-    """A model at spans [first, stop) of its rows, from log-probabilities of every row and the tokens that came.
-
-    `logp_RV[r]` predicts `ids_R[r]`; the spans cover consecutive rows without gaps between first and stop.
-    """
-    first_G, stop_G = spans_G2.unbind(-1)
-    kept_G = first_G if merge == "first" else stop_G - 1
-    came_R = logp_RV.gather(-1, ids_R[:, None])[:, 0]
-    return Spans(logp_RV[kept_G], other_tokens(came_R, spans_G2, kept_G), came_R[kept_G])
 
 
 def other_tokens(came_R: torch.Tensor, spans_G2: torch.Tensor, kept_G: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from megatron_opd.crosstok.matched import Matched
-from megatron_opd.crosstok.uld import Spans, merged, sorted_l1, uld
+from megatron_opd.crosstok.uld import Spans, other_tokens, sorted_l1, uld
 
 STUDENT_V, TEACHER_V = 9, 7
 # Student ids 0..4 are teacher ids 6..2; the others have no partner.
 MATCHED = Matched(torch.arange(5), torch.arange(6, 1, -1), torch.arange(5, 9), torch.arange(2))
 SPANS_G4 = torch.tensor([[0, 1, 0, 1], [1, 4, 1, 2], [4, 5, 2, 5], [6, 8, 6, 9]])
+
+
+def merged(logp_RV, ids_R, spans_G2, merge):
+    """A model at spans of its rows; `logp_RV[r]` predicts `ids_R[r]`."""
+    kept_G = spans_G2[:, 0] if merge == "first" else spans_G2[:, 1] - 1
+    came_R = logp_RV.gather(-1, ids_R[:, None])[:, 0]
+    return Spans(logp_RV[kept_G], other_tokens(came_R, spans_G2, kept_G), came_R[kept_G])
 
 
 def rows(num, size, seed):
