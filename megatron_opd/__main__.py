@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from megatron_opd import __version__
+from megatron_opd.arguments import Parser, add_config
 from megatron_opd.planner import command as planner
 
 _GRACE_S = 10.0
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-opd",
         description="On-policy distillation of large language models on Megatron-core.",
         epilog=_EPILOG,
@@ -59,31 +60,31 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a config to its last step; continues from its newest checkpoint")
-    _add_config(train)
+    add_config(train)
     train.set_defaults(run=_train)
 
     launch = commands.add_parser("launch", help="train with restarts on this machine, or as a Slurm job (--slurm)")
     _add_launch(launch)
-    _add_config(launch)
+    add_config(launch)
     launch.set_defaults(run=_launch)
 
     check = commands.add_parser("check", help="validate a config against its models and data; starts nothing")
     check.add_argument("--settings-only", action="store_true", help="look at no model, tokenizer or data")
-    _add_config(check)
+    add_config(check)
     check.add_argument("--plan", action="store_true", help="what it needs and how long a step takes; needs no weights")
     planner.add_options(check)
     check.set_defaults(run=_check)
 
     evaluate = commands.add_parser("eval", help="grade answers of a Hugging Face model to the config's eval sources")
     evaluate.add_argument("--model", help="model directory (default: the run's export, else student.model)")
-    _add_config(evaluate)
+    add_config(evaluate)
     evaluate.set_defaults(run=_eval)
 
     serve = commands.add_parser("serve", help="start the SGLang servers of a config and keep them until Ctrl-C")
     serve.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="rollout or teacher-NAME; repeatable"
     )
-    _add_config(serve)
+    add_config(serve)
     serve.set_defaults(run=_serve)
 
     report = commands.add_parser("report", help="table and plot of a run, finished or not")
@@ -106,13 +107,6 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--setup", default="", metavar="CODE", help="shell code that makes the environment")
     parser.add_argument("--steps", action="store_true", help="print the job's steps, as its script reads them")
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file (see examples/)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file; values are YAML"
-    )
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ class Ranks:
         if silent or any("process died" in failure for _, failure in failures):
             self.close()
         if failures or silent:
-            reports = [f"rank {rank}:\n{failure}" for rank, failure in failures]
+            reports = [f"rank {rank}:\n{failure}" for rank, failure in sorted(failures, key=_is_consequence)]
             reports += [f"ranks that did not come back and were killed: {silent}"] if silent else []
             raise RankError("\n".join(reports))
         return [results[rank] for rank in range(len(connections))]
@@ -76,6 +76,11 @@ class Ranks:
             process.join(10)
             connection.close()
         self._workers.clear()
+
+
+def _is_consequence(failure):
+    """Whether a rank failed because another one was gone: gloo says so at once, often before that one has reported."""
+    return "Connection closed by peer" in failure[1] or "Connection reset by peer" in failure[1]
 
 
 def _start():

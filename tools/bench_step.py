@@ -21,6 +21,7 @@ from step_bench import cases, show
 from step_bench.cases import Case
 
 from megatron_opd import launch, serve
+from megatron_opd.arguments import Parser, add_config
 
 ROOT = Path(__file__).resolve().parents[1]
 _EXAMPLES = """\
@@ -43,11 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", nargs="?", default=str(ROOT / "examples/quickstart.yaml"), help="(the quickstart)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = Parser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config(parser, default=str(ROOT / "examples/quickstart.yaml"))
     what = parser.add_argument_group("cases: every combination")
     what.add_argument("--layouts", nargs="+", default=[], metavar="TxPxD", help="(the config's)")
     what.add_argument("--teachers", nargs="+", type=tool.positive, default=[], metavar="N", help="(the config's)")

@@ -16,6 +16,7 @@ import tool
 from rich.console import Console
 from rich.table import Table
 
+from megatron_opd.arguments import Parser, add_config
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
 from megatron_opd.precision.gate import Measured, too_coarse
@@ -35,13 +36,12 @@ Exit code 1 when a recipe is above precision.fp8.max_kl_ratio.
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure what FP8 does to a distillation run.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="YAML file of a run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    add_config(parser)
     parser.add_argument(
         "--recipes", nargs="+", choices=list(RECIPES), default=[], metavar="NAME", help="compare these recipes"
     )

@@ -14,14 +14,14 @@ import sys
 
 import tool
 
+from megatron_opd.arguments import Parser, add_config
 from megatron_opd.planner import command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file (see examples/)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config(parser)
     command.add_options(parser)
     return tool.run(command.run, parser.parse_args(argv))
 

@@ -7,13 +7,13 @@ import pytest
 import yaml
 from program import CONFIG, PATIENCE_S, ROOT, SMALL, assert_user_error, environment, opd, rows, train
 
+BF16 = ["student.dtype=bf16", "teachers.0.dtype=bf16", "teachers.1.dtype=bf16"]
 FP8 = ["precision.fp8.student=full", "precision.fp8.teachers=[all]"]
 EMULATED = [*FP8, "precision.fp8.heads=[all]", "precision.fp8.emulate=true", "precision.fp8.check_prompts=8"]
 
 
 def test_without_a_gpu_fp8_is_refused_by_name():
-    bf16 = ["student.dtype=bf16", "teachers.0.dtype=bf16", "teachers.1.dtype=bf16"]
-    done = opd("check", CONFIG, *FP8, *bf16)
+    done = opd("check", CONFIG, *FP8, *BF16)
     assert_user_error(done, "precision.fp8: there is no CUDA device here", "precision.fp8.emulate=true")
 
 
@@ -86,4 +86,4 @@ def test_the_tool_compares_recipes_and_refuses():
     refused = check("--emulate", "precision.fp8.max_kl_ratio=1e-9")
     assert refused.returncode == 1
     assert "tensorwise: FP8 changes the student by" in refused.stdout
-    assert_user_error(check(), "there is no CUDA device here")
+    assert_user_error(check(*BF16), "there is no CUDA device here")

@@ -158,3 +158,22 @@ def test_changes_between_two_configs():
         "teachers.0.weight: 1.0 -> 2.0",
         "teachers.1: (not set) -> {'name': 'b'}",
     ]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["run.seed=3", "optim.lr=1e-4", "--settings-only"],
+        ["--settings-only", "run.seed=3", "optim.lr=1e-4"],
+        ["run.seed=3", "--settings-only", "optim.lr=1e-4"],
+    ],
+)
+def test_overrides_stand_before_and_behind_options(given, capsys):
+    assert main(["check", "examples/quickstart.yaml", *given]) == 0
+    assert "examples/quickstart.yaml run.seed=3 optim.lr=1e-4`" in capsys.readouterr().out
+
+
+def test_an_unknown_option_is_still_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "examples/quickstart.yaml", "--no-such-option", "run.seed=3"])
+    assert "unrecognized arguments: --no-such-option\n" in capsys.readouterr().err
