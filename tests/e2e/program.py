@@ -30,6 +30,8 @@ SMALL = [
     "optim.warmup_steps=0",
     "run.timeout_s=60",
 ]
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""Makes the program the only rank of its world, as torchrun would."""
 PATIENCE_S = 280
 """For whatever takes seconds on an idle machine."""
 _TIMES = re.compile(r"time_s|time/.*|tokens_per_s")
@@ -57,9 +59,16 @@ def opd(*arguments, timeout=PATIENCE_S, env=None, preexec_fn=None):
     )
 
 
-def train(run_dir, *overrides, **how):
-    """Run the small quickstart in `run_dir` to its end."""
-    return opd("train", CONFIG, *SMALL, f"run.dir={run_dir}", *overrides, **how)
+def train(run_dir, *overrides, launched=False, env=None, **how):
+    """Run the small quickstart in `run_dir` to its end. One rank is its own program, because a launcher costs as much
+    time as the run; `launched`: through ours, as more ranks are."""
+    alone = {} if launched or _several(overrides) else ALONE
+    return opd("train", CONFIG, *SMALL, f"run.dir={run_dir}", *overrides, env={**alone, **(env or {})}, **how)
+
+
+def _several(overrides):
+    sizes = dict(setting.split("=", 1) for setting in overrides if setting.startswith("parallel."))
+    return any(sizes.get(f"parallel.{kind}", "1") != "1" for kind in ("tensor", "pipeline", "data"))
 
 
 def torchrun(ranks, *arguments, timeout=PATIENCE_S):
