@@ -34,7 +34,13 @@ def test_check_prints_the_plan():
     assert settings["precision"]["fp8"]["student"] == "full"
 
 
-@pytest.mark.parametrize("extra", [[], ["parallel.tensor=2", "parallel.sequence=true"]], ids=["one rank", "tp2sp"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param([], id="one rank"),
+        pytest.param(["parallel.tensor=2", "parallel.sequence=true"], id="tp2sp", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_measures_and_trains(tmp_path, extra):
     run_dir = tmp_path / "run"
     done = train(run_dir, *EMULATED, "train.steps=2", *extra)
@@ -60,6 +66,7 @@ def test_a_run_that_fp8_would_spoil_is_refused_before_it_trains(tmp_path):
     assert "warning: FP8 changes" in warned.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_as_one_that_was_not(tmp_path):
     """Nothing of FP8 is remembered from pass to pass but by the recipe delayed; and it is measured once."""
     steps = ["train.save_every=1", "optim.schedule=constant"]

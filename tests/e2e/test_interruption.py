@@ -44,6 +44,7 @@ def test_signal_ends_all_ranks_and_the_run_can_continue(tmp_path, stop, code):
     assert_says_how_to_continue(tmp_path, printed)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_control_c_in_a_terminal(tmp_path):
     terminal = Terminal("train", CONFIG, *SMALL, f"run.dir={tmp_path}", *ENDLESS)
@@ -119,6 +120,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_full_disk_during_a_save(tmp_path):
     steps = ["train.steps=3", "train.save_every=2"]

@@ -52,6 +52,7 @@ def convert(command, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_killed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole, tmp_path):
     with started(tmp_path, *FOUR_RANKS, *SIX_STEPS, SOME) as run:
@@ -66,6 +67,7 @@ def test_killed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole, tmp_path
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("layout", ["parallel.tensor=1", "parallel.data=2"], ids=["TP1", "DP2"])
 def test_another_layout_continues_to_the_same_numbers(whole, copy_of_whole, layout):

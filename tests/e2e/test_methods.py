@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from program import ROOT, assert_user_error, exported, opd, rows
+from program import ALONE, ROOT, assert_user_error, exported, opd, rows
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -12,7 +12,7 @@ LOSSES = ["grpo", "kdrl", "minillm", "tinker"]
 
 
 def run(method, run_dir, *overrides):
-    done = opd("train", f"examples/{method}.yaml", f"run.dir={run_dir}", *overrides, timeout=500)
+    done = opd("train", f"examples/{method}.yaml", f"run.dir={run_dir}", *overrides, timeout=500, env=ALONE)
     assert done.returncode == 0, done.stderr
     return rows(run_dir)
 
@@ -71,6 +71,7 @@ SMALL = ["train.steps=4", "train.save_every=2", "rollout.prompts_per_step=2", "t
          "train.epochs=2", "parallel.data=2", "optim.schedule=linear", "train.eval_every=0"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_resume_in_the_middle_of_a_schedule_of_several_updates_is_bitwise(tmp_path):
     whole = run("kdrl", tmp_path / "whole", *SMALL)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

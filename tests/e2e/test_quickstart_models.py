@@ -35,6 +35,7 @@ def test_committed_skills_are_what_the_quickstart_needs():
     assert max(student.values()) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_rebuilt_models_have_the_same_skills(rebuilt):
     committed = json.loads((QUICKSTART / "skills.json").read_text())
@@ -44,6 +45,7 @@ def test_rebuilt_models_have_the_same_skills(rebuilt):
             assert again[model][kind] == pytest.approx(skills[kind], abs=NEAR), (model, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_rebuilt_data_and_tokenizer_are_the_same(rebuilt):
     for path in [*QUICKSTART.glob("data/*.jsonl"), *QUICKSTART.glob("models/*/*.json")]:

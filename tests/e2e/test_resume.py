@@ -77,7 +77,12 @@ def test_killed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole, tmp_path
 
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize(
-    "layout", ["parallel.tensor=1", "parallel.data=2", "parallel.pipeline=2"], ids=["TP1", "DP2", "PP2"]
+    "layout",
+    [
+        pytest.param("parallel.tensor=1", id="TP1"),
+        pytest.param("parallel.data=2", id="DP2", marks=pytest.mark.slow),
+        pytest.param("parallel.pipeline=2", id="PP2", marks=pytest.mark.slow),
+    ],
 )
 def test_another_layout_continues_to_the_same_numbers(whole, copy_of, layout):
     run_dir = copy_of(whole, without=["checkpoints/step_00000006"])
@@ -101,7 +106,7 @@ def test_killed_in_the_middle_of_a_save(two_steps, tmp_path):
     # loop.json, before that gets its name. So these are the second save's last data file, and its loop.json.
     for kill_at, resumed in [(7, None), (5, "resuming after step 1")]:
         env = {"PYTHONPATH": str(tmp_path / "site"), "KILL_AT_FSYNC": str(kill_at)}
-        done = train(run_dir, *TWO_STEPS, env=env)
+        done = train(run_dir, *TWO_STEPS, launched=True, env=env)
         assert done.returncode == 1, done.stderr
         assert "rank 0 was ended by SIGKILL" in done.stderr
         assert "resuming" not in done.stderr if resumed is None else resumed in done.stderr
