@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_WIDTH = 140
 _TABLES = {"methods": "methods, each prompt routed to its teacher", "teachers": "teachers, by reverse KL"}
 
 
@@ -34,7 +35,7 @@ def results(found: Sequence[Found]) -> None:
     for about, title in _TABLES.items():
         lines = [one for one in found if about in one.method.tables]
         if lines:
-            Console().print((_methods if about == "methods" else _teachers)(lines, title))
+            Console(width=_WIDTH).print((_methods if about == "methods" else _teachers)(lines, title))
     setting = found[0].setting
     print(f"target: accuracy {setting.target:g} of answers drawn at temperature 1 to held-out prompts, seen every")
     print(f"{setting.eval_every} steps. Medians over seeds (least-largest); {setting.steps} steps at most.")
