@@ -16,7 +16,7 @@ TEST  := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-all test-sglang test-slurm test-gpu lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-all test-sglang test-slurm test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -60,6 +60,9 @@ test-slurm: install ## submit the jobs of slurm/ to a real Slurm of virtual node
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu
 
+bench-methods: install ## GRPO, on-policy distillation and the rest from the same student: who is right first (half an hour)
+	"$(BIN)/python" tools/compare_methods.py --json runs/methods/found.json --plot runs/methods/found.png
+
 lint: install ## style, shell scripts, types of the leaf modules, generated documentation
 	"$(BIN)/ruff" check .
 	"$(BIN)/shellcheck" -x .ci/run $(wildcard tools/*.sh slurm/*.sh megatron_opd/*/*.sh)
@@ -67,5 +70,5 @@ lint: install ## style, shell scripts, types of the leaf modules, generated docu
 	"$(BIN)/python" tools/config_docs.py --check
 
 clean: ## remove the environment and caches; runs stay
-	rm -rf "$(VENV)" .venv-sglang build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf "$(VENV)" .venv-sglang .venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

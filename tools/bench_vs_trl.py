@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    pythons = {"TRL": arguments.python or _environment(Path(arguments.env)), "ours": sys.executable}
+    pythons = {"TRL": arguments.python or _environment(Path(arguments.env).absolute()), "ours": sys.executable}
     core = min(os.sched_getaffinity(0)) if arguments.core is None else arguments.core
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     with tempfile.TemporaryDirectory() as folder:

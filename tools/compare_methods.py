@@ -40,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=tool.positive, default=[1, 2, 3], metavar="N", help="(1 2 3)")
-    parser.add_argument(
-        "--lrs", nargs="+", type=float, default=[3e-4, 6e-4, 1.2e-3, 2.4e-3], metavar="LR", help="to try"
-    )
+    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 6e-4, 1.2e-3], metavar="LR", help="to try")
     parser.add_argument(
         "--target", type=float, default=0.7, metavar="A", help="accuracy at temperature 1 (%(default)s)"
     )

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import PATIENCE_S, ROOT, assert_user_error, environment
+from program import PATIENCE_S, ROOT, environment
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -46,7 +46,7 @@ def test_every_method_is_a_config(name, tmp_path):
     """Valid, and with prompts, samples, student and schedule like all others."""
     case = Case(METHODS[name], 1e-3, 1)
     path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(runs._base(case.method)))
+    path.write_text(json.dumps(runs._base(case.method, tmp_path)))
     config = config_file.load(path, runs._settings(case, SETTING, tmp_path))
     assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (8, 4)
     assert (config.train.steps, config.train.minibatches, config.train.micro_batch_size) == (4, 4, 8)
@@ -98,7 +98,7 @@ def test_seeds_that_never_reach_the_target_are_not_in_the_medians():
 def test_a_dry_run_names_the_runs_and_starts_none(tmp_path):
     done = compare("--methods", "grpo", "--dry-run", "--dir", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
-    assert "7 runs" in done.stdout
+    assert "6 runs" in done.stdout
     assert "rl.weight=1" in done.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -119,4 +119,8 @@ def test_runs_are_kept_and_a_failure_names_its_log(tmp_path):
     assert len(files) == 4
     assert compare(*few, *out).returncode == 0
     assert {path: path.read_bytes() for path in files} == files  # nothing was trained again
-    assert_user_error(compare(*few, "--prompts", 3, "--minibatches", 5), "a run failed; see ", "log.txt")
+    failed = compare(*few, "--prompts", 3, "--minibatches", 5)
+    assert failed.returncode == 1
+    assert "error: a run failed; see " in failed.stderr
+    assert "train.minibatches (5) must divide" in failed.stderr  # the end of its log
+    assert "Traceback" not in failed.stderr

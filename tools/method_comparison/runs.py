@@ -16,6 +16,8 @@ from megatron_opd.tracker import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 _BASE = ROOT / "examples/quickstart.yaml"
+_HELD_OUT = 50
+"""Prompts of each task that are evaluated."""
 _DRAWN = 2
 """Answers to each held-out prompt at temperature 1."""
 _STAGES = ("generate", "score", "step", "sync")
@@ -76,22 +78,27 @@ def curve(case: Case, setting: Setting) -> list[Point]:
         return points
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(_base(case.method), sort_keys=False))
-    _train([str(config), *_settings(case, setting, folder)], folder, setting.timeout_s)
+    config.write_text(yaml.safe_dump(_base(case.method, folder), sort_keys=False))
+    _train([str(config.absolute()), *_settings(case, setting, folder)], folder, setting.timeout_s)
     return _read(folder)
 
 
-def _base(method: Method) -> dict[str, Any]:
-    """The quickstart's file, with the teachers that this method has."""
+def _base(method: Method, folder: Path) -> dict[str, Any]:
+    """The quickstart's file, with the teachers that this method has, and fewer held-out prompts: there are many
+    evaluations."""
     base: dict[str, Any] = yaml.safe_load(_BASE.read_text())
     if method.only:
         base["teachers"] = [teacher for teacher in base["teachers"] if teacher["name"] in method.only]
+    for source in base["data"]["eval"]:
+        few = folder / f"{source['name']}.jsonl"
+        few.write_text("".join((ROOT / source["path"]).read_text().splitlines(keepends=True)[:_HELD_OUT]))
+        source["path"] = str(few.absolute())
     return base
 
 
 def _settings(case: Case, setting: Setting, folder: Path) -> list[str]:
     return [
-        f"run.dir={folder}",
+        f"run.dir={folder.absolute()}",
         f"run.seed={1000 + case.seed}",
         "parallel.tensor=1",
         "parallel.pipeline=1",
