@@ -1,4 +1,4 @@
-"""A real server on the GPU of this process: what it gives back, and new weights by CUDA IPC into what it takes again."""
+"""A real server on this process's GPU: what it gives back, and new weights by CUDA IPC into what it takes again."""
 
 from pathlib import Path
 
