@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_opd.config import Config
 from megatron_opd.grading import Grader
 from megatron_opd.tokenizer import Tokenizer
 from megatron_opd.types import Prompt, Rollout, RolloutEngine, Sampling
+
+if TYPE_CHECKING:
+    from megatron_opd.preflight import Inputs
 
 Totals = Mapping[tuple[str, str], tuple[float, int]]
 """By (measure, source): the sum over prompts, and how many they are."""
@@ -51,6 +55,19 @@ class Evaluator:
             drawn = engine.generate(prompts, sampling)
             totals |= tally_samples(drawn, self.grader.grade(drawn), samples=samples)
         return greedy, totals
+
+
+def teacher_accuracies(evaluator: Evaluator, inputs: Inputs) -> dict[str, float]:
+    """How good the teachers' own greedy answers are, as eval/teacher/<name>/…; loads one after the other, whole."""
+    from megatron_opd.rollout.local import LocalEngine
+
+    prompts = [p for _, source in inputs.eval for p in source]
+    metrics: dict[str, float] = {}
+    for teacher in evaluator.config.teachers:
+        engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+        _, totals = evaluator.answer(engine, prompts)
+        metrics |= means([totals], f"eval/teacher/{teacher.name}", bounds=False)
+    return metrics
 
 
 def tally_greedy(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Totals:

@@ -37,7 +37,13 @@ class Process:
     """The model, of a process that is servers."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.ranks} rank{'s' if self.ranks > 1 else ''} of `{shlex.join(self.command)}`"
+        where = " on the trainer's GPUs" if self.is_colocated else ""
+        return f"{self.name}: {self.ranks} rank{'s' if self.ranks > 1 else ''}{where} of `{shlex.join(self.command)}`"
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether it takes no GPUs of its own."""
+        return self.served is not None and self.served.servers.colocated
 
 
 def plan(config: Config, arguments: Sequence[str]) -> list[Process]:

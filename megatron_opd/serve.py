@@ -165,10 +165,11 @@ def with_urls(config: Config) -> Config:
 
 
 def _check_gpus(ours: Sequence[Served], *, is_shared: bool) -> None:
-    """Nobody's default is right when several programs share the GPUs of a machine."""
+    """Nobody's default is right when several programs share the GPUs of a machine; but colocated servers are where the
+    trainer is, on the first ones."""
     if is_shared and torch.cuda.is_available():
         for served in ours:
-            if not served.servers.gpus:
+            if not served.servers.gpus and not served.servers.colocated:
                 raise ValueError(
                     f"{served.setting}.gpus: say which GPUs these servers take; the trainer's ranks on this machine"
                     " take one each, from 0 on"

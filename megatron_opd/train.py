@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError
 
-from megatron_opd import fidelity, run_dir, serve, step_metrics
+from megatron_opd import colocated, fidelity, run_dir, serve, step_metrics
 from megatron_opd.answers import Answers, build_answers
 from megatron_opd.answers.emphasis import teacher_weights, weighted
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
@@ -25,7 +25,7 @@ from megatron_opd.completions import Completions
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
 from megatron_opd.data import PromptMix
-from megatron_opd.evaluate import Evaluator, means
+from megatron_opd.evaluate import Evaluator, means, teacher_accuracies
 from megatron_opd.grading import Grader
 from megatron_opd.objective import build_objective
 from megatron_opd.parallel import Parallel, PeerError
@@ -41,10 +41,10 @@ from megatron_opd.student import adapter_dir, groups, hf_dir
 from megatron_opd.student.checkpoint import Checkpoints
 from megatron_opd.student.student import Student
 from megatron_opd.sync import sync
-from megatron_opd.teachers import build_teachers
+from megatron_opd.teachers import ask, build_teachers
 from megatron_opd.tokenizer import load_tokenizer
 from megatron_opd.tracker import Tracker, build_tracker
-from megatron_opd.types import MicroBatch, Prompt, Rollout, RolloutEngine, Sampling, TeacherScore, TeacherScorer
+from megatron_opd.types import MicroBatch, Prompt, Rollout, RolloutEngine, Sampling, TeacherScorer
 from megatron_opd.updates import update
 from megatron_opd.watchdog import Watch
 
@@ -87,6 +87,7 @@ class Run:
     def __init__(self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker) -> None:
         self.config, self.parallel, self.inputs, self.tracker = config, parallel, inputs, tracker
         served = parallel.share_world(lambda: serve.with_urls(config))
+        colocated.clear_for_ranks(served, parallel)
         self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
         self.teachers = build_teachers(served, parallel, vocab)
@@ -159,6 +160,7 @@ class Run:
         """One turn of the loop: from prompts to new weights in the engine."""
         config, step, started = self.config, self.trained, time.perf_counter()
         rollouts = self._timed("generate", lambda: self._on_servers(lambda: self._rollouts(step)))
+        self._release()
         batches = self._timed("score", lambda: self._on_servers(lambda: self._pack(rollouts)))
         parts, shaped = self.shaping(rollouts, batches, step)
         metrics = self._timed("step", lambda: update(self.student, parts, self.objective, config.train))
@@ -210,7 +212,7 @@ class Run:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
         weights = [teacher_weights(self.config, r) for r in rollouts]
         asked = enumerate(self.teachers if teachers is None else teachers)
-        scores = [_ask(teacher, rollouts, [w[n] > 0 for w in weights]) for n, teacher in asked]
+        scores = [ask(teacher, rollouts, [w[n] > 0 for w in weights]) for n, teacher in asked]
         batches = pack(
             rollouts,
             micro_batch_size=self.config.train.micro_batch_size,
@@ -223,8 +225,14 @@ class Run:
         )
         return weighted(self.config, batches, rollouts)
 
+    def _release(self) -> None:
+        """Servers on our GPUs give their memory back until the next `_sync`; nobody samples any more."""
+        if self.config.rollout.servers.colocated:
+            self._timed("release", lambda: self._on_servers(lambda: colocated.release(self.engine)))
+
     def _sync(self) -> None:
-        """The student's weights into the engine."""
+        """The student's weights into the engine, which can sample then."""
+        colocated.make_room(self.config, self.parallel)
         self._on_servers(lambda: sync(self.student.export(), self.engine, version=self.trained))
 
     def _on_servers(self, compute: Callable[[], _T]) -> _T:
@@ -263,34 +271,30 @@ class Run:
         prompts = self._mine([p for _, source in self.inputs.eval for p in source])
         rollouts, totals = self._on_servers(lambda: self.parallel.share(lambda: self._answer(prompts)))
         metrics = means(self.parallel.gather_leaders(totals), "eval")
+        self._release()
         batches = self._on_servers(lambda: self._pack(rollouts) if rollouts else [])
         held_out = self.student.evaluate(batches, self.objective)
         metrics |= {f"eval/{name}": value for name, value in held_out.items() if name.startswith("kl/")}
         if self.trained == 0 and self.config.train.eval_teachers:
-            metrics |= self.parallel.share_world(self._teacher_accuracies)
+            metrics |= self.parallel.share_world(lambda: teacher_accuracies(self.evaluator, self.inputs))
         self.tracker.log(metrics, self.trained)
+        if self.config.rollout.servers.colocated:
+            self._sync()
 
     def measure_fp8(self) -> Measured:
         """What FP8 does to this run, on answers to held-out prompts."""
         prompts = fidelity.held_out(self.inputs, self.config.precision.fp8.check_prompts)
         rollouts = self._on_servers(lambda: self.parallel.share(lambda: self._sample(0, prompts)))
+        self._release()
         parts = self.config, self.student, self.teachers, self.objective
-        return self._on_servers(lambda: fidelity.measure(*parts, rollouts, self._pack))
+        measured = self._on_servers(lambda: fidelity.measure(*parts, rollouts, self._pack))
+        if self.config.rollout.servers.colocated:
+            self._sync()
+        return measured
 
     def _answer(self, prompts: list[Any]) -> tuple[list[Rollout], Any]:
         assert self.engine is not None
         return self.evaluator.answer(self.engine, prompts, samples=self.config.train.eval_samples)
-
-    def _teacher_accuracies(self) -> dict[str, float]:
-        from megatron_opd.rollout.local import LocalEngine
-
-        prompts = [p for _, source in self.inputs.eval for p in source]
-        metrics: dict[str, float] = {}
-        for teacher in self.config.teachers:
-            engine = LocalEngine(teacher.model, eos_ids=self.inputs.eos_ids, vocab_size=self.inputs.vocab_size)
-            _, totals = self.evaluator.answer(engine, prompts)
-            metrics |= means([totals], f"eval/teacher/{teacher.name}", bounds=False)
-        return metrics
 
     def _restore(self) -> int:
         loop = self.checkpoints.restore(self.student)
@@ -336,12 +340,6 @@ class Run:
         result = compute()
         self.times[stage] = time.perf_counter() - started
         return result
-
-
-def _ask(teacher: TeacherScorer, rollouts: list[Rollout], wanted: list[bool]) -> list[TeacherScore | None]:
-    """The teacher's scores of the wanted rollouts, None for the others."""
-    scores = iter(teacher.score([r for r, want in zip(rollouts, wanted, strict=True) if want]))
-    return [next(scores) if want else None for want in wanted]
 
 
 def _due(step: int, every: int, last: int) -> bool:

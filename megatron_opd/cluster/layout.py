@@ -2,6 +2,7 @@
 
 The trainer takes the first nodes, as many ranks a node as it has GPUs, so that tensor-parallel groups stay within one.
 Servers fill what is left, the largest first, each wholly on one node; one job step serves one model on one node.
+Colocated servers take the trainer's own GPUs, from the first on.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def place(config: Config, arguments: Sequence[str], *, gpus_per_node: int, nodes
     last = _trainer(trainer, free, gpus_per_node)
     steps: list[Step] = []
     for process in sorted(servers, key=_tensor, reverse=True):  # which is stable: equals keep the config's order
-        steps += _servers(process, arguments, free, gpus_per_node)
+        if process.is_colocated:
+            steps += _colocated(process, arguments, last, free, sync=config.rollout.sync)
+        else:
+            steps += _servers(process, arguments, free, gpus_per_node)
     if nodes is not None and nodes != len(free):
         hint = "ask for as many" if nodes < len(free) else "ask for fewer, or raise servers.count or parallel.data"
         raise ValueError(f"this run takes {len(free)} node(s) of {gpus_per_node} GPUs, not {nodes}; {hint}")
@@ -87,6 +91,25 @@ def _trainer(trainer: Process, free: list[_Node], gpus_per_node: int) -> Step:
         ports=(),
         command=trainer.command,
     )
+
+
+def _colocated(
+    process: Process, arguments: Sequence[str], trainer: Step, free: list[_Node], *, sync: str
+) -> list[Step]:
+    """Steps of servers on the trainer's nodes and GPUs, where other servers may have ports."""
+    theirs = [_Node(list(trainer.gpus), free[node].ports) for node in trainer.nodes]
+    steps = _servers(process, arguments, theirs, len(trainer.gpus))
+    if len(theirs) > len(trainer.nodes):
+        raise ValueError(
+            f"rollout.servers.colocated: {process.ranks} GPUs in servers of {_tensor(process)} do not fit on the"
+            f" trainer's {len(trainer.nodes)} node(s) of {len(trainer.gpus)}; lower rollout.servers.count"
+        )
+    if sync == "tensor" and any(step.nodes != (0,) for step in steps):
+        raise ValueError(
+            "rollout.sync: tensor reaches servers on the machine of rank 0 only, but colocated servers are on several;"
+            " choose disk, or a smaller rollout.servers.count"
+        )
+    return steps
 
 
 def _servers(process: Process, arguments: Sequence[str], free: list[_Node], gpus_per_node: int) -> list[Step]:

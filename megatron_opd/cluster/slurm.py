@@ -61,12 +61,14 @@ def script(
 
 def describe(steps: Sequence[Step], gpus_per_node: int) -> list[str]:
     """A line for people a step, and one for GPUs that nobody uses."""
-    lines = []
+    lines, trainer = [], steps[-1]
     for step in steps:
+        shares = step is not trainer and set(step.nodes) <= set(trainer.nodes) and set(step.gpus) & set(trainer.gpus)
+        whose = " of the trainer" if shares else ""
         ports = f", ports {_numbers(step.ports)}" if step.ports else ""
         lines.append(
             f"{step.name}: {step.tasks} task{'s' if step.tasks > 1 else ''} on node {_numbers(step.nodes)},"
-            f" GPUs {_numbers(step.gpus)}{ports}"
+            f" GPUs {_numbers(step.gpus)}{whose}{ports}"
         )
     idle = idle_gpus(steps, gpus_per_node)
     return [*lines, *(f"warning: node {node} has idle GPUs: {_numbers(gpus)}" for node, gpus in idle.items())]

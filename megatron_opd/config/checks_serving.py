@@ -16,7 +16,7 @@ API_KEY = "MEGATRON_OPD_API_KEY"
 
 def check_serving(config: Config) -> list[str]:
     """Every such problem."""
-    problems = [*_check_engine(config.rollout), *_check_loss(config)]
+    problems = [*_check_engine(config.rollout), *_check_loss(config), *_check_colocated(config)]
     for i, teacher in enumerate(config.teachers):
         problems += _check_teacher(f"teachers.{i}", teacher)
     for what, servers in _served(config):
@@ -90,6 +90,51 @@ def _check_teacher(what: str, teacher: TeacherConfig) -> list[str]:
             problems.append(f"{what}.on_failure: {teacher.on_failure} needs {what}.backend: sglang")
         if teacher.servers != ServersConfig():
             problems.append(f"{what}.servers needs {what}.backend: sglang, not {teacher.backend}")
+    return problems
+
+
+def _check_colocated(config: Config) -> list[str]:
+    """What servers on the trainer's own GPUs cannot do."""
+    what = "rollout.servers.colocated"
+    problems = [
+        f"teachers.{i}.servers.colocated: only the student's servers can be; a teacher on the trainer's GPUs is"
+        f" teachers.{i}.backend: megatron, with teachers.{i}.offload where memory is short"
+        for i, teacher in enumerate(config.teachers)
+        if teacher.servers.colocated
+    ]
+    rollout, servers = config.rollout, config.rollout.servers
+    if not servers.colocated:
+        return problems
+    if rollout.max_staleness:
+        problems.append(
+            f"rollout.max_staleness ({rollout.max_staleness}) needs servers with GPUs of their own: those of {what}"
+            " have no memory while the student trains"
+        )
+    if rollout.sync == "broadcast":
+        problems.append(
+            f"rollout.sync: broadcast is not for {what}, because NCCL takes a GPU into a group only once; choose tensor"
+            " (servers on one machine) or disk"
+        )
+    ranks, wanted = config.parallel.world_size, servers.tensor * servers.count
+    if servers.urls:
+        return problems
+    if not any(arg.startswith("--mem-fraction-static") for arg in servers.args):
+        problems.append(
+            f"{what} needs --mem-fraction-static in rollout.servers.args, the part of a GPU that servers may have while"
+            " the trainer keeps its weights, gradients and optimizer there; otherwise they take nearly all of it"
+        )
+    if wanted > ranks:
+        problems.append(
+            f"{what}: rollout.servers.count x rollout.servers.tensor servers take {wanted} GPUs, but the trainer has"
+            f" {ranks} (parallel.tensor x parallel.pipeline x parallel.data)"
+        )
+    elif servers.gpus and servers.gpus != list(range(servers.gpus[0], servers.gpus[0] + wanted)):
+        problems.append(f"rollout.servers.gpus must be {wanted} numbers in a row with {what}, not {servers.gpus}")
+    elif servers.gpus and servers.gpus[-1] >= ranks:
+        problems.append(
+            f"rollout.servers.gpus: {servers.gpus} are not the trainer's, which takes the first {ranks} and which"
+            f" {what} shares"
+        )
     return problems
 
 

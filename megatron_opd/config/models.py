@@ -55,6 +55,9 @@ class ServersConfig:
     """Tensor-parallel size of a server (its --tp-size), which is also the GPUs that a started one takes."""
     gpus: list[int] = dataclasses.field(default_factory=list)
     """GPUs of started servers, tensor x count of them, in order; empty: all that are visible, counted from 0."""
+    colocated: bool = False
+    """The servers are on the trainer's GPUs, and give their memory back while it scores and trains. For the student's
+    servers only, with rollout.sync tensor (one machine) or disk; running ones need --enable-memory-saver."""
     host: str = "127.0.0.1"
     """Address that started servers bind to; anything but loopback needs a key in MEGATRON_OPD_API_KEY."""
     port: int = 30000

@@ -55,6 +55,11 @@ def worst(job: Job) -> RankMemory:
     return max(trainer(job), key=lambda rank: rank.total)
 
 
+def resting(job: Job) -> float:
+    """Bytes that the rank with the most keeps on its GPU while nothing is computed."""
+    return max(sum(rank.always.values()) for rank in trainer(job))
+
+
 def fits(job: Job) -> bool:
     """Whether every rank of the trainer has room on its GPU."""
     return worst(job).total <= job.gpu.memory * job.assumed.usable

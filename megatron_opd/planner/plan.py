@@ -53,10 +53,11 @@ def plan(job: Job) -> Plan:
             f" {job.gpu_name} has {job.gpu.memory * job.assumed.usable / 1e9:.1f} GB that can be used"
         )
     for role in roles:
+        beside = " beside what the trainer keeps" if role.is_colocated else ""
         if role.setting and not role.cache_tokens and role.concurrent:
             problems.append(
                 f"{role.name}: weights of {role.weights / 1e9:.1f} GB leave a {job.gpu_name} no room for one sequence"
-                f" of {job.longest} tokens; raise {role.setting}.tensor"
+                f" of {job.longest} tokens{beside}; raise {role.setting}.tensor"
             )
     return Plan(
         job=job,

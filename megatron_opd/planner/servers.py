@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_opd.config import ServersConfig, TeacherConfig
-from megatron_opd.planner import flops, sizes, wire
+from megatron_opd.planner import flops, memory, sizes, wire
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job, gpus_of
-from megatron_opd.planner.memory import cache_bytes
 from megatron_opd.student.architecture import Architecture
 
 _MOST_SERVERS = 4096
@@ -29,6 +28,8 @@ class Role:
     setting: str
     """Where its servers are set; "" for the embedded engine."""
     gpus: int
+    is_colocated: bool = False
+    """Whether they are the trainer's."""
     weights: float
     """Bytes on each GPU."""
     cache_tokens: int
@@ -54,6 +55,7 @@ def rollout(job: Job) -> Role:
         name="rollout",
         setting="rollout.servers",
         gpus=gpus_of(servers),
+        is_colocated=servers.colocated,
         weights=weights,
         cache_tokens=room,
         concurrent=concurrent,
@@ -103,8 +105,11 @@ def _dtype(servers: ServersConfig, auto: str) -> str:
 
 def _room(job: Job, weights: float, arch: Architecture, size: int, servers: ServersConfig) -> int:
     """Tokens of cache beside the weights on a server; 0: not even one sequence."""
-    free = job.gpu.memory * job.assumed.server - weights
-    room = int(free // cache_bytes(arch, size, servers.tensor)) if free > 0 else 0
+    free = job.gpu.memory * job.assumed.server
+    if servers.colocated:  # beside what the trainer never gives back
+        free = min(free, job.gpu.memory * job.assumed.usable - memory.resting(job))
+    free -= weights
+    room = int(free // memory.cache_bytes(arch, size, servers.tensor)) if free > 0 else 0
     return room if room >= job.longest else 0
 
 
@@ -113,7 +118,7 @@ def _sampling(job: Job, dtype: str, tensor: int, servers: int, concurrent: int) 
     gpu, assumed, arch = job.gpu, job.assumed, job.student
     size, rate = BYTES[dtype], gpu.flops(dtype) * assumed.scoring * tensor
     read = sizes.numel(sizes.whole(arch)) * size / tensor
-    read += concurrent * cache_bytes(arch, size, tensor) * (job.prompt + job.response / 2)
+    read += concurrent * memory.cache_bytes(arch, size, tensor) * (job.prompt + job.response / 2)
     flops_a_token = flops.decoding(job) / (job.sequences * job.response)
     step = max(read / (gpu.bandwidth * assumed.decoding), concurrent * flops_a_token / rate)
     waves = job.sequences / (servers * concurrent)

@@ -85,7 +85,8 @@ def _servers(made: Plan) -> Table:
     table = _table("Engine and servers", "model", *names)
     for role in made.roles:
         cache = f"{role.cache_tokens:,}" if role.cache_tokens else "no room" if role.concurrent else "?"
-        table.add_row(escape(role.name), str(role.gpus), _size(role.weights), cache, f"{role.concurrent:,}")
+        gpus = f"{role.gpus} (trainer's)" if role.is_colocated else str(role.gpus)
+        table.add_row(escape(role.name), gpus, _size(role.weights), cache, f"{role.concurrent:,}")
     return table
 
 

@@ -26,7 +26,7 @@ class Stage:
     gpus: int
     keeping_pace: int | None
     """GPUs with which servers take no longer than the trainer's part of a step; None where no number of servers does,
-    and for what is on the trainer's ranks."""
+    and for what is on the trainer's ranks or GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def _teachers_inside(job: Job) -> Stage:
 
 def _served(job: Job, role: servers.Role, own_s: float) -> Stage:
     """A role as a stage."""
-    scales = role.setting and math.isfinite(role.seconds) and role.seconds
+    scales = role.setting and not role.is_colocated and math.isfinite(role.seconds) and role.seconds
     pace = servers.keeping_pace(job, role, own_s) if scales else None
     name = "sampling" if role.name.startswith("rollout") else role.name
     return Stage(name, role.seconds, _work(job, role), role.gpus, pace)

@@ -39,6 +39,10 @@ class WeightSync(Protocol):
         """Give them to all, on the caller's thread, and run `weights` to its end whatever happens: other ranks take
         part in it. Returns the urls of those that failed, and why. Raises Down when all did."""
 
+    def release(self, clients: Sequence[Client]) -> Mapping[str, Exception]:
+        """Have all of them give their GPU memory back, until the next push. Returns the urls of those that failed, and
+        why."""
+
     async def give(self, client: Client) -> None:
         """Return when this server, which was away, has the weights of the last push. Raises an error when not."""
 
@@ -98,6 +102,13 @@ class SGLangEngine:
         failed = self.sync.push(clients, weights, version)
         self.oldest = version - self.lag
         self.loop.run(self._settle({client: failed.get(client.url) for client in clients}))
+
+    def release(self) -> None:
+        """The servers give their GPU memory back, until `load`. Nobody may be generating, on any replica. Those that
+        fail get no work until they have new weights."""
+        assert self.sync is not None, "these servers keep their weights"
+        failed = self.sync.release(self.pool.clients)
+        self.loop.run(self._evict(failed))
 
     def metrics(self) -> dict[str, float]:
         """Counters since the last call, as `rollout/…`."""
@@ -189,6 +200,11 @@ class SGLangEngine:
                 self.pool.take_back(client)
             else:
                 self.pool.evict(client, error)
+
+    async def _evict(self, failed: Mapping[str, Exception]) -> None:
+        for client in self.pool.clients:
+            if client.url in failed:
+                self.pool.evict(client, failed[client.url])
 
 
 def _end(draw: Draw, ids: tuple[int, ...], finish: str) -> Literal["stop", "length", "abort"]:

@@ -113,6 +113,12 @@ class Client:
         """Empty the prefix cache. Raises Refused when requests still run after `timeout_s`."""
         await self._request("POST", f"/flush_cache?timeout={timeout_s}", {}, timeout_s + CONTROL_S, is_json=False)
 
+    async def stop_sampling(self) -> None:
+        """Nothing is computed and nothing is cached from now on, until `resume`; requests wait. Raises Refused when
+        something is computed all the same."""
+        await self.pause("retract")
+        await self.flush(timeout_s=0)  # to wait is to wait for the paused requests too, which cannot end
+
     async def abort(self, rid: str | None = None) -> None:
         """End the request `rid`, or all; an unknown one is no error."""
         body = {"abort_all": True} if rid is None else {"rid": rid}

@@ -25,6 +25,10 @@ class Follow:
         self._version = version
         return {}
 
+    def release(self, clients: Sequence[Client]) -> dict[str, Exception]:
+        """Nothing: the replica that pushes the weights has the servers give their memory back."""
+        return {}
+
     async def give(self, client: Client) -> None:
         """Raises Down until the server has the current weights from the replica that pushes them."""
         version = (await client.model_info()).get("weight_version")

@@ -82,8 +82,9 @@ def start(
         for i in range(servers.count):
             port = free_port(servers.host, servers.port)
             command = [str(python), "-m", "sglang.launch_server", *_arguments(servers, model, port, context)]
-            environment = _environment(gpus[i * servers.tensor :][: servers.tensor], servers.tensor)
-            command += [*extra, *servers.args]
+            seen, placed = _placed(servers, gpus[i * servers.tensor :][: servers.tensor])
+            environment = _environment(seen, servers.tensor)
+            command += [*placed, *extra, *servers.args]
             log = Path(log_dir) / f"{name}-{i}.log"
             started.append(Server(f"http://{servers.host}:{port}", _spawn(command, environment, log), log))
     except BaseException:
@@ -194,8 +195,7 @@ def _gpus(servers: ServersConfig) -> list[str]:
     """The devices of all servers in order, as CUDA_VISIBLE_DEVICES names them; none without a GPU."""
     if not torch.cuda.is_available():
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    names = _visible()
     wanted = servers.gpus or list(range(len(names)))
     needed = servers.count * servers.tensor
     if len(wanted) < needed or max(wanted, default=0) >= len(names):
@@ -204,6 +204,20 @@ def _gpus(servers: ServersConfig) -> list[str]:
             f" {len(names)} visible ones are given; lower servers.count or servers.tensor"
         )
     return [names[i] for i in wanted[:needed]]
+
+
+def _visible() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _placed(servers: ServersConfig, gpus: list[str]) -> tuple[list[str], list[str]]:
+    """(devices that a server on these GPUs sees, arguments). A colocated one sees all, as a rank of the trainer does: a
+    CUDA IPC handle names the sender's GPU by its number."""
+    if not (gpus and servers.colocated):
+        return gpus, []
+    names = _visible()
+    return names, ["--enable-memory-saver", "--base-gpu-id", str(names.index(gpus[0]))]
 
 
 def _environment(gpus: list[str], tensor: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.precision.plan import ModelPlan, plan_of
 from megatron_opd.teachers.rounded_head import RoundedHead
-from megatron_opd.types import TeacherScorer
+from megatron_opd.types import Rollout, TeacherScore, TeacherScorer
 from megatron_opd.vocab import VocabShard
 
 
@@ -47,6 +47,12 @@ def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, v
         vocab=theirs,
         matched=match(student, other, (vocab.size, arch.vocab_size)),
     )
+
+
+def ask(teacher: TeacherScorer, rollouts: list[Rollout], wanted: list[bool]) -> list[TeacherScore | None]:
+    """The teacher's scores of the wanted rollouts, None for the others."""
+    scores = iter(teacher.score([r for r, want in zip(rollouts, wanted, strict=True) if want]))
+    return [next(scores) if want else None for want in wanted]
 
 
 def is_in_fp8(teacher: TeacherConfig, config: Config) -> bool:

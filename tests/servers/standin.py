@@ -22,6 +22,8 @@ from servers.standin_model import CONTEXT, END, VERSION, VOCAB_SIZE, b64, cut, d
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang.loop import Loop
 
+KINDS = ("kv_cache", "weights", "cuda_graph")
+
 
 class Refusal(Exception):
     """Becomes a 400 in the server's own words."""
@@ -53,8 +55,12 @@ class StandIn:
         """Bodies of /generate and paths of all requests, as they came."""
         self.abort_after = None
         """Tokens after which requests are aborted."""
-        self.running, self.done = {}, []
+        self.running, self.done, self.deaths = {}, [], 0
         self.paused, self.session, self.groups = False, False, set()
+        self.released, self.memory = set(), []
+        """Kinds of memory that it has given back, and every request about them as (path, kinds)."""
+        self.broken = set()
+        """(path, n): the n-th request there ends with an internal error, and nothing has happened."""
         self.port = port
         self._loop = Loop()
         self.start()
@@ -79,7 +85,7 @@ class StandIn:
     async def _start(self):
         app = web.Application(middlewares=[self._gate], client_max_size=64 << 20)
         app.add_routes([web.route("*", path, handler) for path, handler in self._routes().items()])
-        self.running, self.paused, self.session, self.groups = {}, False, False, set()
+        self.running, self.paused, self.session, self.groups, self.released = {}, False, False, set(), set()
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
@@ -108,12 +114,16 @@ class StandIn:
             "/update_weights_from_tensor": self._from_tensor,
             "/update_weights_from_disk": self._from_disk,
             "/update_weight_version": self._new_version,
+            "/release_memory_occupation": self._release,
+            "/resume_memory_occupation": self._take_back,
             "/weights_checker": self._checksums,
         }
 
     @web.middleware
     async def _gate(self, request, handler):
         self.paths.append(request.path)
+        if (request.path, self.paths.count(request.path)) in self.broken:
+            return web.json_response({"error": {"message": "internal error"}}, status=500)
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         is_control = request.method == "POST" and request.path != "/generate"
         key = (self.admin_key if is_control else "") or self.api_key
@@ -144,8 +154,7 @@ class StandIn:
     def _check(self, body):
         ids, sampling = body["input_ids"], body["sampling_params"]
         if any(not 0 <= i < VOCAB_SIZE for i in ids) or body.get("top_logprobs_num", 0) > VOCAB_SIZE:
-            asyncio.get_running_loop().create_task(self._stop())  # what the real one does: its scheduler dies
-            raise Refusal("the scheduler died")
+            self._die()
         if body["rid"] in self.running:
             raise Refusal(f"Duplicate request ID detected: {body['rid']}")
         if len(ids) >= CONTEXT:
@@ -174,6 +183,14 @@ class StandIn:
         """Until the server goes on."""
         while self.paused and not run.aborted:
             await asyncio.sleep(0.005)
+        if self.released:
+            self._die()
+
+    def _die(self):
+        """As when its scheduler meets what it does not expect."""
+        self.deaths += 1
+        asyncio.get_running_loop().create_task(self._stop())
+        raise Refusal("the scheduler died")
 
     def _step(self, run):
         sampling = run.body["sampling_params"]
@@ -262,6 +279,8 @@ class StandIn:
         if self.paused:  # the real one computes a token for it, which waits
             await asyncio.sleep(0.2)
             return web.Response(status=503)
+        if self.released:
+            self._die()
         return web.Response(status=200)
 
     async def _model_info(self, request):
@@ -341,7 +360,25 @@ class StandIn:
             return _outcome(False, f"Failed to get weights iterator: '{body['model_path']}'", num_paused_requests=0)
         return self._updated(body, num_paused_requests=0)
 
+    async def _release(self, request):
+        tags = (await request.json()).get("tags") or KINDS
+        self.memory.append((request.path, tags))
+        if set(tags) & self.released or (self.running and not self.paused):
+            self._die()
+        self.released |= set(tags)
+        return web.json_response(None)
+
+    async def _take_back(self, request):
+        tags = (await request.json()).get("tags") or KINDS
+        self.memory.append((request.path, tags))
+        if set(tags) - self.released:
+            self._die()
+        self.released -= set(tags)
+        return web.json_response(None)
+
     def _updated(self, body, **more):
+        if "weights" in self.released:
+            self._die()
         self.version = body.get("weight_version") or self.version
         return _outcome(True, f"Success Weight version updated to {self.version}.", **more)
 

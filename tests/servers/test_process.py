@@ -1,5 +1,6 @@
 """Starting and ending servers, with a small program in SGLang's place."""
 
+import json
 import os
 import signal
 import subprocess
@@ -106,6 +107,33 @@ def test_the_command_line_names_loopback_context_and_type_and_ends_with_the_user
     for option in ('"--host", "127.0.0.1"', '"--context-length", "99"', '"--dtype", "float32"'):
         assert option in arguments
     assert arguments.endswith('"--mem-fraction-static", "0.5"]')
+
+
+@pytest.mark.parametrize(("visible", "names"), [(None, "0,1,2,3,4,5"), ("9,8,7,6", "9,8,7,6")])
+def test_a_server_on_the_trainers_gpus_sees_all_of_them(begin, monkeypatch, visible, names):
+    """As the ranks do, so that a GPU has one number for both."""
+    monkeypatch.setattr(process.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(process.torch.cuda, "device_count", lambda: 6)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    servers, settings = begin("fine", count=2, tensor=2, colocated=True)
+    process.wait(servers, settings, say=print)
+    for server, first in zip(servers, ("0", "2"), strict=True):
+        arguments = json.loads(said(server, "arguments"))
+        assert "--enable-memory-saver" in arguments
+        assert arguments[arguments.index("--base-gpu-id") + 1] == first
+        assert json.loads(said(server, "environment"))["CUDA_VISIBLE_DEVICES"] == names
+
+
+def test_a_server_with_gpus_of_its_own_sees_those(begin, monkeypatch):
+    monkeypatch.setattr(process.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(process.torch.cuda, "device_count", lambda: 6)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (server,), settings = begin("fine", tensor=2, gpus=[3, 4])
+    process.wait([server], settings, say=print)
+    assert json.loads(said(server, "environment"))["CUDA_VISIBLE_DEVICES"] == "3,4"
+    assert not {"--enable-memory-saver", "--base-gpu-id"} & set(json.loads(said(server, "arguments")))
 
 
 def test_a_server_is_not_told_about_the_rank_that_starts_it(begin, monkeypatch):

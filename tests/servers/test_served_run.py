@@ -128,3 +128,26 @@ def test_a_teacher_that_never_answers(tmp_path, model, servers, on_failure):
     trained = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert len(trained) == STEPS
     assert all("kl/compare" not in row and row["kl/ensemble"] == pytest.approx(row["kl/carry"]) for row in trained)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_a_run_beside_its_servers_on_the_same_gpus(tmp_path, model, servers, data):
+    """The numbers are those of servers with GPUs of their own; they sample only with memory, we train only without."""
+    common = f"parallel.data={data}", "train.eval_every=2", "rollout.temperature=1.0"
+    losses = []
+    for is_colocated in (False, True):
+        rollout, teacher = servers(2), servers(1)
+        run_dir = tmp_path / str(is_colocated)
+        done = train(run_dir, model, rollout, teacher, *common, f"rollout.servers.colocated={is_colocated}".lower())
+        assert done.returncode == 0, done.stderr
+        trained = [row for row in rows(run_dir) if "loss" in row]
+        losses.append([(row["loss"], row["kl/ensemble"]) for row in trained])
+        said = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [row.get("time/release", 0) > 0 for row in said if "loss" in row] == [is_colocated] * STEPS
+    assert losses[0] == losses[1]
+    assert len([row for row in rows(run_dir) if "eval/accuracy/all" in row]) == 3  # before, in the middle, at the end
+    rounds = STEPS + 3  # and evaluations
+    for server in rollout:
+        released = [kinds for path, kinds in server.memory if path == "/release_memory_occupation"]
+        assert len(released) == 1 + rounds  # and before the models are loaded
+        assert (server.deaths, server.released, server.version) == (0, set(), str(STEPS))

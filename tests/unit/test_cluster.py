@@ -95,6 +95,55 @@ def test_a_small_run_shares_one_node():
     assert (rollout.nodes, rollout.gpus, trainer.gpus) == ((0,), (4, 5, 6, 7), (0, 1, 2, 3))
 
 
+BESIDE = ["rollout.servers.colocated=true", "rollout.max_staleness=0",
+          "rollout.servers.args=[--mem-fraction-static, '0.4']"]  # fmt: skip
+
+
+def test_colocated_servers_take_the_trainers_gpus():
+    given = [*BESIDE, "rollout.sync=disk", "rollout.servers.count=8", "rollout.servers.tensor=2"]
+    _, steps = placed(IN_PROCESS, *given, nodes=2)  # of 3 with nodes of their own
+    *rollout, trainer = steps
+    assert [(s.nodes, s.gpus, s.ports) for s in rollout] == [
+        ((node,), tuple(range(8)), tuple(range(30000, 30004))) for node in (0, 1)
+    ]
+    assert (trainer.nodes, trainer.gpus) == ((0, 1), tuple(range(8)))
+    assert idle_gpus(steps, 8) == {}
+    said = slurm.describe(steps, 8)
+    assert said[0] == "rollout-0: 1 task on node 0, GPUs 0-7 of the trainer, ports 30000-30003"
+    assert "of the trainer" not in said[-1]
+    at = rollout[1].command.index("serve")
+    theirs = load(IN_PROCESS, rollout[1].command[at + 4 :]).rollout.servers
+    assert (theirs.count, theirs.gpus, theirs.colocated) == (4, list(range(8)), True)
+
+
+def test_servers_of_both_kinds_on_one_node_listen_on_different_ports():
+    given = [*BESIDE, "rollout.sync=tensor", "parallel.tensor=4", "parallel.data=1", "rollout.servers.count=2"]
+    teacher = ["teachers.0.backend=sglang", "teachers.0.carrier=topk", "teachers.0.offload=false",
+               "teachers.0.servers={tensor: 4, count: 1, port: 30001}"]  # fmt: skip
+    _, steps = placed(IN_PROCESS, *given, *teacher, nodes=1)
+    by_name = {step.name: step for step in steps}
+    assert by_name["trainer"].gpus == (0, 1, 2, 3)
+    assert by_name["rollout-0"].gpus == (0, 1)
+    (served,) = [step for name, step in by_name.items() if name.startswith("teacher")]
+    assert served.gpus == (4, 5, 6, 7)
+    assert not set(served.ports) & set(by_name["rollout-0"].ports)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["rollout.sync=tensor", "rollout.servers.count=16"], "reaches servers on the machine of rank 0 only"),
+        (
+            ["rollout.sync=disk", "rollout.servers.count=5", "rollout.servers.tensor=3"],
+            r"do not fit on the trainer's 2",
+        ),
+    ],
+)
+def test_colocated_servers_that_do_not_fit(overrides, problem):
+    with pytest.raises(ValueError, match=problem):
+        placed(IN_PROCESS, *BESIDE, *overrides)
+
+
 @pytest.mark.parametrize(
     ("overrides", "how", "problem"),
     [

@@ -299,6 +299,38 @@ def test_settings_of_servers_are_not_for_the_embedded_engine(setting, value):
     cfg.from_dict(served(**{setting: value}))
 
 
+BESIDE = {"colocated": True, "args": ["--mem-fraction-static", "0.5"]}
+
+
+@pytest.mark.parametrize(
+    ("tree", "fragment"),
+    [
+        (served({**SERVED, "servers": BESIDE}),
+         "teachers.0.servers.colocated: only the student's servers can be; a teacher on the trainer's GPUs is"
+         " teachers.0.backend: megatron"),
+        (served(servers=BESIDE, sync="tensor", max_staleness=1),
+         "rollout.max_staleness (1) needs servers with GPUs of their own"),
+        (served(servers=BESIDE), "rollout.sync: broadcast is not for rollout.servers.colocated"),
+        (served(servers={**BESIDE, "urls": ["http://a:1"]}), "rollout.sync: broadcast is not for"),
+        (served(servers={"colocated": True}, sync="disk"), "rollout.servers.colocated needs --mem-fraction-static"),
+        (served(servers={**BESIDE, "count": 2}, sync="disk"), "servers take 2 GPUs, but the trainer has 1"),
+        (served(servers={**BESIDE, "gpus": [1]}, sync="disk"), "rollout.servers.gpus: [1] are not the trainer's"),
+        ({**served(servers={**BESIDE, "count": 2, "gpus": [0, 2]}, sync="disk"), "parallel": {"pipeline": 4}},
+         "rollout.servers.gpus must be 2 numbers in a row"),
+    ],
+)  # fmt: skip
+def test_what_servers_on_the_trainers_gpus_cannot_do(tree, fragment):
+    (problem,) = problems_of(tree)
+    assert fragment in problem
+
+
+def test_servers_on_the_trainers_gpus():
+    cfg.from_dict(served(servers=BESIDE, sync="tensor"))
+    cfg.from_dict(served(servers={"colocated": True, "urls": ["http://a:1", "http://b:1"]}, sync="disk"))
+    args = {**BESIDE, "args": ["--mem-fraction-static=0.5"], "tensor": 2, "gpus": [2, 3]}
+    cfg.from_dict({**served(servers=args, sync="disk"), "parallel": {"pipeline": 4}})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

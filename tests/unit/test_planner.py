@@ -326,6 +326,24 @@ def test_gpus_to_keep_pace():
     assert servers.rollout(with_servers(enough - 1, 500)).seconds > training.seconds
 
 
+def test_servers_on_the_trainers_gpus_have_what_it_leaves():
+    def job(**settings):
+        return job_of(teachers=[], rollout={"servers": c.ServersConfig(count=8, **settings)})
+
+    apart, beside = (servers.rollout(job(colocated=c)) for c in (False, True))
+    own, kept = 0.85 * 80e9 - apart.weights, memory.resting(job())
+    assert kept == sum(memory.worst(job()).always.values())  # of stages that are alike
+    a_token = memory.cache_bytes(job().student, 2, 1)
+    assert apart.cache_tokens == int(own // a_token)
+    assert beside.cache_tokens == int((0.92 * 80e9 - kept - beside.weights) // a_token)
+    assert 0 < beside.cache_tokens < apart.cache_tokens
+    assert (beside.gpus, apart.gpus) == (8, 8)
+    sampling, training, _ = timing.estimate(job(colocated=True)).stages
+    assert (sampling.keeping_pace, training.gpus) == (None, 16)
+    made = plan(job_of(teachers=[], parallel={"data": 2}, rollout={"servers": c.ServersConfig(colocated=True)}))
+    assert any("no room for one sequence" in p and "beside what the trainer keeps" in p for p in made.problems)
+
+
 def test_no_number_of_servers_hastens_one_sequence():
     few = {"prompts_per_step": 4, "samples_per_prompt": 1}
     job = job_of("qwen3-0.6b", [], lengths=(64, 16000), rollout=few, train={"steps": 1, "micro_batch_size": 1})

@@ -130,6 +130,18 @@ def test_on_gpus_shared_with_others_every_server_says_which(tmp_path, fake, monk
         serve.running(asked, say=print, only=["teacher-carry"], beside_ranks=True).__enter__()
 
 
+def test_colocated_servers_are_where_the_trainer_is(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(serve.torch.cuda, "is_available", lambda: True)
+    beside = ["rollout.servers.colocated=true", "rollout.sync=tensor",
+              "rollout.servers.args=[--mem-fraction-static, '0.4']", "rollout.servers.count=2"]  # fmt: skip
+    asked = load(CONFIG, ["rollout.engine=sglang", *beside, f"run.dir={tmp_path}"])
+    with serve.running(asked, say=print, beside_ranks=True) as servers:
+        assert len(servers) == 2
+    rollout, trainer = launch.plan(asked, ["x.yaml"])
+    assert str(rollout).startswith("SGLang servers for rollout: 2 ranks on the trainer's GPUs of ")
+    assert "trainer's GPUs" not in str(trainer)
+
+
 def test_notes_of_a_start_that_was_killed_are_forgotten(tmp_path, fake):
     asked = config(tmp_path)
     (tmp_path / "servers").mkdir()

@@ -36,13 +36,14 @@ class Broadcast:
         self._group: Group | None = None
         self._members: list[Client] = []
 
-    async def send(self, clients: Sequence[Client], bucket: Bucket, version: int) -> Failures:
-        """Give the bucket to all of them; those that did not take it, and why."""
+    async def send(self, clients: Sequence[Client], bucket: Bucket, label: str) -> Failures:
+        """Give the bucket to all of them, whose weights are of version `label` then; those that did not take it, and
+        why."""
         failed: Failures = {}
         left = list(clients)
         for _ in range(_ROUNDS):
             failures = await self._join(left) if self._members != left else {}
-            failures = failures or await self._round(left, bucket, version)
+            failures = failures or await self._round(left, bucket, label)
             if not failures:
                 return failed
             await self.drop()
@@ -85,7 +86,7 @@ class Broadcast:
             offset += size
         return await _together(group, requests, group.join())
 
-    async def _round(self, clients: list[Client], bucket: Bucket, version: int) -> Failures:
+    async def _round(self, clients: list[Client], bucket: Bucket, label: str) -> Failures:
         group = self._group
         assert group is not None
         body = {
@@ -95,7 +96,7 @@ class Broadcast:
             "group_name": group.name,
             "load_format": "flattened_bucket",
             "flush_cache": False,
-            "weight_version": str(version),
+            "weight_version": label,
         }
         requests = {c: c.post("/update_weights_from_distributed", body, self.timeout_s) for c in clients}
         return await _together(group, requests, group.broadcast(bucket.flat))

@@ -6,6 +6,9 @@ go on; it keeps what it has, half an update perhaps, until a later push, which i
 
 What is kept between pushes: nothing with `broadcast` and `tensor`, so that a server which came back with other weights
 waits for the next push; the newest directory with `disk`, which a returned server loads at once.
+
+Servers on the trainer's GPUs (`servers.colocated`) give their memory back in `release`, weights and all; a push brings
+it back: first the weights' place, then the weights, then the place of the cache.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 import torch
 
 from megatron_opd.config import RolloutConfig
+from megatron_opd.sglang import memory
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, Refused, SGLangError
 from megatron_opd.sglang.loop import Loop
@@ -42,6 +46,7 @@ class WeightSync:
         self._model, self._write, self._spool = Path(model), write, spool
         self._transport = Inline() if rollout.sync == "tensor" else Broadcast(rollout.servers.request_timeout_s)
         self._lock = asyncio.Lock()
+        self._is_colocated, self._are_released = rollout.servers.colocated, False
         self._version: int | None = None
         self._holders: dict[Client, int] = {}
         """The version that we know a server to hold; one that is missing may hold anything."""
@@ -57,15 +62,21 @@ class WeightSync:
         try:
             self._loop.run(session.each(self._greet))
             self._holders = {}
+            if self._is_colocated:
+                self._loop.run(session.each(memory.take_for_weights))
             if expected is not None:
                 self._loop.run(session.each(expected.ask_layout))
                 weights = expected.watch(weights)
+            label = memory.WITHOUT_CACHE if self._is_colocated else str(version)
             if self._config.sync == "disk":
-                self._push_directory(session, weights, version)
+                self._push_directory(session, weights, version, label)
             else:
-                self._push_stream(session, weights, version)
+                self._push_stream(session, weights, label)
             if expected is not None:
                 self._loop.run(session.each(expected.check))
+            if self._is_colocated:
+                self._are_released = False
+                self._loop.run(session.each(lambda client: memory.take_for_cache(client, version)))
             self._loop.run(session.each(Client.resume))
             self._holders = dict.fromkeys(session.alive, version)
         finally:
@@ -76,22 +87,39 @@ class WeightSync:
             raise Down("no server has taken the weights:\n" + "\n".join(str(e) for e in session.failed.values()))
         return {client.url: error for client, error in session.failed.items()}
 
+    def release(self, clients: Sequence[Client]) -> dict[str, SGLangError]:
+        """Have them give all their memory back, until the next push; returns the failures by url. Nobody may be waiting
+        for an answer of theirs."""
+        session = _Session(clients)
+        self._loop.run(self._lock.acquire())
+        try:
+            self._are_released = True
+            self._loop.run(session.each(self._greet))
+            self._loop.run(session.each(memory.release))
+            self._holders = {client: held for client, held in self._holders.items() if client in session.alive}
+        finally:
+            self._loop.run(_release(self._lock))
+        return {client.url: error for client, error in session.failed.items()}
+
     async def give(self, client: Client) -> None:
         """Return when the server holds the weights of the last push. Raises an SGLangError when it does not.
 
         A server that lost them, because it was started again, gets them from the directory of `disk`, and has to wait
-        for the next push otherwise.
+        for the next push otherwise. Where the others have given their memory back, so does this one.
         """
         async with self._lock:
             if self._version is None:
                 raise Down(f"{client.url}: there are no weights yet")
+            if self._are_released:
+                await memory.release(client)
+                raise Down(f"{client.url}: has given its memory back, and waits for the next weights")
             info = await client.model_info()
             if self._holders.get(client) == self._version and info.get("weight_version") == str(self._version):
                 return
             directory = self._directory(self._version)
             if self._config.sync != "disk" or not directory.is_dir():
                 raise Down(f"{client.url}: waits for the next weights, which will be of version {self._version + 1}")
-            await _load(client, directory, self._version)
+            await _load(client, directory, str(self._version))
             await client.resume()
             self._holders[client] = self._version
 
@@ -100,17 +128,17 @@ class WeightSync:
         self._loop.run(self._transport.drop())
         shutil.rmtree(self._spool, ignore_errors=True)
 
-    def _push_stream(self, session: _Session, weights: Weights, version: int) -> None:
+    def _push_stream(self, session: _Session, weights: Weights, label: str) -> None:
         self._loop.run(session.each(_open))
         for bucket in buckets(weights, self._config.sync_bucket_mb << 20):
             if session.alive:
-                session.lose(self._loop.run(self._transport.send(session.alive, bucket, version)))
+                session.lose(self._loop.run(self._transport.send(session.alive, bucket, label)))
         self._loop.run(session.each(Client.end_weight_update))
 
-    def _push_directory(self, session: _Session, weights: Weights, version: int) -> None:
+    def _push_directory(self, session: _Session, weights: Weights, version: int, label: str) -> None:
         directory = self._directory(version)
         self._write(weights, directory)
-        self._loop.run(session.each(lambda client: _load(client, directory, version)))
+        self._loop.run(session.each(lambda client: _load(client, directory, label)))
         for old in self._spool.glob("v*"):
             if old != directory:
                 shutil.rmtree(old, ignore_errors=True)
@@ -154,13 +182,8 @@ class _Session:
         self.lose(failures)
 
 
-async def _stop_sampling(client: Client) -> None:
-    await client.pause("retract")
-    await client.flush(timeout_s=0)  # to wait is to wait for the paused requests too, which cannot end
-
-
 async def _open(client: Client) -> None:
-    await _stop_sampling(client)
+    await client.stop_sampling()
     try:
         await client.begin_weight_update()
     except Refused:  # still open since an update that broke off
@@ -168,8 +191,8 @@ async def _open(client: Client) -> None:
         await client.begin_weight_update()
 
 
-async def _load(client: Client, directory: Path, version: int) -> None:
+async def _load(client: Client, directory: Path, label: str) -> None:
     """From a directory. SGLang goes back to what it had when that fails."""
-    await _stop_sampling(client)
-    body = {"model_path": str(directory.absolute()), "flush_cache": False, "weight_version": str(version)}
+    await client.stop_sampling()
+    body = {"model_path": str(directory.absolute()), "flush_cache": False, "weight_version": label}
     await client.post("/update_weights_from_disk", body, client.timeout_s)

@@ -22,9 +22,10 @@ from megatron_opd.sglang.weights.buckets import Bucket
 class Inline:
     """Each server gets its own request, so one that fails concerns nobody else."""
 
-    async def send(self, clients: Sequence[Client], bucket: Bucket, version: int) -> Failures:
-        """Give the bucket to all of them; those that did not take it, and why."""
-        results = await asyncio.gather(*(_send(c, bucket, version) for c in clients), return_exceptions=True)
+    async def send(self, clients: Sequence[Client], bucket: Bucket, label: str) -> Failures:
+        """Give the bucket to all of them, whose weights are of version `label` then; those that did not take it, and
+        why."""
+        results = await asyncio.gather(*(_send(c, bucket, label) for c in clients), return_exceptions=True)
         failures: Failures = {}
         for client, result in zip(clients, results, strict=True):
             if isinstance(result, SGLangError):
@@ -37,13 +38,13 @@ class Inline:
         """There is nothing between updates."""
 
 
-async def _send(client: Client, bucket: Bucket, version: int) -> None:
+async def _send(client: Client, bucket: Bucket, label: str) -> None:
     ranks = int((await client.server_info()).get("tp_size", 1))
     body = {
         # A handle is used up by the process that opens it, so every rank gets one of its own.
         "serialized_named_tensors": [_pickled(bucket) for _ in range(ranks if bucket.flat.is_cuda else 1)],
         "flush_cache": False,
-        "weight_version": str(version),
+        "weight_version": label,
     }
     if not bucket.flat.is_cuda:
         body["serialized_named_tensors"] *= ranks

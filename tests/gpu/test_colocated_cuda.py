@@ -1,0 +1,69 @@
+"""A real server on this process's GPU: what it gives back, and new weights by CUDA IPC into what it takes again."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from megatron_opd.config import RolloutConfig, ServersConfig
+from megatron_opd.sglang import memory, process
+from megatron_opd.sglang.client import Client
+from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.weights.sync import WeightSync
+from megatron_opd.sglang.wire import Draw
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+PYTHON = Path(__file__).resolve().parents[2] / ".venv-sglang/bin/python"
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 128, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
+PART = 0.3
+"""Of the GPU, which the server has while it samples."""
+
+
+@pytest.fixture
+def server(tmp_path):
+    """(client, its settings, the model that it serves)."""
+    if not PYTHON.is_file():
+        pytest.skip("SGLang is not installed (make sglang)")
+    model = tiny.build("qwen3", **SIZES).bfloat16()
+    tiny.save(model, tmp_path / "model")
+    settings = ServersConfig(
+        python=str(PYTHON), colocated=True, args=["--mem-fraction-static", str(PART)], start_timeout_s=600.0
+    )
+    started = process.start(settings, tmp_path / "model", name="server", log_dir=tmp_path / "logs", context=128)
+    loop = Loop()
+    try:
+        process.wait(started, settings, say=print)
+        client = Client(started[0].url, settings, vocab_size=SIZES["vocab_size"], context=128)
+        yield client, settings, model.cuda(), loop
+        loop.run(client.close(), 10)
+    finally:
+        process.stop(started)
+        loop.close()
+
+
+def test_memory_is_free_while_the_student_trains_and_weights_arrive_after_it(server, tmp_path):
+    client, settings, model, loop = server
+    rollout = RolloutConfig(sync="tensor", sync_verify=True, servers=settings)
+    sync = WeightSync(rollout, loop, model=tmp_path / "model", write=None, spool=tmp_path / "spool")
+    draw = Draw(rid="r", ids=(5, 6, 7), max_new_tokens=4, temperature=0.0, top_p=1.0, top_k=0, stop_ids=())
+
+    def push(version):
+        weights = ((name, tensor.detach()) for name, tensor in model.state_dict().items())
+        assert sync.push([client], weights, version) == {}
+
+    assert loop.run(memory.has_saver(client))
+    push(1)
+    before = loop.run(client.generate(draw))
+    held, total = torch.cuda.mem_get_info()
+    assert sync.release([client]) == {}
+    freed = torch.cuda.mem_get_info()[0] - held
+    assert freed > 0.8 * PART * total
+    taken = torch.zeros(int(freed * 0.9), dtype=torch.uint8, device="cuda")  # as the student would
+    del taken
+    torch.cuda.empty_cache()
+    push(2)  # sync_verify: checksums of what the server has are those of the model
+    after = loop.run(client.generate(draw))
+    assert (after.ids, set(after.versions)) == (before.ids, {2})
+    sync.close()
