@@ -73,8 +73,9 @@ def test_the_cluster_form_fits_on_gpus_of_80_gb(name, monkeypatch, capsys):
     models = {f"teachers.{i}.model": teacher.model for i, teacher in enumerate(config.teachers)}
     models["student.model"] = config.student.model
     sizes = [f"{setting}=tests/models/{SIZES[Path(model).name]}" for setting, model in models.items()]
-    assert main(["check", path, "--plan", "--gpu", "H100", *sizes]) == 0, capsys.readouterr().out
-    assert main(["check", path, "--plan", "--gpu", "H100", *sizes, "rollout.max_new_tokens=30000"]) == 1  # it can say no
+    planned = ["check", path, "--plan", "--gpu", "H100", *sizes]
+    assert main(planned) == 0, capsys.readouterr().out
+    assert main([*planned, "rollout.max_new_tokens=30000"]) == 1  # it can say no
 
 
 @pytest.mark.parametrize("name", METHODS)
