@@ -165,7 +165,7 @@ class Run:
         self.trained, self.cursor = step + 1, self.ahead.cursor
         if self.student.skipped:
             self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")
-        self.completions.log(rollouts, self.trained)
+        self.completions.log(rollouts, self.trained, batches, self.objective.distillation)
         if config.rollout.max_staleness and not config.rollout.partial:
             # Answers under way are not to change weights in their middle.
             self._timed("settle", lambda: self._on_servers(self.ahead.settle))

@@ -41,6 +41,8 @@ def test_an_example_teaches_what_it_promises(tmp_path, name):
     assert [row["step"] for row in table] == [7] * 5 + [14] * 5
     origins = {"gkd": {"student", "dataset"}, "seqkd": {"teacher"}}.get(name)
     assert {row["origin"] for row in table} == (origins or {"dataset" if is_off_policy else "student"})
+    taught = [column.replace("kl/", "logprob/") for column in EXAMPLES[name] if column.startswith("kl/")]
+    assert all(any(row[column] is not None for column in taught) for row in table if taught)
     opd_report = opd("report", tmp_path)
     assert opd_report.returncode == 0, opd_report.stderr
 
