@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError
 
-from megatron_opd import fidelity, run_dir, serve, step_metrics
+from megatron_opd import fidelity, references, run_dir, serve, step_metrics
 from megatron_opd.answers import Answers, build_answers
 from megatron_opd.answers.emphasis import teacher_weights, weighted
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
@@ -266,6 +266,7 @@ class Run:
         batches = self._on_servers(lambda: self._pack(rollouts) if rollouts else [])
         held_out = self.student.evaluate(batches, self.objective)
         metrics |= {f"eval/{name}": value for name, value in held_out.items() if name.startswith("kl/")}
+        metrics |= references.nll(self.student, self.objective.vocab, self.inputs.eval, self.config, self.parallel)
         if self.trained == 0 and self.config.train.eval_teachers:
             metrics |= self.parallel.share_world(self._teacher_accuracies)
         self.tracker.log(metrics, self.trained)
