@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.answer_logps import answer_logps
 from megatron_opd.config import LogConfig
+from megatron_opd.crosstok.term import CrossTokenizer
 from megatron_opd.parallel import Parallel
+from megatron_opd.terms.distillation import Distillation
 from megatron_opd.tokenizer import Tokenizer
 from megatron_opd.tracker import Tracker
-from megatron_opd.types import Rollout
+from megatron_opd.types import MicroBatch, Rollout
 
 COMPLETIONS_FILE = "completions.jsonl"
 
@@ -29,12 +32,24 @@ class Completions:
         self.config, self.parallel, self.tokenizer, self.tracker = config, parallel, tokenizer, tracker
         self.path = Path(run_dir) / COMPLETIONS_FILE
 
-    def log(self, rollouts: Sequence[Rollout], step: int) -> None:
-        """Write the step's first answers, replica by replica, if it is a step that is written. Collective."""
+    def log(
+        self,
+        rollouts: Sequence[Rollout],
+        step: int,
+        batches: Sequence[MicroBatch],
+        distillation: Distillation | CrossTokenizer,
+    ) -> None:
+        """Write the step's first answers, replica by replica, if it is a step that is written. Collective.
+
+        `batches` hold `rollouts` in order, with what teachers told, which `distillation` can read.
+        """
         if not self.config.completions_every or step % self.config.completions_every:
             return
         first = rollouts[: self.config.completions]
-        mine = [] if self.tokenizer is None else [_row(r, self.tokenizer, step) for r in first]
+        told = answer_logps(distillation, batches, len(first), self.parallel)
+        mine = []
+        if self.tokenizer is not None:
+            mine = [_row(r, logps, self.tokenizer, step) for r, logps in zip(first, told, strict=True)]
         replicas = self.parallel.gather_leaders(mine)
         if self.parallel.is_main:
             rows = [row for replica in replicas for row in replica][: self.config.completions]
@@ -53,7 +68,7 @@ class Completions:
         temporary.replace(self.path)
 
 
-def _row(rollout: Rollout, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, step: int) -> dict[str, Any]:
     ours = rollout.origin == "student"
     return {
         "step": step,
@@ -66,5 +81,6 @@ def _row(rollout: Rollout, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
         "length": len(rollout.response_ids),
         "finish": rollout.finish,
         "logprob": sum(rollout.logps) if ours else None,
+        **{f"logprob/{teacher}": logp for teacher, logp in told.items()},
         "reward": rollout.reward,
     }

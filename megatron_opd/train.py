@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError
 
-from megatron_opd import colocated, fidelity, run_dir, serve, step_metrics
+from megatron_opd import colocated, fidelity, references, run_dir, serve, step_metrics
 from megatron_opd.answers import Answers, build_answers
 from megatron_opd.answers.emphasis import teacher_weights, weighted
 from megatron_opd.batching import NoTeacherLeft, pack, renormalised
@@ -167,7 +167,7 @@ class Run:
         self.trained, self.cursor = step + 1, self.ahead.cursor
         if self.student.skipped:
             self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")
-        self.completions.log(rollouts, self.trained)
+        self.completions.log(rollouts, self.trained, batches, self.objective.distillation)
         if config.rollout.max_staleness and not config.rollout.partial:
             # Answers under way are not to change weights in their middle.
             self._timed("settle", lambda: self._on_servers(self.ahead.settle))
@@ -275,6 +275,7 @@ class Run:
         batches = self._on_servers(lambda: self._pack(rollouts) if rollouts else [])
         held_out = self.student.evaluate(batches, self.objective)
         metrics |= {f"eval/{name}": value for name, value in held_out.items() if name.startswith("kl/")}
+        metrics |= references.nll(self.student, self.objective.vocab, self.inputs.eval, self.config, self.parallel)
         if self.trained == 0 and self.config.train.eval_teachers:
             metrics |= self.parallel.share_world(lambda: teacher_accuracies(self.evaluator, self.inputs))
         self.tracker.log(metrics, self.trained)

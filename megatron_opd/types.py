@@ -29,7 +29,8 @@ class Prompt:
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What else of its row the source's reward needs, as it is in the file."""
     answer_ids: tuple[int, ...] = ()
-    """`answer` as a response, its end-of-sequence token included; only where runs train on answers of the data set."""
+    """`answer` as a response, its end-of-sequence token included; only where runs train on
+    answers of the data set, or measure their cross-entropy."""
     teacher_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """By name, what a teacher sees instead of `token_ids`; only those that see something else."""
 

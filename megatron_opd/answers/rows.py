@@ -27,7 +27,9 @@ class RowReader:
     """Of what teachers see; it holds for them as for the student."""
     views: tuple[View, ...] = ()
     wants_answers: bool = False
-    """Whether answers of the rows are trained on."""
+    """Whether answers of the rows are wanted as tokens."""
+    has_rows_without: bool = False
+    """Whether a row may lack one, instead of an error."""
     max_answer_tokens: int = 0
     cuts: bool = False
     """Cut longer answers, instead of an error."""
@@ -36,9 +38,9 @@ class RowReader:
         """The prompts, in order; None for one that a teacher's limit drops. Raises ValueError naming the row."""
         prompts: list[Prompt | None] = [one.prompt for one in asked]
         if self.wants_answers:
-            prompts = [
-                replace(one.prompt, answer_ids=ids) for one, ids in zip(asked, self._answers(asked), strict=True)
-            ]
+            answered = [i for i, one in enumerate(asked) if one.prompt.answer is not None or not self.has_rows_without]
+            for i, ids in zip(answered, self._answers([asked[i] for i in answered]), strict=True):
+                prompts[i] = replace(asked[i].prompt, answer_ids=ids)
         for view in self.views:
             rendered = [_of(one, view.render) for one in asked]
             for i, ids in enumerate(view.encoder.encode(rendered)):
@@ -137,16 +139,18 @@ def build_row_reader(
         for teacher in asked
         if teacher.prompt_field or teacher.prompt_template or (teacher.tokenizer == "own" and _is_there(teacher))
     )
-    wants_answers = is_trained_on and config.answers.lmbda < 1 and not config.answers.seq_kd
-    if not views and not wants_answers:
+    learns_answers = is_trained_on and config.answers.lmbda < 1 and not config.answers.seq_kd
+    is_measured = not is_trained_on and config.train.eval_nll
+    if not (views or learns_answers or is_measured):
         return None
     return RowReader(
         encoder=encoder,
         limit=limit,
         views=views,
-        wants_answers=wants_answers,
+        wants_answers=learns_answers or is_measured,
+        has_rows_without=is_measured,
         max_answer_tokens=config.rollout.max_new_tokens,
-        cuts=config.answers.on_too_long == "cut",
+        cuts=is_measured or config.answers.on_too_long == "cut",
     )
 
 

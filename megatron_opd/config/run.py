@@ -40,6 +40,9 @@ class TrainConfig:
     """Evaluate every this many steps, and before the first and after the last; 0: never."""
     eval_samples: int = 1
     """Above 1: also draw this many answers to each evaluation prompt at rollout.temperature, for avg@k and pass@k."""
+    eval_nll: bool = False
+    """Also measure the cross-entropy of the reference answers of data.eval under the student, where rows have one; what
+    is longer than rollout.max_new_tokens is cut there."""
     eval_teachers: bool = False
     """Also measure each teacher's own accuracy once, before the first step (loads it whole on one rank)."""
     save_every: int = 0

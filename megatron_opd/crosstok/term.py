@@ -77,6 +77,25 @@ class CrossTokenizer:
         return Term(loss, told.loss_T, sums(told.columns(sampled, batch)))
 
     @torch.no_grad()
+    def each_teachers_logp(self, batch: MicroBatch) -> torch.Tensor:
+        """Each teacher's log-probabilities of the text of its spans, at the last student token of each, [T, N] float32;
+        0 elsewhere."""
+        logp_TN = torch.zeros_like(batch.weights_TN)
+        for n, (score, foreigner) in enumerate(zip(batch.teachers, self.foreigners, strict=True)):
+            if isinstance(score, Foreign) and score.hidden_QD is not None:
+                assert foreigner is not None
+                came = []
+                both = zip(*(x.split(self.config.chunk_tokens) for x in (score.hidden_QD, score.ids_Q)), strict=True)
+                for hidden_CD, ids_C in both:
+                    logits_CL = hidden_CD.to(foreigner.head_LD.dtype) @ foreigner.head_LD.T
+                    logp_CL = foreigner.vocab.log_softmax(logits_CL, self.config.temperature)
+                    came.append(foreigner.vocab.gather(logp_CL, ids_C[:, None])[:, 0].double())
+                until_Q1 = torch.nn.functional.pad(torch.cat(came).cumsum(0), (1, 0))
+                _, last_G, first_G, stop_G = score.spans_G4.unbind(-1)
+                logp_TN[last_G - 1, n] = (until_Q1[stop_G] - until_Q1[first_G]).float()
+        return logp_TN
+
+    @torch.no_grad()
     def _sampled(self, batch: MicroBatch, logits_TL: torch.Tensor, temperature: float) -> torch.Tensor:
         """The student's log-probabilities of its tokens, [T]."""
         found = [

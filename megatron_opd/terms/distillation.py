@@ -94,6 +94,21 @@ class Distillation:
         logp_T[asked_T] = known_T
         return logp_T
 
+    @torch.no_grad()
+    def each_teachers_logp(self, batch: MicroBatch) -> torch.Tensor:
+        """Each teacher's own log-probabilities of the sampled tokens, [T, N] in float32; 0 where it is not asked."""
+        asked_TN = batch.weights_TN > 0
+        asked_T = asked_TN.any(-1)
+        asked = select(batch, asked_T)
+        known_TN = torch.zeros_like(asked.weights_TN)
+        for level, rows in chunks(asked, self.teachers, self.config.chunk_tokens):
+            for n, told in enumerate(Targets(self.config, self.vocab, self.heads).at(asked, rows, level).told):
+                if told is not None:
+                    known_TN[rows, n] = told.sampled_C.float()
+        logp_TN = torch.zeros_like(batch.weights_TN)
+        logp_TN[asked_T] = known_TN
+        return torch.where(asked_TN, logp_TN, 0.0)
+
     def _at_all(self, batch: MicroBatch, student: Logits) -> Term:
         """The term where teachers are asked about every token."""
         if len(batch.targets_T) and self.takes_hidden:

@@ -37,6 +37,23 @@ def train(parallel, config, rollouts, vocab_size, num_steps):
     return metrics, evaluation, {name: tensor.clone() for name, tensor in student.export()}
 
 
+def told(parallel, config, rollouts, vocab_size, count):
+    """What every rank knows of its replica's first `count` answers: by teacher, their log-probabilities."""
+    from megatron_opd.answer_logps import answer_logps
+
+    _, objective, pack = build(parallel, config, vocab_size)
+    return answer_logps(objective.distillation, pack(rollouts[parallel.data_rank :: parallel.data_size]), count, parallel)
+
+
+def reference_nll(parallel, config, sources, vocab_size):
+    """The cross-entropy of the prompts' answers, as a rank knows it."""
+    from megatron_opd import references
+    from megatron_opd.student.student import Student
+
+    student = Student(config, parallel)
+    return references.nll(student, student.vocab_shard(vocab_size), sources, config, parallel)
+
+
 def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
     """The same with the weights and advantages of a step, and its updates: ([metrics by step], exported weights)."""
     from megatron_opd.objective import build_objective

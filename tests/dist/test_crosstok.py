@@ -62,7 +62,8 @@ def rollouts(paths):
     return made
 
 
-def step(parallel, config, rollouts):
+def parts(parallel, config, rollouts):
+    """(student, objective, scored micro-batches) of a rank."""
     from types import SimpleNamespace
 
     from megatron_opd.objective import build_objective
@@ -75,8 +76,20 @@ def step(parallel, config, rollouts):
     teachers = build_teachers(config, parallel, vocab)
     objective = build_objective(config, vocab, teachers)
     run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
-    metrics = student.step(Run._pack(run, rollouts), objective)
+    return student, objective, Run._pack(run, rollouts)
+
+
+def step(parallel, config, rollouts):
+    student, objective, batches = parts(parallel, config, rollouts)
+    metrics = student.step(batches, objective)
     return metrics, {name: tensor.clone() for name, tensor in student.export()}
+
+
+def told(parallel, config, rollouts):
+    from megatron_opd.answer_logps import answer_logps
+
+    _, objective, batches = parts(parallel, config, rollouts)
+    return answer_logps(objective.distillation, batches, len(rollouts), parallel)
 
 
 class Dense:
@@ -175,3 +188,18 @@ def test_the_step_is_that_of_the_dense_formula(ranks, paths, case):
         assert metrics["uld/other/aligned_frac"] == 1
         for name, tensor in exported.items():
             torch.testing.assert_close(tensor.double(), weights[name], atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 1}, *LAYOUTS.values()], ids=["alone", *LAYOUTS])
+def test_its_log_probabilities_of_whole_answers(ranks, paths, layout):
+    loss, how = CASES["jsd_first"]
+    dense, wanted = Dense(paths, loss, how), []
+    for rollout in rollouts(paths):
+        ids, spans = dense.translator.response(list(rollout.response_ids))
+        with torch.no_grad():
+            p_QV = dense.rows(dense.models[1], dense.tokenizers[1].encode(rollout.prompt.text), ids)
+        assert spans[-1][3] == len(ids)  # nothing of the answer is outside of spans
+        wanted.append(sum(p_QV[i, token].log().item() for i, token in enumerate(ids)))
+    size = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    for found in ranks.run(size, told, config(paths, loss, how, **layout), rollouts(paths), **layout):
+        assert [row["other"] for row in found] == pytest.approx(wanted, rel=2e-5)

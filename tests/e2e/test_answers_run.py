@@ -26,13 +26,16 @@ def test_an_example_teaches_what_it_promises(tmp_path, name):
     """Its first steps bring the greedy accuracy on held-out prompts from almost nothing to most of them."""
     done = opd(
         "train", f"examples/{name}.yaml", f"run.dir={tmp_path}", f"train.steps={STEPS}", f"train.eval_every={STEPS}",
-        "log.completions_every=7", "log.completions=5", env=ALONE,
+        "log.completions_every=7", "log.completions=5", "train.eval_nll=true", env=ALONE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
     before, after = (row["eval/accuracy/all"] for row in found if "eval/accuracy/all" in row)
     assert before < 0.1
     assert after > 0.75
+    sources = ["add", "subtract", "max", "min", "all"]
+    before, after = ([row[f"eval/nll/{source}"] for source in sources] for row in found if "eval/nll/all" in row)
+    assert all(y < x for x, y in zip(before, after, strict=True))  # teachers say what the data set says
     trained = [row for row in found if "loss" in row]
     assert len(trained) == STEPS
     assert all(EXAMPLES[name] <= set(row) for row in trained)
@@ -44,6 +47,8 @@ def test_an_example_teaches_what_it_promises(tmp_path, name):
     assert [row["step"] for row in table] == [7] * 5 + [14] * 5
     origins = {"gkd": {"student", "dataset"}, "seqkd": {"teacher"}}.get(name)
     assert {row["origin"] for row in table} == (origins or {"dataset" if is_off_policy else "student"})
+    taught = [column.replace("kl/", "logprob/") for column in EXAMPLES[name] if column.startswith("kl/")]
+    assert all(any(row[column] is not None for column in taught) for row in table if taught)
     opd_report = opd("report", tmp_path)
     assert opd_report.returncode == 0, opd_report.stderr
 

@@ -62,6 +62,7 @@ def test_distance_to_the_teacher_falls(method, tmp_path):
     first = next(row for row in found if "loss" in row)
     # On fresh samples the teachers' advantage is minus the one-sample estimate of the reverse KL.
     assert first["distill/advantage"] == pytest.approx(-first["logprob/gap"], rel=0.2)
+    assert (first["mismatch/kl"] > 0.02) == (method == "minillm")  # the teacher had a say in what was sampled
     after = column(found, "after/kl/ensemble")
     assert len(after) == (len(kl) if method == "tinker" else 0)
     assert all(less < more for less, more in zip(after, kl, strict=False))  # a step improves on its own answers

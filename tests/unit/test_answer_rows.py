@@ -135,6 +135,17 @@ def test_an_answer_that_is_too_long(tmp_path):
     assert [text(ours, p.answer_ids) for p in (short, long)] == ["42</s>", "123"]
 
 
+def test_answers_that_are_only_measured_are_cut_and_may_be_missing(tmp_path):
+    settings = config(max_new_tokens=3)
+    settings = replace(settings, train=replace(settings.train, eval_nll=True))
+    rows, ours = [ROW, {"prompt": "?", "answer": "123"}, {"prompt": "?"}], plain()
+    found = read(tmp_path, rows, ours, settings, is_trained_on=False)
+    assert [text(ours, p.answer_ids) for p in found] == ["42</s>", "123", ""]
+    (nothing,) = read(tmp_path, rows[2:], ours, settings, is_trained_on=False)
+    assert nothing.answer_ids == ()
+    assert [p.answer_ids for p in read(tmp_path, rows, ours, settings)] == [(), (), ()]  # those are of training prompts
+
+
 @pytest.mark.parametrize("answer", [None, 42])
 def test_a_row_without_an_answer(tmp_path, answer):
     with pytest.raises(ValueError, match=r"line 2: answers of the data set are trained on \(answers\.lmbda\)"):

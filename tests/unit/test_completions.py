@@ -7,18 +7,44 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
 from megatron_opd import config as c
+from megatron_opd.batching import pack
 from megatron_opd.completions import Completions
 from megatron_opd.config import LogConfig
+from megatron_opd.terms.distillation import Distillation
 from megatron_opd.tracker import Tracker, build_tracker
+from megatron_opd.types import Sampled
+from megatron_opd.vocab import VocabShard
 
 TOKENIZER = SimpleNamespace(decode=lambda ids: "".join(chr(96 + i) for i in ids))
 
 
+NO_TEACHER = (), Distillation(c.LossConfig(), 1.0, VocabShard.whole(9), (), ())
+
+
 def parallel(replicas=1, is_main=True):
     """Of replicas whose answers are all the same."""
-    return SimpleNamespace(is_main=is_main, gather_leaders=lambda value: [value] * replicas)
+    place = {"is_main": is_main, "is_last_stage": True, "data_rank": 0}
+    return SimpleNamespace(
+        **place, gather_leaders=lambda value: [value] * replicas, gather_world=lambda value: [value] * replicas
+    )
+
+
+def told_by_two():
+    """The answers as a micro-batch, and who reads it: one teacher was asked about both, another about the first."""
+    teachers = tuple(c.TeacherConfig(name=name, model="", carrier="sampled") for name in ("both", "first"))
+    scores = [[sampled(-0.5, -1.25), sampled(-3.0)], [sampled(-0.25, -0.5), None]]
+    batches = pack(
+        rollouts(), micro_batch_size=2, length_multiple=1, device=torch.device("cpu"), scores=scores,
+        weights=[[0.5, 0.5], [1.0, 0.0]],
+    )  # fmt: skip
+    return batches, Distillation(c.LossConfig(kind="sampled"), 1.0, VocabShard.whole(9), teachers, (None, None))
+
+
+def sampled(*logps):
+    return Sampled(torch.tensor(logps))
 
 
 def completions(run_dir, *, every=1, most=32, **place):
@@ -38,7 +64,7 @@ def rollouts():
 
 
 def test_a_line_an_answer(tmp_path):
-    completions(tmp_path).log(rollouts(), 3)
+    completions(tmp_path).log(rollouts(), 3, *NO_TEACHER)
     ours, others = rows(tmp_path)
     assert ours == {
         **{"step": 3, "source": "add", "index": 7, "sample": 0, "origin": "student", "prompt": "a ↦ b"},
@@ -49,17 +75,23 @@ def test_a_line_an_answer(tmp_path):
     assert (others["origin"], others["finish"], others["reward"]) == ("dataset", "length", 0.5)
 
 
+def test_what_each_teacher_says_of_the_whole_answer(tmp_path):
+    completions(tmp_path).log(rollouts(), 3, *told_by_two())
+    found = [{name: x for name, x in row.items() if name.startswith("logprob/")} for row in rows(tmp_path)]
+    assert found == [{"logprob/both": -1.75, "logprob/first": -0.75}, {"logprob/both": -3.0, "logprob/first": None}]
+
+
 def test_every_so_many_steps_and_no_more_than_so_many(tmp_path):
     table = completions(tmp_path, every=2, most=3, replicas=2)
     for step in range(1, 5):
-        table.log(rollouts(), step)
+        table.log(rollouts(), step, *NO_TEACHER)
     assert [row["step"] for row in rows(tmp_path)] == [2, 2, 2, 4, 4, 4]
 
 
 @pytest.mark.parametrize("place", [{"every": 0}, {"is_main": False}])
 def test_nothing_is_written_where_it_is_off_or_elsewhere(tmp_path, place):
     table = completions(tmp_path, **place)
-    table.log(rollouts(), 4)
+    table.log(rollouts(), 4, *NO_TEACHER)
     table.rewind(1)
     assert list(tmp_path.iterdir()) == []
 
@@ -67,12 +99,12 @@ def test_nothing_is_written_where_it_is_off_or_elsewhere(tmp_path, place):
 def test_a_resume_drops_what_comes_again_and_half_a_line(tmp_path):
     table = completions(tmp_path)
     for step in (1, 2, 3):
-        table.log(rollouts(), step)
+        table.log(rollouts(), step, *NO_TEACHER)
     with (tmp_path / "completions.jsonl").open("a") as file:
         file.write('{"step": 1, "sou')
     table.rewind(2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 1, 2, 2]
-    table.log(rollouts(), 3)
+    table.log(rollouts(), 3, *NO_TEACHER)
     assert [row["step"] for row in rows(tmp_path)] == [1, 1, 2, 2, 3, 3]
 
 
