@@ -58,6 +58,11 @@ class CrossTokenizer:
             *(f"uld/{name}/{what}" for name in names for what in ("matched", "unmatched", "aligned_frac")),
         ]
 
+    @property
+    def takes_hidden(self) -> bool:
+        """Logits are needed."""
+        return False
+
     def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
         """The term at all tokens; leaves the logits alone."""
         num_tokens = len(logits_TL)

@@ -50,12 +50,12 @@ def _causes(objective: Objective, batch: MicroBatch, student: Logits, t: int) ->
         yield "the student's hidden states" if isinstance(student, Linear) else "the student's logits"
     if isinstance(student, Linear) and not _is_finite(student.head_LD):
         yield "the student's output head"
-    for n, (teacher, score) in enumerate(zip(objective.teachers, batch.teachers, strict=True)):
+    for n, (teacher, score) in enumerate(zip(objective.distillation.teachers, batch.teachers, strict=True)):
         if score is None or not batch.weights_TN[t, n] > 0:
             continue
         if not _is_finite(_of(score)[t]):
             yield f"what teacher '{teacher.name}' told"
-        head_LD = objective.heads[n]
+        head_LD = objective.distillation.heads[n]
         if head_LD is not None and not _is_finite(head_LD):
             yield f"the output head of teacher '{teacher.name}'"
 
