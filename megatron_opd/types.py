@@ -20,7 +20,7 @@ class Prompt:
     source: str
     """Name of the prompt source: the routing key for teachers and the column in tables."""
     index: int
-    """Line or row of the source (from 0); with `source` it identifies the prompt."""
+    """Line or row of the source (from 0); with `source` it identifies the row."""
     text: str
     """What the row asks; of messages, the last one's content. Templates and special tokens are only in `token_ids`."""
     token_ids: tuple[int, ...]
@@ -32,6 +32,8 @@ class Prompt:
     """`answer` as a response, its end-of-sequence token included; only where runs train on answers of the data set."""
     teacher_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """By name, what a teacher sees instead of `token_ids`; only those that see something else."""
+    repeat: int = 0
+    """How often the row was drawn before in the same step, on whichever replica; the draws are prompts of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,8 @@ class Sampling:
     """0: all tokens."""
     samples_per_prompt: int = 1
     seed: int = 0
-    """Every token's random number follows from (seed, prompt, sample), so it does not depend on layout or batching."""
+    """Every token's random number follows from (seed, prompt, sample), the prompt's `repeat` included, so it does not
+    depend on layout or batching."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
