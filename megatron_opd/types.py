@@ -67,8 +67,9 @@ class Rollout:
     """For each response token the version of the weights that sampled it (the step that produced them)."""
     origin: Literal["student", "teacher", "dataset"] = "student"
     """Who answered. Of others than the student `logps` and `versions` mean nothing to it."""
-    reward: float | None = None
-    """How good the answer is, from 0 to 1; None where it was not graded."""
+    reward: float | None = field(default=None, compare=False)
+    """How good the answer is, from 0 to 1; None where it was not graded. It comes later than the rest, and a graded
+    rollout is still the one that teachers were asked about."""
 
 
 @dataclass(frozen=True, slots=True)
