@@ -59,6 +59,11 @@ class CrossTokenizer:
         ]
 
     @property
+    def heads(self) -> tuple[torch.Tensor | None, ...]:
+        """By teacher: this rank's rows of its output head; None on ranks that do not compute the loss."""
+        return tuple(foreigner and foreigner.head_LD for foreigner in self.foreigners)
+
+    @property
     def takes_hidden(self) -> bool:
         """Logits are needed."""
         return False

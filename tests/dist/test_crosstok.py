@@ -62,7 +62,8 @@ def rollouts(paths):
     return made
 
 
-def step(parallel, config, rollouts):
+def built(parallel, config, rollouts):
+    """(student, objective, scored micro-batches) of a rank."""
     from types import SimpleNamespace
 
     from megatron_opd.objective import build_objective
@@ -75,8 +76,26 @@ def step(parallel, config, rollouts):
     teachers = build_teachers(config, parallel, vocab)
     objective = build_objective(config, vocab, teachers)
     run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
-    metrics = student.step(Run._pack(run, rollouts), objective)
+    return student, objective, Run._pack(run, rollouts)
+
+
+def step(parallel, config, rollouts):
+    student, objective, batches = built(parallel, config, rollouts)
+    metrics = student.step(batches, objective)
     return metrics, {name: tensor.clone() for name, tensor in student.export()}
+
+
+def spoilt_step(parallel, config, rollouts):
+    """Why a step is skipped whose teacher said NaN at the second micro-batch's last token but one; and which of the
+    student's tokens has the same end."""
+    student, objective, batches = built(parallel, config, rollouts)
+    score, at = batches[1].teachers[0], None
+    if score is not None:
+        score.hidden_QD[-2] = float("nan")
+        (ends,) = [stop - 1 for _, stop, first, last in score.spans_G4.tolist() if first <= len(score.ids_Q) - 2 < last]
+        at = divmod(batches[1].rows_T[ends].item() + 1, batches[1].tokens_BS.shape[1])
+    student.step(batches, objective)
+    return student.skipped, at
 
 
 class Dense:
@@ -175,3 +194,11 @@ def test_the_step_is_that_of_the_dense_formula(ranks, paths, case):
         assert metrics["uld/other/aligned_frac"] == 1
         for name, tensor in exported.items():
             torch.testing.assert_close(tensor.double(), weights[name], atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_a_teacher_that_says_nan_is_named(ranks, paths, layout):
+    answers = ranks.run(2, spoilt_step, config(paths, {}, {}, **layout), rollouts(paths), **layout)
+    (why, _), (same, (row, position)) = answers
+    assert why == same
+    assert f"micro-batch 1, row {row}, position {position} (not finite: what teacher 'other' told)" in why
