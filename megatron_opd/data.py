@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,8 +185,15 @@ class PromptMix:
         self._orders: dict[int, tuple[int, list[int]]] = {}
 
     def next(self, count: int) -> list[Prompt]:
-        """The next `count` prompts of the stream."""
-        return [self._draw(self._most_behind()) for _ in range(count)]
+        """The next `count` prompts of the stream; those that are among them once more say so."""
+        drawn = [self._draw(self._most_behind()) for _ in range(count)]
+        seen: Counter[tuple[str, int]] = Counter()
+        for i, prompt in enumerate(drawn):
+            row = prompt.source, prompt.index
+            if seen[row]:
+                drawn[i] = dataclasses.replace(prompt, repeat=seen[row])
+            seen[row] += 1
+        return drawn
 
     def state(self) -> dict[str, int]:
         """How many prompts each source has given, by name."""

@@ -90,7 +90,7 @@ def measure(
     parallel = student.parallel
     with_fp8 = pack(rollouts, teachers) if rollouts else []
     plain = [
-        _Plain(asked, config, parallel, objective.vocab) if is_in_fp8(asked, config) else scorer
+        _Plain(asked, config, parallel, objective.distillation.vocab) if is_in_fp8(asked, config) else scorer
         for asked, scorer in zip(config.teachers, teachers, strict=True)
     ]
     if rollouts:
@@ -100,7 +100,7 @@ def measure(
         for teacher in plain:
             teacher.score([])
     heads = tuple(teacher.head_LD for teacher in plain)
-    exact = replace(objective, heads=heads)
+    exact = replace(objective, distillation=replace(objective.distillation, heads=heads))
     sums = Sums()
     for batch, reference in zip(with_fp8, without, strict=True):
         student_TL = student.logits(batch)
@@ -135,11 +135,12 @@ Side = tuple[Objective, MicroBatch, torch.Tensor]
 def _compare(sums: Sums, fp8: Side, plain: Side) -> None:
     """Adds up a micro-batch, on the ranks of the last stage."""
     objective, batch, _ = plain
-    settings, vocab = objective.config, objective.vocab
-    for level, rows in chunks(batch, objective.teachers, settings.chunk_tokens):
+    term = objective.distillation
+    settings, vocab = term.config, term.vocab
+    for level, rows in chunks(batch, term.teachers, settings.chunk_tokens):
         targets, students = [], []
         for side, told, logits_TL in (fp8, plain):
-            target = Targets(settings, vocab, side.heads).at(told, rows, level)
+            target = Targets(settings, vocab, side.distillation.heads).at(told, rows, level)
             logp_CL = vocab.log_softmax(logits_TL[rows], settings.temperature)
             targets.append(target)
             students.append(logp_CL)
@@ -152,7 +153,7 @@ def _compare(sums: Sums, fp8: Side, plain: Side) -> None:
         sums.signal[0] += float(signal_C.double().sum())
         sums.signal[1] += len(signal_C)
         asked_CN = batch.weights_TN[rows] > 0
-        for n, teacher in enumerate(objective.teachers):
+        for n, teacher in enumerate(term.teachers):
             both = [target.told[n] for target in targets]
             if all(isinstance(told, Exact) for told in both):
                 noisy, own = (told.logp_CL[asked_CN[:, n]] for told in both)

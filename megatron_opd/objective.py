@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_opd.config import Config, LossConfig, PolicyConfig, TeacherConfig
+from megatron_opd.config import Config, PolicyConfig
 from megatron_opd.crosstok.term import CrossTokenizer
 from megatron_opd.fused import Logits
 from megatron_opd.teachers.foreign import ForeignTeacher
@@ -34,26 +34,12 @@ from megatron_opd.vocab import VocabShard
 class Objective:
     """The loss of a run on this rank's shard of the vocabulary."""
 
-    config: LossConfig
-    sampling_temperature: float
-    """Temperature of the sampler, for comparing its log-probabilities with the trainer's."""
-    vocab: VocabShard
-    teachers: tuple[TeacherConfig, ...]
-    heads: tuple[torch.Tensor | None, ...]
-    """By teacher: the output-head rows of this shard [L, D_n] in the teacher's dtype; None for one that does not tell
-    hidden states, and on ranks that do not compute the loss."""
+    distillation: Distillation | CrossTokenizer
+    """Its settings of the loss, sampling temperature and vocabulary are those of the other terms too."""
     policy: PolicyConfig | None = None
     """None: no token ever has an advantage."""
     has_answers_of_others: bool = False
     """Whether there may be tokens that the student did not sample, or with a weight of the cross-entropy."""
-    crossing: CrossTokenizer | None = None
-    """The distillation term where teachers have their own tokenizer; None: they have the student's."""
-
-    @property
-    def distillation(self) -> Distillation | CrossTokenizer:
-        if self.crossing:
-            return self.crossing
-        return Distillation(self.config, self.sampling_temperature, self.vocab, self.teachers, self.heads)
 
     def metric_names(self) -> list[str]:
         """Names of the per-token sums that a call returns, in order."""
@@ -67,8 +53,7 @@ class Objective:
     @property
     def takes_hidden(self) -> bool:
         """Whether a call may be given the student's hidden states and head in place of its logits."""
-        distillation = self.distillation
-        return self._sampled() is None and isinstance(distillation, Distillation) and distillation.takes_hidden
+        return self._sampled() is None and self.distillation.takes_hidden
 
     def __call__(self, batch: MicroBatch, student: Logits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sum of the loss over tokens, number of tokens as int32, metrics [M, 2] float64).
@@ -91,9 +76,10 @@ class Objective:
             return self.distillation(batch, student)
         assert isinstance(student, torch.Tensor), "the terms of sampled tokens need logits"
         others = sampled(batch, student)  # first: the fused loss leaves its gradient in the logits' place
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.weight > 0):
+        weight = self.distillation.config.weight
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
             distill = self.distillation(batch, student)
-        if self.config.weight == 0:
+        if weight == 0:
             distill = Term(torch.zeros_like(distill.loss), torch.zeros_like(distill.loss_T), distill.metrics_M2)
         loss_T = distill.loss_T + others.loss_T
         columns = [loss_T, distill.loss_T, *(self._split(batch, loss_T))]
@@ -112,18 +98,19 @@ class Objective:
     def _sampled(self) -> SampledTokens | None:
         if self.policy is None and not self.has_answers_of_others:
             return None
-        policy = self.policy or PolicyConfig()
-        return SampledTokens(policy, self.sampling_temperature, self.vocab, self.config.chunk_tokens)
+        policy, base = self.policy or PolicyConfig(), self.distillation
+        return SampledTokens(policy, base.sampling_temperature, base.vocab, base.config.chunk_tokens)
 
 
 def build_objective(
     config: Config, vocab: VocabShard, teachers: Sequence[TeacherScorer], *, has_answers_of_others: bool = False
 ) -> Objective:
     """The objective of a run's settings and its teachers, in order."""
-    policy = config.policy if config.has_policy_gradient else None
     settings = config.loss, config.rollout.temperature, vocab, tuple(config.teachers)
-    if not config.crosses_tokenizers:
-        return Objective(*settings, tuple(teacher.head_LD for teacher in teachers), policy, has_answers_of_others)
-    foreigners = tuple(teacher.foreigner for teacher in teachers if isinstance(teacher, ForeignTeacher))
-    crossing = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
-    return Objective(*settings, (), policy, has_answers_of_others, crossing)
+    distillation: Distillation | CrossTokenizer
+    if config.crosses_tokenizers:
+        foreigners = tuple(teacher.foreigner for teacher in teachers if isinstance(teacher, ForeignTeacher))
+        distillation = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
+    else:
+        distillation = Distillation(*settings, tuple(teacher.head_LD for teacher in teachers))
+    return Objective(distillation, config.policy if config.has_policy_gradient else None, has_answers_of_others)

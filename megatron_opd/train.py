@@ -255,7 +255,7 @@ class Run:
         raise error or PeerError(message)
 
     def _save(self) -> None:
-        loop = {"step": self.trained, "version": self.trained, "prompts": self.cursor}
+        loop = {"step": self.trained, "version": self.trained, "prompts": self.cursor, "skips": self.student.skips}
         path = self.checkpoints.save(self.student, loop)
         self.saved = self.trained
         self.tracker.message(f"saved {path}")
@@ -309,6 +309,7 @@ class Run:
                 self.tracker.message(f"no complete checkpoint in {self.config.run.dir}: starting from the beginning")
             return 0
         self.prompts.load_state(loop["prompts"])
+        self.student.skips = loop.get("skips", 0)  # checkpoints did not always have it
         self.tracker.rewind(loop["step"])
         self.completions.rewind(loop["step"])
         self.tracker.message(f"resuming after step {loop['step']}")

@@ -20,7 +20,7 @@ class Prompt:
     source: str
     """Name of the prompt source: the routing key for teachers and the column in tables."""
     index: int
-    """Line or row of the source (from 0); with `source` it identifies the prompt."""
+    """Line or row of the source (from 0); with `source` it identifies the row."""
     text: str
     """What the row asks; of messages, the last one's content. Templates and special tokens are only in `token_ids`."""
     token_ids: tuple[int, ...]
@@ -33,6 +33,8 @@ class Prompt:
     answers of the data set, or measure their cross-entropy."""
     teacher_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """By name, what a teacher sees instead of `token_ids`; only those that see something else."""
+    repeat: int = 0
+    """How often the row was drawn before in the same step, on whichever replica; the draws are prompts of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,8 @@ class Sampling:
     """0: all tokens."""
     samples_per_prompt: int = 1
     seed: int = 0
-    """Every token's random number follows from (seed, prompt, sample), so it does not depend on layout or batching."""
+    """Every token's random number follows from (seed, prompt, sample), the prompt's `repeat` included, so it does not
+    depend on layout or batching."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +68,9 @@ class Rollout:
     """For each response token the version of the weights that sampled it (the step that produced them)."""
     origin: Literal["student", "teacher", "dataset"] = "student"
     """Who answered. Of others than the student `logps` and `versions` mean nothing to it."""
-    reward: float | None = None
-    """How good the answer is, from 0 to 1; None where it was not graded."""
+    reward: float | None = field(default=None, compare=False)
+    """How good the answer is, from 0 to 1; None where it was not graded. It comes later than the rest, and a graded
+    rollout is still the one that teachers were asked about."""
 
 
 @dataclass(frozen=True, slots=True)

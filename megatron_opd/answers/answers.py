@@ -79,10 +79,10 @@ class Answers:
         self, name: str, prompts: list[Prompt], sampling: Sampling, on_finished: OnFinished
     ) -> list[Rollout]:
         """Answers that the teacher samples, to the prompts as it sees them."""
-        own = {(prompt.source, prompt.index): prompt for prompt in prompts}
+        own = {(prompt.source, prompt.index, prompt.repeat): prompt for prompt in prompts}
 
         def as_ours(rollout: Rollout) -> Rollout:
-            prompt = own[rollout.prompt.source, rollout.prompt.index]
+            prompt = own[rollout.prompt.source, rollout.prompt.index, rollout.prompt.repeat]
             return replace(rollout, prompt=prompt, origin="teacher", versions=(0,) * len(rollout.response_ids))
 
         seen = [seen_by(name, prompt) for prompt in prompts]

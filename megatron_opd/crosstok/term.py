@@ -21,7 +21,6 @@ import torch
 from megatron_opd.config import CrossTokenizerConfig, LossConfig, TeacherConfig
 from megatron_opd.crosstok.matched import Matched
 from megatron_opd.crosstok.uld import Spans, other_tokens, uld
-from megatron_opd.losses import reverse_kl
 from megatron_opd.terms.term import Term, WithGradient, sums
 from megatron_opd.types import Foreign, MicroBatch
 from megatron_opd.vocab import VocabShard
@@ -58,6 +57,16 @@ class CrossTokenizer:
             *("logprob/student", "logprob/teacher", "mismatch/kl"),
             *(f"uld/{name}/{what}" for name in names for what in ("matched", "unmatched", "aligned_frac")),
         ]
+
+    @property
+    def heads(self) -> tuple[torch.Tensor | None, ...]:
+        """By teacher: this rank's rows of its output head; None on ranks that do not compute the loss."""
+        return tuple(foreigner and foreigner.head_LD for foreigner in self.foreigners)
+
+    @property
+    def takes_hidden(self) -> bool:
+        """Logits are needed."""
+        return False
 
     def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
         """The term at all tokens; leaves the logits alone."""
@@ -128,9 +137,7 @@ class CrossTokenizer:
             hidden_QD = score.hidden_QD[t_first:t_stop].to(foreigner.head_LD.dtype)
             logits_QL = hidden_QD @ foreigner.head_LD.T
             theirs = self._spans(foreigner.vocab, logits_QL, score.ids_Q[t_first:t_stop], spans_G4[:, 2:] - t_first)
-        matched = foreigner.matched if self.how.hybrid else foreigner.matched.none()
-        weight = None if self.how.adaptive and self.how.hybrid else self.how.matched_weight if self.how.hybrid else 0.0
-        parts = uld(ours, theirs, matched, beta=self.config.beta, weight=weight)
+        parts = uld(ours, theirs, foreigner.matched, self.how, beta=self.config.beta)
         last_G = spans_G4[:, 1] - 1
         weight_G = batch.weights_TN[last_G, n]
         if batch.distill_T is not None:
@@ -139,7 +146,7 @@ class CrossTokenizer:
         if grad_TL is not None:
             grad_TL[first:stop] += torch.autograd.grad(loss_G.sum(), logits_CL)[0]
         with torch.no_grad():
-            told.add(n, spans_G4, loss_G, parts, _reverse_kl(ours, theirs, foreigner.matched), theirs.came())
+            told.add(n, spans_G4, loss_G, parts, theirs.came())
 
     def _spans(self, vocab: VocabShard, logits_CL: torch.Tensor, ids_C: torch.Tensor, spans_G2: torch.Tensor) -> Spans:
         """A model at spans of the rows of a chunk."""
@@ -156,7 +163,8 @@ class _Told:
 
     loss_T: torch.Tensor
     by_teacher: list[list[torch.Tensor]]
-    """By teacher: matched, unmatched, reverse KL, log-probability of the span's text, each [T]; where a span ends."""
+    """By teacher: matched, unmatched, reverse KL, log-probability of the span's text, 1 where a span ends, and how many
+    tokens of the student it has; each [T]."""
 
     @classmethod
     def nothing(cls, num_tokens: int, num_teachers: int, device: torch.device) -> _Told:
@@ -165,12 +173,12 @@ class _Told:
 
         return cls(zeros(), [[zeros() for _ in range(6)] for _ in range(num_teachers)])
 
-    def add(self, n: int, spans_G4: torch.Tensor, loss_G: torch.Tensor, parts: tuple, *others: torch.Tensor) -> None:
-        """At the spans, teacher `n`: the weighted loss, its parts, the reverse KL and the text's log-probability."""
+    def add(self, n: int, spans_G4: torch.Tensor, loss_G: torch.Tensor, parts: tuple, came_G: torch.Tensor) -> None:
+        """At the spans, teacher `n`: the weighted loss, what `uld` gives, and the text's log-probability."""
         last_G = spans_G4[:, 1] - 1
         self.loss_T[last_G] += loss_G.double()
         lengths_G = spans_G4[:, 1] - spans_G4[:, 0]
-        values = [*parts, *others, torch.ones_like(loss_G), lengths_G]
+        values = [*parts, came_G, torch.ones_like(loss_G), lengths_G]
         for column_T, value_G in zip(self.by_teacher[n], values, strict=True):
             column_T[last_G] = value_G.double()
 
@@ -191,13 +199,6 @@ class _Told:
             asked_T = weights_TN[:, n] > 0
             columns += [told[0][end_T], told[1][end_T], told[5][asked_T]]
         return columns
-
-
-def _reverse_kl(ours: Spans, theirs: Spans, matched: Matched) -> torch.Tensor:
-    """KL(q || p) over the tokens that both have and the rest, [G]."""
-    ours_GO = ours.with_rest(matched.student_M, matched.student_only_A)
-    theirs_GO = theirs.with_rest(matched.teacher_M, matched.teacher_only_B)
-    return reverse_kl(ours_GO, theirs_GO, VocabShard.whole(ours_GO.shape[-1]))
 
 
 def _chunks(spans_G4: torch.Tensor, size: int) -> Iterator[torch.Tensor]:

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_opd.config import CrossTokenizerConfig
 from megatron_opd.crosstok.matched import Matched
-from megatron_opd.losses import divergence
+from megatron_opd.losses import divergence, reverse_kl
 from megatron_opd.vocab import VocabShard
 
 
@@ -59,18 +60,21 @@ class Spans:
 
 
 def uld(
-    student: Spans, teacher: Spans, matched: Matched, *, beta: float, weight: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(matched, unmatched) parts of the loss by span, [G] each, with their weights.
-
-    `weight` is that of the matched part; None: the share of the teacher's vocabulary that is matched.
-    """
-    w = len(matched.teacher_M) / teacher.logp_GV.shape[-1] if weight is None else weight
+    student: Spans, teacher: Spans, matched: Matched, how: CrossTokenizerConfig, *, beta: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(matched, unmatched) parts of the loss by span, with their weights, and KL(Q || P) over the outcomes of the
+    matched part, without a gradient; [G] each."""
     student_GO = student.with_rest(matched.student_M, matched.student_only_A)
     teacher_GO = teacher.with_rest(matched.teacher_M, matched.teacher_only_B)
-    matched_G = divergence(student_GO, teacher_GO, VocabShard.whole(student_GO.shape[-1]), beta)
-    unmatched_G = sorted_l1(student.at(matched.student_only_A).exp(), teacher.at(matched.teacher_only_B).exp())
-    return w * matched_G, (1 - w) * unmatched_G
+    space = VocabShard.whole(student_GO.shape[-1])
+    with torch.no_grad():
+        kl_G = reverse_kl(student_GO, teacher_GO, space)
+    apart = matched if how.hybrid else matched.none()
+    unmatched_G = sorted_l1(student.at(apart.student_only_A).exp(), teacher.at(apart.teacher_only_B).exp())
+    if not how.hybrid:
+        return torch.zeros_like(kl_G), unmatched_G, kl_G
+    w = len(matched.teacher_M) / teacher.logp_GV.shape[-1] if how.adaptive else how.matched_weight
+    return w * divergence(student_GO, teacher_GO, space, beta), (1 - w) * unmatched_G, kl_G
 
 
 def sorted_l1(student_GA: torch.Tensor, teacher_GB: torch.Tensor) -> torch.Tensor:

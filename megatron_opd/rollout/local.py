@@ -1,14 +1,13 @@
 """The embedded engine: transformers with a KV cache inside the trainer's leader rank. For one machine, no servers.
 
-Every random number is a function of (seed, prompt, sample, position) alone, so the same weights give the same
-rollouts whatever the layout, the batch or the number of replicas; there is no generator state to save.
+Every random number is a function of (seed, prompt, sample, position) alone, `seeds.py`, so the same weights give the
+same rollouts whatever the layout, the batch or the number of replicas; there is no generator state to save.
 
 Shape suffixes: B sequences decoded together, R response positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_opd.rollout.seeds import seed_of
 from megatron_opd.types import Prompt, Rollout, Sampling
 
 MAX_BATCH = 256
@@ -170,6 +170,5 @@ def _places(model: Any) -> dict[str, torch.Tensor]:
 
 def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> torch.Tensor:
     """The random numbers of one rollout, [R] in [0, 1)."""
-    text = f"{sampling.seed}/{prompt.source}/{prompt.index}/{sample}"
-    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-    return torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed_of(sampling, prompt, sample))
+    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)

@@ -9,7 +9,6 @@ log-probabilities and weight versions that they were sampled with.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from megatron_opd.rollout.seeds import seed_of
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Down
 from megatron_opd.sglang.loop import Loop
@@ -148,7 +148,7 @@ class SGLangEngine:
             top_k=sampling.top_k,
             stop_ids=self.eos_ids,
             banned_ids=self.banned_ids,
-            seed=_seed(sampling, prompt, sample),
+            seed=seed_of(sampling, prompt, sample),
             is_fixed=self.sync is None,
         )
         drawn = await self._finish(draw, group)
@@ -212,9 +212,3 @@ def _end(draw: Draw, ids: tuple[int, ...], finish: str) -> Literal["stop", "leng
     if ids and ids[-1] in draw.stop_ids:
         return "stop"
     return "length" if len(ids) == draw.max_new_tokens else finish
-
-
-def _seed(sampling: Sampling, prompt: Prompt, sample: int) -> int:
-    """In [0, 2^63), of the rollout alone."""
-    text = f"{sampling.seed}/{prompt.source}/{prompt.index}/{sample}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,9 +1,10 @@
 """Checkpoints of a run: Megatron's torch_dist for what is sharded, one JSON file for the loop, written last.
 
 `<run.dir>/checkpoints/step_00000010/` holds the student, the optimizer, the schedule and every rank's random state.
-`loop.json` (step, data cursor, weight version, architecture, layout) appears only when all of that is on disk, so a
-directory without it is not a checkpoint, and a run killed in the middle of a save resumes from the one before.
-Teachers are never saved. A checkpoint can be restored on another layout; random states are then left as they are.
+`loop.json` (step, data cursor, weight version, steps skipped in a row, architecture, layout) appears only when all of
+that is on disk, so a directory without it is not a checkpoint, and a run killed in the middle of a save resumes from
+the one before. Teachers are never saved. A checkpoint can be restored on another layout; random states are then left as
+they are.
 """
 
 from __future__ import annotations

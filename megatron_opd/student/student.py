@@ -46,7 +46,9 @@ class Student:
             self.model, config.optim, dtype, num_steps=config.train.steps * config.train.updates_per_step
         )
         megatron.grad_scale_func = self.optimizer.scale_loss
-        self.max_skipped, self.skips = config.train.max_skipped, 0
+        self.max_skipped = config.train.max_skipped
+        self.skips = 0
+        """How many of the last steps in a row left the weights as they were; a resumed run sets it."""
         self.skipped: str | None = None
         """Why the last step left the weights as they were; None: it did not."""
 

@@ -33,16 +33,19 @@ class ForeignTeacher:
         if self.head_LD is not None:
             self.foreigner = Foreigner(self.head_LD, vocab, matched.to(self.head_LD.device))
         self._scorer, self._translator = scorer, translator
+        self._submitted: dict[Rollout, _Translated] = {}
 
     def submit(self, rollout: Rollout) -> None:
         """Start scoring a rollout."""
-        theirs = self._translated(rollout)
+        theirs = self._submitted[rollout] = self._translated(rollout)
         if theirs.rollout.response_ids:
             self._scorer.submit(theirs.rollout)
 
     def score(self, rollouts: list[Rollout]) -> list[Foreign | None]:
         """One score a rollout, in order; without spans where the teacher's tokenizer cannot say the same text."""
-        theirs = [self._translated(rollout) for rollout in rollouts]
+        theirs = [self._submitted.get(rollout) or self._translated(rollout) for rollout in rollouts]
+        for rollout in rollouts:  # one may be there twice
+            self._submitted.pop(rollout, None)
         asked = [t.rollout for t in theirs if t.rollout.response_ids]
         answers = iter(self._scorer.score(asked))
         return [self._score(t, next(answers) if t.rollout.response_ids else None) for t in theirs]

@@ -24,7 +24,7 @@ from megatron_opd.fused import Linear, Logits
 from megatron_opd.losses import divergence, importance, reverse_kl, sampled_reverse_kl
 from megatron_opd.targets import Target, Targets
 from megatron_opd.terms.estimators import k2, k3
-from megatron_opd.terms.term import Term, WithGradient, sums
+from megatron_opd.terms.term import Term, of_chunks, sums
 from megatron_opd.types import Hidden, MicroBatch, Sampled, TeacherScore, TopK
 from megatron_opd.vocab import VocabShard
 
@@ -116,24 +116,9 @@ class Distillation:
             loss, columns = exact_loss(*settings, batch, student)
             return Term(loss, columns[0], sums(columns))
         assert isinstance(student, torch.Tensor), "logits are needed where a teacher tells less than hidden states"
-        return self._of_logits(batch, student)
-
-    def _of_logits(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
-        """The same with any teachers."""
-        num_tokens = logits_TL.shape[0]
-        metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=logits_TL.device)
-        loss_T = torch.zeros(num_tokens, dtype=torch.float64, device=logits_TL.device)
-        grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
-        for level, rows in chunks(batch, self.teachers, self.config.chunk_tokens):
-            grad_CL, columns = self._chunk(batch, logits_TL[rows].detach(), rows, level)
-            metrics_M2 += sums(columns)
-            loss_T[rows] = columns[0].detach().double()
-            if grad_TL is not None:
-                grad_TL[rows] = grad_CL
-        loss = metrics_M2[0, 0].float()
-        if grad_TL is not None:
-            loss = WithGradient.apply(logits_TL, loss, grad_TL)
-        return Term(loss, loss_T, metrics_M2)
+        parts = chunks(batch, self.teachers, self.config.chunk_tokens)
+        made = ((rows, *self._chunk(batch, student[rows].detach(), rows, level)) for level, rows in parts)
+        return of_chunks(student, made, len(self.metric_names()))
 
     def _chunk(
         self, batch: MicroBatch, logits_CL: torch.Tensor, rows: Rows, level: Level

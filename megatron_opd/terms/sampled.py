@@ -16,7 +16,7 @@ import torch
 from megatron_opd.config import PolicyConfig
 from megatron_opd.terms.cross_entropy import cross_entropy
 from megatron_opd.terms.policy import policy_gradient
-from megatron_opd.terms.term import Term, WithGradient, sums
+from megatron_opd.terms.term import Term, of_chunks
 from megatron_opd.types import MicroBatch
 from megatron_opd.vocab import VocabShard
 
@@ -39,21 +39,9 @@ class SampledTokens:
 
     def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
         """The term; leaves the logits alone."""
-        num_tokens = len(logits_TL)
-        loss_T = torch.zeros(num_tokens, dtype=torch.float64, device=logits_TL.device)
-        metrics_M2 = torch.zeros(len(_METRICS), 2, dtype=torch.float64, device=logits_TL.device)
-        grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
-        for start in range(0, num_tokens, self.chunk_tokens):
-            rows = slice(start, start + self.chunk_tokens)
-            grad_CL, columns = self._chunk(batch, logits_TL[rows].detach(), rows)
-            loss_T[rows] = columns[0].detach().double()
-            metrics_M2 += sums(columns)
-            if grad_TL is not None:
-                grad_TL[rows] = grad_CL
-        loss = metrics_M2[0, 0].float()
-        if grad_TL is not None:
-            loss = WithGradient.apply(logits_TL, loss, grad_TL)
-        return Term(loss, loss_T, metrics_M2)
+        parts = (slice(at, at + self.chunk_tokens) for at in range(0, len(logits_TL), self.chunk_tokens))
+        made = ((rows, *self._chunk(batch, logits_TL[rows].detach(), rows)) for rows in parts)
+        return of_chunks(logits_TL, made, len(_METRICS))
 
     def _chunk(
         self, batch: MicroBatch, logits_CL: torch.Tensor, rows: slice

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from megatron_opd.config import CrossTokenizerConfig
 from megatron_opd.crosstok.matched import Matched
 from megatron_opd.crosstok.uld import Spans, other_tokens, sorted_l1, uld
 
@@ -62,11 +63,19 @@ def expected(student, teacher, beta, weight, merge):
     return torch.tensor(found, dtype=torch.float64).T
 
 
-def computed(student, teacher, beta, weight, merge):
+def weighing(weight):
+    """`weight` of the matched part; None: by its share."""
+    return CrossTokenizerConfig(adaptive=weight is None, matched_weight=1.0 if weight is None else weight)
+
+
+def both(student, teacher, merge):
     (logits, ids), (their_logits, their_ids) = student, teacher
     ours = merged(logits.log_softmax(-1), ids, SPANS_G4[:, :2], merge)
-    theirs = merged(their_logits.log_softmax(-1), their_ids, SPANS_G4[:, 2:], merge)
-    return torch.stack(uld(ours, theirs, MATCHED, beta=beta, weight=weight))
+    return ours, merged(their_logits.log_softmax(-1), their_ids, SPANS_G4[:, 2:], merge)
+
+
+def computed(student, teacher, beta, weight, merge):
+    return torch.stack(uld(*both(student, teacher, merge), MATCHED, weighing(weight), beta=beta)[:2])
 
 
 @pytest.mark.parametrize("merge", ["first", "last"])
@@ -89,6 +98,25 @@ def test_value_and_gradient(merge, beta, weight):
         assert abs((up - down) / (2 * step) - grad[row, column]) < 1e-7
 
 
+@pytest.mark.parametrize("is_hybrid", [True, False])
+@pytest.mark.parametrize("merge", ["first", "last"])
+def test_the_reverse_kl_is_over_the_matched_tokens_and_the_rest(merge, is_hybrid):
+    """Also where the loss knows no matched tokens; and it has no gradient."""
+    (logits, ids), teacher = rows(8, STUDENT_V, 1), rows(9, TEACHER_V, 2)
+    ours, theirs = both((logits.requires_grad_(), ids), teacher, merge)
+    matched_G, _, kl_G = uld(ours, theirs, MATCHED, CrossTokenizerConfig(hybrid=is_hybrid), beta=0.3)
+    torch.testing.assert_close(kl_G, expected((logits.detach(), ids), teacher, 1, 1.0, merge)[0])
+    assert not kl_G.requires_grad
+    assert (matched_G != 0).all() == is_hybrid
+
+
+def test_plain_uld_compares_all_tokens_sorted():
+    ours, theirs = both(rows(8, STUDENT_V, 1), rows(9, TEACHER_V, 2), "first")
+    _, unmatched_G, _ = uld(ours, theirs, MATCHED, CrossTokenizerConfig(hybrid=False), beta=0.3)
+    p = [x.logp_GV.exp() * x.others_G.exp()[:, None] for x in (ours, theirs)]
+    torch.testing.assert_close(unmatched_G, sorted_l1(*p))
+
+
 def test_tokens_outside_spans_have_no_gradient():
     (logits, ids), teacher = rows(8, STUDENT_V, 1), rows(9, TEACHER_V, 2)
     loss = computed((logits.requires_grad_(), ids), teacher, 1, None, "first").sum()
@@ -105,7 +133,7 @@ def test_the_same_model_and_cut_has_no_loss_and_no_gradient(beta, merge):
     same = Matched(torch.arange(6), torch.arange(6), torch.arange(6, 9), torch.arange(6, 9))
     ours = merged(logits.requires_grad_().log_softmax(-1), ids, spans, merge)
     theirs = merged(logits.detach().log_softmax(-1), ids, spans, merge)
-    matched_G, unmatched_G = uld(ours, theirs, same, beta=beta, weight=0.5)
+    matched_G, unmatched_G, _ = uld(ours, theirs, same, weighing(0.5), beta=beta)
     assert matched_G.abs().max() < 1e-14
     assert unmatched_G.abs().max() < 1e-14
     (grad,) = torch.autograd.grad(matched_G.sum(), logits)
@@ -125,12 +153,12 @@ def test_nothing_unmatched_and_nothing_matched():
     none = torch.zeros(2, dtype=torch.float64)
     at_once = Spans(logp, none, none)
     other = Spans(torch.randn(2, 4, dtype=torch.float64).log_softmax(-1), none, none)
-    matched_G, unmatched_G = uld(other, at_once, whole, beta=0, weight=None)
+    matched_G, unmatched_G, _ = uld(other, at_once, whole, weighing(None), beta=0)
     kl_G = (logp.exp() * (logp - other.logp_GV)).sum(-1)
     torch.testing.assert_close(matched_G, kl_G, atol=1e-12, rtol=0)
     assert unmatched_G.tolist() == [0, 0]
     nothing = Matched(torch.arange(0), torch.arange(0), torch.arange(4), torch.arange(4))
-    matched_G, unmatched_G = uld(other, at_once, nothing, beta=0, weight=None)
+    matched_G, unmatched_G, _ = uld(other, at_once, nothing, weighing(None), beta=0)
     assert matched_G.abs().max() == 0
     torch.testing.assert_close(unmatched_G, sorted_l1(other.logp_GV.exp(), logp.exp()))
 

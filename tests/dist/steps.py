@@ -13,16 +13,15 @@ def build(parallel, config, vocab_size):
     from megatron_opd.objective import Objective
     from megatron_opd.student.student import Student
     from megatron_opd.teachers import build_teachers
+    from megatron_opd.terms.distillation import Distillation
     from megatron_opd.train import Run
 
     student = Student(config, parallel)
     vocab = student.vocab_shard(vocab_size)
     teachers = build_teachers(config, parallel, vocab)
     heads = tuple(t.head_LD for t in teachers)
-    objective = Objective(
-        config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads,
-        has_answers_of_others=config.answers.lmbda < 1,
-    )  # fmt: skip
+    term = Distillation(config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads)
+    objective = Objective(term, has_answers_of_others=config.answers.lmbda < 1)
     run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
     return student, objective, lambda rollouts: Run._pack(run, rollouts) if rollouts else []
 
@@ -61,7 +60,8 @@ def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
     from megatron_opd.updates import update
 
     student, objective, pack = build(parallel, config, vocab_size)
-    objective = build_objective(config, objective.vocab, [SimpleNamespace(head_LD=head) for head in objective.heads])
+    term = objective.distillation
+    objective = build_objective(config, term.vocab, [SimpleNamespace(head_LD=head) for head in term.heads])
     shaping = Shaping(config, parallel, objective.distillation)
     mine, metrics = rollouts[parallel.data_rank :: parallel.data_size], []
     for step in range(num_steps):
@@ -75,7 +75,7 @@ def step_on_nan(parallel, config, rollouts, vocab_size):
     student, objective, pack = build(parallel, config, vocab_size)
     before = [p.detach().clone() for p in student.gpt.parameters()]
     if parallel.rank == parallel.world_size - 1:
-        objective.heads[0].fill_(float("nan"))
+        objective.distillation.heads[0].fill_(float("nan"))
     try:
         student.step(pack(rollouts[parallel.data_rank :: parallel.data_size]), objective)
     except FloatingPointError:

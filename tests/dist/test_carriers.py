@@ -13,6 +13,7 @@ import torch
 from megatron_opd.batching import pack
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.objective import Objective
+from megatron_opd.terms.distillation import Distillation
 from megatron_opd.types import Hidden, MicroBatch, Sampled, TopK
 from megatron_opd.vocab import VocabShard
 
@@ -125,7 +126,7 @@ def on_shard(parallel, index):
     here = slice(parallel.tensor_rank * share, (parallel.tensor_rank + 1) * share)
     vocab = VocabShard(here.start, here.stop, SIZE, parallel.tensor_group if parallel.tensor_size > 1 else None)
     heads = tuple(None if head is None else head[here] for head in case.heads)
-    objective = Objective(case.config, 1.0, vocab, case.teachers, heads)
+    objective = Objective(Distillation(case.config, 1.0, vocab, case.teachers, heads))
     mine = case.logits[:, here].clone().requires_grad_()
     loss, _, metrics = objective(case.batch, mine)
     (UPSTREAM * loss).backward()
@@ -272,7 +273,7 @@ def train(parallel, config, rollouts, lists, num_steps):
     student = Student(config, parallel)
     vocab = student.vocab_shard(VOCAB_SIZE)
     exact = MegatronTeacher(config.teachers[1], parallel, vocab, micro_batch_size=config.train.micro_batch_size)
-    objective = Objective(config.loss, 1.0, vocab, tuple(config.teachers), (None, exact.head_LD))
+    objective = Objective(Distillation(config.loss, 1.0, vocab, tuple(config.teachers), (None, exact.head_LD)))
     weights = [config.teacher_weights(r.prompt.source) for r in rollouts]
     asked = [r for r, w in zip(rollouts, weights, strict=True) if w[1]]
     scores = iter(exact.score(asked))

@@ -62,7 +62,7 @@ def rollouts(paths):
     return made
 
 
-def parts(parallel, config, rollouts):
+def built(parallel, config, rollouts):
     """(student, objective, scored micro-batches) of a rank."""
     from types import SimpleNamespace
 
@@ -80,7 +80,7 @@ def parts(parallel, config, rollouts):
 
 
 def step(parallel, config, rollouts):
-    student, objective, batches = parts(parallel, config, rollouts)
+    student, objective, batches = built(parallel, config, rollouts)
     metrics = student.step(batches, objective)
     return metrics, {name: tensor.clone() for name, tensor in student.export()}
 
@@ -88,8 +88,21 @@ def step(parallel, config, rollouts):
 def told(parallel, config, rollouts):
     from megatron_opd.answer_logps import answer_logps
 
-    _, objective, batches = parts(parallel, config, rollouts)
+    _, objective, batches = built(parallel, config, rollouts)
     return answer_logps(objective.distillation, batches, len(rollouts), parallel)
+
+
+def spoilt_step(parallel, config, rollouts):
+    """Why a step is skipped whose teacher said NaN at the second micro-batch's last token but one; and which of the
+    student's tokens has the same end."""
+    student, objective, batches = built(parallel, config, rollouts)
+    score, at = batches[1].teachers[0], None
+    if score is not None:
+        score.hidden_QD[-2] = float("nan")
+        (ends,) = [stop - 1 for _, stop, first, last in score.spans_G4.tolist() if first <= len(score.ids_Q) - 2 < last]
+        at = divmod(batches[1].rows_T[ends].item() + 1, batches[1].tokens_BS.shape[1])
+    student.step(batches, objective)
+    return student.skipped, at
 
 
 class Dense:
@@ -203,3 +216,11 @@ def test_its_log_probabilities_of_whole_answers(ranks, paths, layout):
     size = layout.get("tensor", 1) * layout.get("pipeline", 1)
     for found in ranks.run(size, told, config(paths, loss, how, **layout), rollouts(paths), **layout):
         assert [row["other"] for row in found] == pytest.approx(wanted, rel=2e-5)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_a_teacher_that_says_nan_is_named(ranks, paths, layout):
+    answers = ranks.run(2, spoilt_step, config(paths, {}, {}, **layout), rollouts(paths), **layout)
+    (why, _), (same, (row, position)) = answers
+    assert why == same
+    assert f"micro-batch 1, row {row}, position {position} (not finite: what teacher 'other' told)" in why

@@ -254,8 +254,9 @@ def measure(parallel, config, rollouts):
     from megatron_opd.train import Run
 
     student, objective, _ = steps.build(parallel, config, VOCAB_SIZE)
-    teachers = build_teachers(config, parallel, objective.vocab)
-    objective = dataclasses.replace(objective, heads=tuple(t.head_LD for t in teachers))
+    teachers = build_teachers(config, parallel, objective.distillation.vocab)
+    term = dataclasses.replace(objective.distillation, heads=tuple(t.head_LD for t in teachers))
+    objective = dataclasses.replace(objective, distillation=term)
     run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
     before = {name: p.detach().clone() for name, p in student.gpt.named_parameters()}
     mine = rollouts[parallel.data_rank :: parallel.data_size]

@@ -79,7 +79,8 @@ def measured(parallel, config, rollouts, trace):
     from megatron_opd.student import pipeline
 
     student, exact, pack = steps.build(parallel, config, VOCAB)
-    objective = build_objective(config, exact.vocab, [SimpleNamespace(head_LD=head) for head in exact.heads])
+    term = exact.distillation
+    objective = build_objective(config, term.vocab, [SimpleNamespace(head_LD=head) for head in term.heads])
     mine = rollouts[parallel.data_rank :: parallel.data_size]
     [batches], _ = Shaping(config, parallel, objective.distillation)(mine, pack(mine), 0)
     student.step(batches, objective)

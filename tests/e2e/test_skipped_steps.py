@@ -32,5 +32,6 @@ def test_the_run_goes_on_and_the_weights_stay(tmp_path):
     before, after = (load_file(p / "model.safetensors") for p in (MODELS / "student", tmp_path / "run/hf"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    stopped = train(tmp_path / "again", broken, "train.steps=4", "train.max_skipped=1")
-    assert_user_error(stopped, "the loss is nan", "train.max_skipped")
+    stopped = train(tmp_path / "run", broken, "train.steps=4", "train.max_skipped=2")
+    assert "resuming after step 2" in stopped.stderr
+    assert_user_error(stopped, "the loss is nan", "train.max_skipped", "this is step 3 of the kind")

@@ -110,7 +110,7 @@ def measure(parallel, config, rollouts):
     from megatron_opd.train import Run
 
     student, objective, _ = steps.build(parallel, config, VOCAB_SIZE)
-    teachers = build_teachers(config, parallel, objective.vocab)
+    teachers = build_teachers(config, parallel, objective.distillation.vocab)
     run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
     return fidelity.measure(config, student, teachers, objective, rollouts, partial(Run._pack, run))
 

@@ -103,6 +103,15 @@ def test_rollouts(servers, make_engine, changes):
     assert engine.generate([], sampling) == []
 
 
+def test_a_prompt_that_is_drawn_again_gets_other_answers(servers, make_engine):
+    thrice = [replace(PROMPTS[0], repeat=n) for n in range(3)]
+    engine = make_engine(servers(2))
+    rollouts = engine.generate(thrice, SAMPLING)
+    assert_right(rollouts, prompts=thrice)
+    assert len({r.response_ids for r in rollouts}) == len(rollouts)
+    assert rollouts[: SAMPLING.samples_per_prompt] == engine.generate(PROMPTS[:1], SAMPLING)
+
+
 def test_finished_rollouts_are_told_at_once(servers, make_engine):
     (server,) = servers(1, token_s=0.03)
     times = {}

@@ -126,6 +126,16 @@ def test_scoring_starts_with_submit(servers, make_teacher):
     assert len(server.seen) == 2 * len(ROLLOUTS)  # nothing is kept for longer than it is needed
 
 
+def test_a_rollout_that_is_graded_after_submit_is_not_asked_about_again(servers, make_teacher):
+    (server,) = servers(1)
+    teacher = make_teacher([server])
+    for rollout in ROLLOUTS:
+        teacher.submit(rollout)
+    graded = [replace(rollout, reward=0.5) for rollout in ROLLOUTS]
+    assert_right(teacher.score(graded), ROLLOUTS, carrier="sampled")
+    assert len(server.seen) == len(ROLLOUTS)
+
+
 def test_a_rollout_that_is_there_twice_is_asked_about_once(servers, make_teacher):
     (server,) = servers(1)
     twice = [ROLLOUTS[0], ROLLOUTS[1], ROLLOUTS[0]]

@@ -126,6 +126,7 @@ def test_replicas_together_answer_as_one_does(seq_kd):
 def test_a_sampling_teacher_sees_its_own_prompt_and_the_rollout_has_the_students():
     settings = config(lmbda=0.0, seq_kd=True)
     asked = [replace(p, teacher_ids={"x": (77, 78, 79)}) for p in prompts(3)]
+    asked.append(replace(asked[1], repeat=1))
     told = []
     given = answers(settings).to(asked, SAMPLING, 0, told.append)
     assert {r.response_ids for r in given} == {(101, 77)}

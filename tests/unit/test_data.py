@@ -75,6 +75,20 @@ def test_state_with_sources_that_came_and_went():
     assert [p.source for p in mix.next(4)] == ["b"] * 4  # until it has caught up
 
 
+def test_rows_that_come_again_in_a_step_say_so():
+    """In that step alone, which begins anew with every call and after a resume."""
+    mix, resumed = (PromptMix([source("a", 3), source("b", 100)], seed=1) for _ in range(2))
+    for size in (14, 6, 2, 17):
+        resumed.load_state(mix.state())
+        step, before = mix.next(size), Counter()
+        assert step == resumed.next(size)
+        for prompt in step:
+            assert prompt.repeat == before[prompt.text]
+            before[prompt.text] += 1
+    assert max(before.values()) > 2
+    assert {p.repeat for p in step if p.source == "b"} == {0}
+
+
 def test_order_within_a_source_does_not_depend_on_the_others():
     alone = texts(PromptMix([source("a", 20)], seed=1).next(20))
     together = PromptMix([source("z", 3), source("a", 20)], seed=1).next(40)

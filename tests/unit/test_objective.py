@@ -9,6 +9,7 @@ import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.objective import Objective
+from megatron_opd.terms.distillation import Distillation
 from megatron_opd.types import Hidden, MicroBatch
 from megatron_opd.vocab import VocabShard
 
@@ -56,11 +57,12 @@ def objective_on(parallel, heads, config, sampling_temperature=1.0):
     group = parallel.tensor_group if parallel and parallel.tensor_size > 1 else None
     vocab = VocabShard(start, start + share, SIZE, group)
     teachers = tuple(TeacherConfig(name=name, model="") for name in ("small", "large")[: len(heads)])
-    return Objective(config, sampling_temperature, vocab, teachers, tuple(padded))
+    return Objective(Distillation(config, sampling_temperature, vocab, teachers, tuple(padded)))
 
 
 def loss_gradient_metrics(objective, batch, logits):
-    mine = logits[:, objective.vocab.start : objective.vocab.stop].clone().requires_grad_()
+    vocab = objective.distillation.vocab
+    mine = logits[:, vocab.start : vocab.stop].clone().requires_grad_()
     loss, num_tokens, metrics = objective(batch, mine)
     (UPSTREAM * loss).backward()
     means = {

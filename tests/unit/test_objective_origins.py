@@ -9,6 +9,7 @@ import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.objective import Objective
+from megatron_opd.terms.distillation import Distillation
 from megatron_opd.types import Hidden, Sampled
 from megatron_opd.vocab import VocabShard
 
@@ -89,7 +90,8 @@ def test_metrics_leave_out_what_they_are_not_about():
 def test_answers_that_nobody_is_asked_about():
     """Fine-tuning without teachers."""
     _, _, batch = mixed_batch()
-    alone = Objective(LossConfig(), 1.0, VocabShard(0, one.COLUMNS, SIZE), (), (), has_answers_of_others=True)
+    term = Distillation(LossConfig(), 1.0, VocabShard(0, one.COLUMNS, SIZE), (), ())
+    alone = Objective(term, has_answers_of_others=True)
     batch = replace(
         batch, weights_TN=torch.zeros(T, 0), teachers=(), distill_T=torch.zeros(T), sft_T=torch.full((T,), 0.5)
     )
@@ -111,9 +113,8 @@ def test_sampled_teachers_have_no_part_in_others_answers():
     teachers = (TeacherConfig(name="t", model="", backend="sglang", carrier="sampled"),)
     told = torch.linspace(-3, -1, T)
     batch = replace(batch, teachers=(Sampled(told),), weights_TN=OURS[:, None].float(), distill_T=OURS.float())
-    made = Objective(
-        LossConfig(kind="sampled"), 1.0, VocabShard(0, one.COLUMNS, SIZE), teachers, (None,), has_answers_of_others=True
-    )
+    term = Distillation(LossConfig(kind="sampled"), 1.0, VocabShard(0, one.COLUMNS, SIZE), teachers, (None,))
+    made = Objective(term, has_answers_of_others=True)
     changed = replace(batch, teachers=(Sampled(torch.where(OURS, told, -50.0)),))
     found = [one.loss_gradient_metrics(made, b, one.student_logits()) for b in (batch, changed)]
     torch.testing.assert_close(found[0][1], found[1][1])

@@ -1,5 +1,7 @@
 """The embedded engine against transformers: greedy text, log-probabilities, frequencies, stops, weight loading."""
 
+import hashlib
+from dataclasses import replace
 from statistics import mode
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_opd.rollout.local import LocalEngine
+from megatron_opd.rollout.seeds import seed_of
 from megatron_opd.types import Prompt, Sampling
 
 EOS, VOCAB_SIZE = (2, 5), 90  # of the model's 96 entries
@@ -94,6 +97,25 @@ def test_random_numbers_differ_by_seed_prompt_and_sample(engine):
         sampling = Sampling(max_new_tokens=6, temperature=3.0, samples_per_prompt=3, seed=seed)
         answers += engine.generate(prompts, sampling)
     assert len({a.response_ids for a in answers}) == 24
+
+
+def test_a_prompt_that_is_drawn_again_gets_other_answers(engine):
+    prompt = Prompt(source="a", index=0, text="", token_ids=(7, 8))
+    sampling = Sampling(max_new_tokens=6, temperature=3.0, samples_per_prompt=3, seed=1)
+    thrice = [replace(prompt, repeat=n) for n in range(3)]
+    answers = engine.generate(thrice, sampling)
+    assert len({a.response_ids for a in answers}) == 9
+    assert [a.prompt for a in answers] == [p for p in thrice for _ in range(3)]
+    alone = engine.generate([prompt], sampling)
+    assert [a.response_ids for a in answers[:3]] == [a.response_ids for a in alone]
+
+
+def test_seeds_are_those_of_runs_without_repeats():
+    """Which began with this text."""
+    prompt, sampling = Prompt(source="a", index=4, text="", token_ids=(7,)), Sampling(max_new_tokens=1, temperature=1)
+    first = hashlib.blake2b(b"0/a/4/2", digest_size=8).digest()
+    assert seed_of(sampling, prompt, 2) == int.from_bytes(first, "big") // 2
+    assert seed_of(sampling, replace(prompt, repeat=1), 2) != seed_of(sampling, prompt, 2)
 
 
 def test_a_rollout_does_not_depend_on_its_company(engine, prompts):
