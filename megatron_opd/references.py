@@ -18,6 +18,7 @@ from megatron_opd.parallel import Parallel
 from megatron_opd.precision.plan import length_multiple
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
+from megatron_opd.terms.distillation import Distillation
 from megatron_opd.types import MicroBatch, Prompt, Rollout
 from megatron_opd.vocab import VocabShard
 
@@ -33,7 +34,8 @@ def nll(
     nothing with `train.eval_nll` off, or of sources without answers. Collective over all ranks."""
     if not config.train.eval_nll:
         return {}
-    objective = Objective(config.loss, config.rollout.temperature, vocab, (), (), has_answers_of_others=True)
+    no_teacher = Distillation(config.loss, config.rollout.temperature, vocab, (), ())
+    objective = Objective(no_teacher, has_answers_of_others=True)
     metrics, total, tokens = {}, 0.0, 0.0
     for source, prompts in sources:
         answers = [_as_rollout(prompt) for prompt in prompts if prompt.answer_ids]
