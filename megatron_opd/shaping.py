@@ -88,7 +88,7 @@ class Shaping:
         graded = [i for i, r in enumerate(rollouts) if r.origin == "student" and r.reward is not None]
         if graded:
             rewards = [rollouts[i].reward or 0.0 for i in graded]
-            groups = [(rollouts[i].prompt.source, rollouts[i].prompt.index) for i in graded]
+            groups = [rollouts[i].prompt.group for i in graded]
             found = advantages.from_rewards(rewards, groups, self.config.rl)
             keeps = advantages.distills(rewards, groups, self.config.rl)
             for i, advantage, keep in zip(graded, found, keeps, strict=True):

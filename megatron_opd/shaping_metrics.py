@@ -63,6 +63,6 @@ def count_rewards(totals: Totals, rollouts: Sequence[Rollout]) -> None:
     for rollout in graded:
         totals.add("reward/mean", [rollout.reward or 0.0])
         totals.add(f"reward/{rollout.prompt.source}", [rollout.reward or 0.0])
-    groups = members_by_group([(r.prompt.source, r.prompt.index) for r in graded])
+    groups = members_by_group([r.prompt.group for r in graded])
     if groups:
         totals.add("reward/mixed_groups", [len({graded[i].reward for i in group}) > 1 for group in groups])

@@ -36,6 +36,11 @@ class Prompt:
     repeat: int = 0
     """How often the row was drawn before in the same step, on whichever replica; the draws are prompts of their own."""
 
+    @property
+    def group(self) -> tuple[str, int, int]:
+        """What the answers to one draw of the row have in common: they are compared with each other."""
+        return self.source, self.index, self.repeat
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:

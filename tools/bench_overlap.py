@@ -16,9 +16,12 @@ import os
 import socket
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_opd import config as c
+from megatron_opd.answers.answers import Answers
+from megatron_opd.completions import Completions
 from megatron_opd.data import PromptMix
 from megatron_opd.preflight import Inputs
 from megatron_opd.rollout.ahead import Ahead
@@ -44,6 +47,8 @@ class Stages:
         answer = {"response_ids": (3, 4), "logps": (0.0, 0.0), "finish": "stop", "versions": (version, version)}
         return [Rollout(prompt=prompt, sample=0, **answer) for prompt in prompts]
 
+    skipped = ""
+
     def step(self, batches: Any, objective: Any) -> dict[str, float]:
         time.sleep(self.seconds.train)
         return {"num_tokens": 1.0, "loss": 0.0, "logprob/student": 0.0, "logprob/teacher": 0.0}
@@ -65,7 +70,11 @@ class StubRun(Run):
     def __init__(self, config: c.Config, parallel: Any, stages: Stages) -> None:
         self.config, self.parallel, self.tracker = config, parallel, Tracker()
         self.inputs = Inputs(train=[(c.SourceConfig(name="all", path=""), PROMPTS)], eval=[], eos_ids=(), vocab_size=9)
-        self.engine, self.student, self.teachers, self.objective = stages, stages, [], None  # type: ignore[assignment]
+        self.engine, self.student, self.teachers = stages, stages, []  # type: ignore[assignment]
+        self.answers = Answers(config, stages, {}, {}, eos_ids=())  # type: ignore[arg-type]
+        self.objective = SimpleNamespace(distillation=None)  # type: ignore[assignment]
+        self.shaping = lambda rollouts, batches, step: ([batches], {})  # type: ignore[assignment]
+        self.completions = Completions(config.log, config.run.dir, parallel, None, self.tracker)
         self.prompts = PromptMix(self.inputs.train, seed=1)
         self.times, self.trained, self.saved, self.cursor = {}, 0, 0, self.prompts.state()
         rollout = config.rollout

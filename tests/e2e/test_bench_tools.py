@@ -121,6 +121,15 @@ def test_compare_tells_a_difference_from_noise(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_loop_over_stages_that_only_take_time():
+    """On a busy machine no figure is sure, but who samples ahead is a version behind."""
+    done = run("tools/bench_overlap.py", "--generate", 0.05, "--train", 0.05, "--steps", 3, "--at-most", 1000)
+    assert done.returncode == 0, done.stderr
+    lags = [line.split("|")[4].strip() for line in done.stdout.splitlines() if line.startswith(("| 0", "| 1", "| 2"))]
+    assert lags == ["0.00", "1.00", "2.00"]
+
+
+@pytest.mark.slow
 def test_our_side_of_the_comparison_with_trl(tmp_path):
     """TRL's needs an environment of its own; both sides read the same folder and print the same figures."""
     sizes = {"vocab": 64, "hidden": 32, "layers": 1, "batch": 2, "prompt": 4, "response": 3, "steps": 2, "warmup": 1}
