@@ -275,7 +275,9 @@ class Run:
         batches = self._on_servers(lambda: self._pack(rollouts) if rollouts else [])
         held_out = self.student.evaluate(batches, self.objective)
         metrics |= {f"eval/{name}": value for name, value in held_out.items() if name.startswith("kl/")}
-        metrics |= references.nll(self.student, self.objective.vocab, self.inputs.eval, self.config, self.parallel)
+        metrics |= references.nll(
+            self.student, self.objective.distillation.vocab, self.inputs.eval, self.config, self.parallel
+        )
         if self.trained == 0 and self.config.train.eval_teachers:
             metrics |= self.parallel.share_world(lambda: teacher_accuracies(self.evaluator, self.inputs))
         self.tracker.log(metrics, self.trained)
