@@ -36,6 +36,7 @@ def test_grpo_learns_from_rewards_alone(tmp_path):
     assert all(abs(x) < 0.1 for x in column(found, "advantage/mean"))  # centred in a group, whose lengths differ little
 
 
+@pytest.mark.slow
 def test_grpo_needs_no_teacher(tmp_path):
     found = run("grpo", tmp_path / "run", "teachers=[]", "train.export=false", "train.steps=2", "train.eval_every=0")
     taught = run("grpo", tmp_path / "taught", "train.export=false", "train.steps=2", "train.eval_every=0")

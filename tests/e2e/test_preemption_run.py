@@ -39,6 +39,7 @@ def test_a_warning_saves_and_the_same_command_goes_on_bitwise(tmp_path, whom):
     assert exported(tmp_path / "run") == exported(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_launch_restarts_from_the_newest_checkpoint(tmp_path):
     steps = ["train.steps=6", "train.save_every=2", "run.max_restarts=1"]

@@ -135,6 +135,7 @@ def test_finished_run_again_changes_nothing(two_steps, copy_of):
     assert exported(run_dir) == exported(two_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_more_steps_continue_a_finished_run(two_steps, copy_of, tmp_path):
     run_dir = copy_of(two_steps)
