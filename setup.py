@@ -64,6 +64,8 @@ setup(
         "datasets": DATASETS,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        # The authors' checker of IFEval, as lm-eval keeps it; brings scikit-learn and SciPy (0.3 GB), but no torch.
+        "ifeval": ["lm-eval[ifeval]>=0.4.13"],
         # For the test that reads exported adapters with peft itself; writing them needs nothing.
         "peft": ["peft>=0.15"],
         "dev": [

@@ -32,7 +32,8 @@ class SourceConfig:
     """Split of a data set of the hub."""
     reward: str = "exact"
     """How answers are graded: exact (equal to `answer`), gsm8k (the final number is that of `answer`), code (passes
-    `tests`, which call `entry_point`), or module:function, your own; see docs/rewards.md."""
+    `tests`, which call `entry_point`), ifeval (follows `instruction_id_list`), or module:function, your own; see
+    docs/rewards.md."""
 
 
 @section
@@ -66,3 +67,6 @@ class RewardsConfig:
     """Largest address space of a process that runs an answer, in MiB."""
     code_workers: int = 4
     """Answers of the reward code that one replica tests at a time; each takes up to two processes."""
+    ifeval: Literal["prompt", "instruction"] = "prompt"
+    """What the reward ifeval is: 1 for an answer that follows every instruction of its prompt, else 0 (prompt), or the
+    share of them that it follows (instruction)."""

@@ -1,7 +1,7 @@
 """Graders of answers, by name: how good is a response to its prompt, from 0 to 1.
 
-`exact`, `gsm8k`, `code`, or `module:function` of the user's own. Each is in a module of its own, imported when it is
-asked for. Evaluation uses them, and so can anything else that has prompts and responses.
+`exact`, `gsm8k`, `code`, `ifeval`, or `module:function` of the user's own. Each is in a module of its own, imported
+when it is asked for. Evaluation uses them, and so can anything else that has prompts and responses.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 from megatron_opd.config import RewardsConfig
 from megatron_opd.rewards.base import Reward
 
-NAMES = ("exact", "gsm8k", "code")
+NAMES = ("exact", "gsm8k", "code", "ifeval")
 
 
 def problem_with(name: str) -> str | None:
@@ -41,6 +41,10 @@ def build_reward(name: str, settings: RewardsConfig | None = None) -> Reward:
         from megatron_opd.rewards import code
 
         return code.build(settings or RewardsConfig())
+    if name == "ifeval":
+        from megatron_opd.rewards import ifeval
+
+        return ifeval.build(settings or RewardsConfig())
     from megatron_opd.rewards import function
 
     return function.build(name)

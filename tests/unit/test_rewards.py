@@ -25,9 +25,10 @@ def asked(text="?", answer=None, **extra):
 
 
 def test_names():
-    assert [problem_with(name) for name in (*NAMES, "mine:score", "my.package:score")] == [None] * 5
+    assert [problem_with(name) for name in (*NAMES, "mine:score", "my.package:score")] == [None] * 6
     for name in ("gsm8", "", ":f", "m:", "m:f:g", "a b:c", "m:f()"):
-        assert problem_with(name).startswith(f"there is no reward '{name}'; known: exact, gsm8k, code, or a function")
+        known = "known: exact, gsm8k, code, ifeval, or a function"
+        assert problem_with(name).startswith(f"there is no reward '{name}'; {known}")
     assert "did you mean 'gsm8k'?" in problem_with("gsm8")
     with pytest.raises(ValueError, match="there is no reward"):
         build_reward("gsm8")
