@@ -120,7 +120,7 @@ def plot(found: Sequence[Found], path: str) -> None:
         _draw(left, lines, lambda point: point.step)
         _draw(right, lines, lambda point: point.tokens)
         left.set(xlabel="step", ylabel="accuracy at temperature 1", title=_TABLES[about])
-        right.set(xlabel="sampled tokens", xscale="symlog")
+        right.set(xlabel="sampled tokens", xscale="log")
         left.legend(fontsize="small")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
