@@ -119,10 +119,10 @@ class LocalEngine:
         if temperature == 0:
             ids_B = logits_BV.argmax(-1)
         else:
-            cumulative_BV = logp_BV.double().exp().cumsum(-1)
-            cumulative_BV /= cumulative_BV[:, -1:].clone()
-            ids_B = torch.searchsorted(cumulative_BV, uniform_B[:, None].contiguous(), right=True)[:, 0]
-            ids_B = ids_B.clamp(max=self.vocab_size - 1)
+            # Summed in float64: in float32 the sum of a large vocabulary loses its unlikely tokens.
+            cumulative_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
+            at_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+            ids_B = torch.searchsorted(cumulative_BV, at_B1, right=True)[:, 0].clamp(max=self.vocab_size - 1)
         return ids_B, logp_BV.gather(-1, ids_B[:, None])[:, 0]
 
     def _rollout(self, prompt: Prompt, sample: int, answer: _Answer) -> Rollout:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_opd.config import ParallelConfig, RunConfig
 from megatron_opd.parallel import Parallel
+from megatron_opd.student import cpu
 
 
 def start(config: ParallelConfig, run: RunConfig) -> Parallel:
@@ -23,6 +24,7 @@ def start(config: ParallelConfig, run: RunConfig) -> Parallel:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     _quiet()
+    cpu.keep_freed_memory()
     check_world_size(config)
     timeout = datetime.timedelta(seconds=run.timeout_s)
     if torch.cuda.is_available():
