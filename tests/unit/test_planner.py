@@ -92,6 +92,12 @@ def test_memory_of_llama_8b_by_hand():
     assert rank.moments["scoring"]["hidden states"] == 2 * 64 * 2048 * 4096 * 2
 
 
+def test_fp16_takes_what_bf16_takes():
+    """Master weights included; a loss scale is one number."""
+    fp16, bf16 = (memory.worst(job_of(student={"dtype": dtype})) for dtype in ("fp16", "bf16"))
+    assert fp16 == bf16
+
+
 def test_a_plain_optimizer_is_whole_on_every_replica():
     rank = memory.worst(job_of(optim={"distributed": False}, student={"dtype": "fp32"}))
     assert rank.always["optimizer"] == 2 * rank.always["gradients"] == 2 * rank.always["weights"]
