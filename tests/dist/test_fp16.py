@@ -156,6 +156,27 @@ def test_overflows_at_the_smallest_scale_end_the_run(ranks, paths):
     assert "student.dtype" in error
 
 
+def refused(parallel, made):
+    from megatron_opd.student.student import Student
+
+    try:
+        Student(made, parallel)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_weights_that_fp16_does_not_know_are_refused(ranks, paths, tmp_path):
+    """They would be infinite, and the first loss not a number."""
+    model = half("qwen3", seed=1)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = 7e4
+    large = {**paths, "qwen3": tiny.save(model, tmp_path / "large")}
+    (problem,) = ranks.run(1, refused, config(large))
+    assert "decoder.layers.1.mlp.linear_fc2.weight" in problem
+    assert "student.dtype" in problem
+    assert ranks.run(1, refused, config(large, dtype="bf16")) == [None]
+
+
 def interrupted(parallel, made, directory):
     """Metrics and state after many steps, and after two, a checkpoint, and the others in another student."""
     from megatron_opd.student.checkpoint import Checkpoints
