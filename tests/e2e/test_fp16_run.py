@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 FP16 = ["student.dtype=fp16", "teachers.0.dtype=fp16", "teachers.1.dtype=fp16", "parallel.tensor=2"]
 RUN = [*FP16, "train.steps=12", "train.save_every=6", "rollout.prompts_per_step=16", "train.micro_batch_size=8"]
-FIRST = 2.0**16
+FIRST = 2.0**13
 
 
 def test_it_learns_and_resumes_bitwise(tmp_path):
@@ -20,8 +20,8 @@ def test_it_learns_and_resumes_bitwise(tmp_path):
     scales = [row["loss_scale"] for row in told]
     skipped = [row["step/skipped"] for row in told]
     assert scales[0] == FIRST
-    assert 0 < sum(skipped) <= 8, "the scale has not settled where this test wants it"
-    assert skipped == sorted(skipped, reverse=True)
+    assert skipped[0] == 1
+    assert sum(skipped) <= 8, "the scale has not settled where this test wants it"
     for now, after, was_skipped in zip(scales, scales[1:], skipped, strict=False):
         assert after == (now / 2 if was_skipped else now)
     assert done.stderr.count("gradients overflow fp16") == sum(skipped)
