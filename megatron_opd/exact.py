@@ -26,10 +26,12 @@ class _Known:
 
     backend: Reference
     of: tuple[torch.Tensor | None, ...]
-    """By input of the graph, for an upstream factor of 1; None: autograd gets none."""
+    """By input of the graph, for the upstream factor; None: autograd gets none."""
     dtypes: tuple[torch.dtype, ...]
     has_added: bool
     """Whether the head's was added to its `main_grad`, for that factor, already."""
+    upstream: float = 1.0
+    """The factor that they were made for."""
 
 
 class _WithGradient(torch.autograd.Function):
@@ -44,7 +46,9 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         known, ctx.known = ctx.known, None
         if known.has_added:
-            torch._assert_async((upstream == 1).all(), "main_grad was added to for an upstream factor of 1")
+            is_expected = (upstream == known.upstream).all()
+            torch._assert_async(is_expected, "main_grad was added to for another upstream factor")
+        upstream = upstream / known.upstream
         scaled = [None if grad is None else known.backend.scale(grad, upstream) for grad in known.of]
         return None, None, *(g if g is None else g.to(dtype) for g, dtype in zip(scaled, known.dtypes, strict=True))
 
@@ -68,9 +72,10 @@ def exact_loss(
     values = _detached(student, copies=wants_gradient)
     teachers = tuple(_linear(score, head) for score, head in zip(batch.teachers, heads, strict=True))
     first = values.hidden_TD if isinstance(values, Linear) else values
-    scale_T = torch.ones(len(first), dtype=torch.float64, device=first.device)
+    share_T = torch.ones(len(first), dtype=torch.float64, device=first.device)
     if batch.distill_T is not None:
-        scale_T = batch.distill_T.double()
+        share_T = batch.distill_T.double()
+    upstream = student.upstream if isinstance(student, Linear) else 1.0
     problem = Problem(
         student=values,
         teachers=teachers,
@@ -82,14 +87,14 @@ def exact_loss(
         vocab=vocab,
         backend=backends.choose([first, *(t.hidden_TD for t in teachers if t is not None)]),
         ids_R=batch.targets_T,
-        scale_R=scale_T if wants_gradient else None,
+        scale_R=share_T * upstream if wants_gradient else None,
         chunk_tokens=config.chunk_tokens,
     )  # fmt: skip
     gradients = _room(student) if wants_gradient and isinstance(student, Linear) else None
     found = run(problem, gradients).outcome
     student_T, target_T, sampler_T = found.sampled()
     assert found.teachers_RN is not None
-    loss_T = found.loss_R if batch.distill_T is None else found.loss_R * scale_T
+    loss_T = found.loss_R if batch.distill_T is None else found.loss_R * share_T
     loss = loss_T.sum().float()
     if wants_gradient:
         loss = _with_gradient(loss, problem, student, gradients)
@@ -131,7 +136,8 @@ def _with_gradient(loss: torch.Tensor, problem: Problem, student: Logits, gradie
         assert isinstance(problem.student, torch.Tensor)
         torch.autograd.graph.increment_version(problem.student)  # compiled kernels write behind autograd's back
         has_added, of, inputs = False, (problem.student,), (student,)
-    known = _Known(problem.backend, of, tuple(x.dtype for x in inputs), has_added)
+    upstream = student.upstream if isinstance(student, Linear) else 1.0
+    known = _Known(problem.backend, of, tuple(x.dtype for x in inputs), has_added, upstream)
     return _WithGradient.apply(loss, known, *inputs)
 
 

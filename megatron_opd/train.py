@@ -41,7 +41,7 @@ from megatron_opd.student import adapter_dir, groups, hf_dir
 from megatron_opd.student.checkpoint import Checkpoints
 from megatron_opd.student.student import Student
 from megatron_opd.sync import sync
-from megatron_opd.teachers import ask, build_teachers
+from megatron_opd.teachers import ask_all, build_teachers
 from megatron_opd.tokenizer import load_tokenizer
 from megatron_opd.tracker import Tracker, build_tracker
 from megatron_opd.types import MicroBatch, Prompt, Rollout, RolloutEngine, Sampling, TeacherScorer
@@ -211,8 +211,7 @@ class Run:
     def _pack(self, rollouts: list[Rollout], teachers: Sequence[TeacherScorer] | None = None) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
         weights = [teacher_weights(self.config, r) for r in rollouts]
-        asked = enumerate(self.teachers if teachers is None else teachers)
-        scores = [ask(teacher, rollouts, [w[n] > 0 for w in weights]) for n, teacher in asked]
+        scores = ask_all(self.teachers if teachers is None else teachers, rollouts, weights)
         batches = pack(
             rollouts,
             micro_batch_size=self.config.train.micro_batch_size,

@@ -31,11 +31,14 @@ def update(
 
 
 def joined(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of several updates on different answers: means weighted by their tokens, of `lr` the last, of tokens the sum."""
+    """Of several updates on different answers: means weighted by their tokens, of tokens the sum, of `lr` and
+    `loss_scale` the last."""
     if len(metrics) == 1:
         return metrics[0]
     names = {name: None for its in metrics for name in its}  # in order
     weighted = {name: [(its[name], its["num_tokens"]) for its in metrics if name in its] for name in names}
     found = {name: sum(x * n for x, n in pairs) / sum(n for _, n in pairs) for name, pairs in weighted.items()}
     found["num_tokens"] = sum(its["num_tokens"] for its in metrics)
-    return {**found, "lr": metrics[-1]["lr"], "grad_norm": fmean(its["grad_norm"] for its in metrics)}
+    found |= {name: metrics[-1][name] for name in ("lr", "loss_scale") if name in metrics[-1]}
+    norms = [its["grad_norm"] for its in metrics if "grad_norm" in its]  # a skipped update may have none
+    return {**found, "grad_norm": fmean(norms)} if norms else found

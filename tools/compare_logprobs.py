@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--megatron", metavar="DIR", help="torch_dist checkpoint for Megatron (default: --hf)")
     parser.add_argument("--sglang", metavar="URL", help="a running SGLang server with the same model")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for its answers")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of transformers and Megatron")
+    parser.add_argument("--dtype", choices=tool.DTYPES, default="fp32", help="of transformers and Megatron")
     parser.add_argument("--max-tokens", type=tool.positive, default=2048, metavar="N", help="longer ones are cut")
     parser.add_argument("--atol", type=float, help="exit with 1 when any |Δ| is larger")
     parser.add_argument("--out", default="compared", metavar="DIR", help="where the report goes (default: compared)")

@@ -41,6 +41,7 @@ def _check_numbers(config: Config) -> list[str]:
         "parallel.data": config.parallel.data,
         "parallel.expert": config.parallel.expert,
         "student.vocab_multiple": config.student.vocab_multiple,
+        "optim.initial_loss_scale": config.optim.initial_loss_scale,
         "loss.chunk_tokens": config.loss.chunk_tokens,
         "rollout.prompts_per_step": config.rollout.prompts_per_step,
         "rollout.samples_per_prompt": config.rollout.samples_per_prompt,

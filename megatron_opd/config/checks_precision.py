@@ -84,9 +84,18 @@ def _check_real(config: Config) -> list[str]:
             "precision.fp8.student=forward is emulated only: Transformer Engine's linears of this megatron-core run"
             " both passes in FP8; set full, or precision.fp8.emulate=true"
         )
-    if fp8.heads:
-        problems.append("precision.fp8.heads are emulated only so far; set precision.fp8.emulate=true, or leave it out")
-    if config.precision.layers == "local":
+    others = [name for name in fp8.heads if name != STUDENT]
+    if others:
+        problems.append(
+            f"precision.fp8.heads: {', '.join(others)}: the heads of teachers are emulated only; name the student's"
+            " alone (heads=[student]), or set precision.fp8.emulate=true"
+        )
+    if STUDENT in fp8.heads and fp8.recipe != "tensorwise":
+        problems.append(
+            f"precision.fp8.heads: the recipe {fp8.recipe} is emulated only for output heads; set recipe=tensorwise, or"
+            " precision.fp8.emulate=true"
+        )
+    if config.precision.layers == "local" and fp8.has_layers:
         problems.append("precision.layers=local has no FP8: set auto, or precision.fp8.emulate=true")
     if fp8.student != "off" and config.student.dtype != "bf16":
         problems.append(f"precision.fp8.student needs student.dtype=bf16, not {config.student.dtype}")

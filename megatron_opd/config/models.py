@@ -35,8 +35,9 @@ class StudentConfig:
 
     model: str
     """Hugging Face directory of the student: config.json, safetensors, tokenizer."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 master weights, and with fp16 the
+    loss is scaled (optim.initial_loss_scale)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: none, only attention (selective), or every layer (full)."""
     vocab_multiple: int = 1
@@ -64,7 +65,7 @@ class ServersConfig:
     """First port of started servers; each next one takes the next free port."""
     python: str = ".venv-sglang/bin/python"
     """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type in which started servers compute; auto: student.dtype for the student's, config.json's for a teacher's."""
     args: list[str] = dataclasses.field(default_factory=list)
     """More arguments of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
@@ -97,10 +98,13 @@ class TeacherConfig:
     """Weight in the ensemble for every prompt source not listed in `sources`; weights are normalised per source."""
     sources: dict[str, float] = dataclasses.field(default_factory=dict)
     """Weight by prompt source (routing): 0 means that this teacher is never asked about that source."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the teacher's weights and activations."""
     offload: bool = False
     """Keep the weights in host memory while the teacher is not scoring (no effect without a GPU)."""
+    prefetch: bool = True
+    """With offload: fetch the weights while the teacher before this one scores, when both are on the GPU; false: only
+    when that one has gone."""
     backend: Literal["megatron", "sglang"] = "megatron"
     """megatron: on the trainer's own ranks; sglang: behind the servers of `servers`, which have `model` loaded."""
     servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)

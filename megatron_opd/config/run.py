@@ -82,6 +82,9 @@ class OptimConfig:
     """Adam's epsilon."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    initial_loss_scale: float = 4096.0
+    """Factor of the loss in the backward pass of an fp16 student, at first: halved, and the step skipped, where a
+    gradient overflows, doubled after 1,000 steps without. The norm is logged, and clipped, without it."""
     distributed: bool = True
     """Shard optimizer state over data-parallel replicas (Megatron's distributed optimizer)."""
 

@@ -26,12 +26,13 @@ def choose(tensors: Iterable[torch.Tensor], name: str = "auto") -> Reference:
     if name == "torch":
         return Reference()
     narrow = dtypes <= {torch.float32, torch.bfloat16}
+    for_triton = dtypes <= {torch.float32, torch.bfloat16, torch.float16}
     if name == "native" or (name == "auto" and device.type == "cpu" and narrow):
         library = native.library() if device.type == "cpu" and narrow else None
         if library is not None:
             return native.Native(library)
-    elif name == "triton" or (device.type == "cuda" and narrow):
-        made = _triton() if narrow else None
+    elif name == "triton" or (device.type == "cuda" and for_triton):
+        made = _triton() if for_triton else None
         if made is not None:
             return made
     if name != "auto":

@@ -33,6 +33,9 @@ class Linear:
 
     hidden_TD: torch.Tensor
     head_LD: torch.Tensor
+    upstream: float = 1.0
+    """The factor by which backward will be called, the loss scale of fp16: gradients are made for it, for those that
+    are rounded would lose small values before it came, and those that are summed elsewhere would never see it."""
 
 
 Logits: TypeAlias = torch.Tensor | Linear

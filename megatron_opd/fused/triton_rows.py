@@ -25,7 +25,7 @@ t - a; p / q and q / m at the reference; log p - log m where q is nothing."""
 
 
 class TritonRows(Reference):
-    """The Triton backend, for float32 and bfloat16."""
+    """The Triton backend, for float32, bfloat16 and float16."""
 
     name = "triton"
 

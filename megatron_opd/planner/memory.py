@@ -70,14 +70,13 @@ def _rank(job: Job, stage: int) -> RankMemory:
     trained = adapters.trained(job.student, config, stage)
     held = sizes.buffers(trained, config.parallel, distributed=config.optim.distributed)
     frozen = sizes.numel(sizes.stage_parameters(job.student, config.parallel, stage)) if config.lora.rank else 0
-    is_bf16 = config.student.dtype == "bf16"
     is_last = stage == config.parallel.pipeline - 1
     resting, moving = _teacher_weights(job, stage)
     engine, cache = _engine(job) if stage == 0 else (0.0, 0.0)
     always = {
         "weights": (frozen + held.gradients) * BYTES[config.student.dtype],
         "gradients": 4 * held.gradients,
-        "optimizer": held.optimized * (12 if is_bf16 else 8),
+        "optimizer": held.optimized * (12 if BYTES[config.student.dtype] == 2 else 8),
         "teacher weights": resting,
         "teacher heads": _teacher_heads(job) if is_last else 0,
         "engine weights": engine,
@@ -136,16 +135,18 @@ def _scoring(job: Job) -> float:
 
 
 def _teacher_weights(job: Job, stage: int) -> tuple[float, float]:
-    """(bytes that stay, bytes that are there while their teacher scores)."""
-    resting, moving = 0.0, [0.0]
+    """(bytes that stay, most bytes that are there at a time for teachers that score: with the next one's, where it is
+    fetched meanwhile)."""
+    resting, moving, before = 0.0, 0.0, 0.0
     for teacher, arch in job.inside:
         parameters = [p for p in sizes.stage_parameters(arch, job.config.parallel, stage) if p.name != "head"]
         size = sizes.numel(parameters) * BYTES[teacher.dtype] - _saved_by_fp8(job, teacher, arch, stage)
         if teacher.offload:
-            moving.append(size)
+            moving = max(moving, size + (before if teacher.prefetch else 0.0))
+            before = size
         else:
             resting += size
-    return resting, max(moving)
+    return resting, moving
 
 
 def _saved_by_fp8(job: Job, teacher: TeacherConfig, arch: Architecture, stage: int) -> float:

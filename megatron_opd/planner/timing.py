@@ -78,16 +78,21 @@ def _training(job: Job) -> Stage:
 
 
 def _teachers_inside(job: Job) -> Stage:
-    """One after the other, on all ranks; those that are offloaded come from host memory first."""
+    """One after the other, on all ranks; those that are offloaded come from host memory first, or while those before
+    them score, from the turn of the last one that was offloaded on."""
     config, gpu, assumed = job.config, job.gpu, job.assumed
-    world, seconds, work = config.parallel.world_size, 0.0, 0.0
+    world, seconds, work, meanwhile = config.parallel.world_size, 0.0, 0.0, 0.0
     for teacher, arch in job.inside:
         made = flops.scoring(job, teacher, arch)
         work += made
-        seconds += made / (world * gpu.flops(teacher.dtype) * assumed.scoring) * bubble(job)
+        scoring = made / (world * gpu.flops(teacher.dtype) * assumed.scoring) * bubble(job)
         if teacher.offload and made:
             shard = sizes.numel(sizes.whole(arch)) * BYTES[teacher.dtype] / (world / config.parallel.data)
-            seconds += shard / (gpu.host * assumed.transfer)
+            copy = shard / (gpu.host * assumed.transfer)
+            seconds += max(copy - meanwhile, 0.0) if teacher.prefetch else copy
+            meanwhile = 0.0
+        seconds += scoring
+        meanwhile += scoring
     return Stage("teachers on the ranks", seconds, work, world, None)
 
 

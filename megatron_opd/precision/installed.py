@@ -31,10 +31,12 @@ def transformer_engine() -> str | None:
     return version("transformer-engine") if version("transformer-engine-torch") else None
 
 
-def fp8_problem() -> str | None:
-    """Why real FP8 cannot be had here, and what to do."""
+def fp8_problem(*, of_layers: bool = True) -> str | None:
+    """Why real FP8 cannot be had here, and what to do; `of_layers`: of layers, not of output heads alone."""
     if not has_cuda():
         return "there is no CUDA device here; FP8's effect can be studied with precision.fp8.emulate=true"
+    if not of_layers:
+        return None
     found = transformer_engine()
     if found is None:
         # megatron-core accepts fp8 without Transformer Engine, and then quietly computes without it.

@@ -17,7 +17,7 @@ def look(config: Config) -> tuple[list[str], list[str]]:
     if not fp8.is_on:
         return problems, notes
     if not fp8.emulate:
-        missing = installed.fp8_problem()
+        missing = installed.fp8_problem(of_layers=fp8.has_layers)
         problems += [f"precision.fp8: {missing}"] if missing else []
         unfit = installed.recipe_problem(fp8.recipe)
         problems += [f"precision.fp8.recipe={fp8.recipe}: {unfit}"] if unfit else []

@@ -34,7 +34,7 @@ _POLL_S, _SAY_EVERY_S = 0.5, 15.0
 _STOP_S = 15.0
 """Seconds that a server has for ending by itself."""
 _PR_SET_PDEATHSIG = 1
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What torchrun and srun tell a rank about its own job. A server is a job of its own, and would believe it.
 _OF_THE_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI")
 _PORTS_GIVEN: set[int] = set()

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_opd.parallel import Parallel
 from megatron_opd.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue
+from megatron_opd.student import optim
 from megatron_opd.student.lora_layout import facts
 from megatron_opd.student.student import Student
 
@@ -54,6 +55,7 @@ class Checkpoints:
         target = self.dir / f"step_{loop['step']:08d}"
         try:
             self.parallel.share_world(lambda: _make_empty(target))
+            optim.complete_state(student.optimizer)
             with _writing_in_this_process():
                 dist_checkpointing.save(self._state(student, loading=False, with_rng=True), str(target))
             marker = {**loop, "student": _fingerprint(student), "layout": self._layout()}
@@ -87,6 +89,7 @@ class Checkpoints:
             failure = error
             self.parallel.share_world(lambda: _damaged(newest, _reason(failure)))
         student.gpt.load_state_dict(state["model"])
+        optim.complete_loaded(student.optimizer, state["optimizer"])
         student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
         if with_rng:

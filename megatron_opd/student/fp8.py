@@ -1,4 +1,5 @@
-"""FP8 in Megatron models: emulated in Megatron's own linears, or checked to be real in Transformer Engine's.
+"""FP8 in Megatron models: emulated in Megatron's own linears, or checked to be real in Transformer Engine's. The output
+head is not Transformer Engine's: where it is real, it is `precision/scaled.py`.
 
 The emulation rounds the operands of the products and multiplies in the model's dtype, which is what FP8 tensor cores do
 but for the accuracy of their sums: y = Q(x) Q(w)ᵀ, and with FP8 gradients dx = Q(dy) Q(w), dw = Q(dy)ᵀ Q(x). Blocks lie
@@ -18,8 +19,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megatron_opd.parallel import Parallel
-from megatron_opd.precision.plan import ModelPlan, Products
+from megatron_opd.precision.plan import HEAD, ModelPlan, Products
 from megatron_opd.precision.quantize import Quantized, RoundBackward, RoundForward, Rounding, quantize
+from megatron_opd.precision.scaled import Scaled
 
 Linear: TypeAlias = ColumnParallelLinear | RowParallelLinear
 
@@ -31,6 +33,9 @@ class Switch:
     model: GPTModel
     emulated: dict[str, _Emulated] = field(default_factory=dict)
     """By module name, counted from this rank's first layer."""
+    scaled_head: Scaled | None = None
+    """The output head's product in FP8 proper."""
+    is_on: bool = True
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -38,18 +43,22 @@ class Switch:
         assert not any(module.resident for module in self.emulated.values())
         # Megatron's block looks at its config in every pass.
         before, self.model.config.fp8 = self.model.config.fp8, None
+        self.is_on = False
         for module in self.emulated.values():
             module.is_on = False
         try:
             yield
         finally:
             self.model.config.fp8 = before
+            self.is_on = True
             for module in self.emulated.values():
                 module.is_on = True
 
     @property
     def head(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-        """The product of hidden states and output head, which the loss does; None where it is not rounded."""
+        """The product of hidden states and output head, which the loss does; None where it is not in FP8."""
+        if self.scaled_head is not None:
+            return self.scaled_head if self.is_on else None
         found = self.emulated.get("output_layer")
         return found.product if found and found.is_on else None
 
@@ -73,6 +82,8 @@ def install(model: GPTModel, plan: ModelPlan, parallel: Parallel) -> Switch:
         if plan.emulate:
             assert isinstance(module, Linear), name
             switch.emulated[name] = _Emulated(module, products, parallel, resident=plan.resident)
+        elif name == HEAD:
+            switch.scaled_head = Scaled(products)
         elif not _is_transformer_engine(module):
             raise ValueError(
                 f"precision.fp8: {name} of {plan.model} is a {type(module).__name__}, which ignores FP8: Transformer"

@@ -17,7 +17,7 @@ from megatron_opd.student import groups
 from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.spec import block_spec, default_layers
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -53,6 +53,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
         sequence_parallel=parallel.sequence,

@@ -6,13 +6,17 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.config import OptimConfig
+from megatron_opd.student import groups
 
 
 class _HalfModule(Float16Module):
@@ -25,7 +29,7 @@ class _HalfModule(Float16Module):
 
 def wrap(model: MegatronModule, config: TransformerConfig, *, distributed: bool) -> DistributedDataParallel:
     """Gradient buffers in fp32, reduced over data-parallel replicas at the end of a step."""
-    if config.bf16:
+    if config.bf16 or config.fp16:
         model = _HalfModule(config, model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -55,6 +59,9 @@ def build_optimizer(
             # Clipping at infinity instead of switching it off: the norm is computed and logged either way.
             clip_grad=config.clip_grad or float("inf"),
             bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            initial_loss_scale=config.initial_loss_scale,
+            hysteresis=1,  # the first overflow halves the scale: every skipped step then brings the next one closer
             params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
         ),
@@ -80,13 +87,84 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def step(optimizer: MegatronOptimizer) -> float:
-    """Clip and update the weights; returns the gradient's norm before clipping, the same on every rank.
+def step(optimizer: MegatronOptimizer) -> float | None:
+    """Clip and update the weights; returns the gradient's norm before clipping, without the loss scale, the same on
+    every rank. None: a gradient overflowed fp16, and the loss scale is half of what it was.
 
-    Where the norm is not finite, weights and the optimizer's state stay as they are: Megatron looks at it in fp16 only.
+    Without a finite norm, weights and the optimizer's state stay as they are: Megatron looks at it in fp16 only.
     """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    if _scalers(optimizer):
+        if _overflows(optimizer):
+            return None
+    else:
+        optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
     if math.isfinite(norm):
-        optimizer.step()
-    return norm
+        for part in _parts(optimizer):
+            if not getattr(part, "is_stub_optimizer", False) and part.get_parameters():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+        optimizer.step_with_ready_grads()
+    return float(norm)
+
+
+def loss_scale(optimizer: MegatronOptimizer) -> float | None:
+    """What the loss is multiplied by in the backward pass; None where it is not: in all but fp16."""
+    scalers = _scalers(optimizer)
+    return float(scalers[0].scale) if scalers else None
+
+
+def complete_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam the state that its first step would begin with, where it has none: a run whose steps were all
+    skipped so far has checkpoints, too, and Megatron does not save what is not there."""
+    for adam in _adams(optimizer):
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            slot = adam.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                slot.setdefault(name, torch.zeros_like(parameter))
+            slot.setdefault("step", torch.zeros(()))
+
+
+def complete_loaded(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
+    """Give what was loaded for torch's Adam the number of its steps where that is 0, which Megatron does not save."""
+    if not _adams(optimizer):
+        return
+    for key, value in state.items():
+        if not isinstance(value, dict):
+            continue
+        if key != "state":
+            complete_loaded(optimizer, value)
+        elif "common_step" not in value:
+            for slot in value.values():
+                if isinstance(slot, dict) and "exp_avg" in slot:
+                    slot.setdefault("step", torch.zeros(()))
+
+
+def _overflows(optimizer: MegatronOptimizer) -> bool:
+    """Divide the gradients by the loss scale; whether one of any rank is not finite. The scale follows from that.
+
+    The optimizers of dense weights and of experts have a scaler each, over the ranks that share their gradients. They
+    must not part, for there is one loss: so all ranks decide together, and each scaler moves once, as all do.
+    """
+    scalers = _scalers(optimizer)
+    before = [scaler.state_dict() for scaler in scalers]
+    found = torch.tensor(float(optimizer.prepare_grads()), device=groups.device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    for scaler, state in zip(scalers, before, strict=True):
+        scaler.load_state_dict(state)
+        scaler.update(bool(found))
+    return bool(found)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _adams(optimizer: MegatronOptimizer) -> list[torch.optim.Adam]:
+    """Those of torch; a fused one keeps its steps elsewhere."""
+    found = [getattr(part, "optimizer", None) for part in _parts(optimizer)]
+    return [adam for adam in found if isinstance(adam, torch.optim.Adam)]
+
+
+def _scalers(optimizer: MegatronOptimizer) -> list[DynamicGradScaler]:
+    found = [getattr(part, "grad_scaler", None) for part in _parts(optimizer)]
+    return [scaler for scaler in found if scaler is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -64,25 +65,43 @@ class Student:
 
         Where the loss or the gradient's norm is not finite, weights, optimizer and schedule stay as they were on every
         rank, `step/skipped` is 1, `skipped` says why, and metrics that are not finite are left out. Raises
-        FloatingPointError, on every rank alike, when that happens more than `train.max_skipped` times in a row.
+        FloatingPointError, on every rank alike, when that happens more than `train.max_skipped` times in a row; steps
+        that only make the loss scale of fp16 smaller do not count.
         """
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self._means(pipeline.train(self.model, batches, self._at_rows(objective)), objective)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        if (scale := optim.loss_scale(self.optimizer)) is not None:
+            metrics["loss_scale"] = scale
         if not math.isfinite(metrics["loss"]):
             where = nonfinite.first(self.parallel.gather_world(self._bad_tokens(batches, objective)))
             why = f"the loss is {metrics['loss']} {where}; lower optim.lr, or look for NaN in the models"
             return self._skip(why, metrics)
-        metrics["grad_norm"] = optim.step(self.optimizer)
-        if not math.isfinite(metrics["grad_norm"]):
+        norm = optim.step(self.optimizer)
+        if norm is None:
+            return self._overflow(metrics)
+        metrics["grad_norm"] = norm
+        if not math.isfinite(norm):
             names = dict.fromkeys(chain(*self.parallel.gather_world(nonfinite.parameters(self.gpt))))
             where = f"the gradient norm is {metrics['grad_norm']} (first of {', '.join(names) or 'none alone'})"
             return self._skip(f"{where}; lower optim.lr or raise loss.temperature", metrics)
         self.scheduler.step(1)
         self.skipped, self.skips = None, 0
         return {**metrics, "step/skipped": 0.0}
+
+    def _overflow(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Leave everything as it is but the loss scale. That a scale settles is no failure, and ends by itself: only
+        overflows at the smallest scale, where no other can help, count. Raises FloatingPointError."""
+        used, now = metrics["loss_scale"], optim.loss_scale(self.optimizer)
+        assert now is not None
+        names = dict.fromkeys(chain(*self.parallel.gather_world(nonfinite.parameters(self.gpt))))
+        why = f"gradients overflow fp16 (first of {', '.join(names) or 'none alone'}) at a loss scale of {used:g}"
+        if now == used:
+            return self._skip(f"{why}, the smallest; set student.dtype=bf16, or look for NaN in the models", metrics)
+        self.skipped = f"{why}; it is {now:g} from now on"
+        return _finite(metrics)
 
     def _skip(self, why: str, metrics: dict[str, float]) -> dict[str, float]:
         """Leave everything as it is, and count. Raises FloatingPointError."""
@@ -92,7 +111,7 @@ class Student:
                 f"{why} (train.max_skipped: {self.max_skipped}; in a row, this is step {self.skips} of the kind)"
             )
         self.skipped = why
-        return {**{name: x for name, x in metrics.items() if math.isfinite(x)}, "step/skipped": 1.0}
+        return _finite(metrics)
 
     def _bad_tokens(self, batches: Sequence[MicroBatch], objective: Objective) -> list[nonfinite.Token]:
         """Response tokens of this replica whose loss is not finite, on its last stage; from another forward pass."""
@@ -127,7 +146,8 @@ class Student:
             pipeline.train(self.model, batches, self._at_rows(objective))
         finally:
             config.finalize_model_grads_func = reduce
-        made = [p.main_grad.float().cpu().clone() for p in self.gpt.parameters() if p.requires_grad]
+        scale = optim.loss_scale(self.optimizer) or 1.0
+        made = [p.main_grad.float().cpu() / scale for p in self.gpt.parameters() if p.requires_grad]
         self.model.zero_grad_buffer()
         return made
 
@@ -162,8 +182,13 @@ class Student:
 
     def _output(self, objective: Objective, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Logits:
         if objective.takes_hidden and len(batch.rows_T) and not self.fp8.head:
-            return head.at_rows(self.gpt, batch, hidden_BSD)
+            return replace(head.at_rows(self.gpt, batch, hidden_BSD), upstream=optim.loss_scale(self.optimizer) or 1.0)
         return self._logits(batch, hidden_BSD)
 
     def _logits(self, batch: MicroBatch, hidden_BSD: torch.Tensor) -> torch.Tensor:
         return head.logits(head.at_rows(self.gpt, batch, hidden_BSD), self.fp8.head)
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """What of a skipped step's metrics can be told."""
+    return {**{name: x for name, x in metrics.items() if math.isfinite(x)}, "step/skipped": 1.0}

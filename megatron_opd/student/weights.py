@@ -24,7 +24,7 @@ from megatron_opd.student.weight_map import Named, Rule, Shards, is_expert, plai
 def load(model: torch.nn.Module, arch: Architecture, model_dir: str | Path, parallel: Parallel) -> None:
     """Fill this rank's part of the model from a Hugging Face directory; every parameter must be hit.
 
-    Raises ValueError when a tensor is missing or has a shape that contradicts config.json.
+    Raises ValueError when a tensor is missing, has a shape that contradicts config.json, or is too large for fp16.
     """
     table = stage_rules(arch, parallel)
     with TensorDir(model_dir) as tensors:
@@ -40,6 +40,12 @@ def load(model: torch.nn.Module, arch: Architecture, model_dir: str | Path, para
                     f" {list(parameter.shape)}"
                 )
             parameter.copy_(shard)
+            if parameter.dtype == torch.float16 and bool(parameter.isinf().any() and shard.isfinite().all()):
+                largest = torch.finfo(torch.float16).max
+                raise ValueError(
+                    f"{model_dir}: {name} has numbers above {largest:g}, which fp16 does not know; set the model's"
+                    " dtype (student.dtype, teachers.N.dtype) to bf16"
+                )
 
 
 def load_head_rows(model_dir: str | Path, arch: Architecture, start: int, stop: int) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.precision.plan import ModelPlan, plan_of
+from megatron_opd.teachers.offload import in_turn, offloaded_weights
 from megatron_opd.teachers.rounded_head import RoundedHead
 from megatron_opd.types import Rollout, TeacherScore, TeacherScorer
 from megatron_opd.vocab import VocabShard
@@ -49,8 +52,20 @@ def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, v
     )
 
 
-def ask(teacher: TeacherScorer, rollouts: list[Rollout], wanted: list[bool]) -> list[TeacherScore | None]:
-    """The teacher's scores of the wanted rollouts, None for the others."""
+def ask_all(
+    teachers: Sequence[TeacherScorer], rollouts: list[Rollout], weights: Sequence[Sequence[float]]
+) -> list[list[TeacherScore | None]]:
+    """By teacher, the scores of the rollouts where its weight is above 0, None for the others; `weights` by rollout.
+
+    Every teacher is asked, in order, also about nothing: that may be a collective. While one scores, the weights of the
+    next one that is wanted come from host memory.
+    """
+    wanted = [[w[n] > 0 for w in weights] for n in range(len(teachers))]
+    fetched = [offloaded_weights(t) if any(w) else None for t, w in zip(teachers, wanted, strict=True)]
+    return [_ask(teachers[n], rollouts, wanted[n]) for n in in_turn(fetched)]
+
+
+def _ask(teacher: TeacherScorer, rollouts: list[Rollout], wanted: list[bool]) -> list[TeacherScore | None]:
     scores = iter(teacher.score([r for r, want in zip(rollouts, wanted, strict=True) if want]))
     return [next(scores) if want else None for want in wanted]
 

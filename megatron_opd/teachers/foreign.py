@@ -13,6 +13,7 @@ import torch
 from megatron_opd.crosstok.align import Span, Translator
 from megatron_opd.crosstok.matched import Matched
 from megatron_opd.crosstok.term import Foreigner
+from megatron_opd.teachers.offload import Weights, offloaded_weights
 from megatron_opd.types import Foreign, Hidden, Rollout, TeacherScorer
 from megatron_opd.vocab import VocabShard
 
@@ -34,6 +35,11 @@ class ForeignTeacher:
             self.foreigner = Foreigner(self.head_LD, vocab, matched.to(self.head_LD.device))
         self._scorer, self._translator = scorer, translator
         self._submitted: dict[Rollout, _Translated] = {}
+
+    @property
+    def offloaded(self) -> Weights | None:
+        """The scorer's."""
+        return offloaded_weights(self._scorer)
 
     def submit(self, rollout: Rollout) -> None:
         """Start scoring a rollout."""

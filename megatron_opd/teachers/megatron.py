@@ -8,6 +8,7 @@ Refuses teachers whose sizes the layout does not divide (see `architecture.check
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -20,6 +21,8 @@ from megatron_opd.student import fp8, groups, pipeline, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, drop_head, transformer_config
 from megatron_opd.teachers.head import load_head
+from megatron_opd.teachers.offload import Weights
+from megatron_opd.teachers.pinned import offloaded
 from megatron_opd.teachers.seen import rollout_seen_by
 from megatron_opd.types import Hidden, MicroBatch, Rollout
 from megatron_opd.vocab import VocabShard
@@ -41,7 +44,6 @@ class MegatronTeacher:
         self.name = config.name
         self.parallel = parallel
         self.micro_batch_size = micro_batch_size
-        self.offload = config.offload and torch.cuda.is_available()
         arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
         dtype = DTYPES[config.dtype]
         body = dataclasses.replace(arch, tied_embeddings=False)  # without a head there is nothing to tie
@@ -54,9 +56,10 @@ class MegatronTeacher:
         self.model.requires_grad_(False).eval()
         self.fp8 = fp8.install(self.model, plan, parallel)
         self.head_LD = load_head(config, parallel, vocab)
-        if self.offload:
-            self._host = {name: p.detach().cpu().pin_memory() for name, p in self.model.named_parameters()}
-            self._release()
+        self.offloaded: Weights | None = None
+        """Its weights, where they wait in host memory; the head stays."""
+        if config.offload and torch.cuda.is_available():
+            self.offloaded = offloaded(self.model, ahead=config.prefetch)
 
     def submit(self, rollout: Rollout) -> None:
         """Nothing: its ranks are busy with the student until `score`."""
@@ -65,17 +68,14 @@ class MegatronTeacher:
         """Hidden states that predict each response token; None inside on all but the last stage. Collective."""
         if not rollouts:
             return []
-        if self.offload:
-            self._fetch()
         batches = batching.pack(
             [rollout_seen_by(self.name, rollout) for rollout in rollouts],
             micro_batch_size=self.micro_batch_size,
             length_multiple=self.length_multiple,
             device=groups.device(),
         )
-        rows = pipeline.forward(self.model, batches, self._response_rows)
-        if self.offload:
-            self._release()
+        with self.offloaded.there() if self.offloaded else nullcontext():
+            rows = pipeline.forward(self.model, batches, self._response_rows)
         if not self.parallel.is_last_stage:
             return [Hidden(None) for _ in rollouts]
         lengths = [len(r.response_ids) for r in rollouts]
@@ -92,11 +92,3 @@ class MegatronTeacher:
         if self.parallel.sequence:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD)
         return hidden_SBD.transpose(0, 1).flatten(0, 1)[batch.rows_T]
-
-    def _fetch(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.data = self._host[name].to(groups.device(), non_blocking=True)
-
-    def _release(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.new_empty(0)

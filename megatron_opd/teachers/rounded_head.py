@@ -9,6 +9,7 @@ import torch
 
 from megatron_opd.precision.plan import Products
 from megatron_opd.precision.quantize import Rounding
+from megatron_opd.teachers.offload import Weights, offloaded_weights
 from megatron_opd.types import Hidden, Rollout, TeacherScore, TeacherScorer
 
 
@@ -20,6 +21,11 @@ class RoundedHead:
         self._hidden = Rounding(products.recipe.activations)
         head_LD = inner.head_LD
         self.head_LD = None if head_LD is None else Rounding(products.recipe.weights)(head_LD)
+
+    @property
+    def offloaded(self) -> Weights | None:
+        """The other one's."""
+        return offloaded_weights(self.inner)
 
     def submit(self, rollout: Rollout) -> None:
         """As the other one does."""

@@ -196,7 +196,7 @@ class Distillation:
 
 def _rows_of(student: Logits, keep_T: torch.Tensor) -> Logits:
     """The student at some of the tokens (bool) only."""
-    return Linear(student.hidden_TD[keep_T], student.head_LD) if isinstance(student, Linear) else student[keep_T]
+    return replace(student, hidden_TD=student.hidden_TD[keep_T]) if isinstance(student, Linear) else student[keep_T]
 
 
 def select(batch: MicroBatch, keep_T: torch.Tensor) -> MicroBatch:

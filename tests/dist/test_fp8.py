@@ -246,6 +246,23 @@ def test_experts(ranks, paths, layout):
         assert not torch.equal(with_fp8, without)
 
 
+@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+def test_a_head_in_fp8_proper_is_the_emulated_one(ranks, paths, layout):
+    """Torch multiplies FP8 on a CPU too; sums are in another order, so a gradient may round to its other neighbour."""
+    emulated = config(paths, layout=LAYOUTS[layout], heads=["student"])
+    fp8 = dataclasses.replace(emulated.precision.fp8, emulate=False)
+    real = dataclasses.replace(emulated, precision=c.PrecisionConfig(fp8=fp8))
+    rollouts = tiny.rollouts(count=8, vocab_size=VOCAB_SIZE)
+    told = []
+    for settings in (real, emulated):
+        answers = ranks.run(settings.parallel.world_size, train, settings, rollouts, **LAYOUTS[layout])
+        assert all(is_itself_when_off for _, is_itself_when_off, _ in answers)
+        told.append(answers[0][0])
+    for mine, theirs in zip(*told, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-3)
+
+
 # What is measured of it -------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,20 @@ def test_float64_and_half_are_for_the_reference():
             of_logits(case, "native")
 
 
+def test_triton_takes_half():
+    """Also its masked stores of what float32 knows and fp16 does not, which must be infinite and not something else."""
+    pytest.importorskip("triton")
+    for case in (Case(0.5, "probs", 2, 1.0, torch.float16), Case(1.0, "logits", 1, 0.7, torch.float16)):
+        _, found, _, gradient = of_logits(case, "triton")
+        assert found.dtype == torch.float16
+        assert cases.relative(found, gradient) <= 2.2e-3
+    case = Case(1.0, "logits", 1, 1.0, torch.float16)
+    (h, head), teachers, weights, _ = cases.hidden(case)
+    h.requires_grad_()
+    api.linear_distillation_loss(h, head, teachers, weights=weights, vocab=VOCAB, backend="triton").mul(1e9).backward()
+    assert h.grad.isinf().any()
+
+
 def linear(case, backend, **settings):
     """(loss, gradients of hidden states and head, those of the logits form through the same products)."""
     (h, head), teachers, weights, mask = cases.hidden(case)

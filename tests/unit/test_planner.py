@@ -92,6 +92,12 @@ def test_memory_of_llama_8b_by_hand():
     assert rank.moments["scoring"]["hidden states"] == 2 * 64 * 2048 * 4096 * 2
 
 
+def test_fp16_takes_what_bf16_takes():
+    """Master weights included; a loss scale is one number."""
+    fp16, bf16 = (memory.worst(job_of(student={"dtype": dtype})) for dtype in ("fp16", "bf16"))
+    assert fp16 == bf16
+
+
 def test_a_plain_optimizer_is_whole_on_every_replica():
     rank = memory.worst(job_of(optim={"distributed": False}, student={"dtype": "fp32"}))
     assert rank.always["optimizer"] == 2 * rank.always["gradients"] == 2 * rank.always["weights"]
@@ -100,10 +106,49 @@ def test_a_plain_optimizer_is_whole_on_every_replica():
 def test_an_offloaded_teacher_is_there_while_it_scores():
     teacher = {"name": "big", "model": "llama-70b", "dtype": "bf16"}
     stays = memory.worst(job_of(teachers=[teacher, {**teacher, "name": "two"}]))
-    comes = memory.worst(job_of(teachers=[{**teacher, "offload": True}, {**teacher, "name": "two", "offload": True}]))
+    alone = {**teacher, "offload": True, "prefetch": False}
+    comes = memory.worst(job_of(teachers=[alone, {**alone, "name": "two"}]))
     assert comes.always["teacher weights"] == 0
     assert comes.moments["scoring"]["teachers fetched"] == stays.always["teacher weights"] / 2
     assert comes.total < stays.total
+
+
+def test_a_teacher_that_is_fetched_ahead_is_there_with_the_one_before():
+    big = {"name": "a", "model": "llama-70b", "dtype": "bf16", "offload": True}
+    small = {**big, "name": "b", "model": "llama-8b"}
+    stays = {"name": "c", "model": "qwen3-0.6b", "dtype": "fp16"}
+
+    def fetched(*teachers):
+        return memory.worst(job_of(teachers=list(teachers))).moments["scoring"]["teachers fetched"]
+
+    one, other = fetched(big), fetched(small)
+    assert one > other > 0
+    assert fetched(big, small, {**small, "name": "d"}) == one + other
+    assert fetched(big, stays, small) == one + other  # whoever stays does not come between them
+    assert fetched({**big, "prefetch": False}, {**small, "prefetch": False}) == one
+    assert fetched(small, {**big, "prefetch": False}) == one
+
+
+def test_copies_are_hidden_behind_the_teachers_before():
+    big = {"name": "a", "model": "llama-70b", "dtype": "bf16", "offload": True}
+    small = {**big, "name": "b", "model": "llama-8b"}
+
+    def seconds(*teachers):
+        job = job_of(teachers=list(teachers), rollout={"prompts_per_step": 16})
+        return next(s.seconds for s in timing.estimate(job).stages if s.name == "teachers on the ranks")
+
+    copies = {}
+    for teacher in (big, small):
+        copies[teacher["name"]] = seconds(teacher) - seconds({**teacher, "offload": False})
+    assert min(copies.values()) > 0
+    scoring = seconds({**big, "offload": False})
+    assert scoring > copies["b"]  # so that all of that copy is hidden behind the big one
+    none = seconds({**big, "offload": False}, {**small, "offload": False})
+    assert seconds(big, small) == pytest.approx(none + copies["a"])
+    assert seconds(big, {**small, "prefetch": False}) == pytest.approx(none + copies["a"] + copies["b"])
+    left = copies["a"] - seconds({**small, "offload": False})
+    assert left > 0
+    assert seconds(small, big) == pytest.approx(none + copies["b"] + left)
 
 
 def test_pipeline_stages_hold_as_many_micro_batches_as_are_under_way():

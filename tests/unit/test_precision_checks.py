@@ -36,7 +36,11 @@ def with_fp8(**fp8):
         ({"resident": True}, "precision.fp8.resident"),
         ({"emulate": True}, "precision.fp8.emulate: nothing is in FP8"),
         ({"student": "forward"}, "precision.fp8.student=forward is emulated only"),
-        ({"heads": ["a"]}, "precision.fp8.heads are emulated only"),
+        ({"heads": ["a"]}, "precision.fp8.heads: a: the heads of teachers are emulated only"),
+        ({"heads": ["all"]}, "precision.fp8.heads: all: the heads of teachers are emulated only"),
+        ({"heads": ["student"], "recipe": "blockwise"}, "the recipe blockwise is emulated only for output heads"),
+        ({"heads": ["student"], "recipe": "mxfp8"}, "the recipe mxfp8 is emulated only for output heads"),
+        ({"heads": ["student"], "recipe": "delayed"}, "the recipe delayed is emulated only for output heads"),
         ({"student": "full", "layers": "local"}, "precision.layers=local has no FP8"),
         ({"student": "full", "dtype": "fp32"}, "precision.fp8.student needs student.dtype=bf16"),
         ({"teachers": ["b"], "dtype": "fp32"}, "'b' needs teachers.1.dtype=bf16"),
@@ -70,16 +74,26 @@ def test_resident_and_offload_exclude_each_other_on_a_gpu():
 
 
 @pytest.mark.parametrize("fp8", [{}, {"student": "full"}, {"student": "forward", "emulate": True, "dtype": "fp32"},
+                                 {"heads": ["student"], "layers": "local", "dtype": "fp16"},
                                  {"heads": ["all"], "teachers": ["all"], "emulate": True}])  # fmt: skip
 def test_settings_that_are_taken(fp8):
     assert cfg.from_dict(with_fp8(**fp8)).precision.fp8.is_on == bool(fp8)
 
 
-def test_fp16_is_refused_with_what_there_is():
-    (problem,) = problems_of(tree_with(student__model="s", student__dtype="fp16"))
+def test_other_types_are_refused_with_what_there_is():
+    (problem,) = problems_of(tree_with(student__model="s", student__dtype="fp8"))
     assert problem.startswith("student.dtype: ")
-    assert "fp32" in problem
-    assert "bf16" in problem
+    assert all(dtype in problem for dtype in ("fp32", "bf16", "fp16"))
+
+
+def test_fp16_is_taken():
+    tree = tree_with(student__model="s", student__dtype="fp16", optim__initial_loss_scale=2.0**16)
+    for teacher in tree["teachers"]:
+        teacher["dtype"] = "fp16"
+    config = cfg.from_dict(tree)
+    assert [config.student.dtype, *(t.dtype for t in config.teachers)] == ["fp16"] * 3
+    (problem,) = problems_of(tree_with(optim__initial_loss_scale=0.5))
+    assert problem.startswith("optim.initial_loss_scale must be at least 1")
 
 
 class Machine:
@@ -119,6 +133,16 @@ def test_fp8_without_transformer_engine_is_not_quietly_left_out(machine):
     assert "would ignore FP8" in problem
     machine.has(transformer_engine="2.11.0")  # without its PyTorch part
     assert look(student="full")[0] == [problem]
+
+
+def test_a_head_alone_needs_a_device_but_no_transformer_engine(machine):
+    (problem,), _ = look(heads=["student"])
+    assert problem.startswith("precision.fp8: there is no CUDA device here")
+    machine.has()
+    assert look(heads=["student"])[0] == []
+    machine.has(capability=(8, 0))
+    (problem,), _ = look(heads=["student"])
+    assert problem.startswith("precision.fp8.recipe=tensorwise")
 
 
 @pytest.mark.parametrize(("version", "fits"), [("2.8.0", False), ("2.9.0", True), ("2.11.0", True), ("2.12.0", False)])

@@ -1,0 +1,93 @@
+"""Gradients of an fp16 student that fp16 itself does not know: made for the loss scale, before they are rounded."""
+
+from dataclasses import dataclass
+
+import oracle
+import pytest
+import torch
+
+from megatron_opd.config import LossConfig, TeacherConfig
+from megatron_opd.fused import Linear
+from megatron_opd.objective import Objective
+from megatron_opd.terms.distillation import Distillation
+from megatron_opd.types import Hidden, MicroBatch
+from megatron_opd.vocab import VocabShard
+
+NUM_TOKENS, COLUMNS, D = 7, 40, 16
+SHARE = 1e-9
+"""Of each token in a mean over many: the gradient of its logits is far below fp16's smallest number."""
+SCALE = 2.0**30
+
+
+@dataclass
+class Made:
+    batch: MicroBatch
+    hidden: torch.Tensor
+    head: torch.Tensor
+    objective: Objective
+    target: torch.Tensor
+
+    def student(self, upstream):
+        """Leaves of the graph, the head with the memory that Megatron sums its gradient in."""
+        hidden, head = self.hidden.clone().requires_grad_(), self.head.clone().requires_grad_()
+        head.main_grad = torch.zeros(head.shape)
+        return Linear(hidden, head, upstream)
+
+    def dense(self):
+        """Gradients of hidden states and head, float64."""
+        logits = self.hidden.double() @ self.head.double().T
+        _, grad = oracle.grad(
+            lambda z: SHARE * oracle.divergence(oracle.log_softmax(z, COLUMNS), self.target, 1.0), logits
+        )
+        return grad @ self.head.double(), grad.T @ self.hidden.double()
+
+
+@pytest.fixture
+def made():
+    generator = torch.Generator().manual_seed(3)
+    hidden, theirs = (torch.randn(NUM_TOKENS, D, generator=generator).half() for _ in range(2))
+    head, their_head = (torch.randn(COLUMNS, D, generator=generator).mul(0.5).half() for _ in range(2))
+    ids = torch.randint(0, COLUMNS, (NUM_TOKENS,), generator=generator)
+    batch = MicroBatch(
+        tokens_BS=torch.zeros(1, NUM_TOKENS, dtype=torch.long),
+        rows_T=torch.arange(NUM_TOKENS),
+        targets_T=ids,
+        behaviour_logp_T=torch.zeros(NUM_TOKENS),
+        weights_TN=torch.ones(NUM_TOKENS, 1),
+        teachers=(Hidden(theirs),),
+        distill_T=torch.full((NUM_TOKENS,), SHARE),
+    )
+    vocab = VocabShard(0, COLUMNS, COLUMNS)
+    term = Distillation(LossConfig(beta=1.0), 1.0, vocab, (TeacherConfig(name="t", model="m"),), (their_head,))
+    target = oracle.log_softmax(theirs.double() @ their_head.double().T, COLUMNS)
+    return Made(batch, hidden, head, Objective(term), target)
+
+
+def test_small_gradients_are_there_when_the_loss_is_scaled(made):
+    student = made.student(SCALE)
+    loss, _, _ = made.objective(made.batch, student)
+    assert loss.item() == pytest.approx(
+        SHARE * oracle.divergence(oracle.log_softmax(made.hidden.double() @ made.head.double().T, COLUMNS),
+                                  made.target, 1.0).sum().item(),
+        rel=1e-2,
+    )  # fmt: skip
+    (loss * SCALE).backward()
+    hidden, head = made.dense()
+    assert float((student.hidden_TD.grad.double() / SCALE - hidden).norm() / hidden.norm()) < 5e-3
+    assert float((student.head_LD.main_grad.double() / SCALE - head).norm() / head.norm()) < 5e-3
+    assert student.head_LD.grad is None
+
+
+def test_without_a_scale_they_are_lost(made):
+    """What the scale is for: of these numbers fp16 has none."""
+    student = made.student(1.0)
+    made.objective(made.batch, student)[0].backward()
+    hidden, _ = made.dense()
+    assert hidden.abs().max() > 0
+    assert student.hidden_TD.grad.abs().max() == 0
+
+
+def test_a_scale_that_is_not_the_one_of_the_backward_pass_is_noticed(made):
+    loss, _, _ = made.objective(made.batch, made.student(SCALE))
+    with pytest.raises(RuntimeError, match="another upstream factor"):
+        loss.backward()
