@@ -1,0 +1,31 @@
+"""A run with packed sequences as a user starts it: the numbers of the run without, and no padding."""
+
+import pytest
+from program import rows, train
+
+STEPS = ["train.steps=2", "train.eval_every=2", "train.micro_batch_size=4"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([], id="one rank"),
+        pytest.param(
+            ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"],
+            id="tp2pp2sp",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_packed_run_is_the_padded_one(tmp_path, layout):
+    found = {}
+    for packing in ("false", "true"):
+        done = train(tmp_path / packing, *STEPS, *layout, f"train.packing={packing}")
+        assert done.returncode == 0, done.stderr
+        found[packing] = rows(tmp_path / packing)
+    padding = {packing: [row.pop("batch/padding") for row in its if "loss" in row] for packing, its in found.items()}
+    assert all(packed < padded for padded, packed in zip(padding["false"], padding["true"], strict=True))
+    assert layout or padding["true"] == [0.0, 0.0]
+    assert [row.keys() for row in found["true"]] == [row.keys() for row in found["false"]]
+    for packed, padded in zip(found["true"], found["false"], strict=True):
+        assert packed == pytest.approx(padded, rel=1e-4, abs=1e-6)
