@@ -46,7 +46,7 @@ def renormalised(rollouts: Sequence[Rollout], weights: Weights, scores: Scores) 
     return made
 
 
-def packing(is_on: bool, parallel: Parallel) -> Packing:
+def packing_for(is_on: bool, parallel: Parallel) -> Packing:
     """How they are packed on this layout, where they are (`train.packing`)."""
     return ("shared" if parallel.pipeline_size > 1 else "own") if is_on else "none"
 
@@ -57,7 +57,7 @@ def of_student(config: Config, parallel: Parallel) -> dict[str, Any]:
     return {
         "micro_batch_size": config.train.micro_batch_size,
         "length_multiple": student_multiple(config, shards=shards),
-        "packing": packing(config.train.packing, parallel),
+        "packing": packing_for(config.train.packing, parallel),
     }
 
 

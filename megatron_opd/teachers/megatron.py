@@ -42,7 +42,7 @@ class MegatronTeacher:
         self.name = config.name
         self.parallel = parallel
         self.micro_batch_size = micro_batch_size
-        self.packing = batching.packing(packs, parallel)
+        self.packing = batching.packing_for(packs, parallel)
         self.offload = config.offload and torch.cuda.is_available()
         arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
         dtype = DTYPES[config.dtype]

@@ -3,7 +3,7 @@
 import pytest
 from program import rows, train
 
-STEPS = ["train.steps=2", "train.eval_every=2", "train.micro_batch_size=4"]
+STEPS = ["train.steps=2", "train.eval_every=2", "train.eval_teachers=false", "train.micro_batch_size=4"]
 
 
 @pytest.mark.parametrize(
