@@ -8,15 +8,22 @@ padding are out of the loss by construction, whatever ids they carry (pad == eos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 
+from megatron_opd.config import Config
+from megatron_opd.parallel import Parallel
+from megatron_opd.precision.plan import length_multiple as student_multiple
 from megatron_opd.types import Foreign, Hidden, MicroBatch, Rollout, Sampled, TeacherScore, TopK
 
 Weights = Sequence[Sequence[float]]
 """Ensemble weights by rollout, then by teacher."""
 Scores = Sequence[Sequence[TeacherScore | None]]
 """By teacher, then by rollout; None where a teacher was not asked, or did not answer."""
+Packing = Literal["none", "own", "shared"]
+"""How models see the sequences of a micro-batch: padded; or behind each other in one row, as long as they need it, or
+as long as the longest row of all micro-batches: pipeline stages exchange one shape."""
 
 
 class NoTeacherLeft(RuntimeError):
@@ -39,10 +46,24 @@ def renormalised(rollouts: Sequence[Rollout], weights: Weights, scores: Scores) 
     return made
 
 
+def packing_for(is_on: bool, parallel: Parallel) -> Packing:
+    """How they are packed on this layout, where they are (`train.packing`)."""
+    return ("shared" if parallel.pipeline_size > 1 else "own") if is_on else "none"
+
+
+def of_student(config: Config, parallel: Parallel) -> dict[str, Any]:
+    """The arguments of `pack` that follow from the config, for what the student is to see."""
+    shards = parallel.tensor_size if parallel.sequence else 1
+    return {
+        "micro_batch_size": config.train.micro_batch_size,
+        "length_multiple": student_multiple(config, shards=shards),
+        "packing": packing_for(config.train.packing, parallel),
+    }
+
+
 def padded_length(rollouts: Sequence[Rollout], multiple: int = 1) -> int:
     """Longest sequence of the rollouts, rounded up to a multiple."""
-    longest = max(len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts)
-    return -(-longest // multiple) * multiple
+    return _rounded_up(max(_lengths(rollouts)), multiple)
 
 
 def pack(
@@ -53,15 +74,18 @@ def pack(
     device: torch.device,
     scores: Scores = (),
     weights: Weights = (),
+    packing: Packing = "none",
 ) -> list[MicroBatch]:
     """Micro-batches of `micro_batch_size` rollouts each (the last may be smaller), in order, equally padded.
 
     `weights[i]` are the teachers' ensemble weights for rollout i. Without scores the micro-batches carry tokens only.
+    Rows, where there are some, are a multiple of `length_multiple` too.
     """
     length = padded_length(rollouts, length_multiple)
     batches = []
-    for start in range(0, len(rollouts), micro_batch_size):
-        part = slice(start, start + micro_batch_size)
+    parts = [slice(start, start + micro_batch_size) for start in range(0, len(rollouts), micro_batch_size)]
+    totals = [_rounded_up(sum(_lengths(rollouts[part])), length_multiple) for part in parts]
+    for part, total in zip(parts, totals, strict=True):
         batches.append(
             MicroBatch(
                 tokens_BS=_tokens(rollouts[part], length).to(device),
@@ -70,9 +94,19 @@ def pack(
                 behaviour_logp_T=torch.tensor([x for r in rollouts[part] for x in r.logps], device=device),
                 weights_TN=_weights(rollouts[part], weights[part]).to(device),
                 teachers=tuple(_told(rollouts[part], per_teacher[part], device) for per_teacher in scores),
+                lengths=_lengths(rollouts[part]),
+                row={"none": None, "own": total, "shared": max(totals)}[packing],
             )
         )
     return batches
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> tuple[int, ...]:
+    return tuple(len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts)
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _tokens(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:

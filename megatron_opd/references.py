@@ -10,12 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from megatron_opd.batching import pack
+from megatron_opd.batching import of_student, pack
 from megatron_opd.config import Config, SourceConfig
 from megatron_opd.evaluate import ALL
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel
-from megatron_opd.precision.plan import length_multiple
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.terms.distillation import Distillation
@@ -66,8 +65,7 @@ def _packed(answers: Sequence[Rollout], config: Config, parallel: Parallel) -> l
         return []
     batches = pack(
         answers,
-        micro_batch_size=config.train.micro_batch_size,
-        length_multiple=length_multiple(config, shards=parallel.tensor_size if parallel.sequence else 1),
+        **of_student(config, parallel),
         device=groups.device(),
     )
     return [replace(batch, sft_T=torch.ones_like(batch.behaviour_logp_T)) for batch in batches]

@@ -1,4 +1,5 @@
-"""What a step's metrics are made of besides the objective's: rollouts, servers, and what follows from other metrics."""
+"""What a step's metrics are made of besides the objective's: rollouts, micro-batches, servers, and what follows from
+other metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_opd.answers.answers import Answers
 from megatron_opd.parallel import Parallel
-from megatron_opd.types import Rollout, RolloutEngine, TeacherScorer
+from megatron_opd.types import MicroBatch, Rollout, RolloutEngine, TeacherScorer
 
 
 def derived(metrics: dict[str, float]) -> dict[str, float]:
@@ -43,6 +44,13 @@ def of_rollouts(
     replicas = parallel.gather_leaders({name: (math.fsum(values), len(values)) for name, values in mine.items()})
     totals = {name: [sum(column) for column in zip(*(r[name] for r in replicas), strict=True)] for name in mine}
     return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def of_batches(batches: Sequence[MicroBatch], parallel: Parallel) -> dict[str, float]:
+    """The share of padding in what goes through the student, over all replicas. Collective."""
+    mine = sum(sum(batch.lengths) for batch in batches), sum(batch.row or batch.tokens_BS.numel() for batch in batches)
+    real, seen = (sum(column) for column in zip(*parallel.gather_leaders(mine), strict=True))
+    return {"batch/padding": 1 - real / seen}
 
 
 def of_parts(parts: Sequence[Answers | RolloutEngine | TeacherScorer | None], parallel: Parallel) -> dict[str, float]:

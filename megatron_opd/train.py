@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from megatron_opd import colocated, fidelity, references, run_dir, serve, step_metrics
 from megatron_opd.answers import Answers, build_answers
 from megatron_opd.answers.emphasis import teacher_weights, weighted
-from megatron_opd.batching import NoTeacherLeft, pack, renormalised
+from megatron_opd.batching import NoTeacherLeft, of_student, pack, renormalised
 from megatron_opd.completions import Completions
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
@@ -30,7 +30,6 @@ from megatron_opd.grading import Grader
 from megatron_opd.objective import build_objective
 from megatron_opd.parallel import Parallel, PeerError
 from megatron_opd.precision.gate import Measured
-from megatron_opd.precision.plan import length_multiple
 from megatron_opd.preemption import Notice, Preempted
 from megatron_opd.preflight import Inputs, read_inputs
 from megatron_opd.rollout import build_engine
@@ -177,6 +176,7 @@ class Run:
             **step_metrics.derived(metrics),
             **shaped,
             **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=config.answers.lmbda < 1),
+            **step_metrics.of_batches(batches, self.parallel),
             **step_metrics.of_parts([self.engine, self.answers, *self.teachers], self.parallel),
             **{f"time/{stage}": t for stage, t in self.times.items()},
             "tokens_per_s": metrics["num_tokens"] / seconds,
@@ -214,10 +214,7 @@ class Run:
         scores = ask_all(self.teachers if teachers is None else teachers, rollouts, weights)
         batches = pack(
             rollouts,
-            micro_batch_size=self.config.train.micro_batch_size,
-            length_multiple=length_multiple(
-                self.config, shards=self.parallel.tensor_size if self.parallel.sequence else 1
-            ),
+            **of_student(self.config, self.parallel),
             device=groups.device(),
             scores=scores,
             weights=renormalised(rollouts, weights, scores),

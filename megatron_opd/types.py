@@ -152,6 +152,11 @@ class MicroBatch:
     """float32; weight of the cross-entropy -log q(y) at each token; None: none."""
     on_policy_T: torch.Tensor | None = None
     """bool; whether the student sampled the token; None: all."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each sequence; padding has the id of a real token, so `tokens_BS` does not tell."""
+    row: int | None = None
+    """Models see the sequences behind each other in one row of this length, a sum of `lengths` or more; None: as they
+    are here, padded."""
 
 
 class RolloutEngine(Protocol):

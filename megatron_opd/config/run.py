@@ -30,6 +30,9 @@ class TrainConfig:
     """Steps of the whole run: answers are sampled, scored and trained on, in minibatches x epochs updates."""
     micro_batch_size: int = 8
     """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
+    packing: bool = False
+    """Let the sequences of a micro-batch go through student and in-process teachers as one row, without padding between
+    them; the share of padding that goes through the student is `batch/padding` in the metrics."""
     minibatches: int = 1
     """Parts into which the answers of a step are cut, in order, with an update of the weights for each."""
     epochs: int = 1

@@ -1,7 +1,7 @@
 """FLOPs of a step by stage. A product of [a, b] and [b, c] is 2abc; causal attention counts half of its square.
 
 The trainer computes on padded sequences: all of a step are as long as its longest, for which the longest that the
-config allows stands here. Servers compute on the tokens that there are.
+config allows stands here. Servers, and the trainer where it packs sequences, compute on the tokens that there are.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def head(width: int, columns: int, rows: float) -> float:
 def training(job: Job) -> float:
     """Student forward and backward, and the teachers' heads in the loss; of all replicas. Recomputing is work too."""
     rows, columns = job.sequences * job.response, job.student.padded_vocab_size
-    again = body(job.student, job.longest) if job.config.student.recompute == "full" else 0.0
-    made = job.sequences * (_both_ways(job, job.longest) + again)
+    length = job.through_trainer
+    again = body(job.student, length) if job.config.student.recompute == "full" else 0.0
+    made = job.sequences * (_both_ways(job, length) + again)
     made += _passes(job) * head(job.student.hidden_size, columns, rows)
     for teacher, arch in job.telling_hidden:
         theirs = arch.padded_vocab_size if teacher.tokenizer == "own" else columns
@@ -59,7 +60,7 @@ def model_training(job: Job) -> float:
 
 def scoring(job: Job, teacher: TeacherConfig, arch: Architecture) -> float:
     """A teacher's forward passes; one that is served and tells no hidden states computes its own head."""
-    length = job.longest if teacher.backend == "megatron" else job.prompt + job.response
+    length = job.through_trainer if teacher.backend == "megatron" else job.prompt + job.response
     made = body(arch, length)
     if teacher.carrier != "hidden":
         made += head(arch.hidden_size, arch.vocab_size, job.response)

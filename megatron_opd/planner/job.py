@@ -42,6 +42,11 @@ class Job:
         return -(-longest // multiple) * multiple
 
     @property
+    def through_trainer(self) -> float:
+        """Tokens of a mean sequence that go through student and in-process teachers, padding included."""
+        return self.prompt + self.response if self.config.train.packing else self.longest
+
+    @property
     def sequences(self) -> int:
         """Answers of a step, of all replicas."""
         return self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt

@@ -104,7 +104,7 @@ def _rank(job: Job, stage: int) -> RankMemory:
 
 
 def one_pass(job: Job) -> Pass:
-    """A micro-batch through a stage of the student."""
+    """A micro-batch through a stage of the student: the largest there may be, which packing does not make smaller."""
     config = job.config
     return Pass(
         arch=job.student,

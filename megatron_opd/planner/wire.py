@@ -92,7 +92,7 @@ def pipeline(job: Job) -> float:
 
 def _activation(job: Job) -> float:
     """One [tokens, H] of all sequences of a replica."""
-    tokens = job.sequences / job.config.parallel.data * job.longest
+    tokens = job.sequences / job.config.parallel.data * job.through_trainer
     return tokens * job.student.hidden_size * BYTES[job.config.student.dtype]
 
 

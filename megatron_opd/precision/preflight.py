@@ -13,6 +13,7 @@ def look(config: Config) -> tuple[list[str], list[str]]:
     """(problems, notes a line each). Models that cannot be read are left out: that is a problem already."""
     fp8 = config.precision.fp8
     problems = [problem] if (problem := installed.apex_problem()) else []
+    problems += _packed_in_fp32(config)
     notes = installed.notes(config.precision.layers)
     if not fp8.is_on:
         return problems, notes
@@ -29,6 +30,21 @@ def look(config: Config) -> tuple[list[str], list[str]]:
     if fp8.recipe == "delayed":
         notes.append(_delayed(made))
     return problems, notes
+
+
+def _packed_in_fp32(config: Config) -> list[str]:
+    """Transformer Engine's attention takes packed sequences in types of 16 bits only."""
+    is_theirs = installed.has_cuda() and installed.transformer_engine() and config.precision.layers != "local"
+    if not config.train.packing or not is_theirs:
+        return []
+    dtypes = {"student.dtype": config.student.dtype}
+    dtypes |= {f"teachers.{i}.dtype": t.dtype for i, t in enumerate(config.teachers) if t.backend == "megatron"}
+    return [
+        f"train.packing: Transformer Engine's attention does not take packed sequences in fp32; set {name}=bf16, or"
+        " precision.layers=local"
+        for name, dtype in dtypes.items()
+        if dtype == "fp32"
+    ]
 
 
 def _architectures(config: Config) -> dict[str, Architecture]:

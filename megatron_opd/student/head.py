@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from megatron_opd.fused import Linear
+from megatron_opd.student import packing
 from megatron_opd.types import MicroBatch
 
 Product: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,7 +44,7 @@ def at_rows(model: GPTModel, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Lin
     Every shard of the vocabulary has its part of the hidden states' gradient. Under sequence parallelism the gather
     that made them whole sums those parts; otherwise the copy below does, of response tokens only.
     """
-    hidden_TD = hidden_BSD.flatten(0, 1)[batch.rows_T]
+    hidden_TD = hidden_BSD.flatten(0, 1)[packing.rows(batch)]
     if not model.config.sequence_parallel:
         hidden_TD = copy_to_tensor_model_parallel_region(hidden_TD)
     return Linear(hidden_TD, weight(model))

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
+from megatron_opd.student import packing
 from megatron_opd.types import MicroBatch
 
 AtTheEnd = Callable[[MicroBatch, torch.Tensor], Any]
@@ -17,13 +19,14 @@ AtTheEnd = Callable[[MicroBatch, torch.Tensor], Any]
 
 
 def train(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: AtTheEnd) -> list[Any]:
-    """Forward and backward over equally shaped micro-batches; `loss` returns Megatron's (sum, tokens, extra).
+    """Forward and backward over micro-batches; `loss` returns Megatron's (sum, tokens, extra).
 
-    Gradients are accumulated, reduced and divided by the global number of tokens. Returns the extras of the last
-    stage, in order; [] on other stages.
+    Where there are several stages the micro-batches must be equally shaped. Gradients are accumulated, reduced and
+    divided by the global number of tokens. Returns the extras of the last stage, in order; [] on other stages.
     """
-    shapes = {b.tokens_BS.shape for b in batches}
-    assert len(shapes) == 1, f"micro-batches of one step must have one shape, not {shapes}"
+    shapes = {packing.shape(b) for b in batches}
+    is_piped = get_model_config(model).pipeline_model_parallel_size > 1
+    assert len(shapes) == 1 or not is_piped, f"micro-batches of one step must have one shape, not {shapes}"
     return _schedule(model, batches, lambda batch, output: loss(batch, output), forward_only=False)
 
 
@@ -32,7 +35,7 @@ def forward(model: torch.nn.Module, batches: Sequence[MicroBatch], collect: AtTh
     """Forward only; returns what `collect` returns on the last stage for each micro-batch, [] on other stages."""
     results: list[Any] = []
     # Stages exchange activations of one agreed shape, so a smaller last micro-batch is a pass of its own.
-    for _, same in groupby(batches, key=lambda b: b.tokens_BS.shape):
+    for _, same in groupby(batches, key=packing.shape):
         results += _schedule(
             model, list(same), lambda batch, output, non_loss_data: collect(batch, output), forward_only=True
         )
@@ -42,12 +45,12 @@ def forward(model: torch.nn.Module, batches: Sequence[MicroBatch], collect: AtTh
 def _schedule(
     model: torch.nn.Module, batches: Sequence[MicroBatch], at_the_end: Callable[..., Any], *, forward_only: bool
 ) -> list[Any]:
-    size, length = batches[0].tokens_BS.shape
+    size, length = packing.shape(batches[0])
 
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(iterator)
-        positions = torch.arange(length, device=batch.tokens_BS.device).expand(size, length)
-        return model(batch.tokens_BS, positions, None), partial(at_the_end, batch)
+        tokens, positions, described = packing.inputs(batch)
+        return model(tokens, positions, None, **described), partial(at_the_end, batch)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -4,7 +4,7 @@
   weight's gradient over the tensor-parallel ranks.
 * Attention: torch's scaled_dot_product_attention, causal, in place of explicit [S, S] scores.
 
-Shape letters: S sequence, B batch, N heads of this rank, D head size.
+Shape letters: S sequence, B batch, P packed sequences, N heads of this rank, D head size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_opd.student.packing import Sequences
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm with Megatron's constructor."""
@@ -32,7 +34,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CausalAttention(MegatronModule):
-    """softmax(q k^T / sqrt(D)) v under a causal mask; grouped queries without repeating keys and values."""
+    """softmax(q k^T / sqrt(D)) v under a causal mask; grouped queries without repeating keys and values.
+
+    Of packed sequences each looks at itself only.
+    """
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
@@ -40,10 +45,25 @@ class CausalAttention(MegatronModule):
         self.dropout = config.attention_dropout
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **_: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        packed_seq_params: Sequences | None = None,
+        **_: Any,
     ) -> torch.Tensor:
-        """[S, B, N, D] each -> [S, B, N * D]. Right padding needs no mask: no real token looks at it."""
+        """[S, B, N, D] each -> [S, B, N * D]; packed [P, N, D] -> [P, 1, N * D].
+
+        Right padding needs no mask: no real token looks at it.
+        """
         assert attention_mask is None
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        by_sequence = zip(*(x[:, None].split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([self._attend(q, k, v) for q, k, v in by_sequence])
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, dropout_p=self.dropout if self.training else 0.0,

@@ -90,8 +90,8 @@ def _build(
     if teacher.backend == "megatron":
         from megatron_opd.teachers.megatron import MegatronTeacher
 
-        size = config.train.micro_batch_size
-        return MegatronTeacher(teacher, parallel, vocab, micro_batch_size=size, plan=plan)
+        how = {"micro_batch_size": config.train.micro_batch_size, "packs": config.train.packing}
+        return MegatronTeacher(teacher, parallel, vocab, **how, plan=plan)
     from megatron_opd.sglang.loop import Loop
     from megatron_opd.sglang.pool import connect
     from megatron_opd.sglang.wire import Limits

@@ -17,7 +17,7 @@ from megatron_opd import batching
 from megatron_opd.config import TeacherConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.precision.plan import ModelPlan
-from megatron_opd.student import fp8, groups, pipeline, source
+from megatron_opd.student import fp8, groups, packing, pipeline, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, drop_head, transformer_config
 from megatron_opd.teachers.head import load_head
@@ -38,12 +38,14 @@ class MegatronTeacher:
         vocab: VocabShard,
         *,
         micro_batch_size: int,
+        packs: bool = False,
         plan: ModelPlan | None = None,
     ) -> None:
-        """`plan` says what of it is in FP8; None: nothing."""
+        """`packs`: what `train.packing` says; `plan` says what of it is in FP8; None: nothing."""
         self.name = config.name
         self.parallel = parallel
         self.micro_batch_size = micro_batch_size
+        self.packing = batching.packing_for(packs, parallel)
         arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
         dtype = DTYPES[config.dtype]
         body = dataclasses.replace(arch, tied_embeddings=False)  # without a head there is nothing to tie
@@ -73,6 +75,7 @@ class MegatronTeacher:
             micro_batch_size=self.micro_batch_size,
             length_multiple=self.length_multiple,
             device=groups.device(),
+            packing=self.packing,
         )
         with self.offloaded.there() if self.offloaded else nullcontext():
             rows = pipeline.forward(self.model, batches, self._response_rows)
@@ -91,4 +94,4 @@ class MegatronTeacher:
     def _response_rows(self, batch: MicroBatch, hidden_SBD: torch.Tensor) -> torch.Tensor:
         if self.parallel.sequence:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD)
-        return hidden_SBD.transpose(0, 1).flatten(0, 1)[batch.rows_T]
+        return hidden_SBD.transpose(0, 1).flatten(0, 1)[packing.rows(batch)]

@@ -72,14 +72,14 @@ def paths(tmp_path_factory):
     return {**{f: tiny.save(model(f), root / f) for f in STUDENTS}, "teacher": tiny.save(teacher(), root / "teacher")}
 
 
-def config(paths, family, targets=(), *, dtype="fp32", recompute="none", micro_batch_size=2, **optim):
+def config(paths, family, targets=(), *, dtype="fp32", recompute="none", micro_batch_size=2, packing=False, **optim):
     return tiny.config(
         paths[family],
         [{"name": "t", "model": paths["teacher"]}],
         student={"dtype": dtype, "recompute": recompute, "vocab_multiple": 4},
         lora={"rank": RANK, "alpha": ALPHA, "targets": list(targets)},
         optim={**OPTIM, **optim},
-        train={"steps": NUM_STEPS, "micro_batch_size": micro_batch_size},
+        train={"steps": NUM_STEPS, "micro_batch_size": micro_batch_size, "packing": packing},
     )
 
 
@@ -153,6 +153,7 @@ CASES = {
     "one of q, k, v, one of gate, up": ("qwen3", ("k_proj", "up_proj"), {"tensor": 2}, {}),
     "q and v": ("qwen2", ("q_proj", "v_proj"), {"tensor": 2, "pipeline": 2}, {}),
     "tied pp2": ("qwen2", ("all-linear",), {"pipeline": 2}, {"recompute": "selective"}),
+    "packed pp2": ("qwen3", (), {"pipeline": 2}, {"packing": True}),
     "mixture": ("qwen3_moe", ATTENTION, {"tensor": 1}, {}),
     "mixture tp2ep2sp": ("qwen3_moe", ATTENTION, {"tensor": 2, "expert": 2, "sequence": True}, {}),
 }

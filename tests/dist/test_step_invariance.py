@@ -135,6 +135,16 @@ EVERY_LAYOUT = {
     "four at a time": ({"pipeline": 2}, {"micro_batch_size": 4}),
     "all at once": ({"tensor": 1}, {"micro_batch_size": 8, "recompute": "full"}),
 }
+PACKED = {
+    "all at once": ({"tensor": 1}, {"micro_batch_size": 8}),
+    "tp2sp": ({"tensor": 2, "sequence": True}, {}),
+    "pp2": ({"pipeline": 2}, {}),
+    "dp2": ({"data": 2}, {}),
+    "tp2pp2sp full recompute": ({"tensor": 2, "pipeline": 2, "sequence": True}, {"recompute": "full"}),
+    "tp2 selective recompute": ({"tensor": 2}, {"recompute": "selective"}),
+    "mixture tp2ep2sp": ({"tensor": 2, "expert": 2, "sequence": True}, {}),
+}
+"""Layouts where sequences go through the models in rows; `alone` pads them."""
 CASES = [
     *[pytest.param("qwen3", "reverse", *case, id=f"qwen3-{name}") for name, case in EVERY_LAYOUT.items()],
     *[
@@ -145,6 +155,17 @@ CASES = [
             ("qwen3", "jsd_logits", ("tp2pp2sp full recompute",)),
         )
         for name in names
+    ],
+    *[
+        pytest.param(student, loss, layout, {**settings, "train": {"packing": True}}, id=f"{student}-packed-{name}")
+        for student, loss, names in (
+            ("qwen3", "reverse", list(PACKED)[:-1]),
+            ("qwen2", "forward", ("pp2",)),
+            ("llama", "jsd", ("tp2sp",)),
+            ("qwen3_moe", "reverse", ("mixture tp2ep2sp",)),
+        )
+        for name in names
+        for layout, settings in [PACKED[name]]
     ],
     pytest.param("qwen3_moe", "reverse", {"data": 2}, {}, id="moe-dp2"),
     pytest.param("qwen3_moe", "reverse", {"tensor": 2, "expert": 2, "sequence": True}, {}, id="moe-tp2ep2sp"),

@@ -59,6 +59,21 @@ def test_steps_are_measured_on_ranks_of_their_own_and_added_to_the_file(tmp_path
     assert "2x1x1, 3 hidden" in done.stdout
 
 
+@pytest.mark.slow
+def test_both_ways_of_packing_do_one_step(tmp_path):
+    """Which the tool itself sees to; two rounds of each, and less padding in one."""
+    out = tmp_path / "packing.json"
+    small = {"hidden": 32, "layers": 1, "vocab": 64, "answers": 4, "micro-batch-size": 2, "mean": 6, "longest": 20}
+    sizes = [str(word) for name, size in small.items() for word in (f"--{name}", size)]
+    done = run("tools/bench_packing.py", *sizes, "--rounds", 2, "--json", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["packed"]["padding"] == 0 < found["padded"]["padding"]
+    assert all(len(found[way][what]) == 2 for way in ("padded", "packed") for what in ("scoring", "step"))
+    assert found["padded"]["loss"] > 0
+    assert "padded / packed" in done.stdout
+
+
 def count(parallel):
     """Bytes that this rank gives to collectives of known sizes."""
     import torch

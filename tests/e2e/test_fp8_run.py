@@ -39,6 +39,9 @@ def test_check_prints_the_plan():
     [
         pytest.param([], id="one rank"),
         pytest.param(["parallel.tensor=2", "parallel.sequence=true"], id="tp2sp", marks=pytest.mark.slow),
+        pytest.param(
+            ["parallel.tensor=2", "parallel.sequence=true", "train.packing=true"], id="packed", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_run_measures_and_trains(tmp_path, extra):

@@ -270,6 +270,23 @@ def test_flops_by_hand():
     assert flops.training(recomputed) - flops.training(job) == 256 * forward
 
 
+def test_packed_sequences_are_as_long_as_they_are():
+    """Where padding is not computed on, work and traffic follow the mean; a micro-batch may still be the largest."""
+    teachers = [{"name": "t", "model": "llama-8b", "dtype": "bf16"}]
+    parallel = {"tensor": 2, "pipeline": 2, "data": 2, "sequence": True}
+    padded, packed = (
+        job_of("llama-8b", teachers, lengths=(1000, 1000), response=500, parallel=parallel,
+               train={"steps": 10, "micro_batch_size": 2, "packing": packing})
+        for packing in (False, True)
+    )  # fmt: skip
+    passes = flops.body(packed.student, 2000) - flops.body(packed.student, 1500)
+    assert flops.training(padded) - flops.training(packed) == 256 * 3 * passes
+    ((teacher, arch),) = packed.inside
+    assert flops.scoring(padded, teacher, arch) - flops.scoring(packed, teacher, arch) == 256 * passes
+    assert wire.pipeline(packed) / wire.pipeline(padded) == 1500 / 2000
+    assert memory.worst(packed) == memory.worst(padded)
+
+
 def test_a_routed_teacher_is_asked_about_its_share():
     teachers = [
         {"name": "math", "model": "llama-8b", "sources": {"code": 0.0}},

@@ -156,6 +156,25 @@ def test_versions_of_transformer_engine(machine, version, fits):
     ]
 
 
+def test_packed_sequences_in_fp32_are_refused_where_the_engine_attends(machine):
+    def problems(layers="auto", **teacher):
+        tree = with_fp8(dtype="fp32", layers=layers)
+        tree["train"]["packing"] = True
+        tree["teachers"][0] |= teacher
+        return preflight.look(cfg.from_dict(tree))[0]
+
+    machine.has()
+    assert problems() == []  # on Megatron's own layers
+    machine.has(transformer_engine="2.11.0", transformer_engine_torch="2.11.0")
+    assert problems(layers="local") == []
+    named = ("student.dtype", "teachers.0.dtype", "teachers.1.dtype")
+    for problem, name in zip(problems(), named, strict=True):
+        assert problem.startswith("train.packing")
+        assert f"set {name}=bf16" in problem
+    assert len(problems(dtype="bf16")) == 2
+    assert look(dtype="fp32")[0] == []  # without packing
+
+
 @pytest.mark.parametrize(
     ("recipe", "capability", "fits"),
     [("tensorwise", (8, 0), False), ("tensorwise", (8, 9), True), ("delayed", (9, 0), True),

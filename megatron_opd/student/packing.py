@@ -1,0 +1,74 @@
+"""Packed sequences: what a model sees of a micro-batch that goes through it as one row without padding in between.
+
+Outside of `student/` a micro-batch is [B, S]. Where it has the length of a row (`MicroBatch.row`), its sequences lie
+behind each other in that row here, and Megatron is told where each one begins (its "thd" format), so that positions
+start anew and attention stays within a sequence. What is left of the row is filled up with sequences of padding that
+nothing looks at, none longer than the longest real one: rotary embeddings are made for its positions only.
+
+Shape letters: B sequences, S padded length, P the row's length, T response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_opd.types import MicroBatch
+
+
+@dataclass
+class Sequences(PackedSeqParams):
+    """Megatron's description of a row, with the lengths in host memory too."""
+
+    lengths: tuple[int, ...] = ()
+    """Of all sequences of the row, padding included; they add up to P."""
+
+
+def shape(batch: MicroBatch) -> tuple[int, int]:
+    """(rows, tokens of each) that go through a model: what pipeline stages exchange."""
+    size, length = batch.tokens_BS.shape
+    return (size, length) if batch.row is None else (1, batch.row)
+
+
+def inputs(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Tokens and positions as `shape` says, and what else the model is to be called with."""
+    size, length = batch.tokens_BS.shape
+    device = batch.tokens_BS.device
+    if batch.row is None:
+        return batch.tokens_BS, torch.arange(length, device=device).expand(size, length), {}
+    real = [row_S[:n] for row_S, n in zip(batch.tokens_BS, batch.lengths, strict=True)]
+    tokens_P = F.pad(torch.cat(real), (0, batch.row - sum(batch.lengths)))
+    lengths = _with_padding(batch.lengths, batch.row)
+    positions_P = torch.cat([torch.arange(n, device=device) for n in lengths])
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    described = Sequences(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        lengths=lengths,
+    )
+    return tokens_P[None], positions_P[None], {"packed_seq_params": described}
+
+
+def rows(batch: MicroBatch) -> torch.Tensor:
+    """`batch.rows_T` in the flat output of a model that saw `inputs`, [T]."""
+    if batch.row is None:
+        return batch.rows_T
+    length = batch.tokens_BS.shape[1]
+    # By how much each sequence begins earlier in the row than it does with padding before it.
+    starts = [0, *accumulate(batch.lengths)][:-1]
+    earlier_B = torch.tensor([b * length - start for b, start in enumerate(starts)], device=batch.rows_T.device)
+    return batch.rows_T - earlier_B[batch.rows_T // length]
+
+
+def _with_padding(lengths: tuple[int, ...], row: int) -> tuple[int, ...]:
+    """The lengths, and those of the sequences of padding behind them."""
+    whole, rest = divmod(row - sum(lengths), max(lengths))
+    return (*lengths, *[max(lengths)] * whole, *[rest] * (rest > 0))
