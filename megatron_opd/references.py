@@ -67,7 +67,7 @@ def _packed(answers: Sequence[Rollout], config: Config, parallel: Parallel) -> l
     batches = pack(
         answers,
         micro_batch_size=config.train.micro_batch_size,
-        length_multiple=length_multiple(config, shards=parallel.tensor_size if parallel.sequence else 1),
+        length_multiple=length_multiple(config, shards=parallel.length_multiple),
         device=groups.device(),
     )
     return [replace(batch, sft_T=torch.ones_like(batch.behaviour_logp_T)) for batch in batches]

@@ -216,9 +216,7 @@ class Run:
         batches = pack(
             rollouts,
             micro_batch_size=self.config.train.micro_batch_size,
-            length_multiple=length_multiple(
-                self.config, shards=self.parallel.tensor_size if self.parallel.sequence else 1
-            ),
+            length_multiple=length_multiple(self.config, shards=self.parallel.length_multiple),
             device=groups.device(),
             scores=scores,
             weights=renormalised(rollouts, weights, scores),
