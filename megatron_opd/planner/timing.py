@@ -70,9 +70,12 @@ def _training(job: Job) -> Stage:
     config, gpu, assumed = job.config, job.gpu, job.assumed
     world, work = config.parallel.world_size, flops.training(job)
     compute = work / (world * gpu.flops(config.student.dtype) * assumed.training) * bubble(job)
-    near = config.parallel.tensor * config.parallel.data <= assumed.gpus_per_node
+    layout = config.parallel
+    near = layout.tensor * layout.context * layout.data <= assumed.gpus_per_node
+    ring = gpu.link if layout.tensor * layout.context <= assumed.gpus_per_node else gpu.network
     reduce = wire.gradients(job) / ((gpu.link if near else gpu.network) * assumed.transfer)
     reduce += wire.tensor_parallel(job) / (gpu.link * assumed.transfer)
+    reduce += wire.context_parallel(job) / (ring * assumed.transfer)
     adam = 2 * memory.worst(job).always["optimizer"] / (gpu.bandwidth * assumed.decoding)
     return Stage("training", compute + reduce + adam, work, world, None)
 
@@ -86,7 +89,8 @@ def _teachers_inside(job: Job) -> Stage:
         work += made
         seconds += made / (world * gpu.flops(teacher.dtype) * assumed.scoring) * bubble(job)
         if teacher.offload and made:
-            shard = sizes.numel(sizes.whole(arch)) * BYTES[teacher.dtype] / (world / config.parallel.data)
+            shards = config.parallel.tensor * config.parallel.pipeline
+            shard = sizes.numel(sizes.whole(arch)) * BYTES[teacher.dtype] / shards
             seconds += shard / (gpu.host * assumed.transfer)
     return Stage("teachers on the ranks", seconds, work, world, None)
 

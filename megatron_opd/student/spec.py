@@ -2,10 +2,10 @@
 
 * RMSNorm: the stock torch norm refuses sequence parallelism; this one marks its weight so that Megatron sums the
   weight's gradient over the tensor-parallel ranks.
-* Attention: torch's scaled_dot_product_attention, causal, in place of explicit [S, S] scores. With context parallelism
-  it also does the exchange that Transformer Engine's attention does of itself.
+* Attention: torch's scaled_dot_product_attention, causal, in place of explicit [S, S] scores. With context
+  parallelism it also does the exchange that Transformer Engine's attention does of itself.
 
-Shape letters: S sequence (this rank's part of it, with context parallelism), B batch, N heads of this rank, D head size.
+Shape letters: S sequence (with context parallelism this rank's part of it), B batch, N heads of this rank, D head size.
 """
 
 from __future__ import annotations
