@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_opd.parallel import Parallel
 from megatron_opd.terms.distillation import select
@@ -75,8 +74,7 @@ def split_of(parallel: Parallel) -> Split | None:
     return Split(parallel.context_rank, parallel.context_size, parallel.context_group)
 
 
-def gather(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Parts along the first dimension [S / c, ...] -> the whole sequence in order [S, ...]; the backward pass sums what
-    the ranks give for a part."""
-    by_rank = gather_from_sequence_parallel_region(mine, group=group).view(group.size(), 2, -1, *mine.shape[1:])
+def in_order(parts: torch.Tensor, size: int) -> torch.Tensor:
+    """The parts of sequences, rank after rank along the first dimension [S, ...] -> whole sequences."""
+    by_rank = parts.view(size, 2, -1, *parts.shape[1:])
     return torch.cat([by_rank[:, 0].flatten(0, 1), by_rank[:, 1].flip(0).flatten(0, 1)])

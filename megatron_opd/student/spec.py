@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -58,7 +59,9 @@ class CausalAttention(MegatronModule):
         assert attention_mask is None
         if self.context_group is None:
             return self._attend(query, key, value)
-        keys, values = context.gather(torch.stack([key, value], dim=2), self.context_group).unbind(2)
+        # Its backward pass sums what the ranks' queries give for a key or value.
+        parts = gather_from_sequence_parallel_region(torch.stack([key, value], dim=2), group=self.context_group)
+        keys, values = context.in_order(parts, self.context_group.size()).unbind(2)
         width, chunks = len(query) // 2, 2 * self.context_group.size()
         ends = ((i + 1) * width for i in (self.context_group.rank(), chunks - 1 - self.context_group.rank()))
         both = zip(query.split(width), ends, strict=True)

@@ -113,7 +113,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("student", "loss", "layout", "settings"), LAYOUTS.values(), ids=LAYOUTS.keys())
+FAST = ("cp2", "cp2tp2sp", "cp2pp2 full recompute", "cp2dp2")
+CASES = [pytest.param(*case, id=name, marks=() if name in FAST else pytest.mark.slow) for name, case in LAYOUTS.items()]
+
+
+@pytest.mark.parametrize(("student", "loss", "layout", "settings"), CASES)
 def test_the_step_is_that_of_whole_sequences(ranks, alone, paths, student, loss, layout, settings):  # noqa: F811
     made = invariance.config(paths, student, loss, **settings)
     answers = ranks.run(size(layout), steps.train, made, invariance.rollouts(), VOCAB_SIZE, NUM_STEPS, **layout)
@@ -126,7 +130,7 @@ def test_the_step_is_that_of_whole_sequences(ranks, alone, paths, student, loss,
     assert len(leaders) == layout.get("data", 1)  # others export nothing
 
 
-def test_an_answer_of_one_token_leaves_ranks_without_any(ranks, alone, paths):  # noqa: F811
+def test_an_answer_of_one_token_leaves_ranks_without_any(ranks, paths):  # noqa: F811
     """Their backward passes still take part in the others'."""
     short = [tiny.rollout(range(1, 20), [3], index=i) for i in range(2)]
     for loss in ("reverse", "jsd"):

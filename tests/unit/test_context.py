@@ -6,12 +6,8 @@ import torch
 
 from megatron_opd.batching import pack
 from megatron_opd.config import ParallelConfig
-from megatron_opd.student import cpu
+from megatron_opd.student.context import Split, in_order
 from megatron_opd.types import Sampled
-
-cpu.enable()
-
-from megatron_opd.student.context import Split  # noqa: E402
 
 
 def whole(size, seed, micro_batch_size=4):
@@ -37,11 +33,13 @@ def test_positions_are_a_partition_with_equal_work(size):
     assert torch.cat(by_rank).sort().values.tolist() == list(range(length))
     assert len({sum(1 + p for p in positions.tolist()) for positions in by_rank}) == 1  # pairs of query and key
     assert all(p.diff().min() > 0 for p in by_rank)
+    assert torch.equal(in_order(torch.cat(by_rank), size), torch.arange(length))
 
 
 def test_two_ranks():
     assert Split(0, 2, None).positions(8).tolist() == [0, 1, 6, 7]
     assert Split(1, 2, None).positions(8).tolist() == [2, 3, 4, 5]
+    assert in_order(torch.tensor([0, 1, 6, 7, 2, 3, 4, 5]), 2).tolist() == list(range(8))
     with pytest.raises(AssertionError, match="a length of 6 has no 4 equal chunks"):
         Split(0, 2, None).positions(6)
 
