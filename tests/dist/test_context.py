@@ -137,7 +137,8 @@ def test_an_answer_of_one_token_leaves_ranks_without_any(ranks, paths):  # noqa:
         made = invariance.config(paths, "qwen3", loss)
         [whole] = ranks.run(1, steps.train, made, short, VOCAB_SIZE, 2, tensor=1)
         for found in ranks.run(4, steps.train, made, short, VOCAB_SIZE, 2, context=4):
-            invariance.assert_same((*found[:2], found[2] or whole[2]), whole)
+            # Two tokens average out less of float32's rounding than eight answers do.
+            invariance.assert_same((*found[:2], found[2] or whole[2]), whole, rel=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("method", ["hybrid", "kdrl"])
