@@ -53,10 +53,9 @@ def packing_for(is_on: bool, parallel: Parallel) -> Packing:
 
 def of_student(config: Config, parallel: Parallel) -> dict[str, Any]:
     """The arguments of `pack` that follow from the config, for what the student is to see."""
-    shards = parallel.tensor_size if parallel.sequence else 1
     return {
         "micro_batch_size": config.train.micro_batch_size,
-        "length_multiple": student_multiple(config, shards=shards),
+        "length_multiple": student_multiple(config, shards=parallel.length_multiple),
         "packing": packing_for(config.train.packing, parallel),
     }
 

@@ -189,8 +189,7 @@ def _gradient_error(student: Student, fp8: tuple[Any, Objective], plain: tuple[A
 
 def _collected(sums: Sums, gradient_error: float, config: Config, parallel: Parallel) -> Measured:
     """Over the replicas; the ranks of a last stage have the same numbers, so one of them speaks for each replica."""
-    speaks = parallel.is_last_stage and parallel.tensor_rank == 0
-    everyone = parallel.gather_world((sums.by_name, sums.signal) if speaks else ({}, [0.0, 0.0]))
+    everyone = parallel.gather_world((sums.by_name, sums.signal) if parallel.counts_whole else ({}, [0.0, 0.0]))
     noises = []
     for name in [*(teacher.name for teacher in config.teachers), "ensemble", "student"]:
         found = [by_name[name] for by_name, _ in everyone if name in by_name]

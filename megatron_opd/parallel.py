@@ -1,7 +1,7 @@
 """Who this rank is and whom it talks to, as a value that is passed around (no globals).
 
-`share` is how a replica's leader does something alone (talk to an engine) and its tensor- and pipeline-parallel peers
-get the result, or the same error. Ranks that only wait do so in a gloo group with the run's own time-out.
+`share` is how a replica's leader does something alone (talk to an engine) and its peers get the result, or the
+same error. Ranks that only wait do so in a gloo group with the run's own time-out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def lost_peer(error: RuntimeError) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parallel:
-    """This rank's place in the tensor x pipeline x data grid, and the groups it belongs to."""
+    """This rank's place in the tensor x context x data x pipeline grid, and the groups it belongs to."""
 
     rank: int
     world_size: int
@@ -35,19 +35,27 @@ class Parallel:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
     expert_rank: int
     expert_size: int
     sequence: bool
     """Whether activations between matrices are split over the tensor-parallel ranks."""
+    length_multiple: int
+    """See ParallelConfig."""
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    """The ranks that have the parts of the same sequences."""
     data_group: dist.ProcessGroup
+    reduction_group: dist.ProcessGroup
+    """The ranks with copies of the same weights, data x context: gradients are summed over these."""
     expert_group: dist.ProcessGroup
     """The ranks that share the experts of a mixture."""
     replica_group: dist.ProcessGroup
-    """The tensor x pipeline ranks of one data-parallel replica, over gloo: objects, not activations."""
+    """The tensor x pipeline x context ranks of one data-parallel replica, over gloo: objects, not activations."""
     world_group: dist.ProcessGroup
     """All ranks, over gloo."""
 
@@ -59,12 +67,17 @@ class Parallel:
     @property
     def is_leader(self) -> bool:
         """The one rank of its replica that owns the engine."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
+        return self.tensor_rank == 0 and self.pipeline_rank == 0 and self.context_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
         """Whether the loss is computed here."""
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def counts_whole(self) -> bool:
+        """Of the ranks that know the same of their replica's whole micro-batches, the one that counts in sums."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
     def share(self, compute: Callable[[], _T]) -> _T:
         """Run `compute` on the replica's leader and return its result on every rank of the replica.

@@ -44,8 +44,8 @@ class Totals:
 
     def means(self, parallel: Parallel) -> dict[str, float]:
         """Over all replicas, on every rank; without what has no values. Collective."""
-        mine = parallel.is_last_stage and parallel.tensor_rank == 0
-        sums_M2 = torch.tensor(list(self._sums.values()), dtype=torch.float64).reshape(-1, 2) * float(mine)
+        mine = float(parallel.counts_whole)
+        sums_M2 = torch.tensor(list(self._sums.values()), dtype=torch.float64).reshape(-1, 2) * mine
         dist.all_reduce(sums_M2, group=parallel.world_group)
         pairs = zip(self._sums, sums_M2.tolist(), strict=True)
         found = {name: total / count for name, (total, count) in pairs if count}

@@ -78,8 +78,8 @@ def _trainer(trainer: Process, free: list[_Node], gpus_per_node: int) -> Step:
     per_node = min(gpus_per_node, trainer.ranks)
     if trainer.ranks % per_node:
         raise ValueError(
-            f"the trainer's {trainer.ranks} ranks (parallel.tensor x parallel.pipeline x parallel.data) do not fill"
-            f" nodes of {gpus_per_node} GPUs; change parallel.data, or --gpus-per-node"
+            f"the trainer's {trainer.ranks} ranks (parallel.tensor x parallel.pipeline x parallel.context x"
+            f" parallel.data) do not fill nodes of {gpus_per_node} GPUs; change parallel.data, or --gpus-per-node"
         )
     count = trainer.ranks // per_node
     free += [_Node(list(range(per_node, gpus_per_node))) for _ in range(count)]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
 from megatron_opd.config.checks_answers import check_answers, needs_teachers
+from megatron_opd.config.checks_context import check_context
 from megatron_opd.config.checks_lora import check_lora
 from megatron_opd.config.checks_method import check_method
 from megatron_opd.config.checks_precision import check_precision
@@ -22,6 +23,7 @@ def check(config: Config) -> list[str]:
     return [
         *_check_numbers(config),
         *_check_layout(config),
+        *check_context(config),
         *check_lora(config),
         *_check_teachers(config),
         *_check_data(config),
@@ -38,6 +40,7 @@ def _check_numbers(config: Config) -> list[str]:
     at_least_one = {
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
+        "parallel.context": config.parallel.context,
         "parallel.data": config.parallel.data,
         "parallel.expert": config.parallel.expert,
         "student.vocab_multiple": config.student.vocab_multiple,

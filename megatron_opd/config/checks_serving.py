@@ -126,7 +126,7 @@ def _check_colocated(config: Config) -> list[str]:
     if wanted > ranks:
         problems.append(
             f"{what}: rollout.servers.count x rollout.servers.tensor servers take {wanted} GPUs, but the trainer has"
-            f" {ranks} (parallel.tensor x parallel.pipeline x parallel.data)"
+            f" {ranks} (parallel.tensor x parallel.pipeline x parallel.context x parallel.data)"
         )
     elif servers.gpus and servers.gpus != list(range(servers.gpus[0], servers.gpus[0] + wanted)):
         problems.append(f"rollout.servers.gpus must be {wanted} numbers in a row with {what}, not {servers.gpus}")

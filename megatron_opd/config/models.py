@@ -10,12 +10,16 @@ from megatron_opd.config.section import section
 
 @section
 class ParallelConfig:
-    """How the student (and the in-process teachers) are spread over ranks; ranks = tensor x pipeline x data."""
+    """How the student (and the in-process teachers) are spread over ranks; ranks = tensor x pipeline x
+    context x data."""
 
     tensor: int = 1
     """Tensor-parallel size: every matrix and the vocabulary are split this many ways."""
     pipeline: int = 1
     """Pipeline-parallel size: the layers are split into this many stages."""
+    context: int = 1
+    """Context-parallel size: every sequence is split over this many ranks, for answers too long for one; the ranks of a
+    part exchange keys and values in attention."""
     data: int = 1
     """Data-parallel size: replicas, each with its own slice of the prompts."""
     expert: int = 1
@@ -26,7 +30,13 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def length_multiple(self) -> int:
+        """What divides the padded length of sequences, so that the ranks of a replica have equal parts of them: two
+        chunks of each context-parallel rank, split over the tensor-parallel ranks with `sequence`."""
+        return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence else 1)
 
 
 @section

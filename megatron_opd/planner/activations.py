@@ -3,6 +3,9 @@
 Counted, not estimated: `student/spec.py` without Transformer Engine saves exactly these, and a test compares them with
 the saved tensors of real ranks. Attention keeps no [S, S] scores, so `selective` recompute saves next to nothing here.
 
+With context parallelism a rank has the activations of its part of each sequence, as with Transformer Engine's
+attention; ours, without it, keeps the keys and values of whole sequences besides.
+
 Letters: H hidden size, F intermediate size, h and f the same on one rank, q and kv the widths of queries and of keys.
 """
 
@@ -26,7 +29,7 @@ class Pass:
     lora: LoraConfig
     sequences: int
     length: int
-    """Padded length of a sequence."""
+    """Padded length of a sequence, or of this rank's part of it with context parallelism."""
     on_gpu: bool
     """See `Job.on_gpu`."""
 

@@ -38,7 +38,7 @@ class Job:
     def longest(self) -> int:
         """Padded length of the longest sequence."""
         longest = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
-        multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
+        multiple = self.config.parallel.length_multiple
         return -(-longest // multiple) * multiple
 
     @property

@@ -40,9 +40,10 @@ class _Sizes:
     @classmethod
     def of(cls, job: Job) -> _Sizes:
         config = job.config
-        tokens = config.train.micro_batch_size * config.rollout.max_new_tokens
+        length = job.longest // config.parallel.context
+        tokens = config.train.micro_batch_size * min(config.rollout.max_new_tokens, length)
         return cls(
-            positions=config.train.micro_batch_size * job.longest,
+            positions=config.train.micro_batch_size * length,
             tokens=tokens,
             chunk=min(config.loss.chunk_tokens, tokens),
             hidden=job.student.hidden_size,

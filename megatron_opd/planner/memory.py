@@ -112,7 +112,7 @@ def one_pass(job: Job) -> Pass:
         student=config.student,
         lora=config.lora,
         sequences=config.train.micro_batch_size,
-        length=job.longest,
+        length=job.longest // config.parallel.context,
         on_gpu=job.on_gpu,
     )
 
@@ -130,7 +130,8 @@ def _scoring(job: Job) -> float:
     for teacher, arch in job.inside:
         widest = arch.num_heads * arch.head_dim + 2 * arch.num_kv_heads * arch.head_dim + 3 * arch.ffn_size
         a_token = 3 * arch.hidden_size + widest / config.parallel.tensor
-        found.append(config.train.micro_batch_size * job.longest * a_token * BYTES[teacher.dtype])
+        length = job.longest // config.parallel.context
+        found.append(config.train.micro_batch_size * length * a_token * BYTES[teacher.dtype])
     return max(found)
 
 
@@ -171,7 +172,7 @@ def _teacher_heads(job: Job) -> float:
 
 
 def _hidden_states(job: Job) -> float:
-    """Of all answers of a replica's step."""
+    """Of all answers of a replica's step, which are whole on every context-parallel rank."""
     tokens = job.sequences / job.config.parallel.data * job.config.rollout.max_new_tokens
     return sum(tokens * arch.hidden_size * BYTES[teacher.dtype] for teacher, arch in job.telling_hidden)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.planner import memory, timing
@@ -36,6 +36,7 @@ class Layout:
         return [
             f"parallel.tensor={layout.tensor}",
             f"parallel.pipeline={layout.pipeline}",
+            *([f"parallel.context={layout.context}"] if layout.context > 1 else []),
             f"parallel.data={layout.data}",
             f"parallel.sequence={str(layout.sequence).lower()}",
             *([f"parallel.expert={layout.expert}"] if self.job.student.num_experts else []),
@@ -62,12 +63,14 @@ def fastest(job: Job) -> Layout | None:
 
 
 def fitting(job: Job, world: int) -> Iterator[Layout]:
-    """Every layout of `world` GPUs that models, prompts and memory allow. Tensor parallelism stays within a node."""
+    """Every layout of `world` GPUs that models, prompts and memory allow. Tensor parallelism stays within a node,
+    context parallelism as the config has it."""
     for tensor in _powers(job.assumed.gpus_per_node):
         for pipeline in _divisors(job.student.num_layers):
-            if world % (tensor * pipeline):
+            replica = tensor * pipeline * job.config.parallel.context
+            if world % replica:
                 continue
-            parallel = _parallel(job, tensor, pipeline, world // (tensor * pipeline))
+            parallel = _parallel(job, tensor, pipeline, world // replica)
             for recompute in _RECOMPUTE:
                 yield from _with_micro_batches(job, parallel, recompute)
 
@@ -77,7 +80,7 @@ def _parallel(job: Job, tensor: int, pipeline: int, data: int) -> ParallelConfig
     old = job.config.parallel
     sequence = tensor > 1 and (old.sequence or old.tensor == 1 or bool(mixture))
     expert = math.gcd(tensor, job.student.num_experts) if mixture else 1
-    return ParallelConfig(tensor=tensor, pipeline=pipeline, data=data, expert=expert, sequence=sequence)
+    return replace(old, tensor=tensor, pipeline=pipeline, data=data, expert=expert, sequence=sequence)
 
 
 def _with_micro_batches(job: Job, parallel: ParallelConfig, recompute: Recompute) -> Iterator[Layout]:

@@ -106,11 +106,12 @@ class Buffers:
 
 
 def buffers(parameters: list[Parameter], parallel: ParallelConfig, *, distributed: bool) -> Buffers:
-    """With the distributed optimizer each replica has the state of its part of the (padded) gradient buffer."""
+    """With the distributed optimizer each rank with a copy of the weights has the state of its part of the (padded)
+    gradient buffer."""
     gradients = optimized = 0
     for is_expert in (False, True):
         mine = [p for p in parameters if p.is_expert == is_expert]
-        replicas = parallel.data * (parallel.tensor // parallel.expert if is_expert else 1)
+        replicas = parallel.context * parallel.data * (parallel.tensor // parallel.expert if is_expert else 1)
         if not distributed:
             gradients, optimized = gradients + numel(mine), optimized + numel(mine)
         elif mine:

@@ -20,8 +20,9 @@ def show(made: Plan, console: Console) -> None:
     """Print it."""
     job = made.job
     layout = job.config.parallel
+    context = f" context {layout.context} x" if layout.context > 1 else ""
     console.print(
-        f"{layout.world_size} x {job.gpu_name}: tensor {layout.tensor} x pipeline {layout.pipeline} x data"
+        f"{layout.world_size} x {job.gpu_name}: tensor {layout.tensor} x pipeline {layout.pipeline} x{context} data"
         f" {layout.data}; {job.sequences} answers a step, prompts of {job.prompt:g} and answers of {job.response:g}"
         f" tokens, at most {job.longest} together\n"
     )

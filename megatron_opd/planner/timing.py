@@ -70,9 +70,12 @@ def _training(job: Job) -> Stage:
     config, gpu, assumed = job.config, job.gpu, job.assumed
     world, work = config.parallel.world_size, flops.training(job)
     compute = work / (world * gpu.flops(config.student.dtype) * assumed.training) * bubble(job)
-    near = config.parallel.tensor * config.parallel.data <= assumed.gpus_per_node
+    layout = config.parallel
+    near = layout.tensor * layout.context * layout.data <= assumed.gpus_per_node
+    ring = gpu.link if layout.tensor * layout.context <= assumed.gpus_per_node else gpu.network
     reduce = wire.gradients(job) / ((gpu.link if near else gpu.network) * assumed.transfer)
     reduce += wire.tensor_parallel(job) / (gpu.link * assumed.transfer)
+    reduce += wire.context_parallel(job) / (ring * assumed.transfer)
     adam = 2 * memory.worst(job).always["optimizer"] / (gpu.bandwidth * assumed.decoding)
     return Stage("training", compute + reduce + adam, work, world, None)
 
@@ -87,8 +90,8 @@ def _teachers_inside(job: Job) -> Stage:
         work += made
         scoring = made / (world * gpu.flops(teacher.dtype) * assumed.scoring) * bubble(job)
         if teacher.offload and made:
-            shard = sizes.numel(sizes.whole(arch)) * BYTES[teacher.dtype] / (world / config.parallel.data)
-            copy = shard / (gpu.host * assumed.transfer)
+            shards = config.parallel.tensor * config.parallel.pipeline
+            copy = sizes.numel(sizes.whole(arch)) * BYTES[teacher.dtype] / shards / (gpu.host * assumed.transfer)
             seconds += max(copy - meanwhile, 0.0) if teacher.prefetch else copy
             meanwhile = 0.0
         seconds += scoring

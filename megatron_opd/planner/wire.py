@@ -64,7 +64,7 @@ def weight_sync(job: Job) -> float:
 def gradients(job: Job) -> float:
     """Bytes that a rank sends for the data-parallel reduction, rings assumed: reduce-scatter of float32 gradients and
     all-gather of weights (distributed optimizer), or an all-reduce."""
-    config, replicas = job.config, job.config.parallel.data
+    config, replicas = job.config, job.config.parallel.context * job.config.parallel.data
     size = 4 + (BYTES[config.student.dtype] if config.optim.distributed else 4)
     mine = max(sizes.numel(adapters.trained(job.student, config, stage)) for stage in _stages(job))
     return mine * size * (replicas - 1) / replicas
@@ -83,6 +83,16 @@ def tensor_parallel(job: Job) -> float:
     return 2 * activation * layers * (6 if config.student.recompute == "full" else 4)
 
 
+def context_parallel(job: Job) -> float:
+    """Bytes that a rank sends in one step for context parallelism, rings assumed: its keys and values of every layer to
+    each other rank of its sequences in every forward pass and, with their gradients, in the backward pass."""
+    config, arch = job.config, job.student
+    others, layers = config.parallel.context - 1, arch.num_layers // config.parallel.pipeline
+    width = 2 * arch.num_kv_heads * arch.head_dim / config.parallel.tensor
+    passes = 3 if config.student.recompute == "none" else 4
+    return _tokens(job) * width * BYTES[config.student.dtype] * others * layers * passes
+
+
 def pipeline(job: Job) -> float:
     """Bytes that a stage sends to the next and back in a step."""
     config = job.config
@@ -91,9 +101,13 @@ def pipeline(job: Job) -> float:
 
 
 def _activation(job: Job) -> float:
-    """One [tokens, H] of all sequences of a replica."""
-    tokens = job.sequences / job.config.parallel.data * job.through_trainer
-    return tokens * job.student.hidden_size * BYTES[job.config.student.dtype]
+    """One [tokens, H] of a rank's part of all sequences of its replica."""
+    return _tokens(job) * job.student.hidden_size * BYTES[job.config.student.dtype]
+
+
+def _tokens(job: Job) -> float:
+    """Of a rank's part of all sequences of its replica."""
+    return job.sequences / job.config.parallel.data * job.through_trainer / job.config.parallel.context
 
 
 def table(job: Job) -> list[Traffic]:
@@ -101,9 +115,11 @@ def table(job: Job) -> list[Traffic]:
     config, layout = job.config, job.config.parallel
     world = layout.world_size
     per_node = job.assumed.gpus_per_node
-    within = "node" if layout.tensor * layout.data <= per_node else "network"
+    ring = "node" if layout.tensor * layout.context <= per_node else "network"
+    within = "node" if layout.tensor * layout.context * layout.data <= per_node else "network"
     found = [
         Traffic("tensor parallel", "node", tensor_parallel(job) * world, tensor_parallel(job)),
+        Traffic("context parallel", ring, context_parallel(job) * world, context_parallel(job)),
         Traffic("pipeline", "node" if world <= per_node else "network", pipeline(job) * world, pipeline(job)),
         Traffic("gradients and weights over replicas", within, gradients(job) * world, gradients(job)),
     ]

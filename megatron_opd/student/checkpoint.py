@@ -102,7 +102,7 @@ class Checkpoints:
             "distrib_optim_fully_reshardable_mem_efficient": False,
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
-            "dp_cp_group": self.parallel.data_group,
+            "dp_cp_group": self.parallel.reduction_group,
         }
         model = student.gpt.sharded_state_dict(metadata=metadata)
         state = {
@@ -112,12 +112,16 @@ class Checkpoints:
         }
         if with_rng:
             p = self.parallel
-            grid, mine = (p.pipeline_size, p.tensor_size, p.data_size), (p.pipeline_rank, p.tensor_rank, p.data_rank)
+            copies, copy = p.data_size * p.context_size, p.data_rank * p.context_size + p.context_rank
+            grid, mine = (p.pipeline_size, p.tensor_size, copies), (p.pipeline_rank, p.tensor_rank, copy)
             state["random"] = ShardedObject("random", _random_state(), grid, mine)
         return state
 
     def _layout(self) -> list[int]:
-        return [self.parallel.tensor_size, self.parallel.pipeline_size, self.parallel.data_size]
+        """Tensor, pipeline, data, and context where there is more than one: checkpoints did not always have it."""
+        p = self.parallel
+        sizes = [p.tensor_size, p.pipeline_size, p.data_size]
+        return sizes if p.context_size == 1 else [*sizes, p.context_size]
 
     def _clean_up(self) -> None:
         """Remove all but the newest checkpoints, and what saves that were cut short have left."""

@@ -109,7 +109,8 @@ def _about_run(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         loop = json.loads((path / MARKER).read_text())
-        tensor, pipeline, data = loop["layout"]
+        tensor, pipeline, data, *context = loop["layout"]
+        layout = [f"tensor {tensor}", f"pipeline {pipeline}", *(f"context {size}" for size in context), f"data {data}"]
         step, student = loop["step"], loop["student"]
         family = student["family"]
     except (ValueError, KeyError, TypeError) as error:
@@ -117,7 +118,7 @@ def _about_run(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     return {
         "step": step,
-        "saved at layout": f"tensor {tensor} x pipeline {pipeline} x data {data} (loads at any)",
+        "saved at layout": f"{' x '.join(layout)} (loads at any)",
         "student": f"{family}, {student.get('num_layers')} layers",
         **_about_adapters(student),
     }

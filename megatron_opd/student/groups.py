@@ -17,8 +17,8 @@ from megatron_opd.student import cpu
 def start(config: ParallelConfig, run: RunConfig) -> Parallel:
     """Join the process group described by the environment (torchrun or srun) and build the grid.
 
-    Ranks are ordered tensor-fastest, then data, then pipeline (Megatron's default), so a tensor-parallel group stays
-    within a node. Raises ValueError when the number of ranks is not the layout's.
+    Ranks are ordered tensor-fastest, then context, data and pipeline (Megatron's default), so a tensor-parallel group
+    stays within a node. Raises ValueError when the number of ranks is not the layout's.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -33,6 +33,7 @@ def start(config: ParallelConfig, run: RunConfig) -> Parallel:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(run.timeout_s / 60)),
@@ -46,8 +47,9 @@ def check_world_size(config: ParallelConfig) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != config.world_size:
         raise ValueError(
-            f"{world_size} ranks were started, but parallel.tensor x parallel.pipeline x parallel.data ="
-            f" {config.tensor} x {config.pipeline} x {config.data} = {config.world_size}"
+            f"{world_size} ranks were started, but parallel.tensor x parallel.pipeline x parallel.context x"
+            f" parallel.data = {config.tensor} x {config.pipeline} x {config.context} x {config.data}"
+            f" = {config.world_size}"
         )
 
 
@@ -77,14 +79,19 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Parallel:
         tensor_size=config.tensor,
         pipeline_rank=ps.get_pipeline_model_parallel_rank(),
         pipeline_size=config.pipeline,
+        context_rank=ps.get_context_parallel_rank(),
+        context_size=config.context,
         data_rank=data_rank,
         data_size=config.data,
         expert_rank=ps.get_expert_model_parallel_rank(),
         expert_size=config.expert,
         sequence=config.sequence,
+        length_multiple=config.length_multiple,
         tensor_group=ps.get_tensor_model_parallel_group(),
         pipeline_group=ps.get_pipeline_model_parallel_group(),
+        context_group=ps.get_context_parallel_group(),
         data_group=ps.get_data_parallel_group(),
+        reduction_group=ps.get_data_parallel_group(with_context_parallel=True),
         expert_group=ps.get_expert_model_parallel_group(),
         replica_group=groups[data_rank],
         world_group=dist.new_group(everyone, backend="gloo", timeout=timeout),

@@ -94,7 +94,7 @@ class Adapter(torch.nn.Module):
             {f"{part}.{split}": axis for part in self.pairs()},
             sharded_offsets,
             tp_group=self.parallel.tensor_group,
-            dp_cp_group=self.parallel.data_group,
+            dp_cp_group=self.parallel.reduction_group,
         )
 
 

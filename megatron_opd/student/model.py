@@ -56,6 +56,7 @@ def transformer_config(
         fp16=dtype == torch.float16,
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
+        context_parallel_size=parallel.context_size,
         sequence_parallel=parallel.sequence,
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if full else None,

@@ -72,6 +72,7 @@ def _by_megatron(
     from megatron_opd.student.architecture import read_architecture
     from megatron_opd.student.model import build_gpt, transformer_config
 
+    assert parallel.context_size == 1  # no tool asks for more
     arch = read_architecture(like or model_dir, vocab_multiple=parallel.tensor_size)
     model = build_gpt(arch, transformer_config(arch, parallel, dtype=dtype), parallel)
     source.load(model, arch, model_dir, parallel)
@@ -82,7 +83,7 @@ def _by_megatron(
     batches = pack(
         [_as_rollout(i, sequence) for i, sequence in enumerate(ids)],
         micro_batch_size=1,
-        length_multiple=parallel.tensor_size if parallel.sequence else 1,
+        length_multiple=parallel.length_multiple,
         device=groups.device(),
     )
     return pipeline.forward(

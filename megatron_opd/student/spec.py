@@ -2,9 +2,11 @@
 
 * RMSNorm: the stock torch norm refuses sequence parallelism; this one marks its weight so that Megatron sums the
   weight's gradient over the tensor-parallel ranks.
-* Attention: torch's scaled_dot_product_attention, causal, in place of explicit [S, S] scores.
+* Attention: torch's scaled_dot_product_attention, causal, in place of explicit [S, S] scores. With context
+  parallelism it also does the exchange that Transformer Engine's attention does of itself.
 
-Shape letters: S sequence, B batch, P packed sequences, N heads of this rank, D head size.
+Shape letters: S sequence (with context parallelism this rank's part of it), B batch, P packed sequences, N heads of
+this rank, D head size.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
 
+from megatron_opd.student import context
 from megatron_opd.student.packing import Sequences
 
 
@@ -37,12 +42,19 @@ class CausalAttention(MegatronModule):
     """softmax(q k^T / sqrt(D)) v under a causal mask; grouped queries without repeating keys and values.
 
     Of packed sequences each looks at itself only.
+
+    With context parallelism keys and values of the whole sequence are gathered, and each of this rank's two chunks of
+    queries (`student/context.py`) attends to those up to its own end, as in Llama 3's training (Grattafiori et al.
+    2024, arXiv:2407.21783, section 3.3.2).
     """
 
-    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, pg_collection: Any, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.dropout = config.attention_dropout
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -58,16 +70,30 @@ class CausalAttention(MegatronModule):
         Right padding needs no mask: no real token looks at it.
         """
         assert attention_mask is None
-        if packed_seq_params is None:
+        if packed_seq_params is not None:
+            by_sequence = zip(*(x[:, None].split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(q, k, v) for q, k, v in by_sequence])
+        if self.context_group is None:
             return self._attend(query, key, value)
-        by_sequence = zip(*(x[:, None].split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
-        return torch.cat([self._attend(q, k, v) for q, k, v in by_sequence])
+        return self._exchange(query, key, value)
+
+    def _exchange(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Of this rank's two chunks, with the keys and values of all ranks."""
+        # Its backward pass sums what the ranks' queries give for a key or value.
+        parts = gather_from_sequence_parallel_region(torch.stack([key, value], dim=2), group=self.context_group)
+        keys, values = context.in_order(parts, self.context_group.size()).unbind(2)
+        width, chunks = len(query) // 2, 2 * self.context_group.size()
+        ends = ((i + 1) * width for i in (self.context_group.rank(), chunks - 1 - self.context_group.rank()))
+        both = zip(query.split(width), ends, strict=True)
+        return torch.cat([self._attend(q, keys[:end], values[:end]) for q, end in both])
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The queries are those at the end of the keys."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        is_square = len(query) == len(key)
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=q.shape[1] != k.shape[1],
+            q, k, v, None if is_square else causal_lower_right(len(query), len(key)), is_causal=is_square,
+            scale=self.scale, dropout_p=self.dropout if self.training else 0.0, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 

@@ -17,7 +17,7 @@ from megatron_opd.fused import Logits
 from megatron_opd.objective import Objective
 from megatron_opd.parallel import Parallel
 from megatron_opd.precision.plan import plan_of
-from megatron_opd.student import fp8, groups, head, lora, nonfinite, optim, pipeline, source, weights
+from megatron_opd.student import context, fp8, groups, head, lora, nonfinite, optim, pipeline, source, weights
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 from megatron_opd.types import MicroBatch
@@ -28,7 +28,7 @@ class Student:
     """Built from a Hugging Face directory on this rank's place in the grid."""
 
     def __init__(self, config: Config, parallel: Parallel) -> None:
-        self.parallel = parallel
+        self.parallel, self.split = parallel, context.split_of(parallel)
         self.arch = read_architecture(config.student.model, vocab_multiple=config.student.vocab_multiple)
         dtype = DTYPES[config.student.dtype]
         plan = plan_of(config, STUDENT, self.arch)
@@ -71,7 +71,7 @@ class Student:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._means(pipeline.train(self.model, batches, self._at_rows(objective)), objective)
+        metrics = self._means(pipeline.train(self.model, batches, self._at_rows(objective), self.split), objective)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         if (scale := optim.loss_scale(self.optimizer)) is not None:
             metrics["loss_scale"] = scale
@@ -122,19 +122,25 @@ class Student:
             return nonfinite.tokens(objective, batch, self._output(objective, batch, hidden_BSD), place)
 
         self.model.eval()
-        return [token for found in pipeline.forward(self.model, batches, look) for token in found]
+        found = [token for tokens in pipeline.forward(self.model, batches, look, self.split) for token in tokens]
+        if self.split is None:
+            return found
+        predicts = self.split.positions(batches[0].tokens_BS.shape[1]).tolist()
+        return [replace(token, position=predicts[token.position - 1] + 1) for token in found]
 
     def evaluate(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
         """The objective's metrics without a step: means over all replicas' tokens."""
         self.model.eval()
-        results = pipeline.forward(self.model, batches, self._at_rows(objective)) if batches else []
+        results = pipeline.forward(self.model, batches, self._at_rows(objective), self.split) if batches else []
         return self._means(results, objective)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor | None:
         """Of one micro-batch at its response tokens, [T, L], on the last stage; None elsewhere."""
         self.model.eval()
-        found = pipeline.forward(self.model, [batch], lambda b, hidden_BSD: self._logits(b, hidden_BSD))
-        return found[0] if found else None
+        found = pipeline.forward(self.model, [batch], lambda b, hidden_BSD: self._logits(b, hidden_BSD), self.split)
+        if not found:
+            return None
+        return found[0] if self.split is None else self.split.whole(found[0], batch)
 
     def gradients(self, batches: Sequence[MicroBatch], objective: Objective) -> list[torch.Tensor]:
         """This rank's gradients of the summed loss in host memory, not reduced over anything. No step is made."""
@@ -143,7 +149,7 @@ class Student:
         config = self.gpt.config
         reduce, config.finalize_model_grads_func = config.finalize_model_grads_func, None
         try:
-            pipeline.train(self.model, batches, self._at_rows(objective))
+            pipeline.train(self.model, batches, self._at_rows(objective), self.split)
         finally:
             config.finalize_model_grads_func = reduce
         scale = optim.loss_scale(self.optimizer) or 1.0

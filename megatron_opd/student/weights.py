@@ -78,7 +78,10 @@ def export_adapters(
 
 @torch.no_grad()
 def _to_leader(buckets: Iterator[Named], parallel: Parallel) -> Iterator[tuple[str, torch.Tensor]]:
-    """What each stage in turn has on its first tensor-parallel rank; `buckets` is not begun before the stage's turn."""
+    """What each stage in turn has on its first tensor-parallel rank; `buckets` is not begun before the stage's turn.
+    Other context-parallel ranks have copies, and nothing to do."""
+    if parallel.context_rank > 0:
+        return
     for stage in range(parallel.pipeline_size):
         if parallel.pipeline_rank == stage:
             for merged in buckets:

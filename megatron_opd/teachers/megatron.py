@@ -1,8 +1,10 @@
-"""A teacher inside the trainer: a Megatron model on the student's tensor x pipeline layout, forward only.
+"""A teacher inside the trainer: a Megatron model on the student's layout, forward only.
 
 It has no output head of its own: scoring gives final hidden states on the last pipeline stage, and the loss applies
 this rank's rows of the head (`head_LD`) a chunk at a time. So any hidden size, and any padding of the vocabulary, fits.
-Refuses teachers whose sizes the layout does not divide (see `architecture.check_layout`).
+Scores are whole on every context-parallel rank, because the teacher's sequences are not split where the student's are:
+its prompts and padding may be others. So context parallelism spares activations, and not the memory of scores. Refuses
+teachers whose sizes the layout does not divide (see `architecture.check_layout`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from megatron_opd import batching
 from megatron_opd.config import TeacherConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.precision.plan import ModelPlan
-from megatron_opd.student import fp8, groups, packing, pipeline, source
+from megatron_opd.student import context, fp8, groups, packing, pipeline, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, drop_head, transformer_config
 from megatron_opd.teachers.head import load_head
@@ -43,14 +45,14 @@ class MegatronTeacher:
     ) -> None:
         """`packs`: what `train.packing` says; `plan` says what of it is in FP8; None: nothing."""
         self.name = config.name
-        self.parallel = parallel
+        self.parallel, self.split = parallel, context.split_of(parallel)
         self.micro_batch_size = micro_batch_size
         self.packing = batching.packing_for(packs, parallel)
         arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
         dtype = DTYPES[config.dtype]
         body = dataclasses.replace(arch, tied_embeddings=False)  # without a head there is nothing to tie
         plan = plan or ModelPlan(config.name, config.dtype, rules=())
-        self.length_multiple = plan.multiple * (parallel.tensor_size if parallel.sequence else 1)
+        self.length_multiple = plan.multiple * parallel.length_multiple
         megatron = transformer_config(body, parallel, dtype=dtype, precision=plan.megatron())
         self.model = build_gpt(body, megatron, parallel)
         drop_head(self.model)
@@ -78,9 +80,11 @@ class MegatronTeacher:
             packing=self.packing,
         )
         with self.offloaded.there() if self.offloaded else nullcontext():
-            rows = pipeline.forward(self.model, batches, self._response_rows)
+            rows = pipeline.forward(self.model, batches, self._response_rows, self.split)
         if not self.parallel.is_last_stage:
             return [Hidden(None) for _ in rollouts]
+        if self.split is not None:
+            rows = [self.split.whole(mine, batch) for mine, batch in zip(rows, batches, strict=True)]
         lengths = [len(r.response_ids) for r in rollouts]
         return [Hidden(hidden_RD) for hidden_RD in torch.cat(rows).split(lengths)]
 

@@ -69,7 +69,7 @@ def ask_for_four(parallel):
     from megatron_opd.config import ParallelConfig
     from megatron_opd.student import groups
 
-    with pytest.raises(ValueError, match=r"2 ranks were started, but .* 2 x 1 x 2 = 4"):
+    with pytest.raises(ValueError, match=r"2 ranks were started, but .* 2 x 1 x 1 x 2 = 4"):
         groups.check_world_size(ParallelConfig(tensor=2, data=2))
     return True
 

@@ -68,7 +68,7 @@ def train(run_dir, *overrides, launched=False, env=None, **how):
 
 def _several(overrides):
     sizes = dict(setting.split("=", 1) for setting in overrides if setting.startswith("parallel."))
-    return any(sizes.get(f"parallel.{kind}", "1") != "1" for kind in ("tensor", "pipeline", "data"))
+    return any(sizes.get(f"parallel.{kind}", "1") != "1" for kind in ("tensor", "pipeline", "context", "data"))
 
 
 def torchrun(ranks, *arguments, timeout=PATIENCE_S):

@@ -28,7 +28,8 @@ def test_torchrun_starts_the_worker(tmp_path):
 def test_more_ranks_than_the_layout_needs(tmp_path):
     begun = time.monotonic()
     done = torchrun(3, "train", CONFIG, *TWO_RANKS, *TWO_STEPS, f"run.dir={tmp_path}/run")
-    said_once(done, "error: 3 ranks were started, but parallel.tensor x parallel.pipeline x parallel.data = 2 x 1 x 1")
+    layout = "parallel.tensor x parallel.pipeline x parallel.context x parallel.data = 2 x 1 x 1 x 1"
+    said_once(done, f"error: 3 ranks were started, but {layout}")
     assert time.monotonic() - begun < 60
     assert not (tmp_path / "run").exists()
 

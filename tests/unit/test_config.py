@@ -141,9 +141,9 @@ def test_unreadable_files_are_named(tmp_path, text, message):
 
 
 AT_LEAST_ONE = [
-    "parallel.tensor", "parallel.pipeline", "parallel.data", "parallel.expert", "student.vocab_multiple",
-    "loss.chunk_tokens", "rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_new_tokens",
-    "data.max_prompt_tokens", "train.steps", "train.micro_batch_size", "train.keep_last",
+    "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data", "parallel.expert",
+    "student.vocab_multiple", "loss.chunk_tokens", "rollout.prompts_per_step", "rollout.samples_per_prompt",
+    "rollout.max_new_tokens", "data.max_prompt_tokens", "train.steps", "train.micro_batch_size", "train.keep_last",
     "train.eval_samples", "rewards.code_memory_mb", "rewards.code_workers",
 ]  # fmt: skip
 NOT_NEGATIVE = [
@@ -179,6 +179,10 @@ def test_the_ends_of_the_ranges_are_allowed(setting, value):
         (tree_with(parallel__sequence=True), ["parallel.sequence needs parallel.tensor > 1"]),
         ({**MINIMAL, "parallel": {"tensor": 4, "expert": 3}}, ["parallel.expert (3) must divide parallel.tensor (4)"]),
         ({**MINIMAL, "parallel": {"data": 2, "expert": 2}}, ["parallel.expert (2) must divide parallel.tensor (1)"]),
+        (tree_with(parallel__context=999, rollout__max_new_tokens=8), ["parallel.context=999", "1998 pieces"]),
+        ({**MINIMAL, "parallel": {"context": 2}, "teachers": [{"name": "a", "model": "t", "tokenizer": "own"}]},
+         ["parallel.context", "its own tokenizer"]),
+        (tree_with(parallel__context=2, train__packing=True), ["train.packing does not go with parallel.context"]),
         (tree_with(parallel__data=3), ["rollout.prompts_per_step (16)", "parallel.data (3)"]),
         (tree_with(train__micro_batch_size=5), ["train.micro_batch_size (5)", "16 answers"]),
         ({**tree_with(train__micro_batch_size=16), "parallel": {"data": 2}},

@@ -479,3 +479,29 @@ def test_no_torch_is_needed():
         "assert 'megatron' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[2])
+
+
+def test_context_parallelism_divides_sequences_and_optimizer_state():
+    split = job_of(parallel={"tensor": 4, "context": 4, "sequence": True}, teachers=[])
+    whole = job_of(parallel={"tensor": 4, "sequence": True}, teachers=[])
+    one, other = memory.worst(whole), memory.worst(split)
+    assert (whole.longest, split.longest) == (3072, 3072)  # 2 chunks x 4 ranks x 4 divide it already
+    assert other.always["weights"] == one.always["weights"]
+    assert other.always["optimizer"] == pytest.approx(one.always["optimizer"] / 4, rel=1e-6)
+    assert memory.under_way(split, 0) == pytest.approx(memory.under_way(whole, 0) / 4)
+    # 256 sequences of 3072 tokens, of which a rank has a quarter; 2 x 2 KV heads of 128 in bf16 of 32 layers, to three
+    # others, forward, backward and their gradients back.
+    assert wire.context_parallel(split) == 256 * 768 * 2 * 2 * 128 * 2 * 32 * 3 * 3
+    assert wire.context_parallel(whole) == 0
+    assert {t.name: t.path for t in wire.table(split)}["context parallel"] == "network"
+    assert wire.gradients(split) == wire.gradients(job_of(parallel=TP4, teachers=[]))
+    assert timing.estimate(split).seconds > 0
+
+
+def test_layouts_that_are_tried_keep_the_context():
+    job = job_of(parallel={"tensor": 4, "context": 2, "data": 2, "sequence": True}, teachers=[])
+    tried = list(search.fitting(job, 16))
+    assert tried
+    assert {layout.job.config.parallel.context for layout in tried} == {2}
+    assert {layout.job.config.parallel.world_size for layout in tried} == {16}
+    assert "parallel.context=2" in tried[0].overrides
