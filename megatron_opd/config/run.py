@@ -15,6 +15,9 @@ class RunConfig:
     """Directory of the run: checkpoints, metrics, logs, export. The same command on the same directory resumes."""
     seed: int = 1234
     """Seeds the order of prompts, every sampled token and dropout: same seed, same numbers."""
+    deterministic: bool = False
+    """The same numbers bit for bit on GPUs too, from the same seed in the same layout, with slower kernels there; on a
+    CPU they always are. Servers need --enable-deterministic-inference in servers.args for it."""
     timeout_s: float = 1800.0
     """Seconds a rank waits for another one in a collective before the run stops with an error."""
     max_restarts: int = 0

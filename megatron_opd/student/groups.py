@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_opd.config import ParallelConfig, RunConfig
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import cpu
+from megatron_opd.student import cpu, deterministic
 
 
 def start(config: ParallelConfig, run: RunConfig) -> Parallel:
@@ -25,6 +25,8 @@ def start(config: ParallelConfig, run: RunConfig) -> Parallel:
 
     _quiet()
     cpu.keep_freed_memory()
+    if run.deterministic:
+        deterministic.enable()
     check_world_size(config)
     timeout = datetime.timedelta(seconds=run.timeout_s)
     if torch.cuda.is_available():

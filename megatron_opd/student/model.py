@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.parallel import Parallel
-from megatron_opd.student import groups
+from megatron_opd.student import deterministic, groups
 from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.spec import block_spec, default_layers
 
@@ -71,6 +71,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=deterministic.is_on(),
         **{"transformer_impl": default_layers(), **(precision or {})},
         **(_mixture(arch, parallel) if arch.num_experts else {}),
     )

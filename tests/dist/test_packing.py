@@ -105,7 +105,8 @@ def attended(parallel, lengths):
     from megatron_opd.student.packing import Sequences
     from megatron_opd.student.spec import CausalAttention
 
-    attention = CausalAttention(SimpleNamespace(kv_channels=6, attention_dropout=0.0))
+    settings = SimpleNamespace(kv_channels=6, attention_dropout=0.0, context_parallel_size=1)
+    attention = CausalAttention(settings, pg_collection=None)
     torch.manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), heads, 6, requires_grad=True) for heads in (4, 2, 2))
     out = attention(q, k, v, None, packed_seq_params=Sequences(lengths=lengths)).flatten(1)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 import torch
 from program import exported, rows, train
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ RUN = [*FP16, "train.steps=12", "train.save_every=6", "rollout.prompts_per_step=
 FIRST = 2.0**13
 
 
+@pytest.mark.slow
 def test_it_learns_and_resumes_bitwise(tmp_path):
     whole = tmp_path / "whole"
     settings = [*RUN, f"optim.initial_loss_scale={FIRST}", "train.max_skipped=0"]

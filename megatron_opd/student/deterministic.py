@@ -1,0 +1,32 @@
+"""The same bits from the same seed on GPUs too: kernels and collectives that add in one order. CPUs always do.
+
+Kernels of torch that have no such form say so in a warning and stay as they are: a run that stopped there could not
+sample with the embedded engine on a GPU (its cumulative sums).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # NVIDIA's cuBLAS manual, "Results reproducibility"
+    "NCCL_ALGO": "Ring",  # else NCCL may choose another one for another size, or on another day
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention
+}
+
+
+def enable() -> None:
+    """Before the first kernel of the process. What the environment says already stays, but Transformer Engine's switch,
+    without which Megatron refuses the mode."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; nothing here reads such memory
+
+
+def is_on() -> bool:
+    """Whether it was enabled in this process."""
+    return torch.are_deterministic_algorithms_enabled()
