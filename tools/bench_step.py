@@ -34,7 +34,8 @@ examples:
   python tools/bench_step.py --compare before.json after.json                 is it faster, or is it noise?
   srun -N 4 --ntasks-per-node 8 python tools/bench_step.py my.yaml parallel.data=4 --json 4.json
 
-A layout is TENSORxPIPELINExDATA. Results are added to those in the --json file, so several calls make one table.
+A layout is TENSORxPIPELINExDATA, or with xCONTEXT behind it. Results are added to those in the --json file, so several
+calls make one table.
 """
 
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config(parser, default=str(ROOT / "examples/quickstart.yaml"))
     what = parser.add_argument_group("cases: every combination")
-    what.add_argument("--layouts", nargs="+", default=[], metavar="TxPxD", help="(the config's)")
+    what.add_argument("--layouts", nargs="+", default=[], metavar="TxPxD[xC]", help="(the config's)")
     what.add_argument("--teachers", nargs="+", type=tool.positive, default=[], metavar="N", help="(the config's)")
     what.add_argument(
         "--scaling",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_dry_run_starts_nothing_and_weak_scaling_grows_the_batch(capsys):
     shown = capsys.readouterr().out
     assert "1x1x4, 2 hidden, weak" in shown
     assert "128" in shown  # 4 times the quickstart's 32 prompts
+
+
+@pytest.mark.parametrize("how", [["--layouts", "1x1x2x3"], ["parallel={context: 3, data: 2}"]])
+def test_a_layout_may_have_context_parallelism(capsys, how):
+    assert bench_step.main(["--dry-run", "rollout.prompts_per_step=8", "train.micro_batch_size=4", *how]) == 0
+    assert re.search(r"1x1x2x3, 2 hidden\D+6\D", capsys.readouterr().out)
+
+
+def test_a_run_is_not_continued():
+    (case,) = bench_step.cases.of(bench_step._parser().parse_args([str(program.CONFIG), "run.dir=runs/mine"]))
+    assert case.config().run.dir == "runs/mine/bench"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from megatron_opd.config import Config, ParallelConfig
 from megatron_opd.config.checks import check
 from megatron_opd.config.file import ConfigError, load
 
+_SIZES = ("tensor", "pipeline", "data", "context")
+"""Of a layout, in the order in which it is written."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
@@ -23,6 +26,7 @@ class Case:
     tensor: int
     pipeline: int
     data: int
+    context: int
     teachers: int
     weak: bool
     warmup: int
@@ -34,7 +38,13 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def layout(self) -> str:
+        """As `--layouts` takes it."""
+        layout = f"{self.tensor}x{self.pipeline}x{self.data}"
+        return layout if self.context == 1 else f"{layout}x{self.context}"
 
     @property
     def name(self) -> str:
@@ -42,8 +52,7 @@ class Case:
         config = self.config()
         carriers = "+".join(sorted({t.carrier for t in config.teachers}))
         ahead = f", {config.rollout.max_staleness} ahead" if config.rollout.max_staleness else ""
-        layout = f"{self.tensor}x{self.pipeline}x{self.data}"
-        return f"{layout}, {self.teachers} {carriers}{ahead}{', weak' if self.weak else ''}"
+        return f"{self.layout}, {self.teachers} {carriers}{ahead}{', weak' if self.weak else ''}"
 
     @property
     def total_steps(self) -> int:
@@ -63,7 +72,7 @@ class Case:
         old = base.parallel
         sequence = self.tensor > 1 and (old.sequence or old.expert > 1)
         expert = self.tensor if old.expert > 1 else 1
-        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+        sizes = {name: getattr(self, name) for name in _SIZES}
         prompts = base.rollout.prompts_per_step * (self.data if self.weak else 1)
         made = dataclasses.replace(
             base,
@@ -76,7 +85,7 @@ class Case:
         )
         problems = check(made)
         if problems:
-            raise ConfigError(problems, where=f"{self.path}, {self.tensor}x{self.pipeline}x{self.data}")
+            raise ConfigError(problems, where=f"{self.path}, {self.layout}")
         return made
 
 
@@ -95,32 +104,31 @@ def of(arguments: argparse.Namespace) -> list[Case]:
     """Every combination of layouts and numbers of teachers. Raises ValueError for what is none."""
     base = load(arguments.config, arguments.overrides)
     own = base.parallel
-    layouts = [_sizes(text) for text in arguments.layouts] or [(own.tensor, own.pipeline, own.data)]
+    layouts = [_sizes(text) for text in arguments.layouts] or [{name: getattr(own, name) for name in _SIZES}]
     made = [
         Case(
             path=arguments.config,
             overrides=arguments.overrides,
-            tensor=tensor,
-            pipeline=pipeline,
-            data=data,
+            **sizes,
             teachers=teachers,
             weak=arguments.scaling == "weak",
             warmup=arguments.warmup,
             steps=arguments.steps,
             repeats=arguments.repeats,
             gpu=arguments.gpu,
-            folder=base.run.dir,
+            folder=f"{base.run.dir}/bench",  # not the run's own: its checkpoints are of a run, and would be continued
         )
         for teachers in arguments.teachers or [len(base.teachers)]
-        for tensor, pipeline, data in layouts
+        for sizes in layouts
     ]
     for case in made:
         case.config()
     return made
 
 
-def _sizes(text: str) -> tuple[int, int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
-        raise ValueError(f"--layouts {text}: a layout is TENSORxPIPELINExDATA, for example 2x1x4")
-    tensor, pipeline, data = map(int, text.split("x"))
-    return tensor, pipeline, data
+def _sizes(text: str) -> dict[str, int]:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2,3}", text):
+        raise ValueError(
+            f"--layouts {text}: a layout is TENSORxPIPELINExDATA, for example 2x1x4, or with xCONTEXT behind it"
+        )
+    return {"context": 1, **dict(zip(_SIZES, map(int, text.split("x")), strict=False))}

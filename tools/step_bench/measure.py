@@ -46,7 +46,7 @@ def measure(case: Case) -> dict[str, Any]:
     found = {key: [repeat[key] for repeat in repeats] for key in repeats[0]}
     return {
         "name": case.name,
-        **{key: getattr(case, key) for key in ("tensor", "pipeline", "data", "teachers", "ranks", "weak")},
+        **{key: getattr(case, key) for key in ("tensor", "pipeline", "data", "context", "teachers", "ranks", "weak")},
         "prompts_per_step": config.rollout.prompts_per_step,
         "about": _about(),
         **found,
