@@ -92,10 +92,18 @@ class CausalAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         is_square = len(query) == len(key)
         out = F.scaled_dot_product_attention(
-            q, k, v, None if is_square else causal_lower_right(len(query), len(key)), is_causal=is_square,
+            q, k, v, None if is_square else _lower_right(query, key), is_causal=is_square,
             scale=self.scale, dropout_p=self.dropout if self.training else 0.0, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _lower_right(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The causal mask of queries at the end of the keys. torch's own, which its flash attention knows by name, cannot be
+    made while torch's dispatch is watched (a profiler's or a counter's mode), and on a CPU it is a whole mask too."""
+    if query.is_cuda:
+        return causal_lower_right(len(query), len(key))
+    return torch.ones(len(query), len(key), dtype=torch.bool).tril(len(key) - len(query))
 
 
 def default_layers() -> str:
