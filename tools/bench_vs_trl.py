@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     work.add_argument("--batch", type=tool.positive, default=8, metavar="N", help="answers of a step (%(default)s)")
     work.add_argument("--prompt", type=tool.positive, default=32, metavar="TOKENS")
     work.add_argument("--response", type=tool.positive, default=96, metavar="TOKENS")
-    work.add_argument("--steps", type=tool.positive, default=3, metavar="N", help="that are timed (%(default)s)")
-    work.add_argument("--warmup", type=int, default=1, metavar="N", help="steps before (%(default)s)")
+    work.add_argument("--steps", type=tool.positive, default=4, metavar="N", help="that are timed (%(default)s)")
+    work.add_argument("--warmup", type=int, default=4, metavar="N", help="steps before (%(default)s)")
     work.add_argument("--rounds", type=tool.positive, default=3, metavar="N", help="runs of either (%(default)s)")
     work.add_argument(
         "--core", type=int, default=None, metavar="N", help="pin both to this core (the first allowed one)"

@@ -20,8 +20,7 @@ class LossConfig:
     temperature: float = 1.0
     """Both student and teacher logits are divided by this in the loss; independent of rollout.temperature."""
     chunk_tokens: int = 1024
-    """Tokens whose teacher distribution exists at one time, at most; bounds the memory of the loss. On a CPU they are
-    fewer where the vocabulary is large."""
+    """Tokens whose teacher distribution exists at one time; bounds the memory of the loss."""
     kind: Literal["distribution", "sampled"] = "distribution"
     """distribution: a divergence over the vocabulary (beta); sampled: reverse KL on the sampled token alone, as a
     policy gradient, which is all that teachers with the carrier sampled allow."""

@@ -59,7 +59,7 @@ class Problem:
     scale_R: torch.Tensor | None = None
     """float64 factor of every token's gradient; None: no gradient."""
     chunk_tokens: int = 0
-    """Tokens at a time where there are matrix products; 0: as many as suit the buffers, which on a CPU is the most."""
+    """Tokens at a time where there are matrix products; 0: as many as suit the buffers."""
 
     @property
     def width(self) -> int:
@@ -115,7 +115,7 @@ class _Chunks:
         self.overlaps = problem.vocab.group is not None
         self.is_summed = self._can_sum()
         self.num_tokens = problem.weights_RN.shape[0]
-        self.size = min(self._size(), self.num_tokens)
+        self.size = min(problem.chunk_tokens or self._suitable_size(), self.num_tokens)
         chunk_of_R = torch.arange(self.num_tokens, device=problem.weights_RN.device) // self.size
         asked_XN = torch.zeros(-(-self.num_tokens // self.size), len(problem.teachers), device=chunk_of_R.device)
         self.asked_XN = asked_XN.index_add_(0, chunk_of_R, (problem.weights_RN > 0).to(asked_XN.dtype)).tolist()
@@ -222,11 +222,6 @@ class _Chunks:
         asked = self.problem.asked
         single = asked.by_teacher or asked.ensemble != "logits" or asked.num_teachers == 1
         return wide and only_linear and len(widths) == 1 and not single
-
-    def _size(self) -> int:
-        wanted, suitable = self.problem.chunk_tokens, self._suitable_size()
-        is_on_cpu = self.problem.weights_RN.device.type == "cpu"
-        return min(wanted or suitable, suitable) if is_on_cpu else wanted or suitable
 
     def _suitable_size(self) -> int:
         problem = self.problem

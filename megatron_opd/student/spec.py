@@ -99,8 +99,8 @@ class CausalAttention(MegatronModule):
 
 
 def _lower_right(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The causal mask of queries at the end of the keys. torch's own, which its flash attention knows by name, cannot be
-    made while torch's dispatch is watched (a profiler's or a counter's mode), and on a CPU it is a whole mask too."""
+    """The causal mask of queries at the end of the keys. torch's own, which its flash attention knows by name, cannot
+    be made while torch's dispatch is watched (by a counter of collectives, say), and on a CPU is a whole mask too."""
     if query.is_cuda:
         return causal_lower_right(len(query), len(key))
     return torch.ones(len(query), len(key), dtype=torch.bool).tril(len(key) - len(query))
