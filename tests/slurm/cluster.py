@@ -186,6 +186,18 @@ class Cluster:
                     return process
         raise AssertionError(f"rank {rank} does not run")
 
+    @contextlib.contextmanager
+    def held(self, job):
+        """A rank stands still meanwhile, and then finds a signal: so a warning that is on its way cannot come too late
+        for a run that takes seconds."""
+        process = self.rank(0, job)
+        process.suspend()
+        try:
+            yield
+            self.until(lambda: _pending(process), "the rank is warned")
+        finally:
+            process.resume()
+
     def processes(self, job):
         """All of the job, its batch script and what it and the ranks have started."""
         wanted, found = {"SLURM_CONF": self.environment["SLURM_CONF"], "SLURM_JOB_ID": job.number}, []
@@ -209,6 +221,12 @@ class Cluster:
                 mine = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if mine and process.environ().get("SLURMD_NODENAME") == node:
                     process.kill()
+
+
+def _pending(process):
+    """Whether a process that stands still has a signal to look at."""
+    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16))
 
 
 class Job:

@@ -7,10 +7,11 @@ from slurm.small import CONFIG, ONE_TEACHER, assert_same, local
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
 
-def test_a_warning_requeues_and_the_job_goes_on(submit, tmp_path, whole):
+def test_a_warning_requeues_and_the_job_goes_on(submit, cluster, tmp_path, whole):
     job = submit("opd_70b_to_8b.sh", *ONE_TEACHER)
     job.wait_for("step 3/", tmp_path / "run/train.log")
-    job.signal("USR1")
+    with cluster.held(job):
+        job.signal("USR1")
     job.wait_for_requeue()
     step = int(checkpoints(tmp_path / "run")[-1].removeprefix("step_"))
     assert 3 <= step < 8
@@ -52,7 +53,8 @@ def test_a_killed_node_requeues(submit, cluster, tmp_path, whole):
 def test_an_urgent_job_takes_the_nodes_and_gives_them_back(submit, cluster, tmp_path, whole):
     job = submit("opd_70b_to_8b.sh", *ONE_TEACHER)
     job.wait_for("step 3/", tmp_path / "run/train.log")
-    urgent = cluster.submit_urgent(tmp_path)
+    with cluster.held(job):
+        urgent = cluster.submit_urgent(tmp_path)
     job.wait_for_requeue()
     step = int(checkpoints(tmp_path / "run")[-1].removeprefix("step_"))
     assert 3 <= step < 8
