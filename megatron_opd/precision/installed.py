@@ -47,6 +47,18 @@ def fp8_problem(*, of_layers: bool = True) -> str | None:
     return None
 
 
+def fused_attention_problem(*, is_deterministic: bool) -> str | None:
+    """Why the device that there is has no fused attention by Transformer Engine, which packed and split sequences need
+    (its unfused one takes neither); with flash-attn there is one for deterministic runs on older devices."""
+    have, needs = torch.cuda.get_device_capability(), (8, 0)
+    if is_deterministic and not version("flash-attn"):
+        needs = (9, 0)
+    if have >= needs:
+        return None
+    mode = " with run.deterministic" if needs == (9, 0) else ""
+    return f"Transformer Engine's attention does that{mode} from compute capability {needs[0]}.{needs[1]} on"
+
+
 def recipe_problem(recipe: str) -> str | None:
     """Why the device that there is does not do a recipe."""
     if not has_cuda():

@@ -13,7 +13,7 @@ def look(config: Config) -> tuple[list[str], list[str]]:
     """(problems, notes a line each). Models that cannot be read are left out: that is a problem already."""
     fp8 = config.precision.fp8
     problems = [problem] if (problem := installed.apex_problem()) else []
-    problems += _packed_in_fp32(config)
+    problems += _attention(config)
     notes = installed.notes(config.precision.layers)
     if not fp8.is_on:
         return problems, notes
@@ -32,15 +32,19 @@ def look(config: Config) -> tuple[list[str], list[str]]:
     return problems, notes
 
 
-def _packed_in_fp32(config: Config) -> list[str]:
-    """Transformer Engine's attention takes packed sequences in types of 16 bits only."""
+def _attention(config: Config) -> list[str]:
+    """What Transformer Engine's attention does by its fused kernels alone: in types of 16 bits, on newer devices."""
+    settings = {"train.packing": config.train.packing, "parallel.context": config.parallel.context > 1}
+    asked = [name for name, is_on in settings.items() if is_on]
     is_theirs = installed.has_cuda() and installed.transformer_engine() and config.precision.layers != "local"
-    if not config.train.packing or not is_theirs:
+    if not asked or not is_theirs:
         return []
+    if unfit := installed.fused_attention_problem(is_deterministic=config.run.deterministic):
+        return [f"{asked[0]}: {unfit}; set precision.layers=local"]
     dtypes = {"student.dtype": config.student.dtype}
     dtypes |= {f"teachers.{i}.dtype": t.dtype for i, t in enumerate(config.teachers) if t.backend == "megatron"}
     return [
-        f"train.packing: Transformer Engine's attention does not take packed sequences in fp32; set {name}=bf16, or"
+        f"{asked[0]}: Transformer Engine's attention does that in 16 bits only, not in fp32; set {name}=bf16, or"
         " precision.layers=local"
         for name, dtype in dtypes.items()
         if dtype == "fp32"

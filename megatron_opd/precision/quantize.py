@@ -19,6 +19,8 @@ from megatron_opd.precision.recipes import HISTORY, Format, Scaling
 
 DTYPES: dict[Format, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LARGEST = {name: torch.finfo(dtype).max for name, dtype in DTYPES.items()}
+_AT_ONCE = 1 << 24
+"""Values of a tensor that are rounded together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,11 @@ class Quantized:
 @torch.no_grad()
 def quantize(x: torch.Tensor, scaling: Scaling, scale: torch.Tensor | None = None) -> Quantized:
     """`x` [..., C] in FP8 with scales from its own values, or with a given one for the whole tensor."""
-    wide, dtype = x.float(), DTYPES[scaling.format]
+    dtype = DTYPES[scaling.format]
     if scaling.block is None:
-        scale = scale_of(wide.abs().amax(), scaling) if scale is None else scale
-        return Quantized(_cast(wide * scale, dtype), scale, None)
+        scale = scale_of(x.abs().amax(), scaling) if scale is None else scale
+        return Quantized(_by_rows(x, scale, dtype), scale, None)
+    wide = x.float()
     blocks = _blocks(wide, scaling.block)
     scales = scale_of(blocks.abs().amax(dim=(1, 3)), scaling)
     flat = (blocks * scales[:, None, :, None]).flatten(2).flatten(0, 1)
@@ -129,6 +132,16 @@ def _cast(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Saturated as the hardware does; but infinity becomes NaN, so that an overflow of the model itself stays seen."""
     largest = torch.finfo(dtype).max
     return scaled.clamp(-largest, largest).masked_fill(scaled.isinf(), torch.nan).to(dtype)
+
+
+def _by_rows(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` times the scale in FP8, some rows at a time: what is in between takes many times the memory."""
+    values = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    flat, into = x.reshape(-1, x.shape[-1]), values.view(-1, x.shape[-1])
+    rows = max(_AT_ONCE // x.shape[-1], 1)
+    for some, out in zip(flat.split(rows), into.split(rows), strict=True):
+        out.copy_(_cast(some.float() * scale, dtype))
+    return values
 
 
 def _blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_ALWAYS_KEPT = 1 << 30
+_ALWAYS_KEPT = 1 << 30, 32 << 20
+"""Bytes of a tensor; older versions of glibc take no more than the second."""
 _MEGATRON = os.path.join("megatron", "core") + os.sep
 
 
@@ -45,14 +46,15 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed, where tensors are in host memory.
 
     glibc returns large tensors to the system, and the next one's pages are made anew; a product that writes into fresh
-    pages was seen to take three times as long. Tensors beyond 1 GiB are still returned.
+    pages was seen to take three times as long. Tensors beyond 1 GiB (or 32 MiB) are still returned.
     """
     if torch.cuda.is_available():
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(_M_MMAP_THRESHOLD, _ALWAYS_KEPT)
-        library.mallopt(_M_TRIM_THRESHOLD, _ALWAYS_KEPT)
+        # The second option alone would make things worse: it ends the growth of the first by itself.
+        if any(library.mallopt(_M_MMAP_THRESHOLD, size) for size in _ALWAYS_KEPT):
+            library.mallopt(_M_TRIM_THRESHOLD, _ALWAYS_KEPT[0])
 
 
 def _current_device() -> torch.device:

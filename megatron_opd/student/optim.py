@@ -114,8 +114,12 @@ def loss_scale(optimizer: MegatronOptimizer) -> float | None:
 
 
 def complete_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam the state that its first step would begin with, where it has none: a run whose steps were all
-    skipped so far has checkpoints, too, and Megatron does not save what is not there."""
+    """Give Adam the state that its first step would begin with, where it has none: a run whose steps were all skipped
+    so far has checkpoints, too, and Megatron does not save what is not there."""
+    for part in _parts(optimizer):
+        fused = getattr(part, "optimizer", None)
+        if fused is not None and not isinstance(fused, torch.optim.Adam):
+            part.init_state_fn(fused, part.config)  # Megatron's own, which fills what is empty
     for adam in _adams(optimizer):
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             slot = adam.state[parameter]

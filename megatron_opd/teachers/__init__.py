@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.parallel import Parallel
@@ -62,7 +63,8 @@ def ask_all(
     """
     wanted = [[w[n] > 0 for w in weights] for n in range(len(teachers))]
     fetched = [offloaded_weights(t) if any(w) else None for t, w in zip(teachers, wanted, strict=True)]
-    return [_ask(teachers[n], rollouts, wanted[n]) for n in in_turn(fetched)]
+    with closing(in_turn(fetched)) as turns:  # where one fails, the others' weights go back at once
+        return [_ask(teachers[n], rollouts, wanted[n]) for n in turns]
 
 
 def _ask(teacher: TeacherScorer, rollouts: list[Rollout], wanted: list[bool]) -> list[TeacherScore | None]:

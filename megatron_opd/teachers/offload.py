@@ -6,7 +6,7 @@ most two models are on the GPU: the one that scores, and the next. With `teacher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -56,7 +56,7 @@ def offloaded_weights(teacher: object) -> Weights | None:
     return found if isinstance(found, Weights) else None
 
 
-def in_turn(models: Sequence[Weights | None]) -> Iterator[int]:
+def in_turn(models: Sequence[Weights | None]) -> Generator[int, None, None]:
     """The numbers of the models, each when it is to compute; None: one that needs nothing fetched.
 
     Before a model computes, the copy of the next one that needs it is begun. Behind it the model gives its memory back,

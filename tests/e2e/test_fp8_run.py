@@ -81,6 +81,7 @@ def test_an_interrupted_run_continues_as_one_that_was_not(tmp_path):
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_tool_compares_recipes_and_refuses():
     def check(*arguments):
         command = [sys.executable, "tools/check_fp8.py", CONFIG, *SMALL[:2], "precision.fp8.check_prompts=4"]

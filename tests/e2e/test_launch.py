@@ -34,6 +34,7 @@ def test_more_ranks_than_the_layout_needs(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_under_torchrun_is_said_once(tmp_path):
     run = ["train", CONFIG, *TWO_RANKS, *TWO_STEPS, f"run.dir={tmp_path}/run"]
     said_once(torchrun(2, *run, "optim.larning=1"), "optim.larning: unknown setting")

@@ -148,6 +148,7 @@ def refusal(parallel, checkpoint):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_adapters_learn(tmp_path):
     """The example, its first steps: accuracy and distance to the teachers, as its head promises for all of it."""

@@ -54,7 +54,7 @@ def test_kdrl_improves_rewards_and_distance(tmp_path):
     assert sum(kl[-3:]) / 3 < kl[0] / 3
 
 
-@pytest.mark.parametrize("method", ["minillm", "tinker"])
+@pytest.mark.parametrize("method", [pytest.param("minillm", marks=pytest.mark.slow), "tinker"])
 def test_distance_to_the_teacher_falls(method, tmp_path):
     found = run(method, tmp_path / "run", "train.export=false")
     kl, accuracy = column(found, "kl/ensemble"), column(found, "eval/accuracy/all")

@@ -130,7 +130,7 @@ def test_a_teacher_that_never_answers(tmp_path, model, servers, on_failure):
     assert all("kl/compare" not in row and row["kl/ensemble"] == pytest.approx(row["kl/carry"]) for row in trained)
 
 
-@pytest.mark.parametrize("data", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_beside_its_servers_on_the_same_gpus(tmp_path, model, servers, data):
     """The numbers are those of servers with GPUs of their own; they sample only with memory, we train only without."""
     common = f"parallel.data={data}", "train.eval_every=2", "rollout.temperature=1.0"

@@ -1,6 +1,7 @@
 """Gradients of an fp16 student that fp16 itself does not know: made for the loss scale, before they are rounded."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -91,3 +92,21 @@ def test_a_scale_that_is_not_the_one_of_the_backward_pass_is_noticed(made):
     loss, _, _ = made.objective(made.batch, made.student(SCALE))
     with pytest.raises(RuntimeError, match="another upstream factor"):
         loss.backward()
+
+
+def test_a_fused_adam_that_never_stepped_gets_its_state_from_megatron():
+    """Not so torch's, whose steps Megatron's function does not know."""
+    from megatron_opd.student import cpu
+
+    cpu.enable()
+    from megatron_opd.student import optim
+
+    filled = []
+    weight = torch.nn.Parameter(torch.ones(3))
+    parts = [
+        SimpleNamespace(optimizer=adam, config="c", init_state_fn=lambda adam, config: filled.append((adam, config)))
+        for adam in ("fused", torch.optim.AdamW([weight]), None)
+    ]
+    optim.complete_state(SimpleNamespace(chained_optimizers=parts))
+    assert filled == [("fused", "c")]
+    assert parts[1].optimizer.state[weight].keys() == {"exp_avg", "exp_avg_sq", "step"}

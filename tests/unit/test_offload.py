@@ -108,9 +108,10 @@ def test_an_error_leaves_nothing_on_the_gpu():
     gpu = Gpu()
     first, second = teachers(gpu, {"a": "+", "b": "+"})
     first.fails = True
-    with pytest.raises(RuntimeError, match="no"):
+    with pytest.raises(RuntimeError, match="no") as kept:
         ask_all([first, second], ["x"], [[1.0, 1.0]])
     assert gpu.there == set()
+    assert kept.tb is not None  # the frames in which it failed are still there
     assert "drop b" in gpu.log
 
 

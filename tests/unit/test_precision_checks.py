@@ -156,23 +156,44 @@ def test_versions_of_transformer_engine(machine, version, fits):
     ]
 
 
-def test_packed_sequences_in_fp32_are_refused_where_the_engine_attends(machine):
-    def problems(layers="auto", **teacher):
-        tree = with_fp8(dtype="fp32", layers=layers)
-        tree["train"]["packing"] = True
-        tree["teachers"][0] |= teacher
-        return preflight.look(cfg.from_dict(tree))[0]
+ATTENTION = [("train", "packing", True, "train.packing"), ("parallel", "context", 2, "parallel.context")]
 
+
+def attended(section, key, value, *, layers="auto", dtype="fp32", **run):
+    """Problems of a run whose sequences are packed, or split."""
+    tree = with_fp8(dtype="fp32", layers=layers)
+    tree.setdefault(section, {})[key] = value
+    tree["run"] |= run
+    tree["student"]["dtype"] = dtype
+    tree["teachers"][0]["dtype"] = dtype
+    return preflight.look(cfg.from_dict(tree))[0]
+
+
+@pytest.mark.parametrize(("section", "key", "value", "setting"), ATTENTION)
+def test_fp32_is_refused_where_the_engine_packs_or_splits(machine, section, key, value, setting):
     machine.has()
-    assert problems() == []  # on Megatron's own layers
+    assert attended(section, key, value) == []  # on Megatron's own layers
     machine.has(transformer_engine="2.11.0", transformer_engine_torch="2.11.0")
-    assert problems(layers="local") == []
+    assert attended(section, key, value, layers="local") == []
     named = ("student.dtype", "teachers.0.dtype", "teachers.1.dtype")
-    for problem, name in zip(problems(), named, strict=True):
-        assert problem.startswith("train.packing")
+    for problem, name in zip(attended(section, key, value), named, strict=True):
+        assert problem.startswith(setting)
         assert f"set {name}=bf16" in problem
-    assert len(problems(dtype="bf16")) == 2
-    assert look(dtype="fp32")[0] == []  # without packing
+    (problem,) = attended(section, key, value, dtype="bf16")
+    assert "teachers.1.dtype=bf16" in problem
+    assert look(dtype="fp32")[0] == []  # without either
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "deterministic", "fits"),
+    [((7, 5), {}, False, False), ((8, 0), {}, False, True), ((8, 0), {}, True, False), ((9, 0), {}, True, True),
+     ((8, 0), {"flash_attn": "2.8.0"}, True, True)],
+)  # fmt: skip
+def test_devices_whose_engine_packs_and_splits(machine, capability, packages, deterministic, fits):
+    machine.has(capability=capability, transformer_engine="2.11.0", transformer_engine_torch="2.11.0", **packages)
+    problems = attended("parallel", "context", 2, dtype="bf16", deterministic=deterministic)
+    assert [p for p in problems if "compute capability" in p] == ([] if fits else problems)
+    assert fits or "precision.layers=local" in problems[0]
 
 
 @pytest.mark.parametrize(
