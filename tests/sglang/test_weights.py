@@ -124,7 +124,7 @@ def test_new_weights_in_the_middle_of_an_answer(models, clients, loop, make_sync
     assert sync.push(clients, iter(named(old, tmp_path / "old").items()), 10) == {}
     draw = Draw(rid="long", ids=(9, 8, 7), max_new_tokens=290, temperature=1.0, banned_ids=(2,))
     futures = [loop.start(client.generate(draw)) for client in clients]
-    loop.run(asyncio.sleep(0.4))
+    loop.run(asyncio.sleep(0.2))
     assert sync.push(clients, iter(named(new, tmp_path / "new").items()), 11) == {}
     for future in futures:
         drawn = future.result(60)
@@ -144,7 +144,7 @@ def test_an_aborted_answer_keeps_its_tokens(clients, loop):
     client = clients[0]
     draw = Draw(rid="to-abort", ids=(9, 8, 7), max_new_tokens=290, temperature=1.0, banned_ids=(2,))
     future = loop.start(client.generate(draw))
-    loop.run(asyncio.sleep(0.3))
+    loop.run(asyncio.sleep(0.2))
     loop.run(client.pause("abort"), 30)
     drawn = future.result(30)
     assert drawn.finish == "abort"
