@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.parallel import Parallel
+from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.student import groups, lora
 from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.safetensors_dir import TensorDir
@@ -40,12 +41,7 @@ def load(model: torch.nn.Module, arch: Architecture, model_dir: str | Path, para
                     f" {list(parameter.shape)}"
                 )
             parameter.copy_(shard)
-            if parameter.dtype == torch.float16 and bool(parameter.isinf().any() and shard.isfinite().all()):
-                largest = torch.finfo(torch.float16).max
-                raise ValueError(
-                    f"{model_dir}: {name} has numbers above {largest:g}, which fp16 does not know; set the model's"
-                    " dtype (student.dtype, teachers.N.dtype) to bf16"
-                )
+            check_fp16(parameter, shard, f"{model_dir}: {name}")
 
 
 def load_head_rows(model_dir: str | Path, arch: Architecture, start: int, stop: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from megatron_opd.config import TeacherConfig
 from megatron_opd.parallel import Parallel
+from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.student import groups, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES
@@ -13,9 +14,14 @@ from megatron_opd.vocab import VocabShard
 
 
 def load_head(config: TeacherConfig, parallel: Parallel, vocab: VocabShard) -> torch.Tensor | None:
-    """Rows [L, D] in the teacher's dtype where the loss is computed, None on the other ranks."""
+    """Rows [L, D] in the teacher's dtype where the loss is computed, None on the other ranks.
+
+    Raises ValueError where one is too large for fp16.
+    """
     if not parallel.is_last_stage:
         return None
     arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
     rows_LD = source.load_head_rows(config.model, arch, vocab.start, vocab.stop)
-    return rows_LD.to(groups.device(), DTYPES[config.dtype])
+    head_LD = rows_LD.to(DTYPES[config.dtype])
+    check_fp16(head_LD, rows_LD, f"teacher '{config.name}': the output head of {config.model}")
+    return head_LD.to(groups.device())

@@ -13,6 +13,7 @@ import torch
 
 from megatron_opd.config import TeacherConfig
 from megatron_opd.parallel import Parallel
+from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.sglang.errors import RETRIED
 from megatron_opd.sglang.loop import Loop
 from megatron_opd.sglang.pool import Group, Pool
@@ -119,4 +120,6 @@ class SGLangTeacher:
                 f"teacher '{self.name}': its servers give hidden states of {score.hidden_RD.shape[1]} numbers, but"
                 f" teachers.model {self.config.model} has {self.head_LD.shape[1]}: do they serve another model?"
             )
-        return Hidden(score.hidden_RD.to(self.head_LD.device, self.head_LD.dtype))
+        hidden_RD = score.hidden_RD.to(self.head_LD.dtype)
+        check_fp16(hidden_RD, score.hidden_RD, f"teacher '{self.name}': what its servers tell")
+        return Hidden(hidden_RD.to(self.head_LD.device))

@@ -177,6 +177,31 @@ def test_weights_that_fp16_does_not_know_are_refused(ranks, paths, tmp_path):
     assert ranks.run(1, refused, config(large, dtype="bf16")) == [None]
 
 
+def head_refused(parallel, made):
+    from megatron_opd.teachers.head import load_head
+    from megatron_opd.vocab import VocabShard
+
+    share = 96 // parallel.tensor_size
+    first = share * parallel.tensor_rank
+    try:
+        load_head(made.teachers[0], parallel, VocabShard(first, first + share, VOCAB_SIZE))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_teacher_s_head_that_fp16_does_not_know_is_refused(ranks, paths, tmp_path):
+    """By the rank that has the number; in a body it is the same check."""
+    model = half(*MODELS["llama"][:1], **MODELS["llama"][1])
+    model.lm_head.weight.data[70, 5] = -7e4
+    large = {**paths, "llama": tiny.save(model, tmp_path / "large")}
+    none, problem = ranks.run(2, head_refused, config(large), tensor=2)
+    assert none is None
+    assert problem.startswith("teacher 'llama': the output head of ")
+    assert "teachers.N.dtype" in problem
+    assert ranks.run(2, head_refused, config(large, dtype="bf16"), tensor=2) == [None, None]
+
+
 def interrupted(parallel, made, directory):
     """Metrics and state after many steps, and after two, a checkpoint, and the others in another student."""
     from megatron_opd.student.checkpoint import Checkpoints

@@ -94,6 +94,23 @@ def test_hidden_states_of_another_model_are_refused(servers, make_teacher):
         teacher.score(ROLLOUTS[:1])
 
 
+def test_hidden_states_that_fp16_does_not_know_are_refused(servers, make_teacher):
+    (server,) = servers(1)
+    say = server._say
+
+    def large(run):
+        said = say(run)
+        said["meta_info"]["hidden_states"][0][-2][0] = 7e4
+        return said
+
+    server._say = large
+    heads = (torch.zeros(3, HIDDEN_SIZE, dtype=dtype) for dtype in (torch.float16, torch.bfloat16))
+    half, wide = (make_teacher([server], carrier="hidden", head_LD=head_LD) for head_LD in heads)
+    with pytest.raises(ValueError, match=r"teacher 't': what its servers tell has numbers above 65504.*dtype"):
+        half.score(ROLLOUTS[:1])
+    assert wide.score(ROLLOUTS[:1])[0].hidden_RD.isfinite().all()
+
+
 def test_a_server_without_hidden_states_is_refused(servers, make_teacher):
     (server,) = servers(1)
     say = server._say
