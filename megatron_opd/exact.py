@@ -16,7 +16,7 @@ import torch
 from megatron_opd.config import LossConfig
 from megatron_opd.fused import Asked, Gradients, Linear, Logits, Problem, backends, run
 from megatron_opd.fused.reference import Reference
-from megatron_opd.types import Hidden, MicroBatch
+from megatron_opd.types import Head, Hidden, MicroBatch
 from megatron_opd.vocab import VocabShard
 
 
@@ -57,7 +57,7 @@ def exact_loss(
     config: LossConfig,
     sampling_temperature: float,
     vocab: VocabShard,
-    heads: Sequence[torch.Tensor | None],
+    heads: Sequence[Head | None],
     batch: MicroBatch,
     student: Logits,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -141,7 +141,7 @@ def _with_gradient(loss: torch.Tensor, problem: Problem, student: Logits, gradie
     return _WithGradient.apply(loss, known, *inputs)
 
 
-def _linear(score: Any, head_LD: torch.Tensor | None) -> Linear | None:
+def _linear(score: Any, head_LD: Head | None) -> Linear | None:
     """A teacher's hidden states and head; None for one that was asked about no token."""
     if not isinstance(score, Hidden) or score.hidden_RD is None:
         return None

@@ -28,7 +28,7 @@ from megatron_opd.student.student import Student
 from megatron_opd.targets import Targets
 from megatron_opd.teachers import build_teacher, is_in_fp8
 from megatron_opd.tracker import Tracker
-from megatron_opd.types import MicroBatch, Prompt, Rollout, TeacherScore, TeacherScorer
+from megatron_opd.types import Head, MicroBatch, Prompt, Rollout, TeacherScore, TeacherScorer
 from megatron_opd.vocab import VocabShard
 
 Pack = Callable[[list[Rollout], Sequence[TeacherScorer]], list[MicroBatch]]
@@ -116,7 +116,7 @@ class _Plain:
 
     def __init__(self, teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> None:
         self.name = teacher.name
-        self.head_LD: torch.Tensor | None = None
+        self.head_LD: Head | None = None
         self._build = partial(build_teacher, teacher, config, parallel, vocab, in_fp8=False)
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:

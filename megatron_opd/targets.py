@@ -18,8 +18,9 @@ import torch
 from megatron_opd import carriers, ensemble
 from megatron_opd.carriers import Exact, Level, Listed, OnlySampled, Rows, Student, Told
 from megatron_opd.config import LossConfig
+from megatron_opd.fused import products
 from megatron_opd.outcomes import Outcomes
-from megatron_opd.types import Hidden, MicroBatch, Sampled, TeacherScore, TopK
+from megatron_opd.types import Head, Hidden, MicroBatch, Sampled, TeacherScore, TopK
 from megatron_opd.vocab import VocabShard
 
 
@@ -44,7 +45,7 @@ class Targets:
 
     config: LossConfig
     vocab: VocabShard
-    heads: tuple[torch.Tensor | None, ...]
+    heads: tuple[Head | None, ...]
 
     @torch.no_grad()
     def at(self, batch: MicroBatch, rows: Rows, level: Level) -> Target:
@@ -83,7 +84,7 @@ class Targets:
         if isinstance(score, Hidden) and score.hidden_RD is not None:
             head_LD = self.heads[n]
             assert head_LD is not None, f"teacher {n} tells hidden states, but its output head is not here"
-            z_CL = score.hidden_RD[rows].to(head_LD.dtype) @ head_LD.T
+            z_CL = products.project(score.hidden_RD[rows], head_LD)
             return carriers.exact(z_CL.float() / self.config.temperature, ids_C, self.vocab)
         if isinstance(score, TopK) and outcomes is not None:
             return carriers.listed(score.ids_RK[rows], score.logp_RK[rows], ids_C, outcomes)

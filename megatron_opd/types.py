@@ -178,11 +178,34 @@ class RolloutEngine(Protocol):
         """End what runs beside the caller; requests under way fail."""
 
 
+class OwnHead(Protocol):
+    """A teacher's output head that makes its product itself, because that is not the plain one of two tensors.
+
+    Shape letters: C tokens, L rows (columns of the logits), D hidden size.
+    """
+
+    shape: torch.Size
+    """[L, D]."""
+    dtype: torch.dtype
+    """Of hidden states and logits."""
+    device: torch.device
+
+    def logits(self, hidden_CD: torch.Tensor, out_CL: torch.Tensor | None = None) -> torch.Tensor:
+        """h Wᵀ without a gradient, [C, L], where there is an `out_CL` into that."""
+
+    def is_finite(self) -> bool:
+        """Whether all of its numbers are."""
+
+
+Head: TypeAlias = torch.Tensor | OwnHead
+"""Rows of an output head, [L, D]."""
+
+
 class TeacherScorer(Protocol):
     """Something that tells a teacher's distribution at every response token of a rollout."""
 
     name: str
-    head_LD: torch.Tensor | None
+    head_LD: Head | None
     """This rank's rows of the output head, where scores are hidden states and the loss is computed here; else None."""
 
     def submit(self, rollout: Rollout) -> None:

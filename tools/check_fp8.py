@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+from typing import Any
 
 import tool
 from rich.console import Console
@@ -29,7 +30,8 @@ examples:
   python tools/check_fp8.py run.yaml --model runs/mine/hf          # late in a run there is less to learn
   torchrun --nproc-per-node 8 tools/check_fp8.py run.yaml          # with as many ranks as the config's layout
 
-Without settings of precision.fp8 in the config or behind it, student, teachers and (emulated) heads are all in FP8.
+Without settings of precision.fp8 in the config or behind it, student, teachers and heads are all in FP8; heads by other
+recipes than tensorwise only where they are emulated.
 Exit code 1 when a recipe is above precision.fp8.max_kl_ratio.
 """
 
@@ -74,15 +76,20 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Config]:
     overrides = [*arguments.overrides]
     overrides += ["precision.fp8.emulate=true"] if arguments.emulate else []
     overrides += [f"student.model={arguments.model}"] if arguments.model else []
-    emulates = [o for o in overrides if o.startswith("precision.fp8.emulate=")]
-    first = config_file.load(arguments.config, [o for o in overrides if o not in emulates])
-    if not first.precision.fp8.is_on:
+    fp8 = _section(_section(config_file.read(arguments.config, overrides), "precision"), "fp8")
+    recipes = arguments.recipes or [str(fp8.get("recipe", "tensorwise"))]
+    if all(fp8.get(part) in (None, False, "off", []) for part in ("student", "teachers", "heads")):
         overrides += ["precision.fp8.student=full", "precision.fp8.teachers=[all]"]
-        overrides += ["precision.fp8.heads=[all]"] if emulates else []
-    recipes = arguments.recipes or [first.precision.fp8.recipe]
+        overrides += ["precision.fp8.heads=[all]"] if fp8.get("emulate") or set(recipes) == {"tensorwise"} else []
     return {
         recipe: config_file.load(arguments.config, [*overrides, f"precision.fp8.recipe={recipe}"]) for recipe in recipes
     }
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of a config that nobody has checked: with only `emulate` in it, it would be refused."""
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _check_world(config: Config) -> None:

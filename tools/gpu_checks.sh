@@ -89,7 +89,7 @@ fp8=(precision.fp8.student=full "precision.fp8.teachers=[all]")
 run fp32 teachers.0.offload=true teachers.1.offload=true
 run bf16 "${bf16[@]}" teachers.0.offload=true
 run fp16 student.dtype=fp16 teachers.0.dtype=fp16 teachers.1.dtype=fp16
-run head-fp8 "${bf16[@]}" "precision.fp8.heads=[student]"
+run head-fp8 "${bf16[@]}" "precision.fp8.heads=[all]"
 check fp8-emulated "$python" tools/check_fp8.py "${quickstart[@]}" "${bf16[@]}" "${fp8[@]}" --emulate \
   --recipes tensorwise delayed blockwise mxfp8
 if has transformer_engine; then

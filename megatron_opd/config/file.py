@@ -32,6 +32,11 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
     Lists are addressed by index: `teachers.0.weight=0.5`. Raises ConfigError listing every problem.
     """
+    return from_dict(read(path, overrides), where=str(path))
+
+
+def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """What `load` makes a config of, not yet checked. Raises ConfigError for what is not a mapping of sections."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError([f"there is no such file: {path}"], where="config")
@@ -43,7 +48,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         raise ConfigError(["expected a mapping of sections (run, student, teachers, …)"], where=str(path))
     for override in overrides:
         _apply_override(tree, override)
-    return from_dict(tree, where=str(path))
+    return tree
 
 
 def from_dict(tree: dict[str, Any], where: str = "config") -> Config:

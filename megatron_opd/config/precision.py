@@ -18,8 +18,8 @@ class Fp8Config:
     teachers: list[str] = dataclasses.field(default_factory=list)
     """Names of the in-process teachers whose layers compute in FP8; [all]: every one of them."""
     heads: list[str] = dataclasses.field(default_factory=list)
-    """Models whose output head computes in FP8: student (on a device with FP8 by the recipe tensorwise), names of
-    teachers that tell hidden states, or [all] (both emulate only)."""
+    """Models whose output head computes in FP8: student, names of teachers that tell hidden states, or [all]. On a
+    device by the recipe tensorwise alone, and a teacher's head then stays in FP8, whatever resident says."""
     recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """Scales: tensorwise, one a tensor from its own values; delayed, one from earlier passes; blockwise, one for
     1x128 activations and 128x128 weights; mxfp8, a power of two for 1x32 (Blackwell)."""

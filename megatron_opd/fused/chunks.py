@@ -21,6 +21,7 @@ from megatron_opd.fused.layout import Asked, Rows
 from megatron_opd.fused.outcome import Outcome
 from megatron_opd.fused.passes import Known, Pass
 from megatron_opd.fused.reference import Reference
+from megatron_opd.types import Head
 from megatron_opd.vocab import VocabShard
 
 _BUFFER_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -32,7 +33,8 @@ class Linear:
     """Logits that are not there yet: hidden states times an output head."""
 
     hidden_TD: torch.Tensor
-    head_LD: torch.Tensor
+    head_LD: Head
+    """A tensor, where there are gradients."""
     upstream: float = 1.0
     """The factor by which backward will be called, the loss scale of fp16: gradients are made for it, for those that
     are rounded would lose small values before it came, and those that are summed elsewhere would never see it."""
@@ -218,7 +220,7 @@ class _Chunks:
         dtypes = {t.hidden_TD.dtype for t in teachers if isinstance(t, Linear)}
         widths = {t.head_LD.shape[0] for t in teachers if isinstance(t, Linear)}
         wide = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
-        only_linear = all(isinstance(t, Linear) for t in teachers)
+        only_linear = all(isinstance(t, Linear) and isinstance(t.head_LD, torch.Tensor) for t in teachers)
         asked = self.problem.asked
         single = asked.by_teacher or asked.ensemble != "logits" or asked.num_teachers == 1
         return wide and only_linear and len(widths) == 1 and not single

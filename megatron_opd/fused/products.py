@@ -1,6 +1,7 @@
 """Matrix products with output heads: all of the hidden-state form are made here, into memory that is there already.
 
-Another precision of the head (FP8) has its place here. Sums into a head's gradient are in that gradient's own type.
+A teacher's head may be one that makes its product itself (`types.OwnHead`: FP8); the student's, which has gradients, is
+a tensor. Sums into a head's gradient are in that gradient's own type.
 
 Shape suffixes: C tokens of a chunk, L local columns, D hidden size.
 """
@@ -9,10 +10,20 @@ from __future__ import annotations
 
 import torch
 
+from megatron_opd.types import Head
 
-def logits(hidden_CD: torch.Tensor, head_LD: torch.Tensor, out_CL: torch.Tensor) -> torch.Tensor:
+
+def logits(hidden_CD: torch.Tensor, head_LD: Head, out_CL: torch.Tensor) -> torch.Tensor:
     """out = h Wᵀ, in the type of the three."""
+    if not isinstance(head_LD, torch.Tensor):
+        return head_LD.logits(hidden_CD, out_CL)
     return torch.mm(hidden_CD, head_LD.T, out=out_CL)
+
+
+def project(hidden_CD: torch.Tensor, head_LD: Head) -> torch.Tensor:
+    """h Wᵀ of hidden states of any type, in the head's, into memory of its own."""
+    hidden_CD = hidden_CD.to(head_LD.dtype)
+    return hidden_CD @ head_LD.T if isinstance(head_LD, torch.Tensor) else head_LD.logits(hidden_CD)
 
 
 def add_logits(hidden_CD: torch.Tensor, head_LD: torch.Tensor, out_CL: torch.Tensor) -> torch.Tensor:

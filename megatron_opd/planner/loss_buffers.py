@@ -12,16 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_opd.config import TeacherConfig
 from megatron_opd.config.checks_precision import STUDENT
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
 from megatron_opd.precision.plan import plan_of
+from megatron_opd.student.architecture import Architecture
 
 _SAMPLED = 5
 """Float32 [C, L] tensors that live at one time in `terms/sampled.py`."""
 _READABLE, _ALONE, _OF_SEVERAL = 7, 2, 3
 """The same in `terms/distillation.py`; besides for a teacher that tells hidden states, alone or each of several. Lists
 of ids take one more."""
+_ROUNDING = 14
+"""Bytes of each number of hidden states [C, D] while a teacher's head in FP8 rounds them."""
 _CROSSING = 8
 """Float32 [C, V] tensors of a whole vocabulary V in `crosstok/`: roughly, for sorting has buffers of its own."""
 
@@ -73,6 +77,12 @@ def is_exact(job: Job) -> bool:
     return config.loss.kind == "distribution" and hidden and not config.crosses_tokenizers
 
 
+def is_scaled(job: Job, teacher: TeacherConfig, arch: Architecture) -> bool:
+    """Whether the output head of a teacher that tells hidden states is in FP8 proper."""
+    plan = plan_of(job.config, teacher.name, arch)
+    return plan.head_products is not None and not plan.emulate
+
+
 def _has_sampled_terms(job: Job) -> bool:
     """Whether there are terms in the sampled tokens' log-probabilities alone."""
     return job.config.has_policy_gradient or job.config.answers.lmbda < 1
@@ -119,4 +129,7 @@ def _buffers(job: Job, sizes: _Sizes, *, with_student: bool) -> float:
     """Logits of a chunk of tokens in the fused loss."""
     made = sum(BYTES[t.dtype] for t in job.config.teachers) + (sizes.size if with_student else 0)
     overlaps = job.config.parallel.tensor > 1 and sizes.tokens > sizes.chunk
-    return made * sizes.chunk * sizes.columns * (2 if overlaps else 1)
+    scaled = [arch.hidden_size for teacher, arch in job.telling_hidden if is_scaled(job, teacher, arch)]
+    return made * sizes.chunk * sizes.columns * (2 if overlaps else 1) + _ROUNDING * sizes.chunk * max(
+        scaled, default=0
+    )

@@ -163,11 +163,12 @@ def _saved_by_fp8(job: Job, teacher: TeacherConfig, arch: Architecture, stage: i
 
 def _teacher_heads(job: Job) -> float:
     """Rows of this rank's shard of the student's vocabulary, of every teacher that tells hidden states; of a teacher's
-    own, where it has a tokenizer of its own."""
+    own, where it has a tokenizer of its own. A head in FP8 has one byte a number, unless that is emulated."""
     tensor, found = job.config.parallel.tensor, 0.0
     for teacher, arch in job.telling_hidden:
         whose = arch if teacher.tokenizer == "own" else job.student
-        found += -(-whose.padded_vocab_size // tensor) * arch.hidden_size * BYTES[teacher.dtype]
+        size = 1 if loss_buffers.is_scaled(job, teacher, arch) else BYTES[teacher.dtype]
+        found += -(-whose.padded_vocab_size // tensor) * arch.hidden_size * size
     return found
 
 

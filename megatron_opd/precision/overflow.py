@@ -1,4 +1,4 @@
-"""Numbers that fp16 does not know: above 65,504 they become infinite, and whatever is computed of them, not a number."""
+"""Numbers that fp16 does not know: above 65,504 they become infinite, and what is computed of them not a number."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ counts. The emulation wraps modules by it, Megatron's own FP8 settings follow fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -97,7 +97,8 @@ class ModelPlan:
             text += f" in linear_qkv, linear_proj, linear_fc1, linear_fc2{', kept in FP8' if self.resident else ''}"
             parts.append(f"{text}; {' and '.join(kept)} layers {self.dtype}" if kept else text)
         if self.head_products is not None:
-            parts.append(f"output head {self.head_products.recipe.line(backward=self.head_products.backward)}")
+            text = f"output head {self.head_products.recipe.line(backward=self.head_products.backward)}"
+            parts.append(f"{text}{'' if self.model == STUDENT or self.emulate else ', kept in FP8'}")
         rest = f"everything else {self.dtype}" if parts else self.dtype
         return f"precision of {who}: {'; '.join([*parts, rest])}{' (emulated)' if parts and self.emulate else ''}"
 
@@ -185,6 +186,21 @@ def check_shapes(plan: ModelPlan, arch: Architecture, config: Config) -> list[st
                 f" {side} of {who} is {size} at parallel.tensor={tensor}"
             )
     return problems
+
+
+def check_head_rows(made: Sequence[ModelPlan], student: Architecture, config: Config) -> list[str]:
+    """Whether teachers' heads in FP8 are cut into what its products take: along the student's vocabulary. Where the
+    student's own head is in FP8, `check_shapes` says it."""
+    fp8, tensor = config.precision.fp8, config.parallel.tensor
+    size, multiple = student.padded_vocab_size // tensor, RECIPES[fp8.recipe].multiple
+    cut = [plan.model for plan in made if plan.head_products is not None]
+    if not cut or STUDENT in cut or size % multiple == 0:
+        return []
+    return [
+        f"precision.fp8.recipe={fp8.recipe} needs multiples of {multiple}, but the vocabulary of student.model, which"
+        f" cuts the heads of {', '.join(cut)}, is {size} at parallel.tensor={tensor}: set student.vocab_multiple to a"
+        f" multiple of {multiple * tensor}"
+    ]
 
 
 def _sides(plan: ModelPlan, arch: Architecture, tensor: int) -> dict[str, int]:

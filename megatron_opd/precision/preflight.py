@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_opd.config import Config
 from megatron_opd.config.checks_precision import STUDENT
 from megatron_opd.precision import installed
-from megatron_opd.precision.plan import ModelPlan, check_shapes, plans
+from megatron_opd.precision.plan import ModelPlan, check_head_rows, check_shapes, plans
 from megatron_opd.student.architecture import Architecture, read_architecture
 
 
@@ -26,6 +26,8 @@ def look(config: Config) -> tuple[list[str], list[str]]:
     made = plans(config, architectures)
     for plan in made:
         problems += check_shapes(plan, architectures[plan.model], config)
+    if STUDENT in architectures:
+        problems += check_head_rows(made, architectures[STUDENT], config)
     notes += [plan.line() for plan in made]
     if fp8.recipe == "delayed":
         notes.append(_delayed(made))

@@ -1,4 +1,5 @@
-"""The three products of a linear layer in FP8 proper, by torch's scaled matrix product; one scale a tensor.
+"""Output heads in FP8 proper, by torch's scaled matrix product, one scale a tensor: the student's three products, and a
+teacher's one.
 
     y = Q(x) Q(w)ᵀ      dx = Q(dy) Q(w)      dw = Q(dy)ᵀ Q(x)      Q: values times a scale, in FP8 (`quantize.py`)
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 from megatron_opd.precision.plan import Products
 from megatron_opd.precision.quantize import Quantized, quantize
+from megatron_opd.precision.recipes import Recipe
 
 _MULTIPLE = 16
 
@@ -25,17 +27,54 @@ class Scaled:
     """x · wᵀ in FP8, with FP8 gradients. For recipes whose scales are a tensor's own: tensorwise."""
 
     def __init__(self, products: Products) -> None:
-        recipe = products.recipe
-        parts = recipe.activations, recipe.weights, recipe.gradients
         assert products.backward, "the gradients are in FP8, too"
-        assert not any(s.block or s.delayed for s in parts), recipe.name
-        self.recipe = recipe
+        self.recipe = _of_tensors(products)
 
     def __call__(self, x_TD: torch.Tensor, w_LD: torch.Tensor) -> torch.Tensor:
         """[T, L] in float32."""
         if not x_TD.numel():
             return F.linear(x_TD, w_LD).float()
         return _Product.apply(x_TD, w_LD, self)
+
+
+class ScaledHead:
+    """A teacher's output head [L, D] in FP8, a `types.OwnHead`: rows that never change are rounded once, hidden states
+    with every chunk of tokens.
+
+    The rows of a vocabulary shard have a scale of their own, which its logits are divided by before anything is
+    exchanged. So shards need not agree on one, and each is at least as fine as the whole head's would be.
+    """
+
+    def __init__(self, head_LD: torch.Tensor, products: Products) -> None:
+        assert not products.backward, "a teacher learns nothing"
+        self.shape, self.dtype, self.device = head_LD.shape, head_LD.dtype, head_LD.device
+        self._recipe = _of_tensors(products)
+        rows = quantize(head_LD, self._recipe.weights)
+        self._rows = Quantized(_filled(rows.values), rows.scales, None)
+
+    def logits(self, hidden_CD: torch.Tensor, out_CL: torch.Tensor | None = None) -> torch.Tensor:
+        """h Wᵀ in the type of `out_CL`, and into it, or in the teacher's."""
+        if not len(hidden_CD):
+            return hidden_CD.new_empty(0, self.shape[0]) if out_CL is None else out_CL
+        x = quantize(hidden_CD, self._recipe.activations)
+        return _multiply(x.values, self._rows.values, x, self._rows, out=out_CL, dtype=self.dtype)
+
+    def is_finite(self) -> bool:
+        """Whether the rows are: rounding has made NaN of all that was not, in e4m3 all bits but the sign."""
+        assert self._rows.values.dtype == torch.float8_e4m3fn
+        return not bool((self._rows.values.view(torch.uint8) & 0x7F == 0x7F).any())
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that stays."""
+        return self._rows.num_bytes
+
+
+def _of_tensors(products: Products) -> Recipe:
+    """The recipe, whose scales are a tensor's own."""
+    recipe = products.recipe
+    assert not any(s.block or s.delayed for s in (recipe.activations, recipe.weights, recipe.gradients)), recipe.name
+    return recipe
 
 
 class _Product(torch.autograd.Function):
@@ -59,12 +98,20 @@ class _Product(torch.autograd.Function):
         return dx_TD, dw_LD, None
 
 
-def _multiply(a_MK: torch.Tensor, b_NK: torch.Tensor, a: Quantized, b: Quantized) -> torch.Tensor:
-    """a · bᵀ in float32 of values with the scales of `a` and `b`."""
-    return torch._scaled_mm(
-        _filled(a_MK), _filled(b_NK).t(), scale_a=a.scales.reciprocal(), scale_b=b.scales.reciprocal(),
-        out_dtype=torch.float32,
-    )  # fmt: skip
+def _multiply(
+    a_MK: torch.Tensor,
+    b_NK: torch.Tensor,
+    a: Quantized,
+    b: Quantized,
+    *,
+    out: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """a · bᵀ of values with the scales of `a` and `b`, summed in float32: in `dtype`, or into `out` in its own."""
+    scales = {"scale_a": a.scales.reciprocal(), "scale_b": b.scales.reciprocal()}
+    if out is None:
+        return torch._scaled_mm(_filled(a_MK), _filled(b_NK).t(), **scales, out_dtype=dtype)
+    return torch._scaled_mm(_filled(a_MK), _filled(b_NK).t(), **scales, out_dtype=out.dtype, out=out)
 
 
 def _filled(values_RK: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_opd.fused import Linear, Logits
 from megatron_opd.objective import Objective
-from megatron_opd.types import Foreign, Hidden, MicroBatch, Sampled, TeacherScore
+from megatron_opd.types import Foreign, Head, Hidden, MicroBatch, Sampled, TeacherScore
 
 _NAMED = 3
 """Parameters that a message names."""
@@ -91,5 +91,5 @@ def parameters(model: torch.nn.Module) -> list[str]:
     return [name for name, grad in named if grad is not None and not _is_finite(grad)][:_NAMED]
 
 
-def _is_finite(x: torch.Tensor) -> bool:
-    return bool(x.isfinite().all())
+def _is_finite(x: Head) -> bool:
+    return bool(x.isfinite().all()) if isinstance(x, torch.Tensor) else x.is_finite()

@@ -27,7 +27,9 @@ def build_teacher(
         return _build_foreign(teacher, config, parallel, vocab)
     plan = _plan(teacher, config) if in_fp8 and config.precision.fp8.is_on else None
     made = _build(teacher, config, parallel, vocab, plan)
-    return made if plan is None or plan.head_products is None else RoundedHead(made, plan.head_products)
+    if plan is None or plan.head_products is None or not plan.emulate:
+        return made
+    return RoundedHead(made, plan.head_products)
 
 
 def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:
@@ -101,7 +103,7 @@ def _build(
     from megatron_opd.teachers.head import load_head
     from megatron_opd.teachers.sglang import SGLangTeacher
 
-    head_LD = load_head(teacher, parallel, vocab) if teacher.carrier == "hidden" else None
+    head_LD = load_head(teacher, parallel, vocab, plan) if teacher.carrier == "hidden" else None
     if not parallel.is_leader:
         return SGLangTeacher(teacher, parallel, None, None, head_LD=head_LD)
     own, context = read_limits(teacher.model)

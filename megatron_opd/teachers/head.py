@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import torch
-
 from megatron_opd.config import TeacherConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.precision.overflow import check_fp16
+from megatron_opd.precision.plan import ModelPlan
+from megatron_opd.precision.scaled import ScaledHead
 from megatron_opd.student import groups, source
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES
+from megatron_opd.types import Head
 from megatron_opd.vocab import VocabShard
 
 
-def load_head(config: TeacherConfig, parallel: Parallel, vocab: VocabShard) -> torch.Tensor | None:
+def load_head(
+    config: TeacherConfig, parallel: Parallel, vocab: VocabShard, plan: ModelPlan | None = None
+) -> Head | None:
     """Rows [L, D] in the teacher's dtype where the loss is computed, None on the other ranks.
 
-    Raises ValueError where one is too large for fp16.
+    In FP8 where the `plan` says so, unless it is emulated. Raises ValueError where a number is too large for fp16.
     """
     if not parallel.is_last_stage:
         return None
@@ -24,4 +27,7 @@ def load_head(config: TeacherConfig, parallel: Parallel, vocab: VocabShard) -> t
     rows_LD = source.load_head_rows(config.model, arch, vocab.start, vocab.stop)
     head_LD = rows_LD.to(DTYPES[config.dtype])
     check_fp16(head_LD, rows_LD, f"teacher '{config.name}': the output head of {config.model}")
-    return head_LD.to(groups.device())
+    head_LD = head_LD.to(groups.device())
+    if plan is None or plan.head_products is None or plan.emulate:
+        return head_LD
+    return ScaledHead(head_LD, plan.head_products)

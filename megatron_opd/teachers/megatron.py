@@ -59,7 +59,7 @@ class MegatronTeacher:
         source.load(self.model, body, config.model, parallel)
         self.model.requires_grad_(False).eval()
         self.fp8 = fp8.install(self.model, plan, parallel)
-        self.head_LD = load_head(config, parallel, vocab)
+        self.head_LD = load_head(config, parallel, vocab, plan)
         self.offloaded: Weights | None = None
         """Its weights, where they wait in host memory; the head stays."""
         if config.offload and torch.cuda.is_available():

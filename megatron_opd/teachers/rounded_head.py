@@ -1,6 +1,7 @@
 """A teacher whose output head computes in FP8, emulated: hidden states and rows as FP8 knows them.
 
-A product of rounded operands is the product that FP8 makes, so the loss need not know.
+A product of rounded operands is the product that FP8 makes, so the loss need not know. In FP8 proper
+(`precision/scaled.py`) the hidden states of a chunk share a scale; here those of all answers scored together do.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import Future
 
-import torch
-
 from megatron_opd.config import TeacherConfig
 from megatron_opd.parallel import Parallel
 from megatron_opd.precision.overflow import check_fp16
@@ -19,7 +17,7 @@ from megatron_opd.sglang.loop import Loop
 from megatron_opd.sglang.pool import Group, Pool
 from megatron_opd.sglang.wire import Ask
 from megatron_opd.teachers.seen import seen_by
-from megatron_opd.types import Hidden, Rollout, TeacherScore
+from megatron_opd.types import Head, Hidden, Rollout, TeacherScore
 
 
 class SGLangTeacher:
@@ -32,7 +30,7 @@ class SGLangTeacher:
         pool: Pool | None,
         loop: Loop | None,
         *,
-        head_LD: torch.Tensor | None = None,
+        head_LD: Head | None = None,
     ) -> None:
         """`loop` is this teacher's own. `head_LD`: this rank's rows of the output head, for the carrier hidden on the
         last pipeline stage."""

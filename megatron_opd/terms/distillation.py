@@ -25,7 +25,7 @@ from megatron_opd.losses import divergence, importance, reverse_kl, sampled_reve
 from megatron_opd.targets import Target, Targets
 from megatron_opd.terms.estimators import k2, k3
 from megatron_opd.terms.term import Term, of_chunks, sums
-from megatron_opd.types import Hidden, MicroBatch, Sampled, TeacherScore, TopK
+from megatron_opd.types import Head, Hidden, MicroBatch, Sampled, TeacherScore, TopK
 from megatron_opd.vocab import VocabShard
 
 _SAMPLED = {"policy_gradient": sampled_reverse_kl, "k2": k2, "k3": k3}
@@ -41,7 +41,7 @@ class Distillation:
     """Temperature of the sampler, for comparing its log-probabilities with the trainer's."""
     vocab: VocabShard
     teachers: tuple[TeacherConfig, ...]
-    heads: tuple[torch.Tensor | None, ...]
+    heads: tuple[Head | None, ...]
     """By teacher: the output-head rows of this shard [L, D_n] in the teacher's dtype; None for one that does not tell
     hidden states, and on ranks that do not compute the loss."""
 

@@ -209,6 +209,38 @@ def test_fp8_gradients_are_not_those_of_the_forward_pass_alone(trained):
     assert full["grad_norm"] == pytest.approx(forward["grad_norm"], rel=0.05)
 
 
+def straight_through(model):
+    """The rounded model, through whose roundings gradients pass as they are."""
+    for layer in rounded_model(model).model.layers:
+        a, m = layer.self_attn, layer.mlp
+        for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj):
+            linear._forward_pre_hooks.clear()
+            linear.register_forward_pre_hook(lambda _, args: (args[0] + (cast(args[0].float()) - args[0]).detach(),))
+    return model
+
+
+def grad_norm(parallel, config, rollouts):
+    student, objective, pack = steps.build(parallel, config, VOCAB_SIZE)
+    return student.step(pack(rollouts), objective)["grad_norm"]
+
+
+def test_the_forward_pass_alone_has_the_gradient_of_the_rounded_model(ranks, paths):
+    """In full precision: that of transformers' model rounded by hand, in float64."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB_SIZE, (4, 16), generator=draw).tolist()  # of 16, so that nothing is padded
+    rollouts = [tiny.rollout(row[:9], row[9:], index=i) for i, row in enumerate(ids)]
+    found = {}
+    for how in ("off", "forward", "full"):
+        made = config(paths, **({} if how == "off" else {"student": how}))
+        made = dataclasses.replace(made, train=dataclasses.replace(made.train, micro_batch_size=1))
+        (found[how],) = ranks.run(1, grad_norm, made, rollouts)
+    student = straight_through(tiny.build("qwen3", vocab_size=96, **SIZES))
+    reference = steps.Reference(made, student, [tiny.build("qwen3", seed=1, **SIZES)], VOCAB_SIZE)
+    expected = reference.step(rollouts, 1)["grad_norm"]
+    assert abs(found["forward"] - expected) < min(abs(found[how] - expected) for how in ("off", "full")) / 4
+    assert found["forward"] == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("layout", ["tp2", "tp2sp", "pp3"])
 def test_other_layouts_train(trained, layout):
     (one, _), (other, _) = trained("tp1"), trained(layout)
@@ -263,6 +295,77 @@ def test_a_head_in_fp8_proper_is_the_emulated_one(ranks, paths, layout):
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-3)
 
 
+def step_of(parallel, config, rollouts):
+    """([metrics by step], what a teacher's head is and how many bytes of it there are)."""
+    student, objective, pack = steps.build(parallel, config, VOCAB_SIZE)
+    (head,) = objective.distillation.heads
+    kind = None if head is None else (type(head).__name__, head.num_bytes if hasattr(head, "num_bytes") else head.nbytes)
+    return [student.step(pack(rollouts), objective) for _ in range(2)], kind
+
+
+def in_one_chunk(made, *, emulate):
+    """All tokens of a step in one product, emulated or not: then the same hidden states share a scale."""
+    fp8 = dataclasses.replace(made.precision.fp8, emulate=emulate)
+    train = dataclasses.replace(made.train, micro_batch_size=8)
+    return dataclasses.replace(made, precision=c.PrecisionConfig(fp8=fp8), train=train)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp3"])
+@pytest.mark.parametrize("heads", [["t"], ["all"]])
+def test_a_teacher_s_head_in_fp8_proper_is_the_emulated_one(ranks, paths, layout, heads):
+    """Also where the student's is, too, with which the loss takes logits of it; shards have the same scales in both."""
+    made = config(paths, layout=LAYOUTS[layout], heads=heads)
+    rollouts = tiny.rollouts(count=8, vocab_size=VOCAB_SIZE)
+    told = []
+    for settings in (in_one_chunk(made, emulate=False), in_one_chunk(made, emulate=True)):
+        told.append(ranks.run(settings.parallel.world_size, step_of, settings, rollouts, **LAYOUTS[layout]))
+    (real, _), (emulated, _) = (answers[0] for answers in told)
+    for mine, theirs in zip(real, emulated, strict=True):
+        assert mine["kl/t"] == pytest.approx(theirs["kl/t"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-3)
+    values = 96 * 32 // LAYOUTS[layout].get("tensor", 1)
+    assert told[0][-1][1] == ("ScaledHead", values + 4)
+    assert told[1][-1][1] == ("Tensor", 4 * values)
+    if layout == "pp3":
+        assert [kind for _, kind in told[0][:-1]] == [None, None]
+
+
+def test_a_teacher_s_head_in_fp8_proper_is_not_the_plain_one(ranks, paths):
+    """Several chunks, each with a scale of its own: near the emulation, and away from what it is without."""
+    made = config(paths, heads=["t"])
+    made = dataclasses.replace(made, loss=dataclasses.replace(made.loss, chunk_tokens=4))
+    real = dataclasses.replace(made.precision.fp8, emulate=False)
+    losses = []
+    for fp8 in (real, made.precision.fp8, c.Fp8Config()):
+        settings = dataclasses.replace(made, precision=c.PrecisionConfig(fp8=fp8))
+        ((metrics, _),) = ranks.run(1, step_of, settings, tiny.rollouts(count=8, vocab_size=VOCAB_SIZE))
+        losses.append(metrics[0]["kl/t"])
+    assert losses[0] != losses[2]
+    assert losses[0] == pytest.approx(losses[2], rel=0.02)
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def why_skipped(parallel, config, rollouts):
+    student, objective, pack = steps.build(parallel, config, VOCAB_SIZE)
+    try:
+        student.step(pack(rollouts), objective)
+    except FloatingPointError as error:
+        return str(error)
+    return student.skipped
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_a_head_in_fp8_that_is_not_finite_is_found(ranks, paths, tmp_path, emulate):
+    """FP8 has no infinity: what is too large for the model's own type must not become its largest number."""
+    model = tiny.build("qwen3", seed=1, **SIZES)
+    model.lm_head.weight.data[7, 3] = float("inf")
+    broken = {**paths, "teacher": tiny.save(model, tmp_path / "broken")}
+    made = in_one_chunk(config(broken, heads=["t"]), emulate=emulate)
+    (why,) = ranks.run(1, why_skipped, made, tiny.rollouts(count=2, vocab_size=VOCAB_SIZE))
+    assert "the loss is nan" in why
+    assert "not finite: the output head of teacher 't'" in why
+
+
 # What is measured of it -------------------------------------------------------------------------------------------
 
 
@@ -282,9 +385,10 @@ def measure(parallel, config, rollouts):
     return found
 
 
-def measured(ranks, paths, *, count=6, layout=None, **fp8):
+def measured(ranks, paths, *, count=6, layout=None, emulate=True, **fp8):
     layout = layout or {}
     settings = config(paths, layout=layout, **fp8)
+    settings = settings if emulate else in_one_chunk(settings, emulate=False)
     rollouts = tiny.rollouts(count=count, vocab_size=VOCAB_SIZE)
     answers = ranks.run(settings.parallel.world_size, measure, settings, rollouts, **layout)
     assert all(answer == answers[0] for answer in answers)
@@ -314,9 +418,10 @@ def test_noise_is_where_fp8_is(ranks, paths, fp8, noisy):
         assert noises["ensemble"].kl == pytest.approx(noises["t"].kl, rel=1e-4)
 
 
-def test_measured_by_hand(ranks, paths):
+@pytest.mark.parametrize("emulate", [True, False])
+def test_measured_by_hand(ranks, paths, emulate):
     """A head alone: its rows and the hidden states rounded, the KL in float64."""
-    found, noises = measured(ranks, paths, heads=["t"], recipe="tensorwise")
+    found, noises = measured(ranks, paths, heads=["t"], recipe="tensorwise", emulate=emulate)
     rollouts = tiny.rollouts(count=6, vocab_size=VOCAB_SIZE)
     model = tiny.build("qwen3", seed=1, **SIZES)
     hidden = []
@@ -347,3 +452,15 @@ def test_every_layout_measures_the_same_head(ranks, paths, count, layout):
     assert other.signal == pytest.approx(one.signal, rel=1e-5)
     # Blocks of 128 of the teacher's 32 columns do not depend on shards, but their 128 rows do.
     assert others["t"].kl == pytest.approx(noises["t"].kl, rel=0.2 if "tensor" in layout else 1e-3)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 3}], ids=["tp2", "pp3"])
+def test_the_gate_measures_a_head_in_fp8_proper(ranks, paths, layout):
+    found, noises = measured(ranks, paths, heads=["t"], layout=layout, emulate=False)
+    emulated, others = measured(ranks, paths, heads=["t"], layout=layout)
+    assert found.num_tokens == emulated.num_tokens
+    for name in ("t", "ensemble"):
+        assert noises[name].kl > 1e-6
+        assert noises[name].kl == pytest.approx(others[name].kl, rel=1e-2)
+    assert noises["student"].kl == 0
+    assert found.gradient_error == pytest.approx(emulated.gradient_error, rel=1e-2)

@@ -184,3 +184,21 @@ def test_every_rank_has_the_parameters_that_were_planned(ranks, models, model, l
         stage = rank // 2
         assert student == sizes.numel(sizes.stage_parameters(arch, config.parallel, stage))
         assert teacher * 4 == plans[stage].always["teacher weights"] + plans[stage].always["teacher heads"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_head_in_fp8_rounds_hidden_states_in_the_memory_that_was_planned(tmp_path, dtype):
+    from megatron_opd.planner import loss_buffers
+    from megatron_opd.precision.plan import Products
+    from megatron_opd.precision.recipes import RECIPES
+    from megatron_opd.precision.scaled import ScaledHead
+
+    head = ScaledHead(torch.ones(16, 4096, dtype=dtype), Products(RECIPES["tensorwise"], backward=False))
+    hidden, into = torch.ones(64, 4096, dtype=dtype), torch.empty(64, 16, dtype=dtype)
+    head.logits(hidden, into)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        head.logits(hidden, into)
+    profile.export_chrome_trace(str(tmp_path / "trace"))
+    with open(tmp_path / "trace") as file:
+        peak = _highest(json.load(file)["traceEvents"])
+    assert peak == pytest.approx(loss_buffers._ROUNDING * hidden.numel(), rel=0.02)

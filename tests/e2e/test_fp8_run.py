@@ -38,6 +38,7 @@ def test_check_prints_the_plan():
     "extra",
     [
         pytest.param([], id="one rank"),
+        pytest.param(["precision.fp8.student=forward"], id="forward alone", marks=pytest.mark.slow),
         pytest.param(["parallel.tensor=2", "parallel.sequence=true"], id="tp2sp", marks=pytest.mark.slow),
         pytest.param(
             ["parallel.tensor=2", "parallel.sequence=true", "train.packing=true"], id="packed", marks=pytest.mark.slow

@@ -13,6 +13,9 @@ from servers.standin import settings
 from servers.standin_model import CONTEXT, HIDDEN_SIZE, VOCAB_SIZE, hidden, logps
 
 from megatron_opd.config import Config, DataConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
+from megatron_opd.precision.plan import Products
+from megatron_opd.precision.recipes import RECIPES
+from megatron_opd.precision.scaled import ScaledHead
 from megatron_opd.sglang.errors import Down, Refused
 from megatron_opd.sglang.loop import Loop
 from megatron_opd.sglang.pool import connect
@@ -86,6 +89,15 @@ def test_scores_of_each_carrier(servers, make_teacher, carrier):
 def test_hidden_states_have_the_head_s_type(servers, make_teacher):
     teacher = make_teacher(servers(1), carrier="hidden", head_LD=torch.zeros(3, HIDDEN_SIZE, dtype=torch.bfloat16))
     assert teacher.score(ROLLOUTS[:1])[0].hidden_RD.dtype == torch.bfloat16
+
+
+def test_hidden_states_for_a_head_in_fp8_have_the_teacher_s_type(servers, make_teacher):
+    rows = torch.ones(16, HIDDEN_SIZE, dtype=torch.bfloat16)
+    head = ScaledHead(rows, Products(RECIPES["tensorwise"], backward=False))
+    (told,) = make_teacher(servers(1), carrier="hidden", head_LD=head).score(ROLLOUTS[:1])
+    assert told.hidden_RD.dtype == torch.bfloat16
+    error = head.logits(told.hidden_RD).float() - told.hidden_RD.float() @ rows.float().T
+    assert 0 < error.abs().max() < 0.5
 
 
 def test_hidden_states_of_another_model_are_refused(servers, make_teacher):

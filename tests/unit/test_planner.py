@@ -222,6 +222,17 @@ def test_matrices_of_a_resident_fp8_teacher_are_a_byte_a_weight():
     assert [rank.always["teacher weights"] for rank in memory.trainer(moving)] == plain
 
 
+def test_a_teacher_s_head_in_fp8_is_a_byte_a_number_and_rounds_hidden_states():
+    job = job_of()
+    plain, emulated, real = (
+        memory.worst(made) for made in (job, with_fp8(job, heads=["big"], emulate=True), with_fp8(job, heads=["big"]))
+    )
+    assert emulated == plain
+    assert real.always["teacher heads"] == plain.always["teacher heads"] / 2 == 8192 * 128256 / 4
+    loss = [rank.moments["the loss"]["loss"] for rank in (plain, real)]
+    assert loss[1] - loss[0] == 14 * 1024 * 8192
+
+
 def test_a_teacher_with_its_own_tokenizer_has_its_own_vocabulary():
     teacher = {"name": "t", "model": "qwen3-8b", "dtype": "bf16", "tokenizer": "own"}
     job = job_of(teachers=[teacher])

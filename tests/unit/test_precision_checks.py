@@ -1,14 +1,18 @@
 """What of `precision` is refused before a run, in which words, and what of the machine people are told."""
 
+import dataclasses
 import importlib.util
 import sys
 
 import pytest
 from test_config import problems_of, tree_with
+from test_precision_plan import ARCH
 
 from megatron_opd.config import file as cfg
 from megatron_opd.precision import installed, preflight
 from megatron_opd.precision.gate import Measured, Noise, too_coarse
+
+ODD = dataclasses.replace(ARCH, vocab_size=90, padded_vocab_size=90)
 
 
 def with_fp8(**fp8):
@@ -35,9 +39,9 @@ def with_fp8(**fp8):
         ({"student": "full", "check_prompts": 0}, "precision.fp8.check_prompts must be at least 1"),
         ({"resident": True}, "precision.fp8.resident"),
         ({"emulate": True}, "precision.fp8.emulate: nothing is in FP8"),
-        ({"student": "forward"}, "precision.fp8.student=forward is emulated only"),
-        ({"heads": ["a"]}, "precision.fp8.heads: a: the heads of teachers are emulated only"),
-        ({"heads": ["all"]}, "precision.fp8.heads: all: the heads of teachers are emulated only"),
+        ({"student": "forward"}, "precision.fp8.student=forward is emulated only: Transformer Engine has"),
+        ({"heads": ["a"], "recipe": "blockwise"}, "the recipe blockwise is emulated only for output heads"),
+        ({"heads": ["all"], "recipe": "mxfp8"}, "the recipe mxfp8 is emulated only for output heads"),
         ({"heads": ["student"], "recipe": "blockwise"}, "the recipe blockwise is emulated only for output heads"),
         ({"heads": ["student"], "recipe": "mxfp8"}, "the recipe mxfp8 is emulated only for output heads"),
         ({"heads": ["student"], "recipe": "delayed"}, "the recipe delayed is emulated only for output heads"),
@@ -75,6 +79,8 @@ def test_resident_and_offload_exclude_each_other_on_a_gpu():
 
 @pytest.mark.parametrize("fp8", [{}, {"student": "full"}, {"student": "forward", "emulate": True, "dtype": "fp32"},
                                  {"heads": ["student"], "layers": "local", "dtype": "fp16"},
+                                 {"heads": ["a"], "layers": "local", "dtype": "fp16"},
+                                 {"heads": ["all"], "dtype": "fp32"},
                                  {"heads": ["all"], "teachers": ["all"], "emulate": True}])  # fmt: skip
 def test_settings_that_are_taken(fp8):
     assert cfg.from_dict(with_fp8(**fp8)).precision.fp8.is_on == bool(fp8)
@@ -138,11 +144,22 @@ def test_fp8_without_transformer_engine_is_not_quietly_left_out(machine):
 def test_a_head_alone_needs_a_device_but_no_transformer_engine(machine):
     (problem,), _ = look(heads=["student"])
     assert problem.startswith("precision.fp8: there is no CUDA device here")
+    assert look(heads=["a"])[0] == [problem]
     machine.has()
-    assert look(heads=["student"])[0] == []
+    assert look(heads=["all"])[0] == []
     machine.has(capability=(8, 0))
     (problem,), _ = look(heads=["student"])
     assert problem.startswith("precision.fp8.recipe=tensorwise")
+
+
+def test_a_student_s_vocabulary_that_cuts_teachers_heads_into_what_no_kernel_takes(machine, monkeypatch):
+    machine.has()
+    monkeypatch.setattr(preflight, "read_architecture", lambda model, vocab_multiple: ODD if model == "s" else ARCH)
+    (problem,), _ = look(heads=["a"])
+    assert "the vocabulary of student.model, which cuts the heads of a, is 90" in problem
+    (problem,), _ = look(heads=["all"])
+    assert "the vocabulary (student.vocab_multiple pads it) of student.model is 90" in problem
+    assert look(student="full", emulate=True)[0] == []
 
 
 @pytest.mark.parametrize(("version", "fits"), [("2.8.0", False), ("2.9.0", True), ("2.11.0", True), ("2.12.0", False)])

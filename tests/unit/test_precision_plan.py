@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from megatron_opd import config as c
-from megatron_opd.precision.plan import check_shapes, length_multiple, plan_of, plans
+from megatron_opd.precision.plan import check_head_rows, check_shapes, length_multiple, plan_of, plans
 from megatron_opd.student.architecture import Architecture
 
 GRADIENTS = {"tensorwise": "e5m2", "delayed": "e5m2", "blockwise": "e4m3", "mxfp8": "e4m3"}
@@ -164,6 +164,37 @@ def test_shapes(fp8, arch, tensor, problems):
         assert "precision.fp8" in problem
 
 
+@pytest.mark.parametrize(
+    ("padded", "tensor", "heads", "problem"),
+    [
+        (96, 2, ["all"], None),
+        (
+            90,
+            1,
+            ["a", "b"],
+            "the heads of a, b, is 90 at parallel.tensor=1: set student.vocab_multiple to a multiple of 16",
+        ),
+        (96, 4, ["b"], "the heads of b, is 24 at parallel.tensor=4: set student.vocab_multiple to a multiple of 64"),
+        (90, 1, ["student"], None),  # said by the shapes of the student
+        (90, 1, [], None),
+    ],
+)
+def test_teachers_heads_are_cut_by_the_student_s_vocabulary(padded, tensor, heads, problem):
+    settings = config(parallel={"tensor": tensor}, heads=heads)
+    student = _with(padded_vocab_size=padded)
+    made = plans(settings, {"student": student, "a": ARCH, "b": ARCH})
+    found = check_head_rows(made, student, settings)
+    assert len(found) == (problem is not None)
+    assert all(problem in text for text in found)
+
+
+def test_a_teacher_s_hidden_size_must_fit_its_head_in_fp8():
+    arch = _with(hidden_size=72)
+    settings = config(heads=["a"])
+    (problem,) = check_shapes(plan_of(settings, "a", arch), arch, settings)
+    assert "the hidden size of the model of teacher 'a' is 72" in problem
+
+
 def test_megatron_keeps_no_more_layers_out_than_a_stage_has():
     settings = config(parallel={"pipeline": 4}, student="full", first_layers_bf16=2)
     (problem,) = check_shapes(plan_of(settings, "student", ARCH), ARCH, settings)
@@ -197,4 +228,7 @@ def test_lines_for_people():
     ]
     assert plan("a", heads=["a"], emulate=True).line() == (
         "precision of teacher a: output head fp8 e4m3, tensorwise; everything else bf16 (emulated)"
+    )
+    assert plan("a", heads=["a"]).line() == (
+        "precision of teacher a: output head fp8 e4m3, tensorwise, kept in FP8; everything else bf16"
     )

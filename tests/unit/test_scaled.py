@@ -1,13 +1,15 @@
-"""The output head's products in FP8 proper: those of the emulation, up to the order of sums."""
+"""Output heads' products in FP8 proper: those of the emulation, up to the order of sums."""
 
 import pytest
 import scaled_cases
 import torch
-from scaled_cases import PRODUCTS
+from scaled_cases import FORWARD, PRODUCTS
 
+from megatron_opd.precision import scaled
 from megatron_opd.precision.plan import Products
+from megatron_opd.precision.quantize import quantize
 from megatron_opd.precision.recipes import RECIPES
-from megatron_opd.precision.scaled import Scaled
+from megatron_opd.precision.scaled import Scaled, ScaledHead
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 50])
@@ -33,6 +35,60 @@ def test_a_head_that_does_not_learn_has_no_gradient():
     assert w.grad is None
 
 
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_teacher_s_logits_are_the_emulation_s(num_tokens, dtype):
+    scaled_cases.assert_a_teacher_s_head_is_the_emulated_one(num_tokens, dtype)
+
+
+def test_a_teacher_s_head_takes_a_byte_a_number():
+    scaled_cases.assert_a_teacher_s_head_takes_a_byte_a_number()
+
+
+def test_a_teacher_s_rows_are_rounded_once_and_hidden_states_a_chunk_at_a_time(monkeypatch):
+    """Chunks have scales of their own: small hidden states are not lost beside large ones elsewhere."""
+    seen = []
+
+    def noted(x, *args):
+        seen.append(tuple(x.shape))
+        return quantize(x, *args)
+
+    monkeypatch.setattr(scaled, "quantize", noted)
+    x, w, _ = scaled_cases.operands(24)
+    x[:8] *= 1e-6  # under one scale for all they would be 0
+    head = ScaledHead(w, FORWARD)
+    parts = [head.logits(part) for part in x.split(8)]
+    assert seen == [(96, 64), (8, 64), (8, 64), (8, 64)]
+    for part, found in zip(x.split(8), parts, strict=True):
+        assert scaled_cases.distance(found, part @ w.T) < 0.05
+    assert scaled_cases.distance(head.logits(x)[:8], x[:8] @ w.T) > 0.05
+
+
+def test_shards_of_a_teacher_s_head_have_scales_of_their_own():
+    """What they give is in the same numbers all the same, and rows of zeros, as padding has them, give 0."""
+    x, w, _ = scaled_cases.operands(8)
+    w[:48] *= 1e-6
+    w[80:] = 0
+    together = torch.cat([ScaledHead(shard, FORWARD).logits(x) for shard in w.split([48, 32, 16])], dim=1)
+    assert (together[:, 80:] == 0).all()
+    for columns in (slice(0, 48), slice(48, 80)):
+        assert scaled_cases.distance(together[:, columns], x @ w[columns].T) < 0.05
+    assert scaled_cases.distance(ScaledHead(w, FORWARD).logits(x)[:, :48], x @ w[:48].T) > 0.05
+
+
+def test_a_teacher_that_is_asked_about_nothing():
+    x, w, _ = scaled_cases.operands(8)
+    assert ScaledHead(w, FORWARD).logits(x[:0]).shape == (0, 96)
+
+
+def test_hidden_states_that_are_not_finite_are_seen():
+    x, w, _ = scaled_cases.operands(8)
+    x[3, 1] = float("inf")
+    logits = ScaledHead(w, FORWARD).logits(x)
+    assert not logits[3].isfinite().any()
+    assert logits[4].isfinite().all()
+
+
 def test_no_tokens():
     x, w, _ = scaled_cases.operands(8)
     x = x[:0].requires_grad_()
@@ -52,3 +108,5 @@ def test_what_is_not_finite_is_seen():
 def test_other_recipes_are_not_taken(recipe):
     with pytest.raises(AssertionError, match=recipe):
         Scaled(Products(RECIPES[recipe], backward=True))
+    with pytest.raises(AssertionError, match=recipe):
+        ScaledHead(torch.ones(16, 16), Products(RECIPES[recipe], backward=False))
