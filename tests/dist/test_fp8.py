@@ -310,24 +310,29 @@ def in_one_chunk(made, *, emulate):
     return dataclasses.replace(made, precision=c.PrecisionConfig(fp8=fp8), train=train)
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp3"])
-@pytest.mark.parametrize("heads", [["t"], ["all"]])
-def test_a_teacher_s_head_in_fp8_proper_is_the_emulated_one(ranks, paths, layout, heads):
-    """Also where the student's is, too, with which the loss takes logits of it; shards have the same scales in both."""
-    made = config(paths, layout=LAYOUTS[layout], heads=heads)
+def assert_steps_are_the_emulated_ones(ranks, made, layout, *, loss, gradient):
+    """With heads in FP8 proper; up to these shares of the distance to the teacher and of the gradient's norm."""
     rollouts = tiny.rollouts(count=8, vocab_size=VOCAB_SIZE)
     told = []
     for settings in (in_one_chunk(made, emulate=False), in_one_chunk(made, emulate=True)):
         told.append(ranks.run(settings.parallel.world_size, step_of, settings, rollouts, **LAYOUTS[layout]))
     (real, _), (emulated, _) = (answers[0] for answers in told)
     for mine, theirs in zip(real, emulated, strict=True):
-        assert mine["kl/t"] == pytest.approx(theirs["kl/t"], rel=1e-4)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-3)
+        assert mine["kl/t"] == pytest.approx(theirs["kl/t"], rel=loss)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=gradient)
     values = 96 * 32 // LAYOUTS[layout].get("tensor", 1)
     assert told[0][-1][1] == ("ScaledHead", values + 4)
     assert told[1][-1][1] == ("Tensor", 4 * values)
     if layout == "pp3":
         assert [kind for _, kind in told[0][:-1]] == [None, None]
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp3"])
+@pytest.mark.parametrize("heads", [["t"], ["all"]])
+def test_a_teacher_s_head_in_fp8_proper_is_the_emulated_one(ranks, paths, layout, heads):
+    """Also where the student's is, too, with which the loss takes logits of it; shards have the same scales in both."""
+    made = config(paths, layout=LAYOUTS[layout], heads=heads)
+    assert_steps_are_the_emulated_ones(ranks, made, layout, loss=1e-4, gradient=5e-3)
 
 
 def test_a_teacher_s_head_in_fp8_proper_is_not_the_plain_one(ranks, paths):

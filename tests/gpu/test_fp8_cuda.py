@@ -117,7 +117,12 @@ def measure(parallel, config, rollouts):
 
 @pytest.mark.parametrize(
     ("fp8", "noisy"),
-    [({"student": "full"}, {"student"}), ({"teachers": ["t"]}, {"t", "ensemble"})],
+    [
+        ({"student": "full"}, {"student"}),
+        ({"teachers": ["t"]}, {"t", "ensemble"}),
+        ({"heads": ["t"]}, {"t", "ensemble"}),
+        ({"heads": ["student"]}, {"student"}),
+    ],
 )
 def test_noise_is_where_fp8_is(ranks, paths, fp8, noisy):
     (found,) = ranks.run(1, measure, config(paths, **fp8), tiny.rollouts(count=6, vocab_size=VOCAB_SIZE))

@@ -1,7 +1,9 @@
-"""Output heads' FP8 products on a GPU: the assertions of tests/unit/test_scaled.py."""
+"""Output heads' FP8 products on a GPU: the assertions of tests/unit/test_scaled.py, and of tests/dist/test_fp8.py."""
 
 import pytest
 import scaled_cases
+import test_fp8
+import tiny
 import torch
 
 pytestmark = pytest.mark.gpu
@@ -26,3 +28,11 @@ def test_a_teacher_s_logits_are_the_emulation_s(num_tokens, dtype):
 
 def test_a_teacher_s_head_takes_a_byte_a_number():
     scaled_cases.assert_a_teacher_s_head_takes_a_byte_a_number("cuda")
+
+
+@pytest.mark.parametrize("heads", [["t"], ["all"]])
+def test_a_step_is_the_emulated_one(ranks, tmp_path, heads):
+    sizes = test_fp8.SIZES
+    models = {"student": tiny.build("qwen3", vocab_size=96, **sizes), "teacher": tiny.build("qwen3", seed=1, **sizes)}
+    made = test_fp8.config({name: tiny.save(model, tmp_path / name) for name, model in models.items()}, heads=heads)
+    test_fp8.assert_steps_are_the_emulated_ones(ranks, made, "tp1", loss=0.02, gradient=0.05)

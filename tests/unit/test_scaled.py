@@ -5,11 +5,14 @@ import scaled_cases
 import torch
 from scaled_cases import FORWARD, PRODUCTS
 
+from megatron_opd.fused import Asked, Linear, Problem, run
+from megatron_opd.fused.reference import Reference
 from megatron_opd.precision import scaled
 from megatron_opd.precision.plan import Products
 from megatron_opd.precision.quantize import quantize
 from megatron_opd.precision.recipes import RECIPES
 from megatron_opd.precision.scaled import Scaled, ScaledHead
+from megatron_opd.vocab import VocabShard
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 50])
@@ -74,6 +77,37 @@ def test_shards_of_a_teacher_s_head_have_scales_of_their_own():
     for columns in (slice(0, 48), slice(48, 80)):
         assert scaled_cases.distance(together[:, columns], x @ w[columns].T) < 0.05
     assert scaled_cases.distance(ScaledHead(w, FORWARD).logits(x)[:, :48], x @ w[:48].T) > 0.05
+
+
+@pytest.mark.parametrize("ensemble", ["logits", "probs"])
+@pytest.mark.parametrize("by_teacher", [False, True])
+def test_the_fused_loss_of_heads_in_fp8_is_that_of_their_logits(ensemble, by_teacher):
+    """Also where products of plain heads would be added up, and in the last chunk, which is smaller."""
+    num_tokens, chunk = 40, 16
+    states = [scaled_cases.operands(num_tokens + n)[0][:num_tokens] for n in range(3)]
+    student, *rows = (scaled_cases.operands(n)[1] for n in range(3))
+    rows[1] = torch.cat([rows[1][:80], torch.zeros(16, 64)])
+    heads = [ScaledHead(w, FORWARD) for w in rows]
+    logits = [
+        torch.cat([head.logits(part) for part in h.split(chunk)]) for h, head in zip(states[1:], heads, strict=True)
+    ]
+
+    def loss(of_student, *teachers):
+        problem = Problem(
+            student=of_student,
+            teachers=teachers,
+            weights_RN=torch.tensor([[0.25, 0.75]]).repeat(num_tokens, 1),
+            asked=Asked(0.5, 1.0, ensemble, 2, by_teacher=by_teacher),
+            vocab=VocabShard(0, 96, 90),
+            backend=Reference(),
+            chunk_tokens=chunk,
+        )
+        return run(problem).outcome.loss_R
+
+    found = loss(Linear(states[0], student), *(Linear(h, head) for h, head in zip(states[1:], heads, strict=True)))
+    torch.testing.assert_close(found, loss(states[0] @ student.T, *logits), rtol=1e-5, atol=1e-6)
+    plain = loss(Linear(states[0], student), *(Linear(h, w) for h, w in zip(states[1:], rows, strict=True)))
+    assert (found - plain).abs().mean() > 1e-4, "FP8 was left out"
 
 
 def test_a_teacher_that_is_asked_about_nothing():
