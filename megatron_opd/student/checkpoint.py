@@ -89,9 +89,7 @@ class Checkpoints:
             failure = error
             self.parallel.share_world(lambda: _damaged(newest, _reason(failure)))
         student.gpt.load_state_dict(state["model"])
-        optim.complete_loaded(student.optimizer, state["optimizer"])
-        student.optimizer.load_state_dict(state["optimizer"])
-        student.scheduler.load_state_dict(state["scheduler"])
+        optim.load_state(student.optimizer, student.scheduler, state)
         if with_rng:
             _set_random_state(state["random"])
         return loop
