@@ -163,7 +163,7 @@ def test_damaged_safetensors_are_refused(tmp_path):
 
 def test_damaged_indices_are_refused(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("", "[]", "{}", '{"weight_map": 3}'):
+    for text in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 5}}'):
         index.write_text(text)
         with pytest.raises(ValueError, match="is not an index of safetensors"):
             TensorDir(tmp_path)
