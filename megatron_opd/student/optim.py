@@ -18,7 +18,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_opd.config import OptimConfig
 from megatron_opd.student import groups
 
-
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 """Of a group of parameters, by the config; its weight decay and learning rate are the scheduler's."""
 
