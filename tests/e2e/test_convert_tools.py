@@ -234,6 +234,10 @@ def test_outputs_are_never_overwritten_by_accident(model_dir, checkpoint, tmp_pa
     said = refused("hf-to-megatron", "--hf", model_dir, "--out", tmp_path / "mine", "--overwrite")
     assert "is not a model or checkpoint, so --overwrite will not remove it" in said
     assert "must not be the same directory" in refused("hf-to-megatron", "--hf", model_dir, "--out", model_dir / "mg")
+    back = ["megatron-to-hf", "--checkpoint", checkpoint, "--like", model_dir, "--overwrite", "--out"]
+    assert "must not be the same directory" in refused(*back, model_dir)
+    assert "or one within the other" in refused(*back, model_dir / "back", "--dry-run")
+    assert sorted(model_dir.iterdir()) == sorted(model_dir / path.name for path in STUDENT.iterdir())
 
 
 def test_layouts_that_do_not_fit_are_refused(model_dir, tmp_path, refused):
@@ -291,6 +295,14 @@ def run_dir(model_dir, checkpoint, tmp_path):
     (step / "loop.json").write_text(json.dumps({"step": 10, "student": student, "layout": [2, 2, 1]}))
     (tmp_path / "run/config.yaml").write_text(f"student: {{model: {model_dir}}}\n")
     return tmp_path / "run"
+
+
+def test_what_is_no_checkpoint_is_said_before_asking_for_its_model(run_dir, tmp_path, refused):
+    command = ["megatron-to-hf", "--out", tmp_path / "out", "--checkpoint"]
+    assert "/nowhere is not a torch_dist checkpoint" in refused(*command, tmp_path / "nowhere")
+    said = refused(*command, run_dir)
+    assert "it is the directory of a run: name one of its checkpoints, such as" in said
+    assert "checkpoints/step_00000010" in said
 
 
 def test_a_runs_checkpoint(run_dir, model_dir, tmp_path, capsys, refused):
