@@ -221,7 +221,8 @@ def _same_logits(arguments: argparse.Namespace, a: Any, b: Any) -> bool:
     longest = min(128, a.arch.max_positions)
     ids = [[draw.randrange(a.arch.vocab_size) for _ in range(n)] for n in (2, min(17, longest), longest)]
     ours, theirs = _logits(a, ids), _logits(b, ids)
-    worst = max((x - y).abs().max().item() for x, y in zip(ours, theirs, strict=True))
+    # NaN is no number that max() would find: it is as far away as can be.
+    worst = max((x - y).abs().nan_to_num(nan=math.inf).max().item() for x, y in zip(ours, theirs, strict=True))
     largest = max(x.abs().max().item() for x in ours)
     print(f"logits: {sum(map(len, ids))} tokens, max |Δ| {worst:.3g} (largest logit {largest:.3g})", flush=True)
     return bool(worst <= arguments.logits_atol)

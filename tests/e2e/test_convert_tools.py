@@ -160,6 +160,20 @@ def test_verify_finds_a_single_changed_weight(model_dir, checkpoint, capsys):
     assert "model.norm.weight: max |Δ| inf" in capsys.readouterr().out
 
 
+def test_verify_finds_logits_that_are_no_numbers(model_dir, checkpoint, capsys, monkeypatch):
+    def logits(side, ids):
+        """One side's last sequence has a NaN, which max() overlooks behind a number."""
+        made = [torch.zeros(len(sequence), 4) for sequence in ids]
+        made[-1][-1, -1] = float("nan") if side.path == checkpoint else 0.0
+        return made
+
+    monkeypatch.setattr(convert_checkpoint, "_logits", logits)
+    assert convert_checkpoint.main(["verify", str(model_dir), str(checkpoint), "--logits"]) == 1
+    out = capsys.readouterr().out
+    assert "max |Δ| inf" in out
+    assert out.endswith("DIFFERENT\n")
+
+
 def test_verify_refuses_different_models(model_dir, tmp_path, refused):
     tiny.save(tiny.build("qwen3"), tmp_path / "other")
     assert "are different models: hidden_size is 64 and 32" in refused("verify", model_dir, tmp_path / "other")
@@ -404,6 +418,10 @@ def test_what_compare_logprobs_refuses(server, tmp_path, capsys):
     assert "no such file" in refused("--prompts", tmp_path / "absent.jsonl")
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6]}\n{"text": 1}\n')
     assert "line 2 has neither prompt nor token_ids" in refused("--prompts", tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"token_ids": null}\n')
+    assert "line 1 has neither prompt nor token_ids" in refused("--prompts", tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"token_ids": 5}\n')
+    assert "line 1: token_ids must be a list of ids, not 5" in refused("--prompts", tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 32]}\n')
     assert "token id 32 is not in the vocabulary" in refused("--prompts", tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5]}\n')
