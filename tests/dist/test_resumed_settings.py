@@ -30,15 +30,22 @@ def settings(student):
     return [{name: group[name] for name in names} for group in student.optimizer.param_groups]
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_what_was_changed_counts(ranks, tmp_path, distributed):
-    model = tiny.save(tiny.build("qwen3"), tmp_path / "model")
+@pytest.mark.parametrize(
+    ("family", "distributed", "layout"),
+    [
+        ("qwen3", True, {"data": 2}),
+        ("qwen3", False, {"data": 2}),
+        ("qwen3_moe", True, {"tensor": 2, "expert": 2, "sequence": True}),  # two optimizers in one
+    ],
+)
+def test_what_was_changed_counts(ranks, tmp_path, family, distributed, layout):
+    model = tiny.save(tiny.build(family), tmp_path / "model")
     saved, changed = (
         tiny.config(model, [{"name": "t", "model": model}], optim={**optim, "distributed": distributed})
         for optim in (SAVED, CHANGED)
     )
     rollouts = tiny.rollouts(count=4, vocab_size=VOCAB_SIZE)
-    for fresh, now, lr, num_steps in ranks.run(2, resumed, saved, changed, rollouts, str(tmp_path), data=2):
+    for fresh, now, lr, num_steps in ranks.run(2, resumed, saved, changed, rollouts, str(tmp_path), **layout):
         assert now == fresh
         assert lr == pytest.approx(steps.learning_rate(changed.optim, 3, changed.train.steps))
         assert num_steps == 3  # the schedule goes on where it was

@@ -301,6 +301,7 @@ def test_teacher_with_another_tokenizer(said, tmp_path):
         ("train", ['{"prompt": 11}'], 'line 1: expected an object with a text field "prompt"'),
         ("train", ['{"prompt": " \\n"}'], "line 1: the prompt is empty"),
         ("train", ["[" * 100_000], "line 1: not valid JSON (nested too deeply)"),
+        ("train", ['{"prompt": "1+1=", "answer": ' + "9" * 5000 + "}"], "line 1: not valid JSON (Exceeds the limit"),
         ("train", [json.dumps({"prompt": "1" * 200})], "the limit is "),
         ("train", [], "has no prompts"),
         ("train", ["", " "], "has no prompts"),
