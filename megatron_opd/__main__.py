@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_opd import __version__
 from megatron_opd.arguments import Parser, add_config
@@ -122,12 +124,21 @@ def _train(arguments: argparse.Namespace) -> int:
     return launch.launch(config, [arguments.config, *arguments.overrides])
 
 
+def _refuse(arguments: argparse.Namespace, needed: str, defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that do nothing without the option `needed`."""
+    given = [f"--{name}" for name, default in defaults.items() if getattr(arguments, name) != default]
+    if given:
+        raise ValueError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} of use with {needed} only")
+
+
 def _launch(arguments: argparse.Namespace) -> int:
     from megatron_opd import launch
     from megatron_opd.cluster import command
     from megatron_opd.config.file import load
     from megatron_opd.preflight import read_inputs
 
+    if not arguments.slurm:
+        _refuse(arguments, "--slurm", {"nodes": None, "sbatch": [], "setup": "", "steps": False})
     config = load(arguments.config, arguments.overrides)
     given = [arguments.config, *arguments.overrides]
     if arguments.slurm:
@@ -192,6 +203,7 @@ def _after_the_others(code: int) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return planner.run(arguments)
+    _refuse(arguments, "--plan", planner.DEFAULTS)
     from megatron_opd import launch
     from megatron_opd.config.file import dump, load
     from megatron_opd.preflight import read_inputs

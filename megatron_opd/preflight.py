@@ -28,6 +28,7 @@ from megatron_opd.rewards.base import Reward
 from megatron_opd.student.architecture import check_layout, read_architecture, read_limits
 from megatron_opd.student.headers import check_tensors
 from megatron_opd.student.lora_layout import check_targets
+from megatron_opd.student.torch_dist_dir import is_torch_dist
 from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
 from megatron_opd.types import Prompt
 
@@ -99,6 +100,11 @@ def _limits(config: Config, problems: list[str]) -> list[tuple[int, int]]:
     found = [_on_our_ranks("student.model", config.student.model, config.student.vocab_multiple, config, problems)]
     for i, teacher in enumerate(config.teachers):
         what = f"teachers.{i}.model"
+        if config.train.eval_teachers and is_torch_dist(teacher.model):
+            problems.append(
+                f"{what}: train.eval_teachers needs a Hugging Face directory, and {teacher.model} is a Megatron"
+                " checkpoint; turn it off, or convert with tools/convert_checkpoint.py megatron-to-hf"
+            )
         if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
             _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
         elif teacher.backend == "megatron":

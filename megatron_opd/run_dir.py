@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ ADAPTER = "adapter"
 MARKER = "loop.json"
 """File of a checkpoint that is written last; without it there is no checkpoint."""
 _LOCK = ".lock"
+_STEP = re.compile(r"step_[0-9]+")
 
 
 def make(run_dir: str | Path) -> Path:
@@ -54,9 +56,16 @@ def claimed(run_dir: str | Path) -> Iterator[Path]:
         lock.truncate(0)
 
 
+def saves(checkpoints: Path) -> list[Path]:
+    """What saves have made or begun in `<run.dir>/checkpoints`, oldest first. Other names, `step_00000100_best`, are
+    somebody's own copies: no run continues from them, and none removes them."""
+    found = [path for path in checkpoints.glob("step_*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
 def complete(checkpoints: Path) -> list[Path]:
     """The complete checkpoints in `<run.dir>/checkpoints`, oldest first."""
-    return sorted(marker.parent for marker in checkpoints.glob(f"step_*/{MARKER}"))
+    return [path for path in saves(checkpoints) if (path / MARKER).is_file()]
 
 
 def how_to_continue(run_dir: str | Path) -> str:

@@ -74,7 +74,10 @@ def _also_named(model_dir: Path) -> list[int | None]:
         named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    return named if isinstance(named, list) else [named]
+    ids = named if isinstance(named, list) else [named]
+    if not all(type(i) is int or i is None for i in ids):
+        raise ValueError(f"{path}: eos_token_id must be the id of a token, or a list of them, not {named!r}")
+    return ids
 
 
 def difference(student: Tokenizer, teacher: Tokenizer) -> str | None:

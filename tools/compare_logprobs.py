@@ -132,8 +132,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict) or not ("prompt" in row or "token_ids" in row):
+        ids = row.get("token_ids") if isinstance(row, dict) else None
+        if not isinstance(row, dict) or (ids is None and "prompt" not in row):
             raise ValueError(f"{path}: line {number} has neither prompt nor token_ids")
+        if not isinstance(ids, list | None):
+            raise ValueError(f"{path}: line {number}: token_ids must be a list of ids, not {ids!r}")
         rows.append(row)
     return rows
 

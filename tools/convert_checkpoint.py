@@ -137,7 +137,7 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
     multiple = math.lcm(arguments.vocab_multiple, arguments.tp)
     tool.layout(arguments, read_architecture(arguments.hf, vocab_multiple=multiple))
     plan = convert.plan_to_megatron(arguments.hf, vocab_multiple=multiple, dtype=tool.DTYPES.get(arguments.dtype))
-    if _may_start(arguments, plan, arguments.hf):
+    if _may_start(arguments, plan, [arguments.hf]):
         with tool.Bar("hf-to-megatron", plan.num_bytes / tool.world_size()) as bar:
             convert.to_megatron(plan, arguments.hf, arguments.out, progress=bar)
     return 0
@@ -147,19 +147,19 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
     tool.join_ranks()
     like = convert.find_like(arguments.checkpoint, arguments.like)
     plan = convert.plan_to_hf(arguments.checkpoint, like=like, dtype=tool.DTYPES.get(arguments.dtype))
-    if _may_start(arguments, plan, arguments.checkpoint):
+    if _may_start(arguments, plan, [arguments.checkpoint, like]):
         with tool.Bar("megatron-to-hf", plan.num_bytes / tool.world_size()) as bar:
             convert.to_hf(plan, arguments.checkpoint, arguments.out, like=like, progress=bar)
     return 0
 
 
-def _may_start(arguments: argparse.Namespace, plan: Plan, source: str) -> bool:
-    """Print the plan and check the output; False for a dry run."""
+def _may_start(arguments: argparse.Namespace, plan: Plan, inputs: list[Any]) -> bool:
+    """Print the plan and check the output; False for a dry run. The first input is the one with the weights."""
     arch = plan.arch
     padding = arch.padded_vocab_size - arch.vocab_size
     if tool.is_main():
         for name, value in (
-            ("from", f"{source} ({arch.family}, {arch.num_layers} layers)"),
+            ("from", f"{inputs[0]} ({arch.family}, {arch.num_layers} layers)"),
             ("to", arguments.out),
             ("parameters", f"{len(plan.parameters)} of Megatron's, {str(plan.dtype).removeprefix('torch.')}"),
             ("vocabulary", f"{arch.vocab_size} entries" + (f" and {padding} of padding" if padding else "")),
@@ -167,7 +167,7 @@ def _may_start(arguments: argparse.Namespace, plan: Plan, source: str) -> bool:
             ("memory", f"at most {tool.gigabytes(plan.peak_bytes)} a process, beside Python and its libraries"),
         ):
             print(f"{name:<11} {value}", flush=True)
-    output_dir.check_output(arguments.out, inputs=[source], num_bytes=plan.num_bytes, overwrite=arguments.overwrite)
+    output_dir.check_output(arguments.out, inputs=inputs, num_bytes=plan.num_bytes, overwrite=arguments.overwrite)
     if arguments.dry_run and tool.is_main():
         print("dry run: everything is in order, nothing was written")
     return not arguments.dry_run
@@ -221,7 +221,8 @@ def _same_logits(arguments: argparse.Namespace, a: Any, b: Any) -> bool:
     longest = min(128, a.arch.max_positions)
     ids = [[draw.randrange(a.arch.vocab_size) for _ in range(n)] for n in (2, min(17, longest), longest)]
     ours, theirs = _logits(a, ids), _logits(b, ids)
-    worst = max((x - y).abs().max().item() for x, y in zip(ours, theirs, strict=True))
+    # NaN is no number that max() would find: it is as far away as can be.
+    worst = max((x - y).abs().nan_to_num(nan=math.inf).max().item() for x, y in zip(ours, theirs, strict=True))
     largest = max(x.abs().max().item() for x in ours)
     print(f"logits: {sum(map(len, ids))} tokens, max |Δ| {worst:.3g} (largest logit {largest:.3g})", flush=True)
     return bool(worst <= arguments.logits_atol)

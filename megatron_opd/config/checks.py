@@ -83,6 +83,8 @@ def _check_numbers(config: Config) -> list[str]:
     for name, value in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
         if not 0 <= value < 1:
             problems.append(f"{name} must lie in [0, 1), not {value}")
+    if abs(config.run.seed) >= 2**62:
+        problems.append(f"run.seed must lie between -2^62 and 2^62, not {config.run.seed}")
     if not 0 <= config.loss.beta <= 1:
         problems.append(f"loss.beta must lie between 0 (forward KL) and 1 (reverse KL), not {config.loss.beta}")
     if config.optim.min_lr > config.optim.lr:

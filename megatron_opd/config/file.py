@@ -41,9 +41,12 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
     if not path.is_file():
         raise ConfigError([f"there is no such file: {path}"], where="config")
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        tree, twice = yaml.safe_load(text), _set_twice(yaml.compose(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"not valid YAML: {error}"], where=str(path)) from None
+    if twice:
+        raise ConfigError(twice, where=str(path))
     if not isinstance(tree, dict):
         raise ConfigError(["expected a mapping of sections (run, student, teachers, …)"], where=str(path))
     for override in overrides:
@@ -74,8 +77,11 @@ def dump(config: Config) -> str:
 
 
 def record(config: Config, path: Path) -> list[str] | None:
-    """Write the resolved config; returns what is not as the last record had it, None when there was none."""
-    before = yaml.safe_load(path.read_text()) if path.is_file() else None
+    """Write the resolved config; returns what is not as the last record had it, None when there was none to read."""
+    try:
+        before = yaml.safe_load(path.read_text())
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):  # nothing but this message depends on it
+        before = None
     temporary = path.with_suffix(".tmp")
     temporary.write_text(dump(config))
     temporary.replace(path)
@@ -91,6 +97,23 @@ def changes(old: Any, new: Any, name: str = "") -> list[str]:
         nested = [changes(*(tree.get(key, absent) for tree in pairs), f"{name}.{key}".lstrip(".")) for key in keys]
         return [line for lines in nested for line in lines]
     return [] if old == new else [f"{name}: {old} -> {new}"]
+
+
+def _set_twice(node: yaml.Node | None, name: str = "", seen: tuple[yaml.Node, ...] = ()) -> list[str]:
+    """The settings that a file has more than once, a line each: YAML takes the last one and forgets the others."""
+    if not isinstance(node, yaml.SequenceNode | yaml.MappingNode) or any(node is parent for parent in seen):
+        return []
+    if isinstance(node, yaml.SequenceNode):
+        return [line for i, child in enumerate(node.value) for line in _set_twice(child, f"{name}{i}.", (*seen, node))]
+    found: list[str] = []
+    lines: dict[str, int] = {}
+    for key, child in node.value:
+        here, line = f"{name}{key.value}", key.start_mark.line + 1
+        if here in lines and key.value != "<<":
+            found.append(f"{here} is set twice, in lines {lines[here]} and {line}")
+        lines[here] = line
+        found += _set_twice(child, f"{here}.", (*seen, node))
+    return found
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -12,7 +12,9 @@ class RunConfig:
     """Where a run lives and what makes it repeatable."""
 
     dir: str
-    """Directory of the run: checkpoints, metrics, logs, export. The same command on the same directory resumes."""
+    """Directory of the run: checkpoints, metrics, logs, export. The same command on the same directory resumes.
+    Settings may change then, and train.log says which did, but not the student (student.model, student.dtype, lora) nor
+    optim.distributed."""
     seed: int = 1234
     """Seeds the order of prompts, every sampled token and dropout: same seed, same numbers."""
     deterministic: bool = False

@@ -7,14 +7,18 @@ import json
 
 from megatron_opd.planner.gpus import GPUS
 
+DEFAULTS = {"gpu": "H100", "prompt": None, "response": None, "json": False}
+"""Of the options, where they are not given."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What can be said about a plan besides the config. None of it changes a run."""
     group = parser.add_argument_group("plan", "memory, traffic and time, from the config.json files alone")
-    group.add_argument("--gpu", default="H100", metavar="NAME", help=f"{', '.join(GPUS)} (%(default)s)")
+    group.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)} (%(default)s)")
     group.add_argument("--prompt", type=float, metavar="TOKENS", help="mean prompt (data.max_prompt_tokens)")
     group.add_argument("--response", type=float, metavar="TOKENS", help="mean answer (rollout.max_new_tokens)")
     group.add_argument("--json", action="store_true", help="print the plan as JSON: bytes, FLOPs and seconds")
+    parser.set_defaults(**DEFAULTS)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ feature that would silently change the numbers (sliding windows, other rope type
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
+_SWITCHES = ("tie_word_embeddings", "norm_topk_prob")
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _SIZES = (
     "num_hidden_layers",
@@ -71,11 +73,12 @@ def read_architecture(model_dir: str | Path, *, vocab_multiple: int = 1) -> Arch
     """
     path, hf = _read(model_dir)
     names = hf.get("architectures") or ["(none named)"]
-    if names[0] not in FAMILIES:
-        raise ValueError(f"{path}: architecture {names[0]} is not supported; known: {', '.join(sorted(FAMILIES))}")
+    name = str(names[0]) if isinstance(names, list) else repr(names)
+    if name not in FAMILIES:
+        raise ValueError(f"{path}: architecture {name} is not supported; known: {', '.join(sorted(FAMILIES))}")
     try:
         _check_values(hf)
-        return _translate(FAMILIES[names[0]], hf, vocab_multiple)
+        return _translate(FAMILIES[name], hf, vocab_multiple)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: {'missing ' if isinstance(error, KeyError) else ''}{error}") from None
 
@@ -95,14 +98,17 @@ def _read(model_dir: str | Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{model_dir} is not a Hugging Face model directory: there is no {path.name} in it")
     try:
-        hf = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     return path, hf if isinstance(hf, dict) else {}
 
 
 def _check_values(hf: dict[str, Any]) -> None:
     """Raises ValueError for a size that is not a positive whole number, and the like."""
+    for key in _SWITCHES:
+        if not isinstance(hf.get(key), bool | None):
+            raise ValueError(f"{key} must be true or false, not {hf[key]!r}")
     for key in _SIZES:
         missing = hf.get(key) is None and key in _OPTIONAL_SIZES
         if key in hf and not missing and (type(hf[key]) is not int or hf[key] < 1):
@@ -141,7 +147,7 @@ def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architec
         vocab_size=hf["vocab_size"],
         padded_vocab_size=-(-hf["vocab_size"] // vocab_multiple) * vocab_multiple,
         max_positions=hf["max_position_embeddings"],
-        norm_eps=hf["rms_norm_eps"],
+        norm_eps=_number(hf, "rms_norm_eps"),
         rope_base=base,
         rope_factor=factor,
         qkv_bias=family == "qwen2",
@@ -154,11 +160,15 @@ def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architec
 
 
 def _rope(hf: dict[str, Any]) -> tuple[float, float | None]:
-    """(base, llama3 factor or None), from transformers 5's `rope_parameters` or the older pair of keys."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    base = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    if float(rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError("partial rotary embeddings are not supported")
+    """(base, llama3 factor or None), from transformers 5's `rope_parameters` or the older pair of keys.
+
+    Where both are there, the older one counts, as in transformers: whoever extends a context adds `rope_scaling`.
+    """
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    base = next((_number(of, "rope_theta") for of in (rope, hf) if of.get("rope_theta") is not None), 10000.0)
+    for of in (rope, hf):
+        if of.get("partial_rotary_factor") is not None and _number(of, "partial_rotary_factor") != 1.0:
+            raise ValueError("partial rotary embeddings are not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return base, None
@@ -166,9 +176,17 @@ def _rope(hf: dict[str, Any]) -> tuple[float, float | None]:
         raise ValueError(f"rope scaling '{kind}' is not supported (only default and llama3)")
     expected = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     for key, value in expected.items():
-        if float(rope[key]) != value:
+        if _number(rope, key) != value:
             raise ValueError(f"rope scaling llama3 with {key}={rope[key]} is not supported (Megatron has {value})")
-    return base, float(rope["factor"])
+    return base, _number(rope, "factor")
+
+
+def _number(of: dict[str, Any], key: str) -> float:
+    """Raises KeyError where there is none, ValueError for anything but a number above 0."""
+    value = of[key]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} must be a number above 0, not {value!r}")
+    return float(value)
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig, *, what: str) -> list[str]:

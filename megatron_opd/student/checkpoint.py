@@ -17,18 +17,20 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_opd.parallel import Parallel
-from megatron_opd.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue
+from megatron_opd.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.student import optim
 from megatron_opd.student.lora_layout import facts
 from megatron_opd.student.student import Student
@@ -82,6 +84,7 @@ class Checkpoints:
             return None
         mine = _fingerprint(student)
         loop = self.parallel.share_world(lambda: _read_marker(newest, mine))
+        self.parallel.share_world(lambda: _check_small_files(newest))
         with_rng = loop["layout"] == self._layout()
         try:
             state = dist_checkpointing.load(self._state(student, loading=True, with_rng=with_rng), str(newest))
@@ -89,9 +92,7 @@ class Checkpoints:
             failure = error
             self.parallel.share_world(lambda: _damaged(newest, _reason(failure)))
         student.gpt.load_state_dict(state["model"])
-        optim.complete_loaded(student.optimizer, state["optimizer"])
-        student.optimizer.load_state_dict(state["optimizer"])
-        student.scheduler.load_state_dict(state["scheduler"])
+        optim.load_state(student.optimizer, student.scheduler, state)
         if with_rng:
             _set_random_state(state["random"])
         return loop
@@ -126,7 +127,7 @@ class Checkpoints:
     def _clean_up(self) -> None:
         """Remove all but the newest checkpoints, and what saves that were cut short have left."""
         keep = complete(self.dir)[-self.keep_last :]
-        for old in set(self.dir.glob("step_*")) - set(keep):
+        for old in set(saves(self.dir)) - set(keep):
             (old / MARKER).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the removal gets
             shutil.rmtree(old, ignore_errors=True)
 
@@ -196,6 +197,18 @@ def _read_marker(checkpoint: Path, mine: dict[str, Any]) -> dict[str, Any]:
                 f" set {setting} back, or give this run a run.dir of its own"
             )
     return loop
+
+
+def _check_small_files(checkpoint: Path) -> None:
+    """That the files which every rank reads can be read: Megatron's errors about them neither name them nor agree."""
+    for name in ("metadata.json", "common.pt"):
+        if not (checkpoint / name).is_file():
+            _damaged(checkpoint, f"there is no {name} in it")
+    known = (OSError, ValueError, TypeError, EOFError, RuntimeError, UnpicklingError, CheckpointingException)
+    try:
+        dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except known as error:
+        _damaged(checkpoint, f"metadata.json or common.pt: {_reason(error)}")
 
 
 def _damaged(checkpoint: Path, reason: str) -> NoReturn:

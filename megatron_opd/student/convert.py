@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megatron_opd.run_dir import CONFIG, MARKER
+from megatron_opd.run_dir import CHECKPOINTS, CONFIG, MARKER, complete
 from megatron_opd.student import output_dir
 from megatron_opd.student.architecture import Architecture, read_architecture
 from megatron_opd.student.checkpoint_keys import region
@@ -117,6 +117,10 @@ def find_like(checkpoint_dir: str | Path, like: str | Path | None = None) -> str
     itself when the converter made it, student.model of its run when a run did. Raises ValueError when there is none.
     """
     checkpoint = Path(checkpoint_dir)
+    if not is_torch_dist(checkpoint):
+        newest = complete(checkpoint / CHECKPOINTS)[-1:]
+        hint = f"; it is the directory of a run: name one of its checkpoints, such as {newest[0]}" if newest else ""
+        raise ValueError(f"{checkpoint} is not a torch_dist checkpoint: there is no .metadata in it{hint}")
     if like is not None or (checkpoint / "config.json").is_file():
         return like or checkpoint
     config = checkpoint.resolve().parent.parent / CONFIG

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.run_dir import MARKER
+from megatron_opd.run_dir import CHECKPOINTS, MARKER, saves
 from megatron_opd.student.architecture import FAMILIES, Architecture, read_architecture
 from megatron_opd.student.checkpoint_keys import is_optimizer
 from megatron_opd.student.convert import find_like
@@ -29,9 +29,8 @@ def describe(model_dir: str | Path, like: str | Path | None = None) -> dict[str,
     path = Path(model_dir)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
-    if not is_torch_dist(path) and any(path.glob("checkpoints/step_*")):
-        newest = max(path.glob("checkpoints/step_*"))
-        raise ValueError(f"{path} is the directory of a run; name one of its checkpoints, such as {newest}")
+    if not is_torch_dist(path) and (found := saves(path / CHECKPOINTS)):
+        raise ValueError(f"{path} is the directory of a run; name one of its checkpoints, such as {found[-1]}")
     facts: dict[str, Any] = {"format": "torch_dist (Megatron)" if is_torch_dist(path) else "Hugging Face"}
     problems: list[str] = []
     arch = _architecture(path, like, problems)

@@ -1,12 +1,15 @@
 """Whether a model directory, of either kind, has the tensors that its config.json promises. Reads headers, no weights.
 
-Tells what is missing, left over, of another shape, and which files are absent or cut short.
+Tells what is missing, left over, of another shape, and which files are absent or cut short. One tensor may be there
+twice, the output head of tied embeddings; of it alone the values are compared, because a head of its own would be lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from pathlib import Path
+
+import torch
 
 from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.checkpoint_keys import is_optimizer, is_vocab, region
@@ -17,6 +20,10 @@ from megatron_opd.student.weight_map import all_rules, hf_shapes
 
 _IGNORABLE = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Ends of tensor names that hold no weights: buffers that old versions of transformers saved."""
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 1024
+"""Of embedding and head that are in memory at a time."""
 
 Shape = tuple[int, ...]
 
@@ -35,7 +42,7 @@ def weight_names(tensors: TensorDir, arch: Architecture) -> set[str]:
     """The tensors of a Hugging Face directory that are weights of the model."""
     names = {name for name in tensors.names() if not name.endswith(_IGNORABLE)}
     if arch.tied_embeddings:
-        names.discard("lm_head.weight")  # some writers save the tied head a second time
+        names.discard(_HEAD)  # some writers save the tied head a second time
     return names
 
 
@@ -45,7 +52,20 @@ def _wrong_in_hf(model_dir: str | Path, arch: Architecture) -> list[str]:
         found = weight_names(tensors, arch)
         wrong = _missing_or_left_over(set(expected), found)
         shapes = {name: tuple(tensors.shape(name)) for name in sorted(set(expected) & found)}
+        if arch.tied_embeddings and {_EMBEDDING, _HEAD} <= set(tensors.names()) and not _same(tensors):
+            wrong.append(
+                f"'{_HEAD}' is not '{_EMBEDDING}', but config.json ties them; set tie_word_embeddings to false"
+            )
     return wrong + _wrong_shapes(shapes, expected)
+
+
+def _same(tensors: TensorDir) -> bool:
+    """Whether the output head is the embedding once more; as much of both is read as differs from the start."""
+    shape = tensors.shape(_EMBEDDING)
+    if tensors.shape(_HEAD) != shape:
+        return False
+    rows = range(0, shape[0], _ROWS)
+    return all(torch.equal(*(tensors.read(x, slice(i, i + _ROWS)).float() for x in (_EMBEDDING, _HEAD))) for i in rows)
 
 
 def _wrong_in_checkpoint(model_dir: str | Path, arch: Architecture) -> list[str]:

@@ -18,6 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_opd.config import OptimConfig
 from megatron_opd.student import groups
 
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"""Of a group of parameters, by the config; its weight decay and learning rate are the scheduler's."""
+
 
 class _HalfModule(Float16Module):
     """A model in half precision whose output stays so: it is hidden states, and their products make logits."""
@@ -128,7 +131,20 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
             slot.setdefault("step", torch.zeros(()))
 
 
-def complete_loaded(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
+def load_state(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, state: dict[str, Any]) -> None:
+    """Continue from the `optimizer` and `scheduler` of a checkpoint, under the settings that both were built with.
+
+    Megatron keeps rates, betas and epsilon in the checkpoint too, and would go on with those.
+    """
+    settings = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
+    _complete_loaded(optimizer, state["optimizer"])
+    optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    scheduler.load_state_dict(state["scheduler"])  # which makes the learning rate of the next step
+
+
+def _complete_loaded(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     """Give what was loaded for torch's Adam the number of its steps where that is 0, which Megatron does not save."""
     if not _adams(optimizer):
         return
@@ -136,7 +152,7 @@ def complete_loaded(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None
         if not isinstance(value, dict):
             continue
         if key != "state":
-            complete_loaded(optimizer, value)
+            _complete_loaded(optimizer, value)
         elif "common_step" not in value:
             for slot in value.values():
                 if isinstance(slot, dict) and "exp_avg" in slot:

@@ -1,8 +1,9 @@
 """Output directories that appear whole or not at all, and the files of a model that are not weights.
 
 A model is written to `<out>.tmp`; config.json goes there last, so that what a killed process leaves is not a model, and
-the directory gets its name when all is on disk. Refuses an output that is not empty, that lies in an input (or the
-other way round), or that does not fit the disk.
+the directory gets its name when all is on disk. Where `out` is a link, that is beside what it points to. Refuses an
+output that is not empty, that cannot be renamed, that lies in an input (or the other way round), or that does not fit
+the disk.
 """
 
 from __future__ import annotations
@@ -28,12 +29,20 @@ _SPARE_BYTES = 64 << 20
 
 def temporary(out: str | Path) -> Path:
     """Where `out` is made."""
-    return Path(out).with_name(Path(out).name + ".tmp")
+    return _beside(out, ".tmp")
+
+
+def _beside(out: str | Path, ending: str) -> Path:
+    path = Path(out).resolve()
+    return path.with_name(path.name + ending)
 
 
 def check_output(out: str | Path, *, inputs: list[str | Path], num_bytes: int, overwrite: bool = False) -> None:
     """Raises ValueError when a model of `num_bytes` cannot or should not be written to `out`. Writes nothing."""
     path = Path(out).resolve()
+    if path.is_mount() or path == Path.cwd():
+        what = "a mount point" if path.is_mount() else "the working directory"
+        raise ValueError(f"{out} is {what}, which cannot be replaced; name a directory in it")
     for other in (Path(i).resolve() for i in inputs):
         if path == other or path in other.parents or other in path.parents:
             raise ValueError(f"{out} and {other} must not be the same directory, or one within the other")
@@ -84,11 +93,11 @@ def finish(out: str | Path, *, like: str | Path, dtype: torch.dtype) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    before = Path(out).with_name(Path(out).name + ".old.tmp")
+    place, before = Path(out).resolve(), _beside(out, ".old.tmp")
     shutil.rmtree(before, ignore_errors=True)
-    if Path(out).exists():
-        Path(out).rename(before)
-    target.rename(out)
+    if place.exists():
+        place.rename(before)
+    target.rename(place)
     shutil.rmtree(before, ignore_errors=True)
 
 

@@ -117,9 +117,12 @@ class TensorDir:
         index = self.dir / "model.safetensors.index.json"
         if index.is_file():
             try:
-                return dict(json.loads(index.read_text())["weight_map"])
+                named = dict(json.loads(index.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{index} is not an index of safetensors: {error}") from None
+            if wrong := [file for file in named.values() if not isinstance(file, str)]:
+                raise ValueError(f"{index} is not an index of safetensors: {wrong[0]!r} is no name of a file")
+            return named
         single = "model.safetensors"
         if not (self.dir / single).is_file():
             raise ValueError(f"{self.dir} has neither {single} nor {index.name} (no other formats are read)")

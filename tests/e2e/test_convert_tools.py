@@ -160,6 +160,20 @@ def test_verify_finds_a_single_changed_weight(model_dir, checkpoint, capsys):
     assert "model.norm.weight: max |Δ| inf" in capsys.readouterr().out
 
 
+def test_verify_finds_logits_that_are_no_numbers(model_dir, checkpoint, capsys, monkeypatch):
+    def logits(side, ids):
+        """One side's last sequence has a NaN, which max() overlooks behind a number."""
+        made = [torch.zeros(len(sequence), 4) for sequence in ids]
+        made[-1][-1, -1] = float("nan") if side.path == checkpoint else 0.0
+        return made
+
+    monkeypatch.setattr(convert_checkpoint, "_logits", logits)
+    assert convert_checkpoint.main(["verify", str(model_dir), str(checkpoint), "--logits"]) == 1
+    out = capsys.readouterr().out
+    assert "max |Δ| inf" in out
+    assert out.endswith("DIFFERENT\n")
+
+
 def test_verify_refuses_different_models(model_dir, tmp_path, refused):
     tiny.save(tiny.build("qwen3"), tmp_path / "other")
     assert "are different models: hidden_size is 64 and 32" in refused("verify", model_dir, tmp_path / "other")
@@ -234,6 +248,10 @@ def test_outputs_are_never_overwritten_by_accident(model_dir, checkpoint, tmp_pa
     said = refused("hf-to-megatron", "--hf", model_dir, "--out", tmp_path / "mine", "--overwrite")
     assert "is not a model or checkpoint, so --overwrite will not remove it" in said
     assert "must not be the same directory" in refused("hf-to-megatron", "--hf", model_dir, "--out", model_dir / "mg")
+    back = ["megatron-to-hf", "--checkpoint", checkpoint, "--like", model_dir, "--overwrite", "--out"]
+    assert "must not be the same directory" in refused(*back, model_dir)
+    assert "or one within the other" in refused(*back, model_dir / "back", "--dry-run")
+    assert sorted(model_dir.iterdir()) == sorted(model_dir / path.name for path in STUDENT.iterdir())
 
 
 def test_layouts_that_do_not_fit_are_refused(model_dir, tmp_path, refused):
@@ -291,6 +309,14 @@ def run_dir(model_dir, checkpoint, tmp_path):
     (step / "loop.json").write_text(json.dumps({"step": 10, "student": student, "layout": [2, 2, 1]}))
     (tmp_path / "run/config.yaml").write_text(f"student: {{model: {model_dir}}}\n")
     return tmp_path / "run"
+
+
+def test_what_is_no_checkpoint_is_said_before_asking_for_its_model(run_dir, tmp_path, refused):
+    command = ["megatron-to-hf", "--out", tmp_path / "out", "--checkpoint"]
+    assert "/nowhere is not a torch_dist checkpoint" in refused(*command, tmp_path / "nowhere")
+    said = refused(*command, run_dir)
+    assert "it is the directory of a run: name one of its checkpoints, such as" in said
+    assert "checkpoints/step_00000010" in said
 
 
 def test_a_runs_checkpoint(run_dir, model_dir, tmp_path, capsys, refused):
@@ -392,6 +418,10 @@ def test_what_compare_logprobs_refuses(server, tmp_path, capsys):
     assert "no such file" in refused("--prompts", tmp_path / "absent.jsonl")
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6]}\n{"text": 1}\n')
     assert "line 2 has neither prompt nor token_ids" in refused("--prompts", tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"token_ids": null}\n')
+    assert "line 1 has neither prompt nor token_ids" in refused("--prompts", tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"token_ids": 5}\n')
+    assert "line 1: token_ids must be a list of ids, not 5" in refused("--prompts", tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 32]}\n')
     assert "token id 32 is not in the vocabulary" in refused("--prompts", tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5]}\n')

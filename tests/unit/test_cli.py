@@ -8,7 +8,7 @@ import pytest
 
 from megatron_opd import __version__, launch, run_dir
 from megatron_opd.__main__ import main
-from megatron_opd.config.file import changes, load
+from megatron_opd.config.file import changes, load, record
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
@@ -147,6 +147,14 @@ def test_how_to_continue(tmp_path):
         complete.mkdir()
         (complete / "loop.json").touch()
     assert run_dir.how_to_continue(tmp_path) == f"the same command continues from {complete}"
+
+
+@pytest.mark.parametrize("content", [b"run: [", b"\xff", b""])
+def test_a_record_that_cannot_be_read_is_written_anew(tmp_path, content):
+    config = load(ROOT / "examples/quickstart.yaml")
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert record(config, tmp_path / "config.yaml") is None
+    assert record(config, tmp_path / "config.yaml") == []
 
 
 def test_changes_between_two_configs():

@@ -140,6 +140,28 @@ def test_unreadable_files_are_named(tmp_path, text, message):
     assert "broken.yaml" in str(caught.value)
 
 
+def test_settings_that_are_there_twice_are_all_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "run: {dir: a}\ntrain:\n  steps: 4\n  steps: 8\ndata: {train: [{name: a, name: b}]}\nrun: {seed: 1}\n"
+    )
+    with pytest.raises(cfg.ConfigError) as caught:
+        cfg.load(path)
+    assert sorted(caught.value.problems) == [
+        "data.train.0.name is set twice, in lines 5 and 5",
+        "run is set twice, in lines 1 and 6",
+        "train.steps is set twice, in lines 3 and 4",
+    ]
+
+
+def test_merged_and_recursive_yaml_sets_nothing_twice(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run: &r {dir: a, seed: 1}\ntrain: {<<: *r, seed: 2}\ndata: &d [*d]\n")
+    with pytest.raises(cfg.ConfigError) as caught:
+        cfg.load(path)
+    assert not any("twice" in problem for problem in caught.value.problems)
+
+
 AT_LEAST_ONE = [
     "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data", "parallel.expert",
     "student.vocab_multiple", "loss.chunk_tokens", "rollout.prompts_per_step", "rollout.samples_per_prompt",
@@ -156,7 +178,7 @@ POSITIVE = ["loss.temperature", "rollout.temperature", "run.timeout_s", "optim.e
 @pytest.mark.parametrize(
     ("setting", "value"),
     [(s, 0) for s in AT_LEAST_ONE] + [(s, -1) for s in NOT_NEGATIVE] + [(s, 0) for s in POSITIVE]
-    + [("loss.beta", -0.1), ("loss.beta", 1.1)],
+    + [("loss.beta", -0.1), ("loss.beta", 1.1), ("run.seed", 2**62), ("run.seed", -(2**62))],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(setting, value):
     problems = problems_of(tree_with(**{setting.replace(".", "__"): value}))
@@ -165,7 +187,15 @@ def test_numbers_out_of_range_are_refused(setting, value):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("loss.beta", 0), ("loss.beta", 1), ("optim.clip_grad", 0), ("optim.warmup_steps", 9), ("train.steps", 1)],
+    [
+        ("loss.beta", 0),
+        ("loss.beta", 1),
+        ("optim.clip_grad", 0),
+        ("optim.warmup_steps", 9),
+        ("train.steps", 1),
+        ("run.seed", 2**62 - 1),
+        ("run.seed", -1),
+    ],
 )
 def test_the_ends_of_the_ranges_are_allowed(setting, value):
     cfg.from_dict(tree_with(**{setting.replace(".", "__"): value}))

@@ -7,7 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_opd.student import convert
+from megatron_opd.student import convert, headers
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.describe import describe
 from megatron_opd.student.headers import check_tensors
@@ -58,9 +58,28 @@ def test_harmless_extras_of_old_writers(model_dir, tmp_path):
     change_weights(model_dir, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
     assert problems(model_dir) == []
     tiny.save(tiny.build("qwen3_tied"), tmp_path / "tied")
-    change_weights(tmp_path / "tied", lambda w: w.update({"lm_head.weight": torch.ones(96, 32)}))
+    change_weights(tmp_path / "tied", lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
     assert problems(tmp_path / "tied") == []
     assert convert.plan_to_megatron(tmp_path / "tied").dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [95, 96])
+def test_a_head_of_its_own_beside_tied_embeddings(tmp_path, rows, monkeypatch):
+    """transformers would not tie them then, whatever config.json says."""
+    monkeypatch.setattr(headers, "_ROWS", 40)
+    tied = tmp_path / "tied"
+    tiny.save(tiny.build("qwen3_tied"), tied)
+
+    def add_head(weights):
+        head = weights["model.embed_tokens.weight"][:rows].clone()
+        head[-1, -1] += 1
+        weights["lm_head.weight"] = head
+
+    change_weights(tied, add_head)
+    (problem,) = problems(tied)
+    assert "'lm_head.weight' is not 'model.embed_tokens.weight'" in problem
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        convert.plan_to_megatron(tied)
 
 
 def test_only_the_first_problems_are_listed(model_dir):

@@ -110,6 +110,17 @@ def test_an_existing_model_is_replaced_only_at_the_end(model_dir, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
+def test_a_model_goes_where_a_link_points(model_dir, tmp_path):
+    """And is made there too: what looked for room looked there."""
+    (tmp_path / "disk/empty").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("disk/empty")
+    assert output_dir.temporary(tmp_path / "out").parent == tmp_path / "disk"
+    write(iter(weights(model_dir).items()), tmp_path / "out", like=model_dir)
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk/empty/config.json").is_file()
+    assert sorted(path.name for path in tmp_path.rglob("*tmp")) == []
+
+
 def test_outputs_that_are_refused(model_dir, tmp_path, monkeypatch):
     def refused(out, message, **options):
         with pytest.raises(ValueError, match=message):
@@ -119,6 +130,10 @@ def test_outputs_that_are_refused(model_dir, tmp_path, monkeypatch):
     refused(model_dir, "must not be the same directory")
     refused(model_dir / "out", "or one within the other")
     refused(tmp_path, "or one within the other")
+    refused("/", "/ is a mount point, which cannot be replaced; name a directory in it")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(".", "is the working directory, which cannot be replaced")
     (tmp_path / "file").touch()
     refused(tmp_path / "file", "is not a directory")
     (tmp_path / "empty").mkdir()
@@ -163,7 +178,7 @@ def test_damaged_safetensors_are_refused(tmp_path):
 
 def test_damaged_indices_are_refused(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("", "[]", "{}", '{"weight_map": 3}'):
+    for text in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 5}}'):
         index.write_text(text)
         with pytest.raises(ValueError, match="is not an index of safetensors"):
             TensorDir(tmp_path)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+import transformers
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.student.architecture import check_layout, read_architecture
@@ -41,6 +42,12 @@ def test_older_rope_keys(tmp_path):
     assert (arch.rope_base, arch.rope_factor) == (500000.0, 8.0)
 
 
+def test_rope_scaling_beside_rope_parameters_counts_as_in_transformers(tmp_path):
+    arch = read(tmp_path, "qwen3", hf={"rope_theta": 5e5, "rope_scaling": {**tiny.LLAMA3_ROPE, "rope_theta": 2e5}})
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert (arch.rope_base, arch.rope_factor) == (theirs["rope_theta"], theirs["factor"]) == (2e5, 8.0)
+
+
 @pytest.mark.parametrize(
     ("family", "hf", "remove", "message"),
     [
@@ -54,8 +61,17 @@ def test_older_rope_keys(tmp_path):
         ("llama", {"rope_parameters": {**tiny.LLAMA3_ROPE, "low_freq_factor": 2}}, [], "low_freq_factor=2"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, [], "partial rotary"),
         ("llama", {"architectures": ["GPT2LMHeadModel"]}, [], "GPT2LMHeadModel is not supported"),
+        # as Qwen's model cards tell people to do for long contexts, in a file that transformers 5 has written
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, [], "rope scaling 'yarn'"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, [], "dense layers in between"),
         ("llama", {}, ["rms_norm_eps"], "rms_norm_eps"),
+        ("llama", {"rms_norm_eps": "1e-6"}, [], "rms_norm_eps must be a number above 0, not '1e-6'"),
+        ("llama", {"rms_norm_eps": float("nan")}, [], "rms_norm_eps must be a number above 0, not nan"),
+        ("llama", {"rope_parameters": {"rope_theta": [1]}}, [], "rope_theta must be a number"),
+        ("llama", {"rope_parameters": {**tiny.LLAMA3_ROPE, "factor": None}}, [], "factor must be a number"),
+        ("qwen3", {"tie_word_embeddings": "false"}, [], "tie_word_embeddings must be true or false"),
+        ("llama", {"architectures": {"of": "llama"}}, [], "{'of': 'llama'} is not supported"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, [], "architecture 'LlamaForCausalLM' is not supported"),
     ],
 )
 def test_what_would_change_the_numbers_is_refused(tmp_path, family, hf, remove, message):

@@ -257,6 +257,28 @@ def test_layout_that_does_not_divide_the_model(said):
     assert vocabulary.endswith("set student.vocab_multiple=3 to pad it")
 
 
+def test_a_megatron_checkpoint_cannot_answer_for_its_accuracy(said, student):
+    (student / ".metadata").touch()
+    _, *problems = said("check", f"teachers.0.model={student}", "train.eval_teachers=true")
+    assert any("teachers.0.model: train.eval_teachers needs a Hugging Face directory" in p for p in problems)
+    _, *problems = said("check", f"teachers.0.model={student}", "train.eval_teachers=false")
+    assert not any("train.eval_teachers" in p for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "needed"),
+    [
+        ("check", ["--json"], "--json is of use with --plan only"),
+        ("check", ["--gpu", "A100", "--prompt", "5"], "--gpu, --prompt are of use with --plan only"),
+        ("launch", ["--steps"], "--steps is of use with --slurm only"),
+        ("launch", ["--nodes", "2", "--sbatch=-A1", "--dry-run"], "--nodes, --sbatch are of use with --slurm only"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(said, command, options, needed):
+    """`launch --steps` was to print something, and trained."""
+    assert said(command, *options) == [f"error: {needed}"]
+
+
 def test_teacher_with_another_tokenizer(said, tmp_path):
     teacher = Path(shutil.copytree(QUICKSTART / "models/teacher_carry", tmp_path / "teacher"))
     tokenizer = json.loads((teacher / "tokenizer.json").read_text())
@@ -279,6 +301,7 @@ def test_teacher_with_another_tokenizer(said, tmp_path):
         ("train", ['{"prompt": 11}'], 'line 1: expected an object with a text field "prompt"'),
         ("train", ['{"prompt": " \\n"}'], "line 1: the prompt is empty"),
         ("train", ["[" * 100_000], "line 1: not valid JSON (nested too deeply)"),
+        ("train", ['{"prompt": "1+1=", "answer": ' + "9" * 5000 + "}"], "line 1: not valid JSON (Exceeds the limit"),
         ("train", [json.dumps({"prompt": "1" * 200})], "the limit is "),
         ("train", [], "has no prompts"),
         ("train", ["", " "], "has no prompts"),

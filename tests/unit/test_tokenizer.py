@@ -48,6 +48,14 @@ def test_generation_config_adds_ends_of_a_response(tmp_path, named, eos_ids):
     assert load_tokenizer(model).eos_ids == eos_ids
 
 
+@pytest.mark.parametrize("named", [["</s>"], {"id": 1}, True, 1.0], ids=str)
+def test_ends_of_a_response_that_are_no_ids(tmp_path, named):
+    model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be the id of a token"):
+        load_tokenizer(model)
+
+
 def test_without_generation_config(tmp_path):
     model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
     (model / "generation_config.json").unlink()
