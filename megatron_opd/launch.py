@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,10 @@ def _passing_warnings_on() -> Iterator[None]:
     """SIGUSR1 goes on to the ranks; raises Preempted when there are none yet."""
 
     def pass_on(*_: object) -> None:
-        ranks = [child for child in psutil.Process().children() if "RANK" in child.environ()]
+        ranks = [child for child in psutil.Process().children() if _is_rank(child)]
         for rank in ranks:
-            rank.send_signal(signal.SIGUSR1)
+            with suppress(psutil.NoSuchProcess):  # just ended
+                rank.send_signal(signal.SIGUSR1)
         if not ranks:
             raise preemption.Preempted
 
@@ -116,6 +117,14 @@ def _passing_warnings_on() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def _is_rank(child: psutil.Process) -> bool:
+    """Nothing can be read of a server that has ended and is not waited for yet."""
+    try:
+        return "RANK" in child.environ()
+    except psutil.Error:
+        return False
 
 
 def _attempt(config: Config, arguments: Sequence[str]) -> int:
