@@ -245,6 +245,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     from megatron_opd import launch, serve
     from megatron_opd.config.file import load
+    from megatron_opd.sglang.keeper import Keeper
 
     config = load(arguments.config, arguments.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job step's end is an end like Ctrl-C
@@ -256,10 +257,11 @@ def _serve(arguments: argparse.Namespace) -> int:
                     " or the servers have urls"
                 )
             launch.say(f"{len(servers)} server(s) up; Ctrl-C ends them")
-            while all(server.process.poll() is None for server in servers):
+            keeper = Keeper(servers, restarts=config.run.max_restarts, say=launch.say)
+            while not keeper.lost():
                 time.sleep(1.0)
-            ended = next(server for server in servers if server.process.poll() is not None)
-            raise ValueError(f"the server {ended.url} has ended; see {ended.log}")
+                keeper.look()
+            raise ValueError(f"no server is left for {', '.join(keeper.lost())}")
     except KeyboardInterrupt:
         return 0
 

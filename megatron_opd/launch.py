@@ -19,6 +19,7 @@ import psutil
 
 from megatron_opd import preemption, run_dir, serve, watchdog
 from megatron_opd.config import Config
+from megatron_opd.sglang.keeper import Keeper, kept
 
 PEER_FAILED = 3
 """Exit code of a rank that stops only because another one failed."""
@@ -91,7 +92,7 @@ def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0) -
     for left in range(max_restarts, -1, -1):
         try:
             with _passing_warnings_on():
-                code = _attempt(config, arguments)
+                code = _attempt(config, arguments, left)
         except preemption.Preempted:
             return preemption.EXIT_CODE
         if code != 1 or not left:
@@ -127,8 +128,8 @@ def _is_rank(child: psutil.Process) -> bool:
         return False
 
 
-def _attempt(config: Config, arguments: Sequence[str]) -> int:
-    """Servers and ranks once, to their end.
+def _attempt(config: Config, arguments: Sequence[str], restarts: int) -> int:
+    """Servers and ranks once, to their end. Servers that end before are started again, `restarts` times.
 
     Rank 0 writes to this terminal; the others write to <run.dir>/logs/, and the end of the log of a rank that failed
     by itself is shown. When one rank fails, the others are ended.
@@ -156,7 +157,10 @@ def _attempt(config: Config, arguments: Sequence[str]) -> int:
     module, *rest = trainer.command[2:]
     ranks = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
     try:
-        with serve.running(config, say=say, beside_ranks=True):
+        with (
+            serve.running(config, say=say, beside_ranks=True) as servers,
+            kept(Keeper(servers, restarts=restarts, say=say)),
+        ):
             say(f"starting {ranks}; this takes some seconds")
             elastic_launch(settings, sys.executable)("-m", module, *rest)
     except ChildFailedError as error:
