@@ -74,7 +74,7 @@ class Client:
         """Sample one answer; an aborted one has the tokens so far."""
         body = wire.draw_body(draw, self.limits)
         answer = await self._work(body)
-        drawn = self._read(lambda: wire.read_drawn(draw, answer))
+        drawn = self._read(lambda: wire.read_drawn(draw, answer, self.limits))
         self.usage.tokens += len(drawn.ids)
         return drawn
 

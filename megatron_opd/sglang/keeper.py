@@ -1,7 +1,7 @@
-"""Servers that end before their run does: one is said to have ended, and started again at its address, so often.
+"""Servers that end before their run does: each is reported, and started again at its address, a limited number of times.
 
-Whoever uses them needs to know nothing of it: a server that comes back is looked at, and gets the current weights, by the
-pool of each rank.
+Whoever uses them needs to know nothing of it: the pool of each rank looks at a server that comes back, and gives it the
+current weights.
 """
 
 from __future__ import annotations
