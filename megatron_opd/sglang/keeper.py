@@ -1,4 +1,4 @@
-"""Servers that end before their run does: each is reported, and started again at its address, a limited number of times.
+"""Servers that end before their run does: each is reported and started again at its address, so many times.
 
 Whoever uses them needs to know nothing of it: the pool of each rank looks at a server that comes back, and gives it the
 current weights.

@@ -1,4 +1,4 @@
-"""Answers with anything in any place: what is believed is whole, and nothing but a BadAnswer or a Refused comes of the rest."""
+"""Answers with anything in any place: what is believed is whole, and all else ends as a BadAnswer or a Refused."""
 
 import base64
 import copy
