@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be started or submitted")
     parser.add_argument("--slurm", action="store_true", help="write the script of a Slurm job, and submit it")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster (default 8)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of the cluster (default 8)")
     parser.add_argument("--nodes", type=int, metavar="N", help="fail unless the run takes so many")
     parser.add_argument(
         "--sbatch",
@@ -132,6 +132,11 @@ def _launch(arguments: argparse.Namespace) -> int:
     given = [arguments.config, *arguments.overrides]
     if arguments.slurm:
         return command.slurm(config, given, arguments)
+    of_slurm = ("--gpus-per-node", "--nodes", "--sbatch", "--setup", "--steps")
+    if said := [
+        o for o in of_slurm if getattr(arguments, o.lstrip("-").replace("-", "_")) not in (None, [], "", False)
+    ]:
+        raise ValueError(f"{', '.join(said)}: only with --slurm; without it `launch` runs on this machine")
     if arguments.dry_run:
         print(*launch.plan(config, given), sep="\n")
         return 0
