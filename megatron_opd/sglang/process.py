@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import json
 import os
 import shlex
@@ -92,7 +93,7 @@ def start(
             log = Path(log_dir) / f"{name}-{i}.log"
             log.unlink(missing_ok=True)
             spawned = _spawn(command, environment, log)
-            url = f"http://{servers.host}:{port}"
+            url = f"http://[{servers.host}]:{port}" if ":" in servers.host else f"http://{servers.host}:{port}"
             started.append(Server(name, url, spawned, log, tuple(command), environment))
     except BaseException:
         stop(started)
@@ -156,11 +157,13 @@ def _kill_group(server: Server) -> None:
 def free_port(host: str, first: int) -> int:
     """The next port from `first` that nobody listens on and that was not given out before."""
     for port in range(first, min(first + 1000, 1 << 16)):
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
             try:
                 probe.bind((host, port))
-            except OSError:
+            except OSError as error:
+                if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                    raise ValueError(f"servers.host: {host} is not an address of this machine ({error})") from None
                 continue
         if port not in _PORTS_GIVEN:
             _PORTS_GIVEN.add(port)

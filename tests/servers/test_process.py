@@ -17,10 +17,11 @@ from megatron_opd.config import ServersConfig
 from megatron_opd.serve import _machine
 from megatron_opd.sglang import process
 from megatron_opd.sglang.keeper import Keeper, kept
+from megatron_opd.sglang.weights.group import own_address
 
 # Answers /health like the server; what it does before and after depends on the name of the model.
 PROGRAM = """#!{python}
-import http.server, json, os, pathlib, subprocess, sys, time, yaml
+import http.server, json, os, pathlib, socket, subprocess, sys, time, yaml
 arguments = sys.argv[3:]
 value = lambda name: arguments[arguments.index(name) + 1]
 model = pathlib.Path(value("--model-path")).name
@@ -43,6 +44,7 @@ class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
+http.server.HTTPServer.address_family = socket.AF_INET6 if ":" in value("--host") else socket.AF_INET
 http.server.HTTPServer((value("--host"), int(value("--port"))), Health).serve_forever()
 """
 
@@ -195,6 +197,7 @@ from megatron_opd.__main__ import main
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang import process
 from megatron_opd.sglang.keeper import Keeper, kept
+from megatron_opd.sglang.weights.group import own_address
 servers = ServersConfig(python={program!r}, port=41100)
 (server,) = process.start(servers, {str(tmp_path / "fine")!r}, name="a", log_dir={str(tmp_path)!r}, context=9)
 print(server.pid, flush=True)
@@ -221,6 +224,20 @@ def test_without_sglang_the_message_says_how_to_get_it(tmp_path):
 
 def test_a_port_is_given_out_once_even_before_anybody_listens():
     assert process.free_port("127.0.0.1", 42000) != process.free_port("127.0.0.1", 42000)
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_an_address_of_ipv6(begin):
+    (server,), settings = begin("fine", host="::1", port=41400)
+    process.wait([server], settings, say=print)
+    assert server.url.startswith("http://[::1]:414")
+    assert own_address([server.url]) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no such host"])
+def test_an_address_of_another_machine(host):
+    with pytest.raises(ValueError, match=rf"servers\.host: {host} is not an address of this machine"):
+        process.free_port(host, 42000)
 
 
 def killed(server):

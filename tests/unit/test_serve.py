@@ -112,6 +112,14 @@ def test_an_address_that_means_any_is_noted_as_this_host(tmp_path, fake, monkeyp
         assert serve.with_urls(asked).rollout.servers.urls == [f"http://{socket.gethostname()}:30000"]
 
 
+def test_notes_of_a_machine_with_a_longer_name_are_its_own(tmp_path, fake):
+    (tmp_path / "servers").mkdir()
+    other = tmp_path / "servers" / f"rollout@{socket.gethostname()}-2-000"
+    other.write_text("http://other:1")
+    with serve.running(config(tmp_path), say=lambda _: None):
+        assert other.exists()
+
+
 def test_servers_that_do_not_get_ready_are_ended(tmp_path, fake):
     fake.fails = True
     with pytest.raises(ValueError, match="not ready"), serve.running(config(tmp_path), say=lambda _: None):
