@@ -7,9 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from servers.standin import settings
+from servers.standin_model import CONTEXT, VOCAB_SIZE
 
+from megatron_opd.config import RolloutConfig
 from megatron_opd.sglang import wire
-from megatron_opd.sglang.errors import BadAnswer, Refused
+from megatron_opd.sglang.client import Client
+from megatron_opd.sglang.errors import BadAnswer, Down, Refused
+from megatron_opd.sglang.weights.expected import Expected
+from megatron_opd.sglang.weights.sync import WeightSync
 from megatron_opd.sglang.wire import Ask, Draw, Limits
 
 LIMITS = Limits(vocab_size=32, context=64)
@@ -99,3 +105,66 @@ def test_ids_that_the_model_does_not_have(wrong):
     answer = with_odd(with_odd(drawn(), ("output_ids", 1), wrong), ("meta_info", "output_token_logprobs", 1, 1), wrong)
     with pytest.raises(BadAnswer, match=r"ids that are not all in \[0, 32\)"):
         wire.read_drawn(DRAW, answer, LIMITS)
+
+
+ERROR = {"error": {"message": "upstream is gone"}}
+
+
+@pytest.mark.parametrize(
+    ("way", "path", "answer"),
+    [
+        ("disk", "/update_weights_from_disk", ERROR),
+        ("disk", "/update_weights_from_disk", None),
+        ("tensor", "/begin_weight_update", ERROR),
+        ("tensor", "/update_weights_from_tensor", ERROR),
+        ("tensor", "/end_weight_update", "done"),
+        ("tensor", "/server_info", {"tp_size": None}),
+        ("tensor", "/server_info", {"tp_size": "2"}),
+        ("broadcast", "/server_info", {"tp_size": 0}),
+        ("broadcast", "/init_weights_update_group", ERROR),
+    ],
+)
+def test_instead_of_taking_weights(servers, loop, tmp_path, way, path, answer):
+    """A proxy's 200 with an error in it: the server is left out of the update; the others, and the run, go on."""
+    odd, sound = servers(2)
+    odd.instead[path] = answer
+    served = settings([odd, sound] if way != "broadcast" else [odd])
+    sync = WeightSync(RolloutConfig(sync=way, servers=served), loop, model="m", write=write, spool=tmp_path / "spool")
+    clients = [Client(url, served, vocab_size=VOCAB_SIZE, context=CONTEXT) for url in served.urls]
+    try:
+        if way == "broadcast":  # stand-ins are in no group
+            with pytest.raises(Down, match=f"no server has taken the weights:\n.*{path}"):
+                sync.push(clients, iter([("w", torch.zeros(1))]), 1)
+            return
+        failed = sync.push(clients, iter([("w", torch.zeros(1))]), 1)
+        assert list(failed) == [odd.url]
+        assert isinstance(failed[odd.url], BadAnswer)
+        assert sound.version == "1"
+    finally:
+        sync.close()
+        for client in clients:
+            loop.run(client.close(), 10)
+
+
+def write(weights, directory):
+    list(weights)
+    directory.mkdir(parents=True)
+
+
+@pytest.mark.parametrize("ranks", [None, 7, [], [{}], [{"checksums": 1, "parallelism_info": [{"tp_rank": 0}]}], [None]])
+def test_instead_of_checksums(tmp_path, loop, ranks):
+    class Server:
+        url = "http://server"
+
+        async def server_info(self):
+            return {"dtype": "float32", "device": "cpu"}
+
+        async def checksums(self):
+            return {"success": True, "ranks": ranks}
+
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    expected, server = Expected(tmp_path), Server()
+    loop.run(expected.ask_layout(server), 10)
+    list(expected.watch(iter([("n", torch.zeros(1))])))
+    with pytest.raises(BadAnswer, match="not the student's weights: n"):
+        loop.run(expected.check(server), 10)
