@@ -88,7 +88,10 @@ def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0) -
 
     After a failure all of it is started again, up to `max_restarts` times: the ranks go on from the newest checkpoint.
     SIGUSR1 is passed on to the ranks, which save and leave; the exit code is then preemption.EXIT_CODE.
+    Raises ValueError when another run has the directory, before anything of that is touched.
     """
+    with run_dir.claimed(config.run.dir):
+        pass  # rank 0 claims it for good
     for left in range(max_restarts, -1, -1):
         try:
             with _passing_warnings_on():
