@@ -148,7 +148,7 @@ class Client:
         return answer
 
     async def order(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
-        """An endpoint that says whether it succeeded: all else with a 200, an error of a proxy perhaps, is BadAnswer."""
+        """An endpoint that says whether it succeeded: all else with a 200, a proxy's error perhaps, is BadAnswer."""
         answer = await self.post(path, body, timeout_s)
         if not (isinstance(answer, dict) and answer.get("success") is True):
             raise BadAnswer(f"{self.url}{path}: does not say that it succeeded: {str(answer)[:_QUOTED]}")
