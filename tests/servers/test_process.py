@@ -226,6 +226,7 @@ def test_a_port_is_given_out_once_even_before_anybody_listens():
     assert process.free_port("127.0.0.1", 42000) != process.free_port("127.0.0.1", 42000)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
 def test_an_address_of_ipv6(begin):
     (server,), settings = begin("fine", host="::1", port=41400)
