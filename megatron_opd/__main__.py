@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be started or submitted")
     parser.add_argument("--slurm", action="store_true", help="write the script of a Slurm job, and submit it")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster (default 8)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of the cluster (default 8)")
     parser.add_argument("--nodes", type=int, metavar="N", help="fail unless the run takes so many")
     parser.add_argument(
         "--sbatch",
@@ -143,6 +143,11 @@ def _launch(arguments: argparse.Namespace) -> int:
     given = [arguments.config, *arguments.overrides]
     if arguments.slurm:
         return command.slurm(config, given, arguments)
+    of_slurm = ("--gpus-per-node", "--nodes", "--sbatch", "--setup", "--steps")
+    if said := [
+        o for o in of_slurm if getattr(arguments, o.lstrip("-").replace("-", "_")) not in (None, [], "", False)
+    ]:
+        raise ValueError(f"{', '.join(said)}: only with --slurm; without it `launch` runs on this machine")
     if arguments.dry_run:
         print(*launch.plan(config, given), sep="\n")
         return 0
@@ -257,6 +262,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     from megatron_opd import launch, serve
     from megatron_opd.config.file import load
+    from megatron_opd.sglang.keeper import Keeper
 
     config = load(arguments.config, arguments.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job step's end is an end like Ctrl-C
@@ -268,10 +274,11 @@ def _serve(arguments: argparse.Namespace) -> int:
                     " or the servers have urls"
                 )
             launch.say(f"{len(servers)} server(s) up; Ctrl-C ends them")
-            while all(server.process.poll() is None for server in servers):
+            keeper = Keeper(servers, restarts=config.run.max_restarts, say=launch.say)
+            while not keeper.lost():
                 time.sleep(1.0)
-            ended = next(server for server in servers if server.process.poll() is not None)
-            raise ValueError(f"the server {ended.url} has ended; see {ended.log}")
+                keeper.look()
+            raise ValueError(f"no server is left for {', '.join(keeper.lost())}")
     except KeyboardInterrupt:
         return 0
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import psutil
 
 from megatron_opd import preemption, run_dir, serve, watchdog
 from megatron_opd.config import Config
+from megatron_opd.sglang.keeper import Keeper, kept
 
 PEER_FAILED = 3
 """Exit code of a rank that stops only because another one failed."""
@@ -87,11 +88,14 @@ def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0) -
 
     After a failure all of it is started again, up to `max_restarts` times: the ranks go on from the newest checkpoint.
     SIGUSR1 is passed on to the ranks, which save and leave; the exit code is then preemption.EXIT_CODE.
+    Raises ValueError when another run has the directory, before anything of that is touched.
     """
+    with run_dir.claimed(config.run.dir):
+        pass  # rank 0 claims it for good
     for left in range(max_restarts, -1, -1):
         try:
             with _passing_warnings_on():
-                code = _attempt(config, arguments)
+                code = _attempt(config, arguments, left)
         except preemption.Preempted:
             return preemption.EXIT_CODE
         if code != 1 or not left:
@@ -105,9 +109,10 @@ def _passing_warnings_on() -> Iterator[None]:
     """SIGUSR1 goes on to the ranks; raises Preempted when there are none yet."""
 
     def pass_on(*_: object) -> None:
-        ranks = [child for child in psutil.Process().children() if "RANK" in child.environ()]
+        ranks = [child for child in psutil.Process().children() if _is_rank(child)]
         for rank in ranks:
-            rank.send_signal(signal.SIGUSR1)
+            with suppress(psutil.NoSuchProcess):  # just ended
+                rank.send_signal(signal.SIGUSR1)
         if not ranks:
             raise preemption.Preempted
 
@@ -118,8 +123,16 @@ def _passing_warnings_on() -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before)
 
 
-def _attempt(config: Config, arguments: Sequence[str]) -> int:
-    """Servers and ranks once, to their end.
+def _is_rank(child: psutil.Process) -> bool:
+    """Nothing can be read of a server that has ended and is not waited for yet."""
+    try:
+        return "RANK" in child.environ()
+    except psutil.Error:
+        return False
+
+
+def _attempt(config: Config, arguments: Sequence[str], restarts: int) -> int:
+    """Servers and ranks once, to their end. Servers that end before are started again, `restarts` times.
 
     Rank 0 writes to this terminal; the others write to <run.dir>/logs/, and the end of the log of a rank that failed
     by itself is shown. When one rank fails, the others are ended.
@@ -147,7 +160,10 @@ def _attempt(config: Config, arguments: Sequence[str]) -> int:
     module, *rest = trainer.command[2:]
     ranks = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
     try:
-        with serve.running(config, say=say, beside_ranks=True):
+        with (
+            serve.running(config, say=say, beside_ranks=True) as servers,
+            kept(Keeper(servers, restarts=restarts, say=say)),
+        ):
             say(f"starting {ranks}; this takes some seconds")
             elastic_launch(settings, sys.executable)("-m", module, *rest)
     except ChildFailedError as error:

@@ -116,7 +116,7 @@ def running(
         groups = []
         for served in ours:
             notes.mkdir(exist_ok=True)
-            for stale in notes.glob(f"{served.name}@{_machine()}-*"):  # of a start that was killed
+            for stale in notes.glob(f"{served.name}@{_machine()}-[0-9][0-9][0-9]"):  # of a start that was killed
                 stale.unlink()
             group = process.start(
                 served.servers,
@@ -184,7 +184,8 @@ def _machine() -> str:
 def _note(notes: Path, name: str, i: int, url: str) -> Path:
     """One file a server, so that several machines can add theirs."""
     note = notes / f"{name}@{_machine()}-{i:03d}"
-    url = url.replace(f"//{ANYWHERE}:", f"//{socket.gethostname()}:")
+    for anywhere in (ANYWHERE, "[::]"):
+        url = url.replace(f"//{anywhere}:", f"//{socket.gethostname()}:")
     temporary = note.with_name(f".{note.name}")
     temporary.write_text(url + "\n")
     temporary.replace(note)

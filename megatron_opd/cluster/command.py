@@ -13,6 +13,7 @@ from megatron_opd.cluster.layout import place
 from megatron_opd.config import Config
 
 SCRIPT = "job.sh"
+_GPUS_PER_NODE = 8
 _SUBMIT_S = 60.0
 
 
@@ -21,21 +22,20 @@ def slurm(config: Config, given: Sequence[str], options: argparse.Namespace) -> 
 
     `given` are the config file and overrides. Raises ValueError for what does not fit nodes, and without Slurm.
     """
-    if options.gpus_per_node < 1:
-        raise ValueError(f"--gpus-per-node must be at least 1, not {options.gpus_per_node}")
-    steps = place(config, given, gpus_per_node=options.gpus_per_node, nodes=options.nodes)
+    gpus_per_node = _GPUS_PER_NODE if options.gpus_per_node is None else options.gpus_per_node
+    if gpus_per_node < 1:
+        raise ValueError(f"--gpus-per-node must be at least 1, not {gpus_per_node}")
+    steps = place(config, given, gpus_per_node=gpus_per_node, nodes=options.nodes)
     if options.steps:
         print(jobs.table(config, steps))
         return 0
-    text = jobs.script(
-        config, given, steps, gpus_per_node=options.gpus_per_node, sbatch=options.sbatch, setup=options.setup
-    )
+    text = jobs.script(config, given, steps, gpus_per_node=gpus_per_node, sbatch=options.sbatch, setup=options.setup)
     if options.dry_run:
         print(text, end="")
         return 0
     path = run_dir.make(config.run.dir) / SCRIPT
     path.write_text(text)
-    print(*jobs.describe(steps, options.gpus_per_node), sep="\n", file=sys.stderr)
+    print(*jobs.describe(steps, gpus_per_node), sep="\n", file=sys.stderr)
     try:
         return subprocess.run(["sbatch", str(path)], timeout=_SUBMIT_S).returncode
     except FileNotFoundError:

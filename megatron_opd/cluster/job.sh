@@ -48,7 +48,7 @@ opd_step() {
   exec srun --overlap --kill-on-bad-exit=1 --unbuffered --job-name="$name" --nodes="${#hosts[@]}" \
     --nodelist="$(IFS=,; echo "${hosts[*]}")" --ntasks="$tasks" --ntasks-per-node="$per_node" \
     --cpus-per-task="$((cpus ? cpus : 1))" --distribution=block ${log:+--output="$log"} ${options[@]+"${options[@]}"} \
-    bash -c "trap '' USR1; $OPD_SETUP && exec $command"
+    bash -c "trap '' USR1; { $OPD_SETUP"$'\n'"} && exec $command" # the line may end in a ; or a remark
 }
 
 opd_nodes() { mapfile -t OPD_NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); }
@@ -85,11 +85,11 @@ opd_plan() {
 
 # opd_start I: starts step I in the background.
 opd_start() {
-  local log=$OPD_LOGS/${OPD_NAMES[$1]}.$((OPD_STARTED[$1]++))-%t.log
-  local command=${OPD_COMMANDS[$1]}
+  local stem=$OPD_LOGS/${OPD_NAMES[$1]}.$((OPD_STARTED[$1]++)) command=${OPD_COMMANDS[$1]}
+  local log=${stem//%/%%}-%t.log  # % is srun's
   (($1 == OPD_TRAINER)) && command="$OPD_AS_RANK $command"
   opd_step "${OPD_NAMES[$1]}" "${OPD_ON[$1]}" "${OPD_TASKS[$1]}" "$log" "$command" \
-    2>"${log/%-%t.log/.srun}" &
+    2>"$stem.srun" &
   OPD_PIDS[$1]=$!
   opd_say "${OPD_NAMES[$1]}: ${OPD_TASKS[$1]} task(s) on node(s) ${OPD_ON[$1]} of ${OPD_NODES[*]}, log $log"
 }
@@ -233,7 +233,7 @@ opd_bench() {
     arguments=(${arguments[@]+"${arguments[@]//\{ranks\}/$ranks}"})
     opd_rendezvous "${OPD_NODES[0]}"
     opd_say "$count node(s), $ranks ranks, logs $OPD_LOGS/bench-$count-*.log"
-    (opd_step bench "$(seq -s, 0 $((count - 1)))" "$ranks" "$OPD_LOGS/bench-$count-%t.log" \
+    (opd_step bench "$(seq -s, 0 $((count - 1)))" "$ranks" "${OPD_LOGS//%/%%}/bench-$count-%t.log" \
       "$OPD_AS_RANK $program $(printf '%q ' ${arguments[@]+"${arguments[@]}"})") || { code=$?; opd_say "error: $count node(s): exit code $code"; }
     ((count < all)) || break
     count=$((2 * count < all ? 2 * count : all))

@@ -27,8 +27,10 @@ def script(
     sbatch: Sequence[str] = (),
     setup: str = "",
 ) -> str:
-    """The whole batch script. `sbatch` are more options of the header, which win; `setup` replaces OPD_SETUP."""
-    name = Path(config.run.dir).name
+    """The whole batch script. `sbatch` are more options of the header, which win; `setup` replaces OPD_SETUP.
+
+    sbatch reads quotes in its header as a shell does."""
+    name = Path(config.run.dir).resolve().name
     header = [
         f"--job-name={name}",
         f"--nodes={num_nodes(steps)}",
@@ -36,7 +38,7 @@ def script(
         "--exclusive",
         "--mem=0",
         "--time=24:00:00",
-        f"--output={name}-%j.out",
+        f"--output={name.replace('%', '%%')}-%j.out",
         "--open-mode=append",  # a requeued job goes on in the same file
         f"--signal=B:USR1@{WARNING_S}",
         "--requeue",
@@ -46,7 +48,7 @@ def script(
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            *(f"#SBATCH {option}" for option in header),
+            *(f"#SBATCH {shlex.quote(option)}" for option in header),
             "# Written by `megatron-opd launch --slurm`, for these steps (arguments of the script are more overrides):",
             *(f"#   {line}" for line in describe(steps, gpus_per_node)),
             "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
@@ -126,7 +127,14 @@ def _check_teachers(config: Config) -> list[str]:
     problems += [] if config.data.train else ["data.train: at least one source is needed"]
     if not config.run.dir:
         problems.append("run.dir must not be empty")
+    if not config.run.dir.isprintable():
+        problems.append("run.dir must not have line ends or tabs")
     problems += _check_names("teachers", config.teachers)
+    problems += [
+        f"teachers: the name '{t.name}' is also in names of files: letters, digits, spaces and . _ + - alone"
+        for t in config.teachers
+        if t.name and not re.fullmatch(r"[\w.+ -]+", t.name)
+    ]
     problems += [*_check_names("data.train", config.data.train), *_check_names("data.eval", config.data.eval)]
     for source in config.data.train:
         if source.weight <= 0:

@@ -12,6 +12,17 @@ from megatron_opd.config import Config, RolloutConfig, ServersConfig, TeacherCon
 
 API_KEY = "MEGATRON_OPD_API_KEY"
 """Environment variable of the key that servers ask for."""
+ADMIN_KEY = "MEGATRON_OPD_ADMIN_KEY"
+"""The same for control requests."""
+_SETTINGS_OF = {
+    "--host": "host",
+    "--port": "port",
+    "--tp": "tensor",
+    "--tp-size": "tensor",
+    "--tensor-parallel-size": "tensor",
+    "--dtype": "dtype",
+}
+"""Arguments of servers that we must know about: by another port, they would be waited for in vain."""
 
 
 def check_serving(config: Config) -> list[str]:
@@ -184,7 +195,18 @@ def _check_servers(what: str, servers: ServersConfig) -> list[str]:
 
 def _check_started(what: str, servers: ServersConfig) -> list[str]:
     """Of servers that `train` starts."""
-    problems = []
+    given = {word.partition("=")[0] for word in servers.args}
+    problems = [
+        f"{what}.args: {option} would show its key to everybody on the machine, in logs and in the recorded settings;"
+        f" put it into the environment variable {key}"
+        for option, key in (("--api-key", API_KEY), ("--admin-api-key", ADMIN_KEY))
+        if option in given
+    ]
+    problems += [
+        f"{what}.args: {option} is set by {what}.{setting}"
+        for option, setting in _SETTINGS_OF.items()
+        if option in given
+    ]
     if not 1 <= servers.port <= 65535:
         problems.append(f"{what}.port must lie between 1 and 65535, not {servers.port}")
     wanted = servers.tensor * servers.count

@@ -24,7 +24,7 @@ class RunConfig:
     """Seconds a rank waits for another one in a collective before the run stops with an error."""
     max_restarts: int = 0
     """Times that `megatron-opd launch` and Slurm jobs start the run again from its newest checkpoint after a failure;
-    `train` never does."""
+    `train` never does. `launch` and `serve` start servers that have ended again as often, while the others go on."""
 
 
 @section

@@ -30,6 +30,8 @@ class Plan:
     estimate: Estimate
     problems: list[str]
     """What does not fit, and what the layout does not divide."""
+    needs_layout: bool
+    """Whether it is the trainer that needs another one, not the servers alone."""
     nearest: Layout | None
     """Where the trainer does not fit: the layout that changes least."""
     fastest: Layout | None
@@ -45,13 +47,15 @@ def plan(job: Job) -> Plan:
     """Everything about a job. One whose layout is impossible is planned as far as the numbers divide."""
     ranks, roles = memory.trainer(job), servers.roles(job)
     problems = job.problems()
-    too_large = not memory.fits(job)
-    if too_large:
+    needs_layout = bool(problems)
+    if not memory.fits(job):
+        needs_layout = True
         need = memory.worst(job)
         problems.append(
             f"stage {need.stage} of the trainer needs {need.total / 1e9:.1f} GB at its peak ({need.peak_at}); a"
             f" {job.gpu_name} has {job.gpu.memory * job.assumed.usable / 1e9:.1f} GB that can be used"
         )
+    problems += [problem] if (problem := servers.crowded(job)) else []
     for role in roles:
         beside = " beside what the trainer keeps" if role.is_colocated else ""
         if role.setting and not role.cache_tokens and role.concurrent:
@@ -66,7 +70,8 @@ def plan(job: Job) -> Plan:
         traffic=wire.table(job),
         estimate=timing.estimate(job),
         problems=problems,
-        nearest=search.nearest(job) if too_large or job.problems() else None,
+        needs_layout=needs_layout,
+        nearest=search.nearest(job) if needs_layout else None,
         fastest=search.fastest(job),
     )
 

@@ -16,6 +16,7 @@ from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job, gpus_of
 from megatron_opd.student.architecture import Architecture
 
+_SHARE = "--mem-fraction-static"
 _MOST_SERVERS = 4096
 """More are not looked at."""
 
@@ -105,12 +106,50 @@ def _dtype(servers: ServersConfig, auto: str) -> str:
 
 def _room(job: Job, weights: float, arch: Architecture, size: int, servers: ServersConfig) -> int:
     """Tokens of cache beside the weights on a server; 0: not even one sequence."""
-    free = job.gpu.memory * job.assumed.server
-    if servers.colocated:  # beside what the trainer never gives back
-        free = min(free, job.gpu.memory * job.assumed.usable - memory.resting(job))
+    free = job.gpu.memory * _share(servers, job.assumed.server)
+    if servers.colocated:
+        free = min(free, _left_by_trainer(job))
     free -= weights
     room = int(free // memory.cache_bytes(arch, size, servers.tensor)) if free > 0 else 0
     return room if room >= job.longest else 0
+
+
+def crowded(job: Job) -> str | None:
+    """What is wrong where servers on the trainer's GPUs are told to take more than it leaves them."""
+    servers, left = job.config.rollout.servers, _left_by_trainer(job)
+    share = _share(servers, 0.0)
+    if not servers.colocated or share * job.gpu.memory <= left:
+        return None
+    most, keeps = math.floor(max(left, 0) / job.gpu.memory * 100) / 100, memory.resting(job)
+    return (
+        f"rollout: {_SHARE} {share:g} is {share * job.gpu.memory / 1e9:.1f} GB of a {job.gpu_name}, but the trainer"
+        f" keeps {keeps / 1e9:.1f} GB and leaves {max(left, 0) / 1e9:.1f} GB; lower it in rollout.servers.args to"
+        f" {most:.2f}"
+    )
+
+
+def _left_by_trainer(job: Job) -> float:
+    """Bytes of a GPU beside what the trainer never gives back."""
+    return job.gpu.memory * job.assumed.usable - memory.resting(job)
+
+
+def _share(servers: ServersConfig, assumed: float) -> float:
+    """Of a GPU's memory that a server is told to take for weights and cache, or what is assumed when it is not told."""
+    for i, word in enumerate(servers.args):
+        name, equals, value = word.partition("=")
+        if name == _SHARE:
+            return _number(value if equals else "".join(servers.args[i + 1 : i + 2]))
+    return assumed
+
+
+def _number(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ValueError(f"servers.args: {_SHARE} must be followed by a number between 0 and 1, not '{text}'")
+    return share
 
 
 def _sampling(job: Job, dtype: str, tensor: int, servers: int, concurrent: int) -> float:

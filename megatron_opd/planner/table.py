@@ -50,9 +50,9 @@ def _assumed(made: Plan) -> dict[str, float]:
 def _advice(made: Plan, console: Console) -> None:
     for problem in made.problems:
         console.print(f"[red]does not fit:[/red] {escape(problem)}", highlight=False)
-    if made.problems and made.nearest is not None:
+    if made.nearest is not None:
         console.print(f"nearest layout that fits: {_described(made.nearest)}", highlight=False, soft_wrap=True)
-    elif made.problems and any("trainer" in p or "parallel." in p for p in made.problems):
+    elif made.needs_layout:
         console.print("no layout of up to 16 times as many GPUs fits")
     fastest = made.fastest
     if fastest is not None and (made.problems or fastest.seconds < 0.95 * made.estimate.seconds):

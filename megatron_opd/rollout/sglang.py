@@ -27,7 +27,7 @@ from megatron_opd.types import Prompt, Rollout, Sampling
 Weights = Iterator[tuple[str, torch.Tensor]]
 OnFinished = Callable[[Rollout], None]
 MAX_ABORTS = 64
-"""Aborts in a row of one answer, without a token between them, after which its server is taken for broken."""
+"""Aborts in a row of one answer, without a token that is kept, after which its server is taken for broken."""
 MAX_BANNED = 4096
 """Ids of the model's vocabulary beyond the run's: each is an entry of every request."""
 
@@ -168,11 +168,9 @@ class SGLangEngine:
         got = Drawn((), (), (), "abort")
         aborts = 0
         while got.finish == "abort":
-            if aborts > MAX_ABORTS:
-                raise Down(f"an answer was aborted {aborts} times in a row without a token")
             rest = replace(draw, ids=draw.ids + got.ids, max_new_tokens=draw.max_new_tokens - len(got.ids))
-            more = await self._draw(rest, group)
-            aborts = aborts + 1 if more.finish == "abort" and not more.ids else 0
+            more = await self._draw(rest, group, aborts)
+            aborts = aborts + 1 if self._is_in_vain(more) else 0
             if more.finish == "abort":
                 self._counts["aborts"] += 1
                 if not self.partial:
@@ -182,7 +180,12 @@ class SGLangEngine:
             got = Drawn(ids, got.logps + more.logps, got.versions + more.versions, _end(draw, ids, more.finish))
         return got
 
-    async def _draw(self, draw: Draw, group: Group) -> Drawn:
+    def _is_in_vain(self, drawn: Drawn) -> bool:
+        return drawn.finish == "abort" and not (self.partial and drawn.ids)
+
+    async def _draw(self, draw: Draw, group: Group, aborts: int) -> Drawn:
+        """Ask once more, after so many aborts that got the answer no further."""
+
         async def work(client: Client, rid: str) -> Drawn:
             oldest = self.oldest  # new weights may arrive while it waits, older ones may not come back
             drawn = await client.generate(replace(draw, rid=rid))
@@ -190,6 +193,8 @@ class SGLangEngine:
                 raise BadAnswer(
                     f"{client.url}: sampled with weights {min(drawn.versions)}, which {oldest} has replaced"
                 )
+            if aborts >= MAX_ABORTS and self._is_in_vain(drawn):
+                raise Down(f"{client.url}: an answer was aborted {aborts + 1} times in a row and got no further")
             return drawn
 
         return await self.pool.run(work, group=group, tokens=len(draw.ids) + draw.max_new_tokens)

@@ -29,6 +29,7 @@ CONTROL_S = 60.0
 """Time-out of control requests that wait for no request of anybody else."""
 _IDLE_S = 2.0
 """How long an unused connection is kept: servers drop theirs (SGLang after 5 s), and a request would find it closed."""
+_SIZES = ("tp_size", "dp_size", "pp_size", "ep_size")
 _QUOTED = 300
 """Characters of a server's own words in a message."""
 
@@ -74,7 +75,7 @@ class Client:
         """Sample one answer; an aborted one has the tokens so far."""
         body = wire.draw_body(draw, self.limits)
         answer = await self._work(body)
-        drawn = self._read(lambda: wire.read_drawn(draw, answer))
+        drawn = self._read(lambda: wire.read_drawn(draw, answer, self.limits))
         self.usage.tokens += len(drawn.ids)
         return drawn
 
@@ -95,8 +96,11 @@ class Client:
         return self._object(await self._request("GET", "/model_info", None, CONTROL_S), "/model_info")
 
     async def server_info(self) -> dict[str, Any]:
-        """Its launch arguments as resolved (tp_size, context_length, …)."""
-        return self._object(await self._request("GET", "/server_info", None, CONTROL_S), "/server_info")
+        """Its launch arguments as resolved (tp_size, context_length, …); sizes are numbers, where it has them."""
+        info = self._object(await self._request("GET", "/server_info", None, CONTROL_S), "/server_info")
+        if odd := {n: info[n] for n in _SIZES if not (type(info.get(n, 1)) is int and info.get(n, 1) >= 1)}:
+            raise BadAnswer(f"{self.url}/server_info: {odd}")
+        return info
 
     async def pause(self, mode: Literal["abort", "in_place", "retract"]) -> None:
         """abort: requests return with what they have; in_place: they keep their KV cache; retract: it is recomputed.
@@ -126,22 +130,28 @@ class Client:
 
     async def begin_weight_update(self, selector: dict[str, Any] | None = None) -> None:
         """Open the session that 0.5.23 demands around updates by broadcast and by tensor."""
-        await self.post("/begin_weight_update", {} if selector is None else {"selector": selector}, self.timeout_s)
+        await self.order("/begin_weight_update", {} if selector is None else {"selector": selector}, self.timeout_s)
 
     async def end_weight_update(self) -> None:
         """Close it: the server finishes what it does after loading."""
-        await self.post("/end_weight_update", {}, self.timeout_s)
+        await self.order("/end_weight_update", {}, self.timeout_s)
 
     async def checksums(self) -> dict[str, Any]:
         """The server's own checksums of its weights, as /weights_checker answers."""
-        answer = await self.post("/weights_checker", {"action": "checksum"}, self.timeout_s)
-        return self._object(answer, "/weights_checker")
+        return await self.order("/weights_checker", {"action": "checksum"}, self.timeout_s)
 
     async def post(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
         """Any other endpoint: JSON there, JSON back. 200 with `success: false` is Refused too."""
         answer = await self._request("POST", path, body, self.timeout_s if timeout_s is None else timeout_s)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise Refused(f"{self.url}{path}: {str(answer.get('message'))[:_QUOTED]}")
+        return answer
+
+    async def order(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        """An endpoint that says whether it succeeded: all else with a 200, a proxy's error perhaps, is BadAnswer."""
+        answer = await self.post(path, body, timeout_s)
+        if not (isinstance(answer, dict) and answer.get("success") is True):
+            raise BadAnswer(f"{self.url}{path}: does not say that it succeeded: {str(answer)[:_QUOTED]}")
         return answer
 
     async def _work(self, body: dict[str, Any]) -> Any:

@@ -60,4 +60,4 @@ async def _change(client: Client, how: str, tags: list[str], state: str) -> None
     await client.post(f"/{how}_memory_occupation", {"tags": tags}, client.timeout_s)
     # By default requests would be aborted, also those that wait for the server to go on.
     body = {"new_version": state, "abort_all_requests": False}
-    await client.post("/update_weight_version", body, CONTROL_S)
+    await client.order("/update_weight_version", body, CONTROL_S)

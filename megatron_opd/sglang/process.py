@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -45,9 +46,13 @@ _PORTS_GIVEN: set[int] = set()
 class Server:
     """A started server."""
 
+    name: str
+    """Of what it serves, which its log has too: all servers of a model have the same."""
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    command: tuple[str, ...] = field(repr=False)
+    environment: dict[str, str] = field(repr=False)
 
     @property
     def pid(self) -> int:
@@ -86,7 +91,10 @@ def start(
             environment = _environment(seen, servers.tensor)
             command += [*placed, *extra, *servers.args]
             log = Path(log_dir) / f"{name}-{i}.log"
-            started.append(Server(f"http://{servers.host}:{port}", _spawn(command, environment, log), log))
+            log.unlink(missing_ok=True)
+            spawned = _spawn(command, environment, log)
+            url = f"http://[{servers.host}]:{port}" if ":" in servers.host else f"http://{servers.host}:{port}"
+            started.append(Server(name, url, spawned, log, tuple(command), environment))
     except BaseException:
         stop(started)
         raise
@@ -104,7 +112,7 @@ def wait(started: Sequence[Server], servers: ServersConfig, *, say: Callable[[st
     while waiting:
         for server in list(waiting):
             if server.process.poll() is not None:
-                raise ValueError(_obituary(server))
+                raise ValueError(f"{obituary(server)} before it was ready; {_tail(server.log)}")
             if asyncio.run(_answers(server.url, servers)):
                 waiting.remove(server)
                 said = time.monotonic()
@@ -121,6 +129,12 @@ def wait(started: Sequence[Server], servers: ServersConfig, *, say: Callable[[st
         time.sleep(_POLL_S)
 
 
+def restart(server: Server) -> Server:
+    """Start one that has ended again, at its address; its log goes on. It is not waited for."""
+    _kill_group(server)  # workers may outlive their main process, with its memory
+    return replace(server, process=_spawn(server.command, server.environment, server.log))
+
+
 def stop(started: Iterable[Server], grace_s: float = _STOP_S) -> None:
     """End them: politely at first, then by force, with every process of theirs. Harmless for what has ended."""
     started = list(started)
@@ -131,19 +145,25 @@ def stop(started: Iterable[Server], grace_s: float = _STOP_S) -> None:
     for server in started:
         with suppress(subprocess.TimeoutExpired):
             server.process.wait(max(deadline - time.monotonic(), 0))
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # workers may outlive their main process
+        _kill_group(server)
         server.process.wait()
+
+
+def _kill_group(server: Server) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def free_port(host: str, first: int) -> int:
     """The next port from `first` that nobody listens on and that was not given out before."""
     for port in range(first, min(first + 1000, 1 << 16)):
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
             try:
                 probe.bind((host, port))
-            except OSError:
+            except OSError as error:
+                if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                    raise ValueError(f"servers.host: {host} is not an address of this machine ({error})") from None
                 continue
         if port not in _PORTS_GIVEN:
             _PORTS_GIVEN.add(port)
@@ -241,7 +261,7 @@ def _environment(gpus: list[str], tensor: int) -> dict[str, str]:
     return environment
 
 
-def _spawn(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _spawn(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     """In a session of its own. Keys go in by an unnamed pipe, so that neither `ps` nor a file shows them: SGLang reads
     arguments from a file whose name ends in .yaml, and what has that name is a link to the pipe."""
     keys = {"api-key": os.environ.get(API_KEY), "admin-api-key": os.environ.get(ADMIN_KEY)}
@@ -262,7 +282,7 @@ def _spawn(command: list[str], environment: dict[str, str], log: Path) -> subpro
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     try:
-        with log.open("wb") as out:
+        with log.open("ab") as out:
             out.write(f"$ {shlex.join(command)}\n".encode())
             out.flush()
             return subprocess.Popen(
@@ -289,10 +309,11 @@ async def _answers(url: str, servers: ServersConfig) -> bool:
     return True
 
 
-def _obituary(server: Server) -> str:
+def obituary(server: Server) -> str:
+    """How one that has ended did."""
     code = server.process.returncode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"the server {server.url} {how} before it was ready; {_tail(server.log)}"
+    return f"the server {server.url} {how}"
 
 
 def _tail(log: Path) -> str:

@@ -30,6 +30,8 @@ MAX_CUT = 4096
 """Tokens that are left by top-p alone, at most (the server's --sampling-mask-max-tokens)."""
 PROBABILITY_SLACK = 1e-3
 """How far above 0 rounding may take a log-probability (bf16 servers)."""
+LEAST = torch.finfo(torch.float32).min
+"""Of what a log-probability may be; comparing does not mind how large an int is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,13 +116,14 @@ def draw_body(draw: Draw, limits: Limits) -> dict[str, Any]:
     return body
 
 
-def read_drawn(draw: Draw, answer: Any) -> Drawn:
+def read_drawn(draw: Draw, answer: Any, limits: Limits) -> Drawn:
     """Raises BadAnswer for anything that is not a complete, consistent answer."""
     ids, meta = _field(answer, "output_ids", list), _field(answer, "meta_info", dict)
     finish = _field(meta, "finish_reason", dict).get("type")
     _believe(finish in FINISH, f"finish_reason {finish!r} is unknown")
     if not ids and finish == "abort":  # aborted while it waited: the fields of tokens are missing
         return Drawn((), (), (), "abort")
+    _believe(all(_is_id(i, limits) for i in ids), f"ids that are not all in [0, {limits.vocab_size})")
     logps = _logps(_field(meta, "output_token_logprobs", list), ids)
     if draw.is_cut:
         logps = _numbers(_field(meta, "output_token_sampling_logprobs", list))
@@ -216,7 +219,7 @@ def _hidden(ask: Ask, meta: dict[str, Any]) -> torch.Tensor:
     )
     try:
         hidden_RD = torch.tensor(rows[start:-1], dtype=torch.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise BadAnswer(f"hidden states are not rows of numbers: {error}") from None
     _believe(hidden_RD.dim() == 2 and bool(hidden_RD.isfinite().all()), "hidden states are not finite")
     return hidden_RD
@@ -228,10 +231,10 @@ def _versions(spans: Sequence[Any], count: int) -> tuple[int, ...]:
     for span in spans:
         try:
             version, start, end = int(span["version"]), span["start"], span["end"]
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise BadAnswer(f"not a span of a version of ours: {span!r}; were the weights given to it?") from None
         _believe(
-            start == len(versions) and isinstance(end, int) and end >= start,
+            start == len(versions) and isinstance(end, int) and start <= end <= count,
             f"the spans of versions have a gap: {span}",
         )
         versions += [version] * (end - start)
@@ -256,7 +259,7 @@ def _numbers(values: list[Any]) -> list[float]:
     """Finite log-probabilities. A bool is an int to Python, and no number here."""
     for value in values:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        _believe(is_number and math.isfinite(value) and value <= PROBABILITY_SLACK, f"{value!r} is no log-probability")
+        _believe(is_number and LEAST <= value <= PROBABILITY_SLACK, f"{value!r:.40} is no log-probability")
     return [min(float(value), 0.0) for value in values]
 
 
@@ -277,8 +280,13 @@ def _field(holder: Any, name: str, kind: type) -> Any:
 def _check_ids(ids: Iterable[int], what: str, limits: Limits, *, may_be_empty: bool = False) -> None:
     ids = list(ids)
     _check(bool(ids) or may_be_empty, f"{what} must not be empty")
-    wrong = [i for i in ids if not (isinstance(i, int) and 0 <= i < limits.vocab_size)]
+    wrong = [i for i in ids if not _is_id(i, limits)]
     _check(not wrong, f"{what}: ids must lie in [0, {limits.vocab_size}): {wrong[:5]}")
+
+
+def _is_id(value: Any, limits: Limits) -> bool:
+    """A bool is an int to Python, and no id."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limits.vocab_size
 
 
 def _check_length(given: int, new: int, limits: Limits) -> None:

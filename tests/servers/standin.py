@@ -61,6 +61,8 @@ class StandIn:
         """Kinds of memory that it has given back, and every request about them as (path, kinds)."""
         self.broken = set()
         """(path, n): the n-th request there ends with an internal error, and nothing has happened."""
+        self.instead = {}
+        """What is answered by path, with a 200, and nothing has happened."""
         self.port = port
         self._loop = Loop()
         self.start()
@@ -124,6 +126,8 @@ class StandIn:
         self.paths.append(request.path)
         if (request.path, self.paths.count(request.path)) in self.broken:
             return web.json_response({"error": {"message": "internal error"}}, status=500)
+        if request.path in self.instead:
+            return web.json_response(self.instead[request.path])
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         is_control = request.method == "POST" and request.path != "/generate"
         key = (self.admin_key if is_control else "") or self.api_key

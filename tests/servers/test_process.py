@@ -5,16 +5,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
+from servers.standin import wait_for
 
+from megatron_opd.__main__ import main
 from megatron_opd.config import ServersConfig
+from megatron_opd.serve import _machine
 from megatron_opd.sglang import process
+from megatron_opd.sglang.keeper import Keeper, kept
+from megatron_opd.sglang.weights.group import own_address
 
 # Answers /health like the server; what it does before and after depends on the name of the model.
 PROGRAM = """#!{python}
-import http.server, json, os, pathlib, subprocess, sys, time, yaml
+import http.server, json, os, pathlib, socket, subprocess, sys, time, yaml
 arguments = sys.argv[3:]
 value = lambda name: arguments[arguments.index(name) + 1]
 model = pathlib.Path(value("--model-path")).name
@@ -32,10 +39,12 @@ if model == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("child", child.pid, flush=True)
+print("pid", os.getpid(), flush=True)
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
+http.server.HTTPServer.address_family = socket.AF_INET6 if ":" in value("--host") else socket.AF_INET
 http.server.HTTPServer((value("--host"), int(value("--port"))), Health).serve_forever()
 """
 
@@ -184,8 +193,11 @@ def test_a_server_that_ignores_sigterm_is_killed(begin):
 def test_a_server_ends_when_the_trainer_is_killed(program, tmp_path):
     code = f"""
 import time
+from megatron_opd.__main__ import main
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang import process
+from megatron_opd.sglang.keeper import Keeper, kept
+from megatron_opd.sglang.weights.group import own_address
 servers = ServersConfig(python={program!r}, port=41100)
 (server,) = process.start(servers, {str(tmp_path / "fine")!r}, name="a", log_dir={str(tmp_path)!r}, context=9)
 print(server.pid, flush=True)
@@ -212,3 +224,84 @@ def test_without_sglang_the_message_says_how_to_get_it(tmp_path):
 
 def test_a_port_is_given_out_once_even_before_anybody_listens():
     assert process.free_port("127.0.0.1", 42000) != process.free_port("127.0.0.1", 42000)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_an_address_of_ipv6(begin):
+    (server,), settings = begin("fine", host="::1", port=41400)
+    process.wait([server], settings, say=print)
+    assert server.url.startswith("http://[::1]:414")
+    assert own_address([server.url]) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no such host"])
+def test_an_address_of_another_machine(host):
+    with pytest.raises(ValueError, match=rf"servers\.host: {host} is not an address of this machine"):
+        process.free_port(host, 42000)
+
+
+def killed(server):
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait(10)
+
+
+def test_a_server_that_ends_starts_again_at_its_address_and_the_others_stay(begin, monkeypatch):
+    monkeypatch.setattr("megatron_opd.sglang.keeper._LOOK_S", 0.05)
+    servers, settings = begin("fine", count=2)
+    process.wait(servers, settings, say=print)
+    first, other = servers
+    child, lines = int(said(first, "child")), []
+    keeper = Keeper(servers, restarts=1, say=lines.append)
+    with kept(keeper):
+        killed(first)
+        deadline = time.monotonic() + 10
+        while not lines and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert servers[0].pid != first.pid
+        assert servers[1] is other
+        process.wait(servers, settings, say=print)
+    assert servers[0].url == first.url
+    assert first.log.read_text().count("$ ") == 2, "what it said before it ended is lost"
+    assert gone(child), "a worker of the one that ended has its memory still"
+    assert keeper.lost() == []
+    servers[0].process.wait(10)  # it ended with the thread that had started it
+    keeper.look()
+    keeper.look()
+    how = [line.partition(",")[0].removeprefix(f"the server {first.url} was ended by ") for line in lines]
+    assert how == ["SIGKILL", "SIGTERM"]
+    assert "not started again (run.max_restarts)" in lines[-1]
+    assert keeper.lost() == []
+    killed(other)
+    keeper.look()
+    assert keeper.lost() == ["student"]
+
+
+@pytest.mark.slow
+def test_serve_goes_on_with_the_servers_that_are_left(program, tmp_path, capsys):
+    config = Path(__file__).resolve().parents[2] / "examples/quickstart.yaml"
+    run = ["serve", str(config), f"run.dir={tmp_path}/run", "rollout.engine=sglang", "rollout.servers.count=2",
+           f"rollout.servers.python={program}", "rollout.servers.port=41200"]  # fmt: skip
+    logs = tmp_path / "run/logs"
+
+    def ended(i):
+        wait_for(lambda: (tmp_path / f"run/servers/rollout@{_machine()}-001").exists(), 60)
+        pid = int((logs / f"rollout-{i}.log").read_text().partition("pid ")[2].split()[0])
+        os.kill(pid, signal.SIGKILL)
+
+    def end_both():
+        ended(0)
+        time.sleep(2.5)
+        outlived.append((tmp_path / f"run/servers/rollout@{_machine()}-001").exists())
+        ended(1)
+
+    before, outlived = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=end_both)
+    thread.start()
+    try:
+        assert main(run) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        thread.join()
+    assert outlived == [True]
+    assert "no server is left for rollout" in capsys.readouterr().err

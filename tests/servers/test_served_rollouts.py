@@ -189,6 +189,16 @@ def test_answers_that_are_aborted_for_ever_are_given_up(servers, loop, make_engi
         engine.generate(PROMPTS[:1], replace(SAMPLING, samples_per_prompt=1))
 
 
+@pytest.mark.parametrize(("partial", "tokens"), [(False, 0), (False, 2), (True, 0)])
+def test_a_server_that_only_aborts_leaves_the_work_to_the_others(servers, loop, make_engine, partial, tokens):
+    broken, sound = servers(2)
+    broken.abort_after = tokens
+    engine = make_engine([broken, sound], partial=partial, probe_s=60)
+    rollouts = loop.run(engine._all(PROMPTS, SAMPLING, lambda _: None), 20)
+    assert_right(rollouts)
+    assert engine.metrics()["rollout/servers_down"] == 1
+
+
 def test_versions_by_token_when_weights_arrive_in_the_middle(servers, loop, make_engine):
     (server,) = servers(1, token_s=0.02)
     engine = make_engine([server], partial=True)

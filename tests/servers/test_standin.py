@@ -104,6 +104,6 @@ def test_what_the_real_server_said_can_be_read(exchange):
             top_k=max(sampling.get("top_k", 0), 0),
             stop_ids=tuple(sampling["stop_token_ids"]),
         )
-        drawn = read_drawn(draw, said)
+        drawn = read_drawn(draw, said, ROOMY)
         assert list(drawn.ids) == said["output_ids"]
         assert len(drawn.versions) == len(drawn.logps) == len(drawn.ids)

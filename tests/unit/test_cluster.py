@@ -169,11 +169,52 @@ def test_the_steps_as_the_job_reads_them():
         assert tuple(shlex.split(run)) == step.command
 
 
+def options(text):
+    """(name, value) of the header's options; sbatch takes one word a line and refuses more."""
+    lines = [shlex.split(line) for line in re.findall("^#SBATCH (.*)$", text, re.MULTILINE)]
+    assert all(len(words) == 1 for words in lines)
+    return [tuple(word.removeprefix("--").partition("=")[::2]) for (word,) in lines]
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "name", "output"),
+    [(".", ROOT.name, f"{ROOT.name}-%j.out"), ("runs/50% 'x'", "50% 'x'", "50%% 'x'-%j.out")],
+)
+def test_the_header_whatever_the_directory_is_called(run_dir, name, output):
+    given = [QUICKSTART, f"run.dir={run_dir}"]
+    config, steps = placed(*given)
+    text = slurm.script(config, given, steps, gpus_per_node=8, sbatch=["--comment=my job"])
+    assert {"job-name": name, "output": output, "comment": "my job"}.items() <= dict(options(text)).items()
+
+
+@pytest.mark.parametrize("setup", ["export A=b", "export A=b;", "export A=b  # mine", "echo hello\nexport A=b\n"])
+def test_a_step_runs_its_setup_first(tmp_path, setup):
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >"$0.said"\nexec "${@: -3}"\n')
+    (tmp_path / "srun").chmod(0o755)
+    code = f"source {slurm.SUPERVISOR}; OPD_NODES=(n1); opd_start 0; wait"
+    run_dir = tmp_path / "50%"
+    run_dir.mkdir()
+    given = {"OPD_SETUP": setup, "OPD_LOGS": str(run_dir), "PATH": f"{tmp_path}:/usr/bin:/bin", "OPD_TRAINER": "1"}
+    steps = "OPD_NAMES=(a) OPD_ON=(0) OPD_TASKS=(1) OPD_COMMANDS=('bash -c \"echo \\$A\"') OPD_STARTED=(0);"
+    done = subprocess.run(["bash", "-c", steps + code], env=given, capture_output=True, text=True, timeout=20)
+    assert done.stdout.splitlines()[-1:] == ["b"], done.stderr + (run_dir / "a.0.srun").read_text()
+    assert f"--output={tmp_path}/50%%/a.0-%t.log" in (tmp_path / "srun.said").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "option", ["--gpus-per-node=8", "--nodes=2", "--sbatch=--partition=h100", "--setup=:", "--steps"]
+)
+def test_options_of_a_job_start_nothing_here(option, capsys):
+    assert main(["launch", option, "--dry-run", QUICKSTART]) == 1
+    assert f"{option.partition('=')[0]}: only with --slurm" in capsys.readouterr().err
+
+
 def test_the_script_of_a_config():
     given = [QUICKSTART, "run.dir=runs/it is mine"]
     config, steps = placed(*given, gpus_per_node=2)
     text = slurm.script(config, given, steps, gpus_per_node=2, sbatch=["--partition=h100"], setup="module load cuda")
-    header = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE)
+    header = options(text)
+    assert {"job-name": "it is mine", "output": "it is mine-%j.out"}.items() <= dict(header).items()
     assert {"nodes": str(num_nodes(steps)), "gpus-per-node": "2", "partition": "h100"}.items() <= dict(header).items()
     assert {"requeue", "signal"} <= dict(header).keys()
     assert text.index("#SBATCH") < text.index("OPD_SETUP='module load cuda'") < text.index("opd_run()")

@@ -358,6 +358,32 @@ def test_what_servers_on_the_trainers_gpus_cannot_do(tree, fragment):
     assert fragment in problem
 
 
+@pytest.mark.parametrize(
+    ("settings", "fragment"),
+    [
+        ({"args": ["--api-key", "hunter2"]}, "put it into the environment variable MEGATRON_OPD_API_KEY"),
+        ({"args": ["--admin-api-key=hunter2"]}, "put it into the environment variable MEGATRON_OPD_ADMIN_KEY"),
+        ({"args": ["--port", "5"]}, "rollout.servers.args: --port is set by rollout.servers.port"),
+        ({"args": ["--tp-size=2"]}, "rollout.servers.args: --tp-size is set by rollout.servers.tensor"),
+    ],
+)
+def test_arguments_that_servers_of_ours_are_not_given(settings, fragment):
+    (problem,) = problems_of(served(servers=settings))
+    assert fragment in problem
+    assert "hunter2" not in problem
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "a@b", "a*", "a\tb", "a\n"])
+def test_names_of_teachers_are_names_of_files(name):
+    (problem,) = problems_of(served({"name": name}))
+    assert "is also in names of files" in problem
+
+
+def test_a_directory_is_one_line():
+    (problem,) = problems_of(tree_with(run__dir="runs/a\nb"))
+    assert problem == "run.dir must not have line ends or tabs"
+
+
 def test_servers_on_the_trainers_gpus():
     cfg.from_dict(served(servers=BESIDE, sync="tensor"))
     cfg.from_dict(served(servers={"colocated": True, "urls": ["http://a:1", "http://b:1"]}, sync="disk"))

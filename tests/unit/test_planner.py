@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from rich.console import Console
 
 from megatron_opd import __main__ as cli
 from megatron_opd import config as c
@@ -17,6 +19,7 @@ from megatron_opd.planner import adapters, flops, loss_buffers, memory, search, 
 from megatron_opd.planner.gpus import GPUS
 from megatron_opd.planner.job import build
 from megatron_opd.planner.plan import as_dict, plan
+from megatron_opd.planner.table import show
 from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.lora_layout import places
 from megatron_opd.student.weight_map import is_expert, rules
@@ -415,6 +418,37 @@ def test_servers_on_the_trainers_gpus_have_what_it_leaves():
     assert (sampling.keeping_pace, training.gpus) == (None, 16)
     made = plan(job_of(teachers=[], parallel={"data": 2}, rollout={"servers": c.ServersConfig(colocated=True)}))
     assert any("no room for one sequence" in p and "beside what the trainer keeps" in p for p in made.problems)
+
+
+@pytest.mark.parametrize("args", [["--mem-fraction-static", "0.5"], ["--page-size=1", "--mem-fraction-static=0.5"]])
+def test_servers_have_the_memory_that_they_are_told_to_take(args):
+    def role(args):
+        made = job_of(teachers=[], rollout={"servers": c.ServersConfig(count=8, args=args)})
+        return servers.rollout(made), memory.cache_bytes(made.student, 2, 1)
+
+    (assumed, _), (told, a_token) = role([]), role(args)
+    assert told.cache_tokens == int((0.5 * 80e9 - told.weights) // a_token)
+    assert told.cache_tokens < assumed.cache_tokens
+
+
+@pytest.mark.parametrize("args", [["--mem-fraction-static"], ["--mem-fraction-static", "much"]])
+def test_a_share_of_memory_that_is_none(args):
+    with pytest.raises(ValueError, match="--mem-fraction-static must be followed by a number between 0 and 1"):
+        plan(job_of(teachers=[], rollout={"servers": c.ServersConfig(args=args)}))
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.2, True), (0.9, False)])
+def test_servers_that_are_told_to_take_what_the_trainer_keeps(share, fits):
+    told = c.ServersConfig(count=8, colocated=True, args=["--mem-fraction-static", str(share)])
+    problems = [
+        p for p in plan(job_of(teachers=[], rollout={"servers": told})).problems if "but the trainer keeps" in p
+    ]
+    assert (not problems) == fits
+    if problems:
+        show(plan(job_of(teachers=[], rollout={"servers": told})), console := Console(record=True, width=200))
+        assert "no layout" not in console.export_text(), "the trainer fits"
+        (lower,) = re.findall(r"to (0\.\d\d)$", problems[0])
+        assert 0 < float(lower) < 0.9
 
 
 def test_no_number_of_servers_hastens_one_sequence():

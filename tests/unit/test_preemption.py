@@ -2,10 +2,14 @@
 
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from megatron_opd import launch
 from megatron_opd.config.file import ConfigError, load
 from megatron_opd.preemption import Notice, warnings
 
@@ -41,3 +45,19 @@ def test_a_notice_is_taken_and_later_ones_do_no_harm(as_before):
 def test_restarts_are_not_negative():
     with pytest.raises(ConfigError, match=r"run\.max_restarts must not be negative, but is -1"):
         load(CONFIG, ["run.max_restarts=-1"])
+
+
+def test_a_server_that_has_ended_does_not_keep_a_warning_from_the_ranks():
+    server = subprocess.Popen(["true"])
+    rank = subprocess.Popen(["sleep", "60"], env={**os.environ, "RANK": "0"})
+    try:
+        deadline = time.monotonic() + 10
+        while psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with launch._passing_warnings_on():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert rank.wait(10) == -signal.SIGUSR1
+    finally:
+        rank.kill()
+        rank.wait(10)
+        server.wait(10)

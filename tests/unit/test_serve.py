@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_opd import launch, serve
+from megatron_opd import launch, run_dir, serve
 from megatron_opd.config.file import load
 from megatron_opd.sglang import process
 
@@ -112,6 +112,14 @@ def test_an_address_that_means_any_is_noted_as_this_host(tmp_path, fake, monkeyp
         assert serve.with_urls(asked).rollout.servers.urls == [f"http://{socket.gethostname()}:30000"]
 
 
+def test_notes_of_a_machine_with_a_longer_name_are_its_own(tmp_path, fake):
+    (tmp_path / "servers").mkdir()
+    other = tmp_path / "servers" / f"rollout@{socket.gethostname()}-2-000"
+    other.write_text("http://other:1")
+    with serve.running(config(tmp_path), say=lambda _: None):
+        assert other.exists()
+
+
 def test_servers_that_do_not_get_ready_are_ended(tmp_path, fake):
     fake.fails = True
     with pytest.raises(ValueError, match="not ready"), serve.running(config(tmp_path), say=lambda _: None):
@@ -148,6 +156,15 @@ def test_notes_of_a_start_that_was_killed_are_forgotten(tmp_path, fake):
     (tmp_path / "servers" / f"rollout@{socket.gethostname()}-007").write_text("http://127.0.0.1:1")
     with serve.running(asked, say=lambda _: None):
         assert serve.with_urls(asked).rollout.servers.urls == ["http://127.0.0.1:30000"]
+
+
+def test_a_second_start_leaves_the_servers_of_the_first_alone(tmp_path, fake):
+    asked = config(tmp_path)
+    with serve.running(asked, say=lambda _: None), run_dir.claimed(tmp_path):
+        with pytest.raises(ValueError, match="another run is writing to"):
+            launch.launch(asked, [str(CONFIG)])
+        assert serve.with_urls(asked).rollout.servers.urls
+    assert len(fake.started) == 2
 
 
 def test_the_plan_shows_servers_and_trainer(tmp_path):

@@ -82,7 +82,7 @@ class Broadcast:
                 "group_name": group.name,
                 "backend": group.backend,
             }
-            requests[client] = client.post("/init_weights_update_group", body, self.timeout_s)
+            requests[client] = client.order("/init_weights_update_group", body, self.timeout_s)
             offset += size
         return await _together(group, requests, group.join())
 
@@ -98,7 +98,7 @@ class Broadcast:
             "flush_cache": False,
             "weight_version": label,
         }
-        requests = {c: c.post("/update_weights_from_distributed", body, self.timeout_s) for c in clients}
+        requests = {c: c.order("/update_weights_from_distributed", body, self.timeout_s) for c in clients}
         return await _together(group, requests, group.broadcast(bucket.flat))
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,11 +97,10 @@ class Expected:
     async def check(self, client: Client) -> None:
         """Raises BadAnswer when the server's weights are not, bit for bit, those that were watched."""
         layout = self._layouts[client]
-        ranks = (await client.checksums()).get("ranks") or []
+        ranks = _by_rank(await client.checksums())
         wrong: set[str] = set(self._parts)  # never became whole
         for rank in range(layout.ranks):
-            theirs = next((r["checksums"] for r in ranks if _rank(r) == rank), {})
-            ours = self._sums[layout, rank]
+            theirs, ours = ranks.get(rank, {}), self._sums[layout, rank]
             wrong |= {name for name in ours.keys() | theirs.keys() if theirs.get(name) not in ours.get(name, set())}
         if wrong:
             names = sorted(wrong)
@@ -156,5 +156,9 @@ def _part(name: str) -> _Part:
     raise AssertionError(name)
 
 
-def _rank(info: dict[str, list[dict[str, int]]]) -> int:
-    return info["parallelism_info"][0]["tp_rank"]
+def _by_rank(answer: dict[str, Any]) -> dict[int, dict[str, str]]:
+    """Checksums by tensor-parallel rank; none where the answer has another form."""
+    try:
+        return {r["parallelism_info"][0]["tp_rank"]: dict(r["checksums"]) for r in answer["ranks"]}
+    except (LookupError, TypeError, ValueError):
+        return {}

@@ -104,7 +104,9 @@ class Group:
 def own_address(urls: Sequence[str]) -> str:
     """The address by which the servers reach this machine: loopback when all of them are here."""
     hosts = [urlsplit(url).hostname or "127.0.0.1" for url in urls]
-    addresses = [socket.gethostbyname(host) for host in hosts]
+    addresses = [
+        socket.getaddrinfo(host, None)[0][4][0] if ":" in host else socket.gethostbyname(host) for host in hosts
+    ]
     remote = [a for a in addresses if not ipaddress.ip_address(a).is_loopback]
     if not remote:
         return "127.0.0.1"

@@ -195,4 +195,4 @@ async def _load(client: Client, directory: Path, label: str) -> None:
     """From a directory. SGLang goes back to what it had when that fails."""
     await client.stop_sampling()
     body = {"model_path": str(directory.absolute()), "flush_cache": False, "weight_version": label}
-    await client.post("/update_weights_from_disk", body, client.timeout_s)
+    await client.order("/update_weights_from_disk", body, client.timeout_s)

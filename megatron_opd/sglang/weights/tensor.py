@@ -48,7 +48,7 @@ async def _send(client: Client, bucket: Bucket, label: str) -> None:
     }
     if not bucket.flat.is_cuda:
         body["serialized_named_tensors"] *= ranks
-    await client.post("/update_weights_from_tensor", body, client.timeout_s)
+    await client.order("/update_weights_from_tensor", body, client.timeout_s)
 
 
 def _pickled(bucket: Bucket) -> str:
