@@ -58,6 +58,7 @@ def _confine(settings: dict[str, Any]) -> list[str]:
         readable=settings["readable"], writable=[os.getcwd(), os.devnull]
     ):
         in_force.append(guards.LANDLOCK)
+    guards.drop_privileges()
     return in_force
 
 
