@@ -84,6 +84,11 @@ def _check_real(config: Config) -> list[str]:
             "precision.fp8.student=forward is emulated only: Transformer Engine's linears of this megatron-core run"
             " both passes in FP8; set full, or precision.fp8.emulate=true"
         )
+    if fp8.recipe == "delayed" and fp8.teachers:
+        problems.append(
+            "precision.fp8.recipe=delayed: Transformer Engine moves scales on in passes with gradients only, so those"
+            " of teachers would stay at 1 for good; set recipe=tensorwise, or precision.fp8.teachers=[]"
+        )
     others = [name for name in fp8.heads if name != STUDENT]
     if others:
         problems.append(
