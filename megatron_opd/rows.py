@@ -87,6 +87,8 @@ def _parse(text: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON (nested too deeply)") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
