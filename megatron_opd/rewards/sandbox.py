@@ -44,7 +44,7 @@ class Limits:
     file_mb: int = 16
     """Size of a file."""
     processes: int = 64
-    """Processes and threads of the user, where it is not root."""
+    """Processes and threads, in a user namespace and where the user is not root."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """The sandbox against code that wants out, and against code that wants to pass without being right."""
 
+import resource
 import socket
 import textwrap
 import threading
@@ -267,6 +268,18 @@ def test_a_root_trainer_lends_its_code_none_of_its_privileges(guards):
             return held.raw
         """
     assert verdict(code, "assert add() == bytes(24), add()", guards=guards).passed
+
+
+@pytest.mark.parametrize(("guards", "most"), [(("namespaces",), 64), (("seccomp",), None)])
+def test_the_users_other_processes_do_not_count(guards, most):
+    """The kernel counts them, threads of a trainer among them, but in a namespace: a limit would keep all code from
+    running, and every answer would be wrong."""
+    if not set(guards) <= set(HERE):
+        pytest.skip("not on this kernel")
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[0] if most is None else most
+    code = "def add(): return [x.split()[2] for x in open('/proc/self/limits') if x.startswith('Max processes')]"
+    said = "unlimited" if most == resource.RLIM_INFINITY else str(most)
+    assert verdict(code, f"assert add() == [{said!r}], add()", guards=guards).passed
 
 
 def test_its_directory_is_gone_afterwards(tmp_path, monkeypatch):

@@ -54,16 +54,17 @@ _CLONE_THREAD = 0x10000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def limit(*, cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> None:
-    """Resource limits; `processes` holds for users other than root."""
+def limit(*, cpu_s: int, memory_bytes: int, file_bytes: int, processes: int | None) -> None:
+    """Resource limits; `processes` holds for users other than root, None: no limit."""
     wanted = {
         resource.RLIMIT_CPU: cpu_s,
         resource.RLIMIT_AS: memory_bytes,
         resource.RLIMIT_FSIZE: file_bytes,
-        resource.RLIMIT_NPROC: processes,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
+    if processes is not None:
+        wanted[resource.RLIMIT_NPROC] = processes
     for what, most in wanted.items():
         _, hard = resource.getrlimit(what)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
