@@ -61,10 +61,10 @@ class Completions:
         """Drop the lines of steps after `step`, and what a killed run left unfinished."""
         if not self.parallel.is_main or not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # As bytes: in texts there are characters that end a line for str, and half a line may end with half of one.
+        lines = self.path.read_bytes().splitlines(keepends=True)
         temporary = self.path.with_suffix(".tmp")
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step))
         temporary.replace(self.path)
 
 

@@ -94,7 +94,9 @@ check fp8-emulated "$python" tools/check_fp8.py "${quickstart[@]}" "${bf16[@]}" 
   --recipes tensorwise delayed blockwise mxfp8
 if has transformer_engine; then
   check fp8-against-bf16 "$python" tools/check_fp8.py "${quickstart[@]}" "${bf16[@]}" "${fp8[@]}" \
-    --recipes tensorwise delayed blockwise
+    --recipes tensorwise blockwise
+  check fp8-delayed "$python" tools/check_fp8.py "${quickstart[@]}" "${bf16[@]}" precision.fp8.student=full \
+    --recipes delayed
   run fp8-tensorwise "${bf16[@]}" "${fp8[@]}"
   run fp8-blockwise "${bf16[@]}" "${fp8[@]}" precision.fp8.recipe=blockwise
   run fp8-resident "${bf16[@]}" "${fp8[@]}" precision.fp8.resident=true

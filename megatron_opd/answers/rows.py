@@ -75,7 +75,9 @@ class RowReader:
                 'answers of the data set are trained on (answers.lmbda), so every row needs a text field "answer" (or'
                 " the one that answer_field names), or a last message of the assistant"
             )
-        return self.encoder.turn(one.messages or one.prompt.text, one.rendered, one.prompt.answer)
+        turn = self.encoder.turn(one.messages or one.prompt.text, one.rendered, one.prompt.answer)
+        turn.encode()  # half a surrogate pair is no text
+        return turn
 
     def _ended(self, ids: Sequence[int]) -> tuple[int, ...]:
         tokenizer = self.encoder.tokenizer
@@ -112,7 +114,9 @@ class View:
             raise ValueError(f"the prompt that teacher '{self.teacher}' sees is empty")
         if not isinstance(own, str | list):
             raise ValueError(f"teacher '{self.teacher}' needs a text or messages in the field \"{self.field}\"")
-        return self.encoder.render(own)
+        rendered = self.encoder.render(own)
+        rendered.encode()  # half a surrogate pair is no text
+        return rendered
 
     def _own(self, asked: Asked) -> Any:
         if self.field:
@@ -122,7 +126,7 @@ class View:
         known = {**asked.fields, "prompt": asked.prompt.text, "answer": asked.prompt.answer}
         try:
             text = self.template.render({name: value for name, value in known.items() if value is not None})
-        except jinja2.TemplateError as error:
+        except Exception as error:  # of any kind: expressions compute with the row's values
             raise ValueError(f"the prompt_template of teacher '{self.teacher}': {error}") from None
         if not asked.messages:
             return text

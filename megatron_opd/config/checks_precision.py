@@ -85,6 +85,11 @@ def _check_real(config: Config) -> list[str]:
             " on, and those for this megatron-core, 2.9 to 2.11, drop what it says of that without a word; set full,"
             " or off with teachers and heads in FP8, or precision.fp8.emulate=true (docs/fp8.md)"
         )
+    if fp8.recipe == "delayed" and fp8.teachers:
+        problems.append(
+            "precision.fp8.recipe=delayed: Transformer Engine moves scales on in passes with gradients only, so those"
+            " of teachers would stay at 1 for good; set recipe=tensorwise, or precision.fp8.teachers=[]"
+        )
     if fp8.heads and fp8.recipe != "tensorwise":
         problems.append(
             f"precision.fp8.heads: the recipe {fp8.recipe} is emulated only for output heads; set recipe=tensorwise, or"

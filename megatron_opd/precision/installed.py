@@ -11,6 +11,8 @@ from packaging.version import Version
 
 TRANSFORMER_ENGINE = ("2.9", "2.12")
 """From (inclusive) and to (exclusive) which versions megatron-core 0.16 was made for."""
+_BLOCKWISE_CUDA = "12.9"
+"""The first CUDA whose cuBLAS multiplies matrices with a scale a block."""
 
 
 def has_cuda() -> bool:
@@ -65,9 +67,13 @@ def recipe_problem(recipe: str) -> str | None:
         return None
     have = torch.cuda.get_device_capability()
     needs, name = {"mxfp8": ((10, 0), "Blackwell"), "blockwise": ((9, 0), "Hopper")}.get(recipe, ((8, 9), "Ada"))
-    if have >= needs:
-        return None
-    return f"it needs a device of the generation {name} or later (compute capability {needs[0]}.{needs[1]})"
+    if have < needs:
+        return f"it needs a device of the generation {name} or later (compute capability {needs[0]}.{needs[1]})"
+    if recipe == "mxfp8" and have >= (12, 0):
+        return f"Transformer Engine does not have it for devices of compute capability {have[0]}.{have[1]} yet"
+    if recipe == "blockwise" and Version(torch.version.cuda or "0") < Version(_BLOCKWISE_CUDA):
+        return f"it needs a torch of CUDA {_BLOCKWISE_CUDA} or later, not {torch.version.cuda}"
+    return None
 
 
 def apex_problem() -> str | None:

@@ -24,6 +24,7 @@ LINEARS = (
     "decoder.layers.*.mlp.*linear_fc2",
 )
 """What Transformer Engine computes in FP8; the star in the MLP is for experts."""
+_HIDDEN = "the hidden size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class ModelPlan:
     emulate: bool = False
     layers: str = "auto"
     """`precision.layers`."""
+    gathers: bool = False
+    """Whether Transformer Engine gathers the tokens of sequence-parallel ranks."""
 
     def of(self, module: str) -> Products | None:
         """FP8 of a module, None where it computes in `dtype`."""
@@ -70,7 +73,7 @@ class ModelPlan:
     @property
     def multiple(self) -> int:
         """What the tokens of a rank must be a multiple of."""
-        return 1 if self.layer_products is None else self.layer_products.recipe.multiple
+        return 1 if self.layer_products is None else _multiple(self.layer_products.recipe, gathers=self.gathers)
 
     def megatron(self) -> dict[str, Any]:
         """Settings of Megatron's TransformerConfig."""
@@ -125,7 +128,7 @@ def length_multiple(config: Config, *, shards: int) -> int:
     """What the length of the student's sequences must be a multiple of, whatever their number, where each is split over
     `shards` ranks."""
     recipe = RECIPES[config.precision.fp8.recipe]
-    return shards * (recipe.multiple if config.precision.fp8.student != "off" else 1)
+    return shards * (_multiple(recipe, gathers=_gathers(config)) if config.precision.fp8.student != "off" else 1)
 
 
 def plan_of(config: Config, model: str, arch: Architecture) -> ModelPlan:
@@ -151,7 +154,16 @@ def _plan(config: Config, model: str, dtype: str, *, layers: bool, head: bool) -
         resident=fp8.resident and layers and not is_student,
         emulate=fp8.emulate and bool(rules),
         layers=config.precision.layers,
+        gathers=_gathers(config),
     )
+
+
+def _gathers(config: Config) -> bool:
+    return config.parallel.sequence and not config.precision.fp8.emulate
+
+
+def _multiple(recipe: Recipe, *, gathers: bool) -> int:
+    return recipe.gathered_multiple if gathers else recipe.multiple
 
 
 def _with_layer_count(plan: ModelPlan, num_layers: int) -> ModelPlan:
@@ -180,10 +192,12 @@ def check_shapes(plan: ModelPlan, arch: Architecture, config: Config) -> list[st
             f" stage of {who}"
         )
     for side, size in _sides(plan, arch, tensor).items():
-        if size % RECIPES[fp8.recipe].multiple:
+        is_gathered = plan.gathers and plan.layer_products is not None and side == _HIDDEN
+        multiple = _multiple(RECIPES[fp8.recipe], gathers=is_gathered)
+        if size % multiple:
             problems.append(
-                f"precision.fp8.recipe={fp8.recipe} needs multiples of {RECIPES[fp8.recipe].multiple}, but"
-                f" {side} of {who} is {size} at parallel.tensor={tensor}"
+                f"precision.fp8.recipe={fp8.recipe} needs multiples of {multiple}, but"
+                f" {side} of {who} is {size} at parallel.tensor={tensor}{' with parallel.sequence' * is_gathered}"
             )
     return problems
 
@@ -209,10 +223,10 @@ def _sides(plan: ModelPlan, arch: Architecture, tensor: int) -> dict[str, int]:
     if plan.layer_products is not None:
         queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         ffn = arch.ffn_size // (1 if arch.num_experts else tensor)
-        sides |= {"the hidden size": arch.hidden_size, "the width of linear_proj": queries // tensor}
+        sides |= {_HIDDEN: arch.hidden_size, "the width of linear_proj": queries // tensor}
         sides |= {"the height of linear_qkv": (queries + 2 * keys) // tensor, "the intermediate size": ffn}
     if plan.head_products is not None:
-        sides |= {"the hidden size": arch.hidden_size}
+        sides |= {_HIDDEN: arch.hidden_size}
         if plan.model == STUDENT:
             sides["the vocabulary (student.vocab_multiple pads it)"] = arch.padded_vocab_size // tensor
     return sides

@@ -38,6 +38,9 @@ class Recipe:
     gradients: Scaling
     multiple: int
     """Tokens of a rank, and both sides of a rank's weights, must be multiples of this."""
+    gathered_multiple: int
+    """Tokens of a rank and the hidden size, where Transformer Engine gathers what sequence parallelism split: blocks of
+    both directions must be whole on a rank then."""
     format: Literal["hybrid", "e4m3"]
     """Megatron's word: hybrid has e5m2 gradients."""
 
@@ -57,6 +60,7 @@ def _recipe(name: str, multiple: int, fmt: Literal["hybrid", "e4m3"], **scaling:
         weights=Scaling("e4m3", tile, **scaling),
         gradients=Scaling(gradient, row, **scaling),
         multiple=multiple,
+        gathered_multiple=max(multiple, *tile) if tile else multiple,
         format=fmt,
     )
 

@@ -26,7 +26,7 @@ def _find(module: str, function: str) -> Callable[[Prompt, str], float]:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends when it is done must not end the run, as a success
         raise ValueError(f"reward '{module}:{function}': {module} cannot be imported: {error!r}") from error
     if not callable(found):
         raise ValueError(f"reward '{module}:{function}': {module} has no function {function}")
@@ -37,7 +37,7 @@ def _one(name: str, function: Callable[[Prompt, str], float], prompt: Prompt, te
     where = f"reward '{name}', prompt source '{prompt.source}', line {prompt.index + 1}"
     try:
         value = function(prompt, text)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{where}: {error!r}") from error
     try:
         number = float(value)

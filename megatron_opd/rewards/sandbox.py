@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 JAIL = Path(__file__).with_name("jail")
 GUARDS = ("namespaces", "landlock", "seccomp")
 _MAX_VERDICT = 8192
+_REMOVAL_S = 600.0
 _READABLE = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/dev/urandom")
 
 
@@ -42,7 +44,7 @@ class Limits:
     file_mb: int = 16
     """Size of a file."""
     processes: int = 64
-    """Processes and threads of the user, where it is not root."""
+    """Processes and threads, in a user namespace and where the user is not root."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,13 +77,26 @@ def run(task: Task, limits: Limits, *, guards: tuple[str, ...] = GUARDS) -> Verd
 
     Raises SandboxError, and has run nothing, when the network cannot be cut off.
     """
-    with tempfile.TemporaryDirectory(prefix="opd-code-", ignore_cleanup_errors=True) as home:
+    with _home() as home:
         said = _run(task, _settings(limits, guards), home, limits.timeout_s)
     if said is None:
         return Verdict(passed=False, why=f"no verdict within {limits.timeout_s:g} s and {limits.memory_mb} MB")
     if "refused" in said:
         raise SandboxError(f"code cannot be run here: {said['refused']}")
     return Verdict(passed=said["passed"] is True, why=said["why"], guards=tuple(said["guards"]))
+
+
+@contextlib.contextmanager
+def _home() -> Iterator[str]:
+    """A directory for one task, gone afterwards."""
+    home = tempfile.TemporaryDirectory(prefix="opd-code-", ignore_cleanup_errors=True)
+    try:
+        yield home.name
+    finally:
+        try:
+            home.cleanup()
+        except RecursionError:  # directories in directories: Python's removal calls itself for each
+            subprocess.run(["rm", "-rf", "--", home.name], stderr=subprocess.DEVNULL, timeout=_REMOVAL_S)
 
 
 def _settings(limits: Limits, guards: tuple[str, ...]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ sample with the embedded engine on a GPU (its cumulative sums).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,10 +24,34 @@ def enable() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    _without_is_an_error(False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; nothing here reads such memory
 
 
 def is_on() -> bool:
     """Whether it was enabled in this process."""
     return torch.are_deterministic_algorithms_enabled()
+
+
+def strictly(compute: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What `compute` makes of `inputs`, and its gradient, where an operator without one order is an error: so torch's
+    attention takes its form that has one. Where that is a warning, its flash and memory-efficient kernels warn in their
+    backward pass, and sum as they like, and cuDNN's, which has no such form, may be chosen."""
+    if not is_on():
+        return compute()
+    try:
+        _without_is_an_error(True)
+        made = compute()
+    finally:
+        _without_is_an_error(False)
+    if made.requires_grad:
+        made.register_hook(lambda _: _without_is_an_error(True))
+        for x in inputs:
+            if x.requires_grad:
+                x.register_hook(lambda _: _without_is_an_error(False))
+    return made
+
+
+def _without_is_an_error(value: bool) -> None:
+    """Or a warning: operators that have no deterministic form."""
+    torch.use_deterministic_algorithms(True, warn_only=not value)

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_opd.student import context
+from megatron_opd.student import context, deterministic
 from megatron_opd.student.packing import Sequences
 
 
@@ -91,10 +91,14 @@ class CausalAttention(MegatronModule):
         """The queries are those at the end of the keys."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         is_square = len(query) == len(key)
-        out = F.scaled_dot_product_attention(
-            q, k, v, None if is_square else _lower_right(query, key), is_causal=is_square,
-            scale=self.scale, dropout_p=self.dropout if self.training else 0.0, enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        mask = None if is_square else _lower_right(query, key)
+        dropout, is_grouped = self.dropout if self.training else 0.0, q.shape[1] != k.shape[1]
+        out = deterministic.strictly(
+            lambda: F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=is_square, scale=self.scale, enable_gqa=is_grouped
+            ),
+            (q, k, v),
+        )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 

@@ -54,7 +54,10 @@ class MegatronTeacher:
         plan = plan or ModelPlan(config.name, config.dtype, rules=())
         self.length_multiple = plan.multiple * parallel.length_multiple
         megatron = transformer_config(body, parallel, dtype=dtype, precision=plan.megatron())
-        self.model = build_gpt(body, megatron, parallel)
+        # With gradients on, Transformer Engine would keep resident matrices a second time, transposed for a backward
+        # pass, and a third time in host memory, as they were before they were rounded.
+        with torch.no_grad():
+            self.model = build_gpt(body, megatron, parallel)
         drop_head(self.model)
         source.load(self.model, body, config.model, parallel)
         self.model.requires_grad_(False).eval()

@@ -231,3 +231,19 @@ def test_packed_prompts_give_back_what_they_got():
         packed.append(prompt)
     assert packed[:] == made
     assert len({*packed}) == 2  # hashable, as servers' scorers need them
+
+
+@pytest.mark.parametrize(
+    ("teacher", "row", "wrong"),
+    [
+        ({"prompt_field": "hint"}, {"hint": "\ud800"}, "surrogates not allowed"),
+        ({"prompt_template": "{{ hint }}"}, {"hint": "\ud800"}, "surrogates not allowed"),
+        ({"prompt_template": "{{ hint + prompt }}"}, {"hint": 3}, "teacher 't': unsupported operand"),
+        ({"prompt_template": "{{ 1 // hint }}"}, {"hint": 0}, "teacher 't': integer division"),
+        ({}, {"answer": "\ud800"}, "surrogates not allowed"),
+    ],
+)
+def test_what_is_no_text_names_its_line(tmp_path, teacher, row, wrong):
+    settings = config([{"name": "t", **teacher}], **OFF_POLICY)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1: .*{wrong}"):
+        read(tmp_path, [{**ROW, **row}], plain(), settings)

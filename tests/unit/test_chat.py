@@ -122,6 +122,7 @@ def test_template_of_a_file(tmp_path):
         ),
         (QWEN3_LIKE, {"chat_template_options": {"messages": 0}}, "messages cannot be set here"),
         ("{% if %}", {}, "data.chat_template (tokenizer), tried with one message: the chat template refuses it: "),
+        ("{{ 1 // 0 }}", {}, "refuses it: integer division or modulo by zero"),
         (NO_SYSTEM, {"system_prompt": "x"}, "refuses it: no system role; it may not take a data.system_prompt"),
     ],
 )

@@ -108,6 +108,18 @@ def test_a_resume_drops_what_comes_again_and_half_a_line(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [1, 1, 2, 2, 3, 3]
 
 
+def test_a_resume_with_what_answers_may_hold(tmp_path):
+    """Characters that end a line for Python, though not in JSON; and half a line that ends within a character."""
+    table = completions(tmp_path)
+    odd = [replace(r, prompt=replace(r.prompt, text="a\u2028b\x85c\r\n\x1ed")) for r in rollouts()]
+    table.log(odd, 1, *NO_TEACHER)
+    with (tmp_path / "completions.jsonl").open("ab") as file:
+        file.write('{"step": 1, "prompt": "↦'.encode()[:-1])
+    table.rewind(2)
+    written = (tmp_path / "completions.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["prompt"] for line in written if line] == ["a\u2028b\x85c\r\n\x1ed"] * 2
+
+
 def test_a_table_of_wandb(tmp_path, monkeypatch):
     logged = []
     run = SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: None)

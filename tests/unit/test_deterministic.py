@@ -1,11 +1,13 @@
 """run.deterministic: what is switched on for a process."""
 
 import os
+from typing import ClassVar
 
 import pytest
 import torch
 
 from megatron_opd.student import deterministic
+from megatron_opd.student.spec import CausalAttention
 
 
 @pytest.fixture
@@ -30,3 +32,38 @@ def test_libraries_are_told_and_the_users_choice_stays(enabled):
 def test_a_kernel_without_such_a_form_warns_and_works(enabled):
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+class Attention(torch.autograd.Function):
+    """In place of torch's: notes whether kernels without a deterministic form are errors, as its kernels look."""
+
+    seen: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        Attention.seen.append(not torch.is_deterministic_algorithms_warn_only_enabled())
+        return q + k + v
+
+    @staticmethod
+    def backward(ctx, grad):
+        Attention.seen.append(not torch.is_deterministic_algorithms_warn_only_enabled())
+        return grad, grad, grad
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_takes_the_form_that_has_one_order(enabled, monkeypatch, frozen):
+    """torch's attention has one, and with warnings alone says so and takes another: forward and backward."""
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, *_, **__: Attention.apply(q, k, v)[:]
+    )
+    monkeypatch.setattr(Attention, "seen", [])
+    layer = CausalAttention.__new__(CausalAttention)
+    torch.nn.Module.__init__(layer)
+    layer.scale, layer.dropout, layer.context_group = 1.0, 0.0, None
+    q, k, v = (torch.ones(3, 1, 2, 4, requires_grad=not frozen or i == 2) for i in range(3))
+    out = layer(q, k, v, None)
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    out.sum().backward()
+    assert Attention.seen == [True, True]
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert v.grad is not None

@@ -48,7 +48,7 @@ def test_everything_is_tried_and_one_failure_stops_nothing(tmp_path):
     assert results.pop("quickstart-fp8-blockwise") == "FAILED (3)"
     assert "no such kernel" in done.stdout
     assert set(results) == {
-        *("gpu-tests", "fp8-emulated", "fp8-against-bf16"),
+        *("gpu-tests", "fp8-emulated", "fp8-against-bf16", "fp8-delayed"),
         *(f"quickstart-{name}" for name in ("fp32", "bf16", "fp16", "head-fp8", "fp8-tensorwise", "fp8-resident")),
     }
     assert set(results.values()) == {"ok"}

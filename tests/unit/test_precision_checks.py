@@ -45,6 +45,7 @@ def with_fp8(**fp8):
         ({"heads": ["student"], "recipe": "blockwise"}, "the recipe blockwise is emulated only for output heads"),
         ({"heads": ["student"], "recipe": "mxfp8"}, "the recipe mxfp8 is emulated only for output heads"),
         ({"heads": ["student"], "recipe": "delayed"}, "the recipe delayed is emulated only for output heads"),
+        ({"teachers": ["a"], "recipe": "delayed"}, "those of teachers would stay at 1"),
         ({"student": "full", "layers": "local"}, "precision.layers=local has no FP8"),
         ({"student": "full", "dtype": "fp32"}, "precision.fp8.student needs student.dtype=bf16"),
         ({"teachers": ["b"], "dtype": "fp32"}, "'b' needs teachers.1.dtype=bf16"),
@@ -77,7 +78,9 @@ def test_resident_and_offload_exclude_each_other_on_a_gpu():
     assert "set offload=false for teacher 'a'" in problem
 
 
-@pytest.mark.parametrize("fp8", [{}, {"student": "full"}, {"student": "forward", "emulate": True, "dtype": "fp32"},
+@pytest.mark.parametrize("fp8", [{}, {"student": "full"}, {"student": "full", "recipe": "delayed"},
+                                 {"teachers": ["a"], "recipe": "delayed", "emulate": True},
+                                 {"student": "forward", "emulate": True, "dtype": "fp32"},
                                  {"heads": ["student"], "layers": "local", "dtype": "fp16"},
                                  {"heads": ["a"], "layers": "local", "dtype": "fp16"},
                                  {"heads": ["all"], "dtype": "fp32"},
@@ -109,10 +112,11 @@ class Machine:
         self.patch = monkeypatch
         self.has(cuda=False)
 
-    def has(self, *, cuda=True, capability=(9, 0), **packages):
+    def has(self, *, cuda=True, capability=(9, 0), cuda_version="13.0", **packages):
         versions = {name.replace("_", "-"): version for name, version in packages.items()}
         self.patch.setattr(installed, "has_cuda", lambda: cuda)
         self.patch.setattr(installed.torch.cuda, "get_device_capability", lambda *_: capability)
+        self.patch.setattr(installed.torch.version, "cuda", cuda_version)
         self.patch.setattr(installed, "version", versions.get)
 
 
@@ -216,13 +220,21 @@ def test_devices_whose_engine_packs_and_splits(machine, capability, packages, de
 @pytest.mark.parametrize(
     ("recipe", "capability", "fits"),
     [("tensorwise", (8, 0), False), ("tensorwise", (8, 9), True), ("delayed", (9, 0), True),
-     ("blockwise", (8, 9), False), ("blockwise", (9, 0), True), ("mxfp8", (9, 0), False), ("mxfp8", (10, 0), True)],
+     ("blockwise", (8, 9), False), ("blockwise", (9, 0), True), ("mxfp8", (9, 0), False), ("mxfp8", (10, 0), True),
+     ("mxfp8", (12, 0), False), ("tensorwise", (12, 0), True)],
 )  # fmt: skip
 def test_devices_that_do_a_recipe(machine, recipe, capability, fits):
     machine.has(capability=capability, transformer_engine="2.11.0", transformer_engine_torch="2.11.0")
     problems, _ = look(student="full", recipe=recipe)
     assert (problems == []) == fits
     assert all(f"precision.fp8.recipe={recipe}" in problem for problem in problems)
+
+
+def test_blocks_need_a_newer_cuda(machine):
+    machine.has(cuda_version="12.8", transformer_engine="2.11.0", transformer_engine_torch="2.11.0")
+    problems, _ = look(student="full", recipe="blockwise")
+    assert problems == ["precision.fp8.recipe=blockwise: it needs a torch of CUDA 12.9 or later, not 12.8"]
+    assert look(student="full", recipe="tensorwise")[0] == []
 
 
 def test_what_takes_the_place_of_what_is_missing(machine, monkeypatch):

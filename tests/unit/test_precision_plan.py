@@ -202,6 +202,25 @@ def test_megatron_keeps_no_more_layers_out_than_a_stage_has():
 
 
 @pytest.mark.parametrize(
+    ("recipe", "multiple", "emulated"), [("tensorwise", 16, 16), ("blockwise", 128, 16), ("mxfp8", 32, 32)]
+)
+def test_what_is_gathered_has_whole_blocks_on_a_rank(recipe, multiple, emulated):
+    """Transformer Engine asserts that of what sequence parallelism gathers, in the middle of a pass."""
+    settings = config(parallel={"tensor": 2, "sequence": True}, student="full", teachers=["a"], recipe=recipe)
+    assert length_multiple(settings, shards=2) == 2 * multiple
+    assert [made.multiple for made in plans(settings, {"student": ARCH, "a": ARCH})] == [multiple, multiple]
+    wide, narrow = _with(hidden_size=256), _with(hidden_size=96)
+    assert check_shapes(plan_of(settings, "student", wide), wide, settings) == []
+    found = check_shapes(plan_of(settings, "student", narrow), narrow, settings)
+    assert [f"multiples of {multiple}, but the hidden size" in problem for problem in found] == [True] * (
+        recipe == "blockwise"
+    )
+    settings = config(parallel={"tensor": 2, "sequence": True}, student="full", recipe=recipe, emulate=True)
+    assert length_multiple(settings, shards=1) == emulated
+    assert check_shapes(plan_of(settings, "student", narrow), narrow, settings) == []
+
+
+@pytest.mark.parametrize(
     ("fp8", "shards", "multiple"),
     [
         ({}, 1, 1),

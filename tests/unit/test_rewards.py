@@ -126,8 +126,10 @@ def module(tmp_path, monkeypatch):
         "def large(prompt, text): return 1.5\n"
         "def vague(prompt, text): return None\n"
         "def broken(prompt, text): raise KeyError('x')\n"
+        "def quits(prompt, text): raise SystemExit(0)\n"
         "number = 3\n"
     )
+    (tmp_path / "my_script_for_tests.py").write_text("def right(prompt, text): return 1\nraise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return "my_rewards_for_tests"
@@ -145,14 +147,19 @@ def test_a_function_of_the_users_own(module, tmp_path):
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("large", "number from 0 to 1, not 1.5"), ("vague", "not None"), ("broken", r"KeyError\('x'\)")],
+    [
+        ("large", "number from 0 to 1, not 1.5"),
+        ("vague", "not None"),
+        ("broken", r"KeyError\('x'\)"),
+        ("quits", r"SystemExit\(0\)"),
+    ],
 )
 def test_a_function_that_fails_is_named_with_the_line(module, function, message):
     with pytest.raises(ValueError, match=rf"{module}:{function}', prompt source 's', line 7: .*{message}"):
         build_reward(f"{module}:{function}").grade([(asked(), "")])
 
 
-@pytest.mark.parametrize("name", ["no_such_module:f", "{}:no_such", "{}:number"])
+@pytest.mark.parametrize("name", ["no_such_module:f", "{}:no_such", "{}:number", "my_script_for_tests:right"])
 def test_a_function_that_is_not_there(module, name):
     with pytest.raises(ValueError, match=r"cannot be imported|has no function"):
         build_reward(name.format(module))

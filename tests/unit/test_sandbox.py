@@ -1,5 +1,6 @@
 """The sandbox against code that wants out, and against code that wants to pass without being right."""
 
+import resource
 import socket
 import textwrap
 import threading
@@ -238,9 +239,57 @@ def test_only_its_own_directory_can_be_written_and_only_libraries_read(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret"]
 
 
+@needs("seccomp")
+def test_nothing_about_the_users_files_can_be_changed(tmp_path):
+    """Landlock is silent about modes, owners, times and attributes."""
+    mine = tmp_path / "mine"
+    mine.write_text("key")
+    mine.chmod(0o600)
+    before, path = mine.stat(), str(mine)
+    for change in (f"os.chmod({path!r}, 0o666)", f"os.chown({path!r}, {before.st_uid}, {before.st_gid})",
+                   f"os.utime({path!r}, (1, 1))", f"os.setxattr({path!r}, 'user.a', b'b')",
+                   f"os.truncate({path!r}, 0)"):  # fmt: skip
+        found = verdict(f"import os\ndef add(): return {change}", "add()", guards=("namespaces", "seccomp"))
+        assert "PermissionError" in found.why, change
+    after = mine.stat()
+    assert (after.st_mode, after.st_size, after.st_mtime) == (before.st_mode, 3, before.st_mtime)
+
+
+@pytest.mark.parametrize("guards", [GUARDS, ("seccomp",), ("namespaces",)], ids="+".join)
+def test_a_root_trainer_lends_its_code_none_of_its_privileges(guards):
+    """Neither its own, with which the code could set the machine's clock, nor those of a namespace."""
+    if not set(guards) & set(HERE):
+        pytest.skip("not on this kernel")
+    code = """
+        import ctypes, struct
+        def add():
+            held = ctypes.create_string_buffer(24)
+            assert ctypes.CDLL(None).capget(struct.pack("=Ii", 0x20080522, 0), held) == 0
+            return held.raw
+        """
+    assert verdict(code, "assert add() == bytes(24), add()", guards=guards).passed
+
+
+@pytest.mark.parametrize(("guards", "most"), [(("namespaces",), 64), (("seccomp",), None)])
+def test_the_users_other_processes_do_not_count(guards, most):
+    """The kernel counts them, threads of a trainer among them, but in a namespace: a limit would keep all code from
+    running, and every answer would be wrong."""
+    if not set(guards) <= set(HERE):
+        pytest.skip("not on this kernel")
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[0] if most is None else most
+    code = "def add(): return [x.split()[2] for x in open('/proc/self/limits') if x.startswith('Max processes')]"
+    said = "unlimited" if most == resource.RLIM_INFINITY else str(most)
+    assert verdict(code, f"assert add() == [{said!r}], add()", guards=guards).passed
+
+
 def test_its_directory_is_gone_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert verdict(f"import os\nos.mkdir('d')\nopen('d/f', 'w').close()\nos.chmod('d', 0o500)\n{RIGHT}").passed
+    made = "import os\nos.mkdir('d')\nopen('d/f', 'w').close()\n"
+    assert verdict(made + RIGHT).passed
+    if "namespaces" in HERE:  # seccomp refuses to change the mode
+        assert verdict(f"{made}os.chmod('d', 0o500)\n{RIGHT}", guards=("namespaces",)).passed
+    deep = f"import os\nfor _ in range(1100): os.mkdir('d'), os.chdir('d')\n{RIGHT}"
+    assert verdict(deep).passed
     assert list(tmp_path.iterdir()) == []
 
 

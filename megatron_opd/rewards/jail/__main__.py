@@ -53,11 +53,15 @@ def _confine(settings: dict[str, Any]) -> list[str]:
     in_force = []
     if guards.NAMESPACES in settings["guards"] and guards.enter_namespaces():
         in_force.append(guards.NAMESPACES)
-    guards.limit(**settings["limits"])
+    # Outside of a namespace the kernel counts all that the user runs, the trainer's threads too: a limit on that would
+    # end this process where it splits. Nothing is run there without seccomp, which allows no processes at all.
+    counts_alone = {} if guards.NAMESPACES in in_force else {"processes": None}
+    guards.limit(**settings["limits"] | counts_alone)
     if guards.LANDLOCK in settings["guards"] and guards.only_files(
         readable=settings["readable"], writable=[os.getcwd(), os.devnull]
     ):
         in_force.append(guards.LANDLOCK)
+    guards.drop_privileges()
     return in_force
 
 

@@ -21,6 +21,8 @@ _NEW_USER, _NEW_NET, _NEW_IPC = 0x10000000, 0x40000000, 0x08000000
 _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_SECCOMP, _NO_NEW_PRIVILEGES = 1, 4, 22, 38
 _EPERM, _ENOSYS = 1, 38
 _SIGKILL = 9
+_CAPABILITIES_3 = 0x20080522
+"""Version of capset's arguments: three sets of 64 bits, in two halves."""
 
 _DENIED = {
     "socket": (41, 198), "connect": (42, 203), "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206),
@@ -34,6 +36,13 @@ _DENIED = {
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
     "init_module": (175, 105), "finit_module": (313, 273), "reboot": (169, 142),
+    # Landlock is about the content of files. These change what else there is about one, wherever it is; truncate is
+    # content, which Landlock knows since its third version only.
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+    "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
+    "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16), "removexattrat": (466, 466), "file_setattr": (469, 469), "truncate": (76, 45),
 }  # fmt: skip
 """System calls that an answer to a programming task has no use for, with their numbers on x86_64 and on aarch64; None:
 there is no such call."""
@@ -45,16 +54,17 @@ _CLONE_THREAD = 0x10000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def limit(*, cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> None:
-    """Resource limits; `processes` holds for users other than root."""
+def limit(*, cpu_s: int, memory_bytes: int, file_bytes: int, processes: int | None) -> None:
+    """Resource limits; `processes` holds for users other than root, None: no limit."""
     wanted = {
         resource.RLIMIT_CPU: cpu_s,
         resource.RLIMIT_AS: memory_bytes,
         resource.RLIMIT_FSIZE: file_bytes,
-        resource.RLIMIT_NPROC: processes,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
+    if processes is not None:
+        wanted[resource.RLIMIT_NPROC] = processes
     for what, most in wanted.items():
         _, hard = resource.getrlimit(what)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -71,6 +81,15 @@ def hide_memory() -> None:
     """Other processes of the user cannot look into this one."""
     if sys.platform == "linux":
         _libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def drop_privileges() -> None:
+    """Nothing that only root may do is allowed any more: the clock, device files, modules, the names of the machine. A
+    user namespace gives such rights anew, though only over itself."""
+    if sys.platform == "linux":
+        header, none = struct.pack("=Ii", _CAPABILITIES_3, 0), bytes(24)
+        if _libc.capset(header, none) != 0:
+            raise OSError(ctypes.get_errno(), "the privileges could not be dropped")
 
 
 def enter_namespaces() -> bool:
