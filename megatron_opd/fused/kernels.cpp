@@ -83,11 +83,17 @@ inline uint16_t to_bf16(float x) {  // to nearest, ties to even
   return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Fetches the block that follows this one into the cache while this one is worked on.
+// Fetches what is worked on later into the cache.
 inline void fetch_ahead(const char* next, int64_t bytes) {
 #if defined(__GNUC__)
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
 #endif
+}
+
+// out = or += scale * in
+template <bool ADD>
+void put(const float* __restrict in, int64_t n, float scale, float* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = ADD ? out[i] + scale * in[i] : scale * in[i];
 }
 
 // out = or += scale * row[start : start + n]
@@ -98,10 +104,22 @@ void load(const Matrix& m, int64_t row, int64_t start, int64_t n, float scale, f
     fetch_ahead((const char*)(in + n), n * 2);
     for (int64_t i = 0; i < n; ++i) out[i] = ADD ? out[i] + scale * from_bf16(in[i]) : scale * from_bf16(in[i]);
   } else {
-    const float* __restrict in = (const float*)m.data + row * m.stride + start;
+    const float* in = (const float*)m.data + row * m.stride + start;
     fetch_ahead((const char*)(in + n), n * 4);
-    for (int64_t i = 0; i < n; ++i) out[i] = ADD ? out[i] + scale * in[i] : scale * in[i];
+    put<ADD>(in, n, scale, out);
   }
+}
+
+// scale * row[start : start + n]: where it is, if it can be read there, else in `buffer`. Fetches a block `ahead` columns
+// from here: the fewer matrices are read in turn, the sooner it is wanted.
+const float* values(const Matrix& m, int64_t row, int64_t start, int64_t n, float scale, float* buffer, int64_t ahead) {
+  if (m.is_bf16 || scale != 1.f) {
+    load<false>(m, row, start, n, scale, buffer);
+    return buffer;
+  }
+  const float* in = (const float*)m.data + row * m.stride + start;
+  fetch_ahead((const char*)(in + ahead), n * 4);
+  return in;
 }
 
 void store(const Matrix& m, int64_t row, int64_t start, int64_t n, const float* __restrict in) {
@@ -113,38 +131,30 @@ void store(const Matrix& m, int64_t row, int64_t start, int64_t n, const float* 
   }
 }
 
-// Integers in the order of the numbers: compilers vectorise a maximum of those, and NaN is above all. Its own inverse.
-inline int32_t ordered(float x) {
-  const int32_t bits = (int32_t)float_to_bits(x);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
-inline float from_ordered(int32_t key) { return bits_to_float((uint32_t)(key ^ ((key >> 31) & 0x7fffffff))); }
-
+// A NaN is passed over: it reaches the sum of exponentials.
 float maximum(const float* __restrict x, int64_t n) {
-  int32_t most = ordered(NOTHING);
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t key = ordered(x[i]);
-    most = key > most ? key : most;
-  }
-  return from_ordered(most);
+  float most = NOTHING;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; ++i) most = x[i] > most ? x[i] : most;
+  return most;
 }
 
-// Of numbers that are not negative.
-float smallest(const float* __restrict x, int64_t n) {
-  uint32_t least = 0x7f800000u;
-  for (int64_t i = 0; i < n; ++i) least = float_to_bits(x[i]) < least ? float_to_bits(x[i]) : least;
-  return bits_to_float(least);
+float minimum(const float* __restrict x, int64_t n) {
+  float least = -NOTHING;
+#pragma omp simd reduction(min : least)
+  for (int64_t i = 0; i < n; ++i) least = x[i] < least ? x[i] : least;
+  return least;
 }
 
 // y where x is `max`: the largest, if there are several.
 float value_at(float max, const float* __restrict x, const float* __restrict y, int64_t n) {
-  int32_t most = ordered(NOTHING);
+  float most = NOTHING;
+#pragma omp simd reduction(max : most)
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t key = x[i] == max ? ordered(y[i]) : ordered(NOTHING);
-    most = key > most ? key : most;
+    const float here = x[i] == max ? y[i] : NOTHING;
+    most = here > most ? here : most;
   }
-  return from_ordered(most);
+  return most;
 }
 
 }  // namespace
@@ -183,13 +193,16 @@ class Row {
  public:
   explicit Row(const Job& job)
       : j(job), blocks((job.width + BLOCK - 1) / BLOCK), q(job.width), p(needs_p() ? job.width : 0),
-        d(needs_d() ? job.width : 0), student(blocks), target(blocks) {}
+        d(needs_d() ? job.width : 0), each(job.probs ? job.num_teachers * job.width : 0),
+        factor(job.probs ? job.num_teachers * blocks : 0), student(blocks), target(blocks) {}
 
   void run(int64_t number) {
     n = number;
     at = j.index ? j.index[n] : n;
     stats = j.stats + n * j.num_stats;
     given = !(j.phases & MAKE_STATS);
+    asked = 0;
+    for (int64_t k = 0; k < j.num_teachers; ++k) asked += weight(k) != 0.f;
     if (j.probs) {
       look_at_student();
       mass_p = 0;
@@ -207,20 +220,22 @@ class Row {
 
  private:
   const Job& j;
-  int64_t n = 0, at = 0;
+  int64_t n = 0, at = 0, asked = 0;  // asked: teachers with weight
   bool given = false;
   double* stats = nullptr;
   int64_t blocks;
   // Of the whole row: exponentials of the student, of the target, and log p - log q up to constants. For JSD, log q - log m.
   std::vector<float> q, p, d;
+  // For averages of probabilities, by teacher: exponentials of the row, and what makes a block's its share of p.
+  std::vector<float> each, factor;
   std::vector<Block> student, target;
   double mass_p = 0;  // of the target on this shard, for averages of probabilities
   double log_s = 0, reference = 0, over_reference = 0;
-  float a[BLOCK], t[BLOCK], scratch[BLOCK], scratch2[BLOCK], kept_d[BLOCK];
+  float a[BLOCK], t[BLOCK], scratch[BLOCK], scratch2[BLOCK], kept_p[BLOCK], kept_d[BLOCK];
 
   bool compared() const { return j.probs || j.kind == JSD; }
-  bool needs_p() const { return j.probs || j.kind != REVERSE; }
-  bool needs_d() const { return j.probs || j.kind != FORWARD; }
+  bool needs_p() const { return j.probs ? j.kind == FORWARD : j.kind != REVERSE; }
+  bool needs_d() const { return j.kind != FORWARD; }
   int64_t size(int64_t b) const { return b + 1 < blocks ? BLOCK : j.width - b * BLOCK; }
   float weight(int64_t k) const { return j.weights[n * j.num_teachers + k]; }
   double* target_stats() const { return stats + 2; }
@@ -241,30 +256,42 @@ class Row {
     return sum;
   }
 
-  void load_target(int64_t start, int64_t m) {
+  const float* student_values(int64_t b, int64_t ahead = 3 * BLOCK) {
+    return values(j.student, at, b * BLOCK, size(b), (float)j.inv_t, a, ahead);
+  }
+
+  const float* teacher_values(int64_t k, int64_t b, float scale) {
+    return values(j.teachers[k], at, b * BLOCK, size(b), scale, t, 3 * BLOCK);
+  }
+
+  // The average of logits.
+  const float* target_values(int64_t b) {
     bool first = true;
     for (int64_t k = 0; k < j.num_teachers; ++k) {
       const float w = weight(k) * (float)j.inv_t;
       if (weight(k) == 0.f) continue;
-      first ? load<false>(j.teachers[k], at, start, m, w, t) : load<true>(j.teachers[k], at, start, m, w, t);
+      if (asked == 1) return teacher_values(k, b, w);
+      first ? load<false>(j.teachers[k], at, b * BLOCK, size(b), w, t)
+            : load<true>(j.teachers[k], at, b * BLOCK, size(b), w, t);
       first = false;
     }
+    return t;
   }
 
   // Student and the average of logits: everything that one look gives.
   void look_at_both() {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * BLOCK, m = size(b);
-      load<false>(j.student, at, start, m, (float)j.inv_t, a);
-      load_target(start, m);
-      const float amax = maximum(a, m), tmax = maximum(t, m), at_amax = value_at(amax, a, t, m), ref = at_amax - tmax;
+      const float* __restrict l = student_values(b, asked == 1 ? 3 * BLOCK : 2 * BLOCK);
+      const float* __restrict z = target_values(b);
+      const float amax = maximum(l, m), tmax = maximum(z, m), at_amax = value_at(amax, l, z, m), ref = at_amax - tmax;
       float s1 = 0, s2 = 0, g1 = 0, g2 = 0;
       float* __restrict qb = q.data() + start;
       float* __restrict pb = needs_p() ? p.data() + start : scratch;
       float* __restrict db = needs_d() ? d.data() + start : scratch2;
 #pragma omp simd reduction(+ : s1, s2, g1, g2)
       for (int64_t i = 0; i < m; ++i) {
-        const float u = a[i] - amax, v = t[i] - tmax, x = fast_exp(u), y = fast_exp(v), gap = (v - u) - ref;
+        const float u = l[i] - amax, v = z[i] - tmax, x = fast_exp(u), y = fast_exp(v), gap = (v - u) - ref;
         qb[i] = x, pb[i] = y, db[i] = gap;
         s1 += x, s2 += y, g1 -= x * gap, g2 += y * gap;
       }
@@ -282,19 +309,19 @@ class Row {
   void look_at_student() {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * BLOCK, m = size(b);
-      load<false>(j.student, at, start, m, (float)j.inv_t, a);
-      const float amax = maximum(a, m);
+      const float* __restrict l = student_values(b);
+      const float amax = maximum(l, m);
       float s = 0;
       float* __restrict qb = q.data() + start;
 #pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < m; ++i) qb[i] = fast_exp(a[i] - amax), s += qb[i];
+      for (int64_t i = 0; i < m; ++i) qb[i] = fast_exp(l[i] - amax), s += qb[i];
       student[b] = {amax, s, 0, 0};
     }
     if (given) return;
     stats[S_MAX] = maximum_of(student), stats[S_SUM] = total(student, stats[S_MAX]);
   }
 
-  // One teacher's statistics; with `add`, its share of the average of probabilities is added to p.
+  // One teacher's statistics; with `add`, what its share of the average of probabilities takes.
   void look_at_teacher(int64_t k, bool add) {
     double* own = teacher_stats(k);
     if (weight(k) == 0.f) {
@@ -305,52 +332,43 @@ class Row {
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * BLOCK, m = size(b);
-      load<false>(j.teachers[k], at, start, m, (float)j.inv_t, t);
-      const float tmax = maximum(t, m);
+      const float* __restrict z = teacher_values(k, b, (float)j.inv_t);
+      const float tmax = maximum(z, m);
       float s = 0;
-      float* __restrict eb = add ? d.data() + start : scratch;
+      float* __restrict eb = add ? each.data() + k * j.width + start : scratch;
 #pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < m; ++i) eb[i] = fast_exp(t[i] - tmax), s += eb[i];
+      for (int64_t i = 0; i < m; ++i) eb[i] = fast_exp(z[i] - tmax), s += eb[i];
       target[b] = {tmax, s, 0, 0};
-      if (wants_gaps() && !given) find_gap(b, tmax);
+      if (wants_gaps() && !given) find_gap(b, tmax, z);
     }
     if (!given) {
       own[MAX] = maximum_of(target), own[SUM] = total(target, own[MAX]);
       if (wants_gaps()) own[GAP_S] = total(student, stats[S_MAX], own[MAX] - stats[S_MAX], 1);
     }
     if (!add) return;
-    const bool first = mass_p == 0;  // of those with weight
     double mass = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const double f = weight(k) / own[SUM] * std::exp(target[b].max - own[MAX]);
-      const float c = (float)f, *__restrict eb = d.data() + b * BLOCK;
-      float* __restrict pb = p.data() + b * BLOCK;
-      const int64_t m = size(b);
-      if (first)
-        for (int64_t i = 0; i < m; ++i) pb[i] = c * eb[i];
-      else
-        for (int64_t i = 0; i < m; ++i) pb[i] += c * eb[i];
+      factor[k * blocks + b] = (float)f;
       mass += f * target[b].sum;
     }
     mass_p += mass;
   }
 
-  // The block's sum of q times student - teacher, whose logits are in t.
-  void find_gap(int64_t b, float tmax) {
+  // The block's sum of q times student - teacher, whose logits are z.
+  void find_gap(int64_t b, float tmax, const float* __restrict z) {
     const int64_t m = size(b);
-    load<false>(j.student, at, b * BLOCK, m, (float)j.inv_t, a);
-    const float amax = student[b].max, ref = value_at(amax, a, t, m) - tmax;
+    const float* __restrict l = student_values(b);
+    const float amax = student[b].max, ref = value_at(amax, l, z, m) - tmax;
     const float* __restrict qb = q.data() + b * BLOCK;
     float g = 0;
 #pragma omp simd reduction(+ : g)
-    for (int64_t i = 0; i < m; ++i) g -= qb[i] * (((t[i] - tmax) - (a[i] - amax)) - ref);
+    for (int64_t i = 0; i < m; ++i) g -= qb[i] * (((z[i] - tmax) - (l[i] - amax)) - ref);
     student[b].gap = g, student[b].ref = (double)tmax - amax + ref;
   }
 
   // Statistics of every teacher by itself; where only one has weight, it is the target.
   void look_at_each() {
-    int64_t asked = 0;
-    for (int64_t k = 0; k < j.num_teachers; ++k) asked += weight(k) != 0.f;
     if (asked > 1) kept = target, kept_student = student;
     for (int64_t k = 0; k < j.num_teachers; ++k) {
       if (asked == 1 && weight(k) != 0.f)
@@ -366,11 +384,11 @@ class Row {
     double sum = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t m = size(b);
-      load<false>(j.student, at, b * BLOCK, m, (float)j.inv_t, a);
+      const float* __restrict l = student_values(b);
       const float amax = student[b].max;
       float s = 0;
 #pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < m; ++i) s += fast_exp((a[i] - amax) * ratio);
+      for (int64_t i = 0; i < m; ++i) s += fast_exp((l[i] - amax) * ratio);
       sum += s * std::exp((amax - stats[S_MAX]) * j.sampler_ratio);
     }
     return sum;
@@ -418,32 +436,44 @@ class Row {
     return student[b].ref - (of[MAX] - stats[S_MAX]) + log_s - std::log(of[SUM]) - reference;
   }
 
-  // d = log p - log q - reference of the block, for averages of probabilities.
-  void difference_to_average(int64_t b, float* __restrict db) {
-    const int64_t start = b * BLOCK, m = size(b);
-    const float* __restrict pb = p.data() + start;
-    load<false>(j.student, at, start, m, (float)j.inv_t, a);
+  // The block's average of probabilities.
+  void average(int64_t b, float* __restrict pb) {
+    bool first = true;
+    for (int64_t k = 0; k < j.num_teachers; ++k) {
+      if (weight(k) == 0.f) continue;
+      const float* eb = each.data() + k * j.width + b * BLOCK;
+      first ? put<false>(eb, size(b), factor[k * blocks + b], pb) : put<true>(eb, size(b), factor[k * blocks + b], pb);
+      first = false;
+    }
+  }
+
+  // d = log p - log q - reference of the block, for averages of probabilities; p is their average, and made here.
+  void difference_to_average(int64_t b, float* __restrict pb, float* __restrict db) {
+    const int64_t m = size(b);
+    average(b, pb);
+    const float* __restrict l = student_values(b);
     const double log_p_reference = reference - log_s;
     const float over = (float)std::exp(-log_p_reference), smax = (float)stats[S_MAX];
-    if (smallest(pb, m) > 1e-30f) {
-      for (int64_t i = 0; i < m; ++i) db[i] = fast_log(pb[i] * over) - (a[i] - smax);
+    if (minimum(pb, m) > 1e-30f) {
+      for (int64_t i = 0; i < m; ++i) db[i] = fast_log(pb[i] * over) - (l[i] - smax);
     } else {
-      log_average(start, m, log_p_reference);
-      for (int64_t i = 0; i < m; ++i) db[i] = scratch2[i] - (a[i] - smax);
+      log_average(b, log_p_reference);
+      for (int64_t i = 0; i < m; ++i) db[i] = scratch2[i] - (l[i] - smax);
     }
   }
 
   // scratch2 = log p - c of a block in which p leaves the range of fp32.
-  void log_average(int64_t start, int64_t m, double c) {
+  void log_average(int64_t b, double c) {
+    const int64_t m = size(b);
     for (int64_t i = 0; i < m; ++i) scratch[i] = NOTHING, scratch2[i] = 0;
     for (int pass = 0; pass < 2; ++pass)
       for (int64_t k = 0; k < j.num_teachers; ++k) {
         if (weight(k) == 0.f) continue;
         const double* of = teacher_stats(k);
         const float own = (float)(std::log((double)weight(k)) - std::log(of[SUM]) - c), max = (float)of[MAX];
-        load<false>(j.teachers[k], at, start, m, (float)j.inv_t, t);
+        const float* __restrict z = teacher_values(k, b, (float)j.inv_t);
         for (int64_t i = 0; i < m; ++i) {
-          const float x = (t[i] - max) + own;
+          const float x = (z[i] - max) + own;
           scratch2[i] += pass ? fast_exp(x - scratch[i]) : 0.f;
           scratch[i] = x > scratch[i] ? x : scratch[i];
         }
@@ -461,10 +491,10 @@ class Row {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t m = size(b);
       float* __restrict db = j.probs && j.kind == FORWARD ? kept_d : d.data() + b * BLOCK;  // forward KL: for its value only
-      if (j.probs) difference_to_average(b, db);
+      float* __restrict pb = j.probs && j.kind != FORWARD ? kept_p : p.data() + b * BLOCK;
+      if (j.probs) difference_to_average(b, pb, db);
       const float fq = (float)student_factor(b), fp = (float)target_factor(b), c = j.probs ? 0.f : (float)shift(b);
       float* __restrict qb = q.data() + b * BLOCK;
-      const float* __restrict pb = p.data() + b * BLOCK;
       float s1 = 0, s2 = 0, s3 = 0;
       if (j.kind == JSD) {
 #pragma omp simd reduction(+ : s1, s2, s3)
