@@ -124,9 +124,12 @@ def _train(arguments: argparse.Namespace) -> int:
     return launch.launch(config, [arguments.config, *arguments.overrides])
 
 
+_OF_JOBS = {"gpus_per_node": None, "nodes": None, "sbatch": [], "setup": "", "steps": False}
+
+
 def _refuse(arguments: argparse.Namespace, needed: str, defaults: Mapping[str, Any]) -> None:
     """Raises ValueError for options that do nothing without the option `needed`."""
-    given = [f"--{name}" for name, default in defaults.items() if getattr(arguments, name) != default]
+    given = [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(arguments, name) != default]
     if given:
         raise ValueError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} of use with {needed} only")
 
@@ -138,16 +141,11 @@ def _launch(arguments: argparse.Namespace) -> int:
     from megatron_opd.preflight import read_inputs
 
     if not arguments.slurm:
-        _refuse(arguments, "--slurm", {"nodes": None, "sbatch": [], "setup": "", "steps": False})
+        _refuse(arguments, "--slurm", _OF_JOBS)
     config = load(arguments.config, arguments.overrides)
     given = [arguments.config, *arguments.overrides]
     if arguments.slurm:
         return command.slurm(config, given, arguments)
-    of_slurm = ("--gpus-per-node", "--nodes", "--sbatch", "--setup", "--steps")
-    if said := [
-        o for o in of_slurm if getattr(arguments, o.lstrip("-").replace("-", "_")) not in (None, [], "", False)
-    ]:
-        raise ValueError(f"{', '.join(said)}: only with --slurm; without it `launch` runs on this machine")
     if arguments.dry_run:
         print(*launch.plan(config, given), sep="\n")
         return 0

@@ -239,7 +239,11 @@ def damaged(path, whole):
         ("p.json", b" \n", "p.json has no prompts"),
         ("p.json", b"[]", "p.json has no prompts"),
         ("p.json", "[é]".encode("latin-1"), "p.json: not UTF-8 text (invalid continuation byte at byte 1)"),
-        ("p.jsonl", b'{"prompt": "1", "n": ' + b"9" * 5000 + b"}", "p.jsonl, line 1: Exceeds the limit (4300 digits)"),
+        (
+            "p.jsonl",
+            b'{"prompt": "1", "n": ' + b"9" * 5000 + b"}",
+            "p.jsonl, line 1: not valid JSON (Exceeds the limit (4300 digits)",
+        ),
         ("p.jsonl.gz", b'{"prompt": "1"}', "p.jsonl.gz is not a gzip file, or is cut short: "),
         ("p.parquet", b"PAR1 and nothing", "p.parquet cannot be read as Parquet: "),
     ],
