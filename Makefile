@@ -60,7 +60,7 @@ test-slurm: install ## submit the jobs of slurm/ to a real Slurm of virtual node
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu
 
-bench-methods: install ## GRPO, on-policy distillation and the rest from the same student: who is right first (half an hour)
+bench-methods: install ## GRPO, on-policy distillation and the rest from the same student: who is right first
 	"$(BIN)/python" tools/compare_methods.py --json runs/methods/found.json --plot runs/methods/found.png
 
 lint: install ## style, shell scripts, types of the leaf modules, generated documentation

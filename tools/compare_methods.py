@@ -23,7 +23,7 @@ from method_comparison.runs import Setting
 _EXAMPLES = """\
 examples:
   python tools/compare_methods.py --dry-run                                   what would run
-  python tools/compare_methods.py --json a.json --plot a.png                  all of it: half an hour on two cores
+  python tools/compare_methods.py --json a.json --plot a.png                  all of it
   python tools/compare_methods.py --methods grpo reverse_kl --seeds 1 2 3 4 5
   python tools/compare_methods.py --prompts 4 --minibatches 4 --epochs 4 --dir runs/few_samples
 """

@@ -16,6 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="OUT of tools/gpu_checks.sh")
     folder = parser.parse_args(argv).folder
+    if absent := [name for name in ("machine.txt", "results.tsv") if not (folder / name).is_file()]:
+        parser.error(f"{folder}: no {' and no '.join(absent)}: is it the OUT of tools/gpu_checks.sh?")
     page = render(folder)
     (folder / "table.md").write_text(page)
     print(page, end="")

@@ -53,6 +53,7 @@ def test_an_example_teaches_what_it_promises(tmp_path, name):
     assert opd_report.returncode == 0, opd_report.stderr
 
 
+@pytest.mark.slow
 def test_minillms_mixture_reaches_the_objective(tmp_path):
     """The mixture is another sampler than the student, and the trainer sees that; alone it is the same one."""
     steps = ["train.steps=2", "loss.kind=sampled"]

@@ -17,6 +17,7 @@ def teachers(tmp_path_factory):
     return [f"teachers.{i}.model={out}/teacher_{name}" for i, name in enumerate(("carry", "compare"))]
 
 
+@pytest.mark.slow
 def test_the_student_learns_from_teachers_that_read_other_tokens(teachers, tmp_path):
     done = opd(
         "train", "examples/gold.yaml", *teachers, f"run.dir={tmp_path / 'run'}", "parallel.tensor=2", "train.steps=15",

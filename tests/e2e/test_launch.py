@@ -51,6 +51,7 @@ def test_bad_input_as_a_user_sees_it(tmp_path):
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_failure_of_another_rank_than_the_first_is_explained(tmp_path):
     """Rank 1 has another student there than rank 0 has looked at: nothing that a check beforehand can see."""
     site = tmp_path / "site"

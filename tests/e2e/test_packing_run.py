@@ -15,15 +15,12 @@ def prompts(path):
     return [f"data.{which}=[{{name: add, path: {path}}}]" for which in ("train", "eval")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
         pytest.param([], id="one rank"),
-        pytest.param(
-            ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"],
-            id="tp2pp2sp",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], id="tp2pp2sp"),
     ],
 )
 def test_a_packed_run_is_the_padded_one(tmp_path, layout):

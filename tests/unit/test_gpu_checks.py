@@ -95,6 +95,10 @@ def test_a_run_in_the_table(tmp_path):
     assert "| gpu-tests | ok | 3 |  |  |  |  |" in done.stdout
     assert "A device; layers: x" in done.stdout
     assert (tmp_path / "table.md").read_text() == done.stdout
+    (tmp_path / "results.tsv").unlink()
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2
+    assert "no results.tsv: is it the OUT of tools/gpu_checks.sh?" in " ".join(done.stderr.split())
 
 
 def test_setup_asks_for_the_versions_that_are_checked():
