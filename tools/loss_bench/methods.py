@@ -48,13 +48,25 @@ class Shape:
         return made
 
 
+class _LayerOutput(torch.autograd.Function):
+    """Logits as a layer makes them: not a leaf, nor a view of one, whose value would have to stay."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.new_zeros((), dtype=torch.float32), None
+
+
 def logits_call(method: str, shape: Shape) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """(fresh student logits, work with them) of a method on logits."""
     student = shape.random(shape.tokens, shape.vocabulary, seed=0, scale=2.0)
     teachers = [shape.random(shape.tokens, shape.vocabulary, seed=n + 1, scale=2.0) for n in range(shape.num_teachers)]
 
     def prepare() -> torch.Tensor:
-        return student.clone().requires_grad_().view_as(student)  # like a layer's output, not a leaf
+        return _LayerOutput.apply(torch.zeros((), requires_grad=True), student)
 
     def work(logits: torch.Tensor) -> None:
         LOGITS[method](logits, teachers, shape).backward()
