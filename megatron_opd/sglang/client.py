@@ -18,12 +18,12 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 
 from megatron_opd.config import ServersConfig
+from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY
 from megatron_opd.sglang import wire
 from megatron_opd.sglang.errors import BadAnswer, Down, Refused
 from megatron_opd.types import TeacherScore
 
 _T = TypeVar("_T")
-API_KEY, ADMIN_KEY = "MEGATRON_OPD_API_KEY", "MEGATRON_OPD_ADMIN_KEY"
 CONNECT_S = 10.0
 CONTROL_S = 60.0
 """Time-out of control requests that wait for no request of anybody else."""

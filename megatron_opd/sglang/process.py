@@ -26,7 +26,8 @@ import torch
 import yaml
 
 from megatron_opd.config import ServersConfig
-from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
+from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY
+from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import SGLangError
 
 _STAND_INS = Path(__file__).parent / "cpu_stand_ins"
