@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megatron_opd", "megatron_opd.*"]),
     package_data={
-        "megatron_opd.fused": ["*.cpp"],  # compiled at first use
+        "megatron_opd.fused": ["*.cpp", "*.h"],  # compiled at first use
         "megatron_opd.cluster": ["*.sh"],
     },
     install_requires=[

@@ -1,161 +1,26 @@
 // The distillation loss of one row after the other: statistics, sums that need the normalisers, and the gradient, which
 // overwrites the student's logits. A row stays in the cache from the first look to the last.
 //
-// Plain C++ with a C interface and no header of torch, so that it builds in seconds. The loops are written so that any
-// compiler vectorises them: blocks of BLOCK columns, branch-free bodies, an exp and a log of our own. No -ffast-math: a
-// NaN in the logits must reach the statistics, where the caller finds it.
+// Plain C++ with a C interface and no header of torch, so that it builds in seconds. vectors.h has vectors, exp and log,
+// memory.h how logits are read.
+// No -ffast-math: a NaN in the logits must reach the statistics, where the caller finds it.
 //
 // Precision. Sums run over a block in fp32 and over blocks in fp64: a plain fp32 sum over 100,000 columns costs 1e-4 of
 // the gradient. The gradient of a nearly certain student is a difference of nearly equal numbers, so every difference
-// log p - log q is kept relative to that of the row's (first of the block's) likeliest token, where it is exactly 0.
+// log p - log q is kept relative to that of the row's likeliest token (so far), where it is exactly 0.
 //
-// Exponentials of a block are relative to the block's own maximum, so one look at a row is enough; `total` puts the
-// blocks on one scale. What the columns of `stats` and `sums` mean is in layout.py; reference.py has the plain formulas.
+// Exponentials are relative to the largest logit so far, so one look at a row is enough: a block in which a larger one turns
+// up is looked at once more, and `total` puts the blocks on one scale. What the columns of `stats` and `sums` mean is in
+// layout.py; reference.py has the plain formulas.
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "memory.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 512;
-constexpr float NOTHING = -1e30f;  // maximum of no columns; finite, so that differences are
-constexpr float TINY = 1.17549435e-38f;
-
-struct Matrix {  // rows of logits, `stride` values apart
-  void* data;
-  int64_t stride;
-  int64_t is_bf16;
-};
-
-float bits_to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-// exp for x <= 0 or a little above, 1 ulp; 0 below -87; NaN stays NaN.
-inline float fast_exp(float x) {
-  const float shifted = x * 1.44269504f + 12582912.f;  // rounds to the nearest integer in the low bits
-  const float n = shifted - 12582912.f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float scale = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
-  const float y = (p * r * r + r + 1.f) * scale;
-  return x < -87.f ? 0.f : y;
-}
-
-// log, 1 ulp; that of the smallest normal number for anything below it.
-inline float fast_log(float x) {
-  x = x < TINY ? TINY : x;
-  const uint32_t bits = float_to_bits(x) - 0x3f3504f3u;  // mantissas from sqrt(1/2) to sqrt(2)
-  const float e = (float)((int32_t)bits >> 23);
-  const float m = bits_to_float((bits & 0x007fffffu) + 0x3f3504f3u) - 1.f;
-  float p = 7.0376836292e-2f;
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const float m2 = m * m;
-  return (m + (p * m * m2 - 2.12194440e-4f * e - 0.5f * m2)) + 0.693359375f * e;
-}
-
-inline float from_bf16(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
-
-inline uint16_t to_bf16(float x) {  // to nearest, ties to even
-  const uint32_t bits = float_to_bits(x);
-  return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// Fetches what is worked on later into the cache.
-inline void fetch_ahead(const char* next, int64_t bytes) {
-#if defined(__GNUC__)
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
-#endif
-}
-
-// out = or += scale * in
-template <bool ADD>
-void put(const float* __restrict in, int64_t n, float scale, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = ADD ? out[i] + scale * in[i] : scale * in[i];
-}
-
-// out = or += scale * row[start : start + n]
-template <bool ADD>
-void load(const Matrix& m, int64_t row, int64_t start, int64_t n, float scale, float* __restrict out) {
-  if (m.is_bf16) {
-    const uint16_t* __restrict in = (const uint16_t*)m.data + row * m.stride + start;
-    fetch_ahead((const char*)(in + n), n * 2);
-    for (int64_t i = 0; i < n; ++i) out[i] = ADD ? out[i] + scale * from_bf16(in[i]) : scale * from_bf16(in[i]);
-  } else {
-    const float* in = (const float*)m.data + row * m.stride + start;
-    fetch_ahead((const char*)(in + n), n * 4);
-    put<ADD>(in, n, scale, out);
-  }
-}
-
-// scale * row[start : start + n]: where it is, if it can be read there, else in `buffer`. Fetches a block `ahead` columns
-// from here: the fewer matrices are read in turn, the sooner it is wanted.
-const float* values(const Matrix& m, int64_t row, int64_t start, int64_t n, float scale, float* buffer, int64_t ahead) {
-  if (m.is_bf16 || scale != 1.f) {
-    load<false>(m, row, start, n, scale, buffer);
-    return buffer;
-  }
-  const float* in = (const float*)m.data + row * m.stride + start;
-  fetch_ahead((const char*)(in + ahead), n * 4);
-  return in;
-}
-
-void store(const Matrix& m, int64_t row, int64_t start, int64_t n, const float* __restrict in) {
-  if (m.is_bf16) {
-    uint16_t* __restrict out = (uint16_t*)m.data + row * m.stride + start;
-    for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(in[i]);
-  } else {
-    std::memcpy((float*)m.data + row * m.stride + start, in, n * sizeof(float));
-  }
-}
-
-// A NaN is passed over: it reaches the sum of exponentials.
-float maximum(const float* __restrict x, int64_t n) {
-  float most = NOTHING;
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < n; ++i) most = x[i] > most ? x[i] : most;
-  return most;
-}
-
-float minimum(const float* __restrict x, int64_t n) {
-  float least = -NOTHING;
-#pragma omp simd reduction(min : least)
-  for (int64_t i = 0; i < n; ++i) least = x[i] < least ? x[i] : least;
-  return least;
-}
-
-// y where x is `max`: the largest, if there are several.
-float value_at(float max, const float* __restrict x, const float* __restrict y, int64_t n) {
-  float most = NOTHING;
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < n; ++i) {
-    const float here = x[i] == max ? y[i] : NOTHING;
-    most = here > most ? here : most;
-  }
-  return most;
-}
+constexpr float LITTLE = 8.f;  // above the reference, what an exponential bears
 
 }  // namespace
 
@@ -185,30 +50,42 @@ struct Job {
 namespace {
 
 struct Block {
-  float max = NOTHING;
+  float max = NOTHING;  // what its exponentials are relative to
   double sum = 0, gap = 0, ref = 0;  // gap: sum of exp * (D - ref), or (ref - D) for the student; D = target - student
+  double scale = 0;                  // exp(max - the row's max)
 };
 
-class Row {
+// The largest logit so far, and one at least nearly as large, which exponentials are relative to.
+struct Peak {
+  float top = NOTHING, reference = NOTHING;
+
+  // Whether the exponentials have to be made again: with `above` larger ones than the reference by more than that.
+  bool rise(float max, float above) {
+    top = max > top ? max : top;
+    if (!(max > reference + above)) return false;
+    reference = max;
+    return true;
+  }
+};
+
+class Row : Blocks {
  public:
+  // Blocks are smaller where several rows are read at once, for which the fastest cache is small.
   explicit Row(const Job& job)
-      : j(job), blocks((job.width + BLOCK - 1) / BLOCK), q(job.width), p(needs_p() ? job.width : 0),
-        d(needs_d() ? job.width : 0), each(job.probs ? job.num_teachers * job.width : 0),
+      : Blocks(job.width, job.probs ? MOST : MOST / 2), j(job), q(columns), p(needs_p() ? columns : 0),
+        d(needs_d() ? columns : 0), each(job.probs ? job.num_teachers * columns : 0),
         factor(job.probs ? job.num_teachers * blocks : 0), student(blocks), target(blocks) {}
 
   void run(int64_t number) {
     n = number;
-    at = j.index ? j.index[n] : n;
     stats = j.stats + n * j.num_stats;
     given = !(j.phases & MAKE_STATS);
-    asked = 0;
-    for (int64_t k = 0; k < j.num_teachers; ++k) asked += weight(k) != 0.f;
+    find_sources();
     if (j.probs) {
       look_at_student();
-      mass_p = 0;
-      for (int64_t k = 0; k < j.num_teachers; ++k) look_at_teacher(k, true);
+      look_at_teachers();
     } else {
-      look_at_both();
+      needs_p() ? needs_d() ? look_at_both<true, true>() : look_at_both<true, false>() : look_at_both<false, true>();
       if (j.first_teacher && !given) look_at_each();
     }
     if (!given && j.sampler_ratio > 0) stats[j.num_stats - 1] = at_sampling_temperature();
@@ -220,178 +97,264 @@ class Row {
 
  private:
   const Job& j;
-  int64_t n = 0, at = 0, asked = 0;  // asked: teachers with weight
+  int64_t n = 0;
   bool given = false;
   double* stats = nullptr;
-  int64_t blocks;
+  Source own{};               // the student's
+  std::vector<Source> asked;  // of the teachers with weight
+  int64_t likeliest = 0;      // column of the student's largest logit, for averages of probabilities
   // Of the whole row: exponentials of the student, of the target, and log p - log q up to constants. For JSD, log q - log m.
-  std::vector<float> q, p, d;
-  // For averages of probabilities, by teacher: exponentials of the row, and what makes a block's its share of p.
-  std::vector<float> each, factor;
+  Values q, p, d;
+  // For averages of probabilities, by teacher with weight: exponentials of the row, and what makes a block's its share of p.
+  Values each;
+  std::vector<float> factor;
   std::vector<Block> student, target;
   double mass_p = 0;  // of the target on this shard, for averages of probabilities
   double log_s = 0, reference = 0, over_reference = 0;
-  float a[BLOCK], t[BLOCK], scratch[BLOCK], scratch2[BLOCK], kept_p[BLOCK], kept_d[BLOCK];
+  float over_p = 0;
+  alignas(64) float student_buffer[MOST], target_buffer[MOST], scratch[MOST], most[MOST], kept_p[MOST], kept_d[MOST];
 
   bool compared() const { return j.probs || j.kind == JSD; }
-  bool needs_p() const { return j.probs ? j.kind == FORWARD : j.kind != REVERSE; }
+  bool at_once() const { return j.probs && j.kind == FORWARD; }  // a block's gradient needs nothing of later ones
+  bool needs_p() const { return !j.probs && j.kind != REVERSE; }
   bool needs_d() const { return j.kind != FORWARD; }
-  int64_t size(int64_t b) const { return b + 1 < blocks ? BLOCK : j.width - b * BLOCK; }
   float weight(int64_t k) const { return j.weights[n * j.num_teachers + k]; }
   double* target_stats() const { return stats + 2; }
   double* teacher_stats(int64_t k) const { return stats + j.first_teacher + j.teacher_columns * k; }
   bool wants_gaps() const { return j.teacher_columns > 2; }
 
-  static double maximum_of(const std::vector<Block>& all) {
-    float max = NOTHING;
-    for (const Block& b : all) max = b.max > max ? b.max : max;
-    return max;
+  // Puts the blocks on the scale of `max`, the row's on this shard or on all.
+  static void relate(std::vector<Block>& all, double max) {
+    for (Block& b : all) b.scale = b.max == max ? 1. : std::exp(b.max - max);
   }
 
-  // Sum of the blocks' sums relative to `max`; with `sign`, of their gaps: +1 for exp * (difference - D), -1 for the opposite.
-  static double total(const std::vector<Block>& all, double max, double difference = 0, int sign = 0) {
+  // Sum of the blocks' sums; with `sign`, of their gaps: +1 for exp * (difference - D), -1 for the opposite.
+  static double total(const std::vector<Block>& all, double difference = 0, int sign = 0) {
     double sum = 0;
-    for (const Block& b : all)
-      sum += std::exp(b.max - max) * (sign ? b.gap + sign * b.sum * (difference - b.ref) : b.sum);
+    for (const Block& b : all) sum += b.scale * (sign ? b.gap + sign * b.sum * (difference - b.ref) : b.sum);
     return sum;
   }
 
-  const float* student_values(int64_t b, int64_t ahead = 3 * BLOCK) {
-    return values(j.student, at, b * BLOCK, size(b), (float)j.inv_t, a, ahead);
+  Source source(const Matrix& m, int64_t teacher, float factor) const {
+    const int64_t at = j.index ? j.index[n] : n, size = m.is_bf16 ? 2 : 4;
+    const int64_t next = n + 1 >= j.rows ? at : j.index ? j.index[n + 1] : n + 1;
+    char* data = (char*)m.data;
+    return {data + at * m.stride * size, size, teacher, factor, data + next * m.stride * size};
   }
 
-  const float* teacher_values(int64_t k, int64_t b, float scale) {
-    return values(j.teachers[k], at, b * BLOCK, size(b), scale, t, 3 * BLOCK);
+  // In the order in which they are read: averages of probabilities one row after the other, averages of logits at once.
+  void find_sources() {
+    const float inv_t = (float)j.inv_t;
+    own = source(j.student, -1, inv_t);
+    asked.clear();
+    for (int64_t k = 0; k < j.num_teachers; ++k)
+      if (weight(k) != 0.f) asked.push_back(source(j.teachers[k], k, j.probs ? inv_t : weight(k) * inv_t));
+    if (!j.probs || asked.empty()) return;
+    asked.back().then = own.then;
+    for (size_t i = 0; i + 1 < asked.size(); ++i) asked[i].then = asked[i + 1].row;
+    own.then = asked[0].row;
   }
 
-  // The average of logits.
-  const float* target_values(int64_t b) {
-    bool first = true;
-    for (int64_t k = 0; k < j.num_teachers; ++k) {
-      const float w = weight(k) * (float)j.inv_t;
-      if (weight(k) == 0.f) continue;
-      if (asked == 1) return teacher_values(k, b, w);
-      first ? load<false>(j.teachers[k], at, b * BLOCK, size(b), w, t)
-            : load<true>(j.teachers[k], at, b * BLOCK, size(b), w, t);
-      first = false;
-    }
-    return t;
-  }
+  Reader<1> student_logits(int64_t b) { return one(own, b, student_buffer); }
+  float logit(const Source& s, int64_t column) const { return s.at(column, 1)[0] * s.factor; }
 
   // Student and the average of logits: everything that one look gives.
+  template <bool P, bool D>
   void look_at_both() {
+    Peak of_student, of_target;
+    float at_peak = NOTHING;  // the target's logit where the student's is largest
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t start = b * BLOCK, m = size(b);
-      const float* __restrict l = student_values(b, asked == 1 ? 3 * BLOCK : 2 * BLOCK);
-      const float* __restrict z = target_values(b);
-      const float amax = maximum(l, m), tmax = maximum(z, m), at_amax = value_at(amax, l, z, m), ref = at_amax - tmax;
-      float s1 = 0, s2 = 0, g1 = 0, g2 = 0;
-      float* __restrict qb = q.data() + start;
-      float* __restrict pb = needs_p() ? p.data() + start : scratch;
-      float* __restrict db = needs_d() ? d.data() + start : scratch2;
-#pragma omp simd reduction(+ : s1, s2, g1, g2)
-      for (int64_t i = 0; i < m; ++i) {
-        const float u = l[i] - amax, v = z[i] - tmax, x = fast_exp(u), y = fast_exp(v), gap = (v - u) - ref;
-        qb[i] = x, pb[i] = y, db[i] = gap;
-        s1 += x, s2 += y, g1 -= x * gap, g2 += y * gap;
+      if (b == 0) find_peaks(of_student, of_target, at_peak);
+      while (look_at_both<P, D>(b, of_student, of_target, at_peak)) {
       }
-      const double difference = (double)tmax - amax + ref;
-      student[b] = {amax, s1, g1, difference}, target[b] = {tmax, s2, g2, difference};
     }
+    double* of = target_stats();
+    if (!given) stats[S_MAX] = of_student.top, of[MAX] = of_target.top;
+    relate(student, stats[S_MAX]), relate(target, of[MAX]);
     if (given) return;
-    double* own = target_stats();
-    stats[S_MAX] = maximum_of(student), own[MAX] = maximum_of(target);
-    const double difference = own[MAX] - stats[S_MAX];
-    stats[S_SUM] = total(student, stats[S_MAX]), own[SUM] = total(target, own[MAX]);
-    own[GAP_S] = total(student, stats[S_MAX], difference, 1), own[GAP_T] = total(target, own[MAX], difference, -1);
+    const double difference = of[MAX] - stats[S_MAX];
+    stats[S_SUM] = total(student), of[SUM] = total(target);
+    of[GAP_S] = total(student, difference, 1), of[GAP_T] = total(target, difference, -1);
+  }
+
+  // The first block's maxima, so that it need not be looked at twice.
+  void find_peaks(Peak& of_student, Peak& of_target, float& at_peak) {
+    Vec amaxs = all(NOTHING), tmaxs = all(NOTHING), at_amaxs = all(NOTHING);
+    const Reader<1> student = student_logits(0), target = gathered(asked.data(), asked.size(), 0, target_buffer);
+    for (int64_t c = 0; c < size(0); c += LANES) {
+      const Vec x = student(c), y = target(c);
+      at_amaxs = x > amaxs ? y : at_amaxs;
+      amaxs = larger(x, amaxs), tmaxs = larger(y, tmaxs);
+    }
+    of_student.rise(largest(amaxs), 0), of_target.rise(largest(tmaxs), 0);
+    at_peak = largest(amaxs == of_student.top ? at_amaxs : all(NOTHING));
+  }
+
+  // Whether the block has to be looked at again, with other references.
+  template <bool P, bool D>
+  bool look_at_both(int64_t b, Peak& of_student, Peak& of_target, float& at_peak) {
+    return read(asked, b, target_buffer, [&](auto target) { return look_at_both<P, D>(b, of_student, of_target, at_peak, target); });
+  }
+
+  template <bool P, bool D, typename Target>
+  bool look_at_both(int64_t b, Peak& of_student, Peak& of_target, float& at_peak, Target target_logits) {
+    const int64_t start = b * block, end = padded(b);
+    const Reader<1> logits = student_logits(b);
+    const float amax = of_student.reference, tmax = of_target.reference, ref = at_peak - tmax;
+    ahead.clear();
+    const int64_t streams = asked.size() + 1;
+    ahead.emplace_back(own, start, columns, streams);
+    for (const Source& s : asked) ahead.emplace_back(s, start, columns, streams);
+    Vec amaxs = all(NOTHING), tmaxs = all(NOTHING), at_amaxs = all(NOTHING), s1{}, s2{}, g1{}, g2{};
+    float *qb = q.at(b * block), *pb = P ? p.at(b * block) : nullptr, *db = D ? d.at(b * block) : nullptr;
+    for (int64_t c = 0; c < end; c += LANES) {
+      for (const Ahead& fetch : ahead) fetch(c);
+      const Vec l = logits(c), z = target_logits(c);
+      at_amaxs = l > amaxs ? z : at_amaxs;
+      amaxs = larger(l, amaxs), tmaxs = larger(z, tmaxs);
+      const Vec u = l - amax, v = z - tmax, x = fast_exp(u), y = fast_exp(v), gap = (v - u) - ref;
+      store(qb + c, x);
+      if (P) store(pb + c, y);
+      if (D) store(db + c, gap);
+      s1 += x, s2 += y, g1 -= x * gap, g2 += y * gap;
+    }
+    const bool student_rose = of_student.rise(largest(amaxs), 0), target_rose = of_target.rise(largest(tmaxs), LITTLE);
+    if (student_rose) at_peak = largest(amaxs == of_student.top ? at_amaxs : all(NOTHING));
+    if (student_rose || target_rose) return true;
+    const double difference = (double)tmax - amax + ref;
+    student[b] = {amax, sum(s1), sum(g1), difference}, target[b] = {tmax, sum(s2), sum(g2), difference};
+    return false;
+  }
+
+  // Exponentials of one row, in `out`, or in `scratch` if that is null; what is in `made` afterwards is by block.
+  Peak exponentials(const Source& s, float above, Values* out, int64_t first, std::vector<Block>& made) {
+    Peak peak;
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (b == 0) peak.rise(maximum(s), 0);
+      float* to = out ? out->at(first + b * block) : scratch;
+      while (exponentials(s, b, above, peak, to, made[b])) {
+      }
+    }
+    return peak;
+  }
+
+  // Of the first block.
+  float maximum(const Source& s) {
+    Vec maxs = all(NOTHING);
+    const Reader<1> logits = one(s, 0, target_buffer);
+    for (int64_t c = 0; c < size(0); c += LANES) maxs = larger(logits(c), maxs);
+    return largest(maxs);
+  }
+
+  bool exponentials(const Source& s, int64_t b, float above, Peak& peak, float* out, Block& made) {
+    const Reader<1> logits = one(s, b, target_buffer);
+    const int64_t start = b * block, end = padded(b);
+    const Ahead fetch(s, start, columns, 1);
+    const float max = peak.reference;
+    Vec maxs = all(NOTHING), sums{};
+    for (int64_t c = 0; c < end; c += LANES) {
+      fetch(c);
+      const Vec x = logits(c), y = fast_exp(x - max);
+      maxs = larger(x, maxs);
+      store(out + c, y);
+      sums += y;
+    }
+    if (peak.rise(largest(maxs), above)) return true;
+    made = {max, sum(sums)};
+    return false;
   }
 
   void look_at_student() {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t start = b * BLOCK, m = size(b);
-      const float* __restrict l = student_values(b);
-      const float amax = maximum(l, m);
-      float s = 0;
-      float* __restrict qb = q.data() + start;
-#pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < m; ++i) qb[i] = fast_exp(l[i] - amax), s += qb[i];
-      student[b] = {amax, s, 0, 0};
-    }
-    if (given) return;
-    stats[S_MAX] = maximum_of(student), stats[S_SUM] = total(student, stats[S_MAX]);
+    const Peak peak = exponentials(own, 0, &q, 0, student);
+    if (!given) stats[S_MAX] = peak.top;
+    relate(student, stats[S_MAX]);
+    if (!given) stats[S_SUM] = total(student);
+    find_likeliest(peak.top);
   }
 
-  // One teacher's statistics; with `add`, what its share of the average of probabilities takes.
-  void look_at_teacher(int64_t k, bool add) {
-    double* own = teacher_stats(k);
-    if (weight(k) == 0.f) {
-      if (given) return;
-      own[MAX] = NOTHING;
-      for (int64_t i = 1; i < j.teacher_columns; ++i) own[i] = 0;
+  // The first block whose exponentials are relative to the row's maximum has it, where the exponential is 1.
+  void find_likeliest(float max) {
+    int64_t b = 0, c = 0;
+    while (b + 1 < blocks && student[b].max != max) ++b;
+    while (c + 1 < size(b) && q.at(b * block)[c] != 1.f) ++c;
+    likeliest = b * block + c;
+  }
+
+  // Every teacher by itself, for averages of probabilities.
+  void look_at_teachers() {
+    mass_p = 0;
+    forget_others();
+    for (size_t i = 0; i < asked.size(); ++i) {
+      look_at_teacher(asked[i], &each, i * columns);
+      const double share = weight(asked[i].teacher) / teacher_stats(asked[i].teacher)[SUM];
+      for (int64_t b = 0; b < blocks; ++b) {
+        factor[b * j.num_teachers + i] = (float)(share * target[b].scale);
+        mass_p += share * target[b].scale * target[b].sum;
+      }
+    }
+  }
+
+  // Statistics of teachers without weight.
+  void forget_others() {
+    for (int64_t k = 0; k < j.num_teachers && !given; ++k) {
+      if (weight(k) != 0.f) continue;
+      double* of = teacher_stats(k);
+      of[MAX] = NOTHING;
+      for (int64_t i = 1; i < j.teacher_columns; ++i) of[i] = 0;
+    }
+  }
+
+  // One teacher's statistics and its exponentials.
+  void look_at_teacher(const Source& s, Values* out, int64_t first) {
+    double* of = teacher_stats(s.teacher);
+    const Peak peak = exponentials(s, LITTLE, out, first, target);
+    if (!given) of[MAX] = peak.top;
+    relate(target, of[MAX]);
+    if (given) return;
+    of[SUM] = total(target);
+    if (wants_gaps()) of[GAP_S] = gap_to(s, of[MAX]);
+  }
+
+  // Σ exp(u) (u - v) of student u and teacher v, both relative to their maxima.
+  double gap_to(const Source& s, double max) {
+    const float ref = blocks ? logit(s, likeliest) - logit(own, likeliest) : 0.f;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Reader<1> student_at = student_logits(b), teacher_at = one(s, b, target_buffer);
+      const float* qb = q.at(b * block);
+      Vec g{};
+      for (int64_t c = 0; c < size(b); c += LANES) g -= load(qb + c) * ((teacher_at(c) - student_at(c)) - ref);
+      student[b].gap = sum(g), student[b].ref = ref;
+    }
+    return total(student, max - stats[S_MAX], 1);
+  }
+
+  // Statistics of every teacher by itself, beside an average of logits; where only one has weight, it is the target.
+  void look_at_each() {
+    forget_others();
+    if (asked.size() == 1) {
+      std::memcpy(teacher_stats(asked[0].teacher), target_stats(), j.teacher_columns * sizeof(double));
       return;
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t start = b * BLOCK, m = size(b);
-      const float* __restrict z = teacher_values(k, b, (float)j.inv_t);
-      const float tmax = maximum(z, m);
-      float s = 0;
-      float* __restrict eb = add ? each.data() + k * j.width + start : scratch;
-#pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < m; ++i) eb[i] = fast_exp(z[i] - tmax), s += eb[i];
-      target[b] = {tmax, s, 0, 0};
-      if (wants_gaps() && !given) find_gap(b, tmax, z);
+    kept = target, kept_student = student;
+    find_likeliest(stats[S_MAX]);
+    for (Source s : asked) {
+      s.factor = (float)j.inv_t;
+      look_at_teacher(s, nullptr, 0);
     }
-    if (!given) {
-      own[MAX] = maximum_of(target), own[SUM] = total(target, own[MAX]);
-      if (wants_gaps()) own[GAP_S] = total(student, stats[S_MAX], own[MAX] - stats[S_MAX], 1);
-    }
-    if (!add) return;
-    double mass = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const double f = weight(k) / own[SUM] * std::exp(target[b].max - own[MAX]);
-      factor[k * blocks + b] = (float)f;
-      mass += f * target[b].sum;
-    }
-    mass_p += mass;
-  }
-
-  // The block's sum of q times student - teacher, whose logits are z.
-  void find_gap(int64_t b, float tmax, const float* __restrict z) {
-    const int64_t m = size(b);
-    const float* __restrict l = student_values(b);
-    const float amax = student[b].max, ref = value_at(amax, l, z, m) - tmax;
-    const float* __restrict qb = q.data() + b * BLOCK;
-    float g = 0;
-#pragma omp simd reduction(+ : g)
-    for (int64_t i = 0; i < m; ++i) g -= qb[i] * (((z[i] - tmax) - (l[i] - amax)) - ref);
-    student[b].gap = g, student[b].ref = (double)tmax - amax + ref;
-  }
-
-  // Statistics of every teacher by itself; where only one has weight, it is the target.
-  void look_at_each() {
-    if (asked > 1) kept = target, kept_student = student;
-    for (int64_t k = 0; k < j.num_teachers; ++k) {
-      if (asked == 1 && weight(k) != 0.f)
-        std::memcpy(teacher_stats(k), target_stats(), j.teacher_columns * sizeof(double));
-      else
-        look_at_teacher(k, false);
-    }
-    if (asked > 1) target.swap(kept), student.swap(kept_student);
+    target.swap(kept), student.swap(kept_student);
   }
 
   double at_sampling_temperature() {
     const float ratio = (float)j.sampler_ratio;
-    double sum = 0;
+    double all_blocks = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t m = size(b);
-      const float* __restrict l = student_values(b);
-      const float amax = student[b].max;
-      float s = 0;
-#pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < m; ++i) s += fast_exp((l[i] - amax) * ratio);
-      sum += s * std::exp((amax - stats[S_MAX]) * j.sampler_ratio);
+      const float max = student[b].max;
+      const Reader<1> logits = student_logits(b);
+      Vec s{};
+      for (int64_t c = 0; c < size(b); c += LANES) s += fast_exp((logits(c) - max) * ratio);
+      all_blocks += sum(s) * std::exp((max - stats[S_MAX]) * j.sampler_ratio);
     }
-    return sum;
+    return all_blocks;
   }
 
   // log p - log q where q is largest, more or less: what differences are kept relative to. Any number would do.
@@ -404,31 +367,24 @@ class Row {
       const double* of = target_stats();
       reference = -of[GAP_S] / stats[S_SUM] - std::log(of[SUM]) + log_s;  // their mean under q
     }
+    over_p = (float)std::exp(log_s - reference);
     over_reference = -std::log((1 - j.beta) + j.beta * std::exp(reference));
   }
 
   // log p of the student's likeliest token of this shard.
   double log_average_at_peak() const {
-    int64_t peak = 0;
-    for (int64_t b = 1; b < blocks; ++b) peak = student[b].max > student[peak].max ? b : peak;
     if (!blocks) return 0;
-    int64_t i = peak * BLOCK;
-    for (int64_t k = i, end = i + size(peak); k < end; ++k) i = q[k] > q[i] ? k : i;
     double sum = 0;
-    for (int64_t k = 0; k < j.num_teachers; ++k) {
-      float z = 0;
-      if (weight(k) == 0.f) continue;
-      load<false>(j.teachers[k], at, i, 1, (float)j.inv_t, &z);
-      sum += weight(k) * std::exp(z - teacher_stats(k)[MAX]) / teacher_stats(k)[SUM];
+    for (const Source& s : asked) {
+      const double* of = teacher_stats(s.teacher);
+      sum += weight(s.teacher) * std::exp(logit(s, likeliest) - of[MAX]) / of[SUM];
     }
     return std::log(sum);
   }
 
   // Factors that make the block's exponentials probabilities.
-  double student_factor(int64_t b) const { return std::exp(student[b].max - stats[S_MAX]) / stats[S_SUM]; }
-  double target_factor(int64_t b) const {
-    return j.probs ? 1. : std::exp(target[b].max - target_stats()[MAX]) / target_stats()[SUM];
-  }
+  double student_factor(int64_t b) const { return student[b].scale / stats[S_SUM]; }
+  double target_factor(int64_t b) const { return j.probs ? 1. : target[b].scale / target_stats()[SUM]; }
 
   // What d of the block lacks to be log p - log q - reference (averages of logits).
   double shift(int64_t b) const {
@@ -436,93 +392,107 @@ class Row {
     return student[b].ref - (of[MAX] - stats[S_MAX]) + log_s - std::log(of[SUM]) - reference;
   }
 
-  // The block's average of probabilities.
-  void average(int64_t b, float* __restrict pb) {
-    bool first = true;
-    for (int64_t k = 0; k < j.num_teachers; ++k) {
-      if (weight(k) == 0.f) continue;
-      const float* eb = each.data() + k * j.width + b * BLOCK;
-      first ? put<false>(eb, size(b), factor[k * blocks + b], pb) : put<true>(eb, size(b), factor[k * blocks + b], pb);
-      first = false;
+  struct Sums {
+    double first = 0, second = 0, reverse = 0;
+  };
+
+  // The block's p, the average of probabilities, and d = log p - log q - reference; sums of p d and -q d.
+  Sums average_probabilities(int64_t b, float* pb, float* db) {
+    const bool far = average(b, pb) < 1e-30f;
+    const int64_t end = padded(b);
+    const Reader<1> logits = student_logits(b);
+    const float* qb = q.at(b * block);
+    const float smax = (float)stats[S_MAX], over = over_p;
+    Vec first{}, reverse{};
+    if (far) log_average(b, reference - log_s);
+    for (int64_t c = 0; c < end; c += LANES) {
+      const Vec y = load(pb + c), gap = (far ? load(scratch + c) : fast_log(y * over)) - (logits(c) - smax);
+      store(db + c, gap);
+      first += y * gap, reverse -= load(qb + c) * gap;
     }
+    return {sum(first), 0, sum(reverse) * student_factor(b)};
   }
 
-  // d = log p - log q - reference of the block, for averages of probabilities; p is their average, and made here.
-  void difference_to_average(int64_t b, float* __restrict pb, float* __restrict db) {
-    const int64_t m = size(b);
-    average(b, pb);
-    const float* __restrict l = student_values(b);
-    const double log_p_reference = reference - log_s;
-    const float over = (float)std::exp(-log_p_reference), smax = (float)stats[S_MAX];
-    if (minimum(pb, m) > 1e-30f) {
-      for (int64_t i = 0; i < m; ++i) db[i] = fast_log(pb[i] * over) - (l[i] - smax);
-    } else {
-      log_average(b, log_p_reference);
-      for (int64_t i = 0; i < m; ++i) db[i] = scratch2[i] - (l[i] - smax);
+  // The block's p, and the smallest of it.
+  float average(int64_t b, float* pb) {
+    shares.clear();
+    for (size_t i = 0; i < asked.size(); ++i)
+      shares.push_back({(char*)each.at(i * columns), 4, asked[i].teacher, factor[b * j.num_teachers + i], nullptr});
+    const int64_t whole = size(b) / LANES * LANES;
+    float smallest = read(shares, b, target_buffer, [&](auto share) {
+      Vec least = all(1.f);
+      for (int64_t c = 0; c < whole; c += LANES) {
+        const Vec y = share(c);
+        store(pb + c, y), least = smaller(y, least);
+      }
+      return -largest(-least);
+    });
+    for (int64_t c = whole; c < padded(b); ++c) {
+      pb[c] = 0;
+      for (const Source& s : shares) pb[c] += ((const float*)s.row)[b * block + c] * s.factor;
+      if (c < size(b)) smallest = pb[c] < smallest ? pb[c] : smallest;
     }
+    return smallest;
   }
 
-  // scratch2 = log p - c of a block in which p leaves the range of fp32.
-  void log_average(int64_t b, double c) {
-    const int64_t m = size(b);
-    for (int64_t i = 0; i < m; ++i) scratch[i] = NOTHING, scratch2[i] = 0;
+  // scratch = log p - less, of a block in which p leaves the range of fp32.
+  void log_average(int64_t b, double less) {
     for (int pass = 0; pass < 2; ++pass)
-      for (int64_t k = 0; k < j.num_teachers; ++k) {
-        if (weight(k) == 0.f) continue;
-        const double* of = teacher_stats(k);
-        const float own = (float)(std::log((double)weight(k)) - std::log(of[SUM]) - c), max = (float)of[MAX];
-        const float* __restrict z = teacher_values(k, b, (float)j.inv_t);
-        for (int64_t i = 0; i < m; ++i) {
-          const float x = (z[i] - max) + own;
-          scratch2[i] += pass ? fast_exp(x - scratch[i]) : 0.f;
-          scratch[i] = x > scratch[i] ? x : scratch[i];
+      for (size_t i = 0; i < asked.size(); ++i) {
+        const double* of = teacher_stats(asked[i].teacher);
+        const float max = (float)of[MAX], share = (float)(std::log((double)weight(asked[i].teacher)) - std::log(of[SUM]) - less);
+        const Reader<1> logits = one(asked[i], b, target_buffer);
+        for (int64_t c = 0; c < padded(b); c += LANES) {
+          const Vec x = (logits(c) - max) + share;
+          if (pass == 0) store(most + c, larger(x, i ? load(most + c) : all(NOTHING)));
+          else store(scratch + c, fast_exp(x - load(most + c)) + (i ? load(scratch + c) : Vec{}));
         }
       }
-    for (int64_t i = 0; i < m; ++i) scratch2[i] = fast_log(scratch2[i]) + scratch[i];
+    for (int64_t c = 0; c < padded(b); c += LANES) store(scratch + c, fast_log(load(scratch + c)) + load(most + c));
   }
 
-  // Sums that need the normalisers. Afterwards d is log p - log q - reference (averages of probabilities), or with JSD
-  // log q - log m - over_reference, and q holds probabilities.
-  void compare() {
-    double first = 0, second = 0, reverse = 0;
+  // The block's sums of JSD. Afterwards d is log q - log m - over_reference, and q holds probabilities.
+  Sums compare_to_mixture(int64_t b, const float* pb, float* db) {
     const float beta = (float)j.beta, rest = (float)(1 - j.beta), r0 = (float)std::exp(reference);
     const float scale = (float)std::exp(over_reference), kappa = beta * scale;
     const float far = (float)(-std::log(j.beta) - over_reference - reference);  // log p - log m where q is nothing
+    const float fq = (float)student_factor(b), fp = (float)target_factor(b), lacks = j.probs ? 0.f : (float)shift(b);
+    float* qb = q.at(b * block);
+    Vec first{}, second{}, reverse{};
+    for (int64_t c = 0; c < padded(b); c += LANES) {
+      const Vec x = load(qb + c) * fq, y = load(pb + c) * fp, gap = load(db + c) + lacks, ratio = y / (x + TINY);
+      const Vec capped = ratio > 1e30f ? all(1e30f) : ratio;
+      const Vec w = (capped * beta + rest) * scale, e = w - 1.f, exact = (capped - r0) * kappa;
+      const Vec lost = (exact - e) * (1.f - e + e * e);  // of log1p(exact), where that matters
+      const Vec over = -(fast_log(w) + ((exact < 0.5f) & (exact > -0.5f) ? lost : Vec{}));
+      store(qb + c, x), store(db + c, over);
+      first += x * over, second += y * (capped < 1e9f ? over + gap : all(far)), reverse -= x * gap;
+    }
+    return {sum(first), sum(second), sum(reverse)};
+  }
+
+  // Sums that need the normalisers. Afterwards d is as JSD's or, for averages of probabilities, log p - log q - reference;
+  // or, where that is possible at once, the gradient is made.
+  void compare() {
+    Sums all;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t m = size(b);
-      float* __restrict db = j.probs && j.kind == FORWARD ? kept_d : d.data() + b * BLOCK;  // forward KL: for its value only
-      float* __restrict pb = j.probs && j.kind != FORWARD ? kept_p : p.data() + b * BLOCK;
-      if (j.probs) difference_to_average(b, pb, db);
-      const float fq = (float)student_factor(b), fp = (float)target_factor(b), c = j.probs ? 0.f : (float)shift(b);
-      float* __restrict qb = q.data() + b * BLOCK;
-      float s1 = 0, s2 = 0, s3 = 0;
-      if (j.kind == JSD) {
-#pragma omp simd reduction(+ : s1, s2, s3)
-        for (int64_t i = 0; i < m; ++i) {
-          const float x = qb[i] * fq, y = pb[i] * fp, gap = db[i] + c, ratio = y / (x + TINY);
-          const float capped = ratio > 1e30f ? 1e30f : ratio;
-          const float w = (rest + beta * capped) * scale, e = w - 1.f, exact = kappa * (capped - r0);
-          const float lost = (exact - e) * (1.f - e + e * e);  // of log1p(exact), where that matters
-          const float over = -(fast_log(w) + ((exact < 0.5f && exact > -0.5f) ? lost : 0.f));
-          qb[i] = x, db[i] = over;
-          s1 += x * over, s2 += y * (capped < 1e9f ? over + gap : far), s3 -= x * gap;
-        }
-      } else {
-#pragma omp simd reduction(+ : s1, s3)
-        for (int64_t i = 0; i < m; ++i) s1 += pb[i] * db[i], s3 -= qb[i] * db[i];
-        s3 *= fq;
-      }
-      first += s1, second += s2, reverse += s3;
+      float* db = at_once() ? kept_d : d.at(b * block);  // there for its value only
+      float* pb = j.probs ? kept_p : p.at(b * block);
+      Sums here;
+      if (j.probs) here = average_probabilities(b, pb, db);
+      if (j.kind == JSD) here = compare_to_mixture(b, pb, db);
+      if (at_once() && j.phases & MAKE_GRADIENT) gradient(b, pb);
+      all.first += here.first, all.second += here.second, all.reverse += here.reverse;
     }
     if (!(j.phases & MAKE_SUMS)) return;
-    const double mass_q = total(student, stats[S_MAX]) / stats[S_SUM];
-    const double mass = j.probs ? mass_p : total(target, target_stats()[MAX]) / target_stats()[SUM];
+    const double mass_q = total(student) / stats[S_SUM];
+    const double mass = j.probs ? mass_p : total(target) / target_stats()[SUM];
     double* out = j.sums + n * NUM_SUMS;
-    out[REVERSE_KL] = reverse - mass_q * reference;
-    out[FIRST] = j.kind == JSD       ? first + mass_q * over_reference
-                 : j.kind == FORWARD ? first + mass * reference
+    out[REVERSE_KL] = all.reverse - mass_q * reference;
+    out[FIRST] = j.kind == JSD       ? all.first + mass_q * over_reference
+                 : j.kind == FORWARD ? all.first + mass * reference
                                      : out[REVERSE_KL];
-    out[SECOND] = j.kind == JSD ? second + mass * (over_reference + reference) : 0;
+    out[SECOND] = j.kind == JSD ? all.second + mass * (over_reference + reference) : 0;
   }
 
   // What makes the gradient of the row sum to 0: the expectation under q of log q - log p, or log q - log m.
@@ -532,29 +502,44 @@ class Row {
   }
 
   void gradient() {
-    const double scale = j.scale[n] * j.inv_t * (j.kind == JSD ? 1 - j.beta : 1.);
-    const float sign = j.kind == JSD ? 1.f : -1.f;
-    const double mean = j.kind == FORWARD ? 0. : center() + (j.kind == JSD ? -over_reference : reference);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t start = b * BLOCK, m = size(b);
-      const float fq = (float)(j.kind == JSD ? scale : scale * student_factor(b));
-      const float* __restrict qb = q.data() + start;
-      if (j.kind == FORWARD) {
-        const float fp = (float)(scale * target_factor(b));
-        const float* __restrict pb = p.data() + start;
-        for (int64_t i = 0; i < m; ++i) a[i] = qb[i] * fq - pb[i] * fp;
-      } else {
-        const float c = (float)(compared() ? mean : mean + shift(b));
-        const float* __restrict db = d.data() + start;
-        for (int64_t i = 0; i < m; ++i) a[i] = qb[i] * fq * (sign * db[i] - c);
-      }
-      store(j.student, at, start, m, a);
-    }
-    const int64_t bytes = j.student.is_bf16 ? 2 : 4;
-    char* row = (char*)j.student.data + at * j.student.stride * bytes;
-    std::memset(row + j.width * bytes, 0, (j.columns - j.width) * bytes);
+    for (int64_t b = 0; b < blocks && !at_once(); ++b) gradient(b, p.at(b * block));
+    std::memset(own.row + width * own.size, 0, (j.columns - width) * own.size);
   }
 
+  void gradient(int64_t b, const float* pb) {
+    const int64_t end = padded(b);
+    const double scale = j.scale[n] * j.inv_t * (j.kind == JSD ? 1 - j.beta : 1.);
+    const float fq = (float)(j.kind == JSD ? scale : scale * student_factor(b));
+    const float* qb = q.at(b * block);
+    float* out = own.size == 4 && size(b) == end ? (float*)own.row + b * block : scratch;
+    if (j.kind == FORWARD) {
+      const float fp = (float)(scale * target_factor(b));
+      for (int64_t c = 0; c < end; c += LANES) store(out + c, load(qb + c) * fq - load(pb + c) * fp);
+    } else {
+      const float sign = j.kind == JSD ? 1.f : -1.f;
+      const double mean = center() + (j.kind == JSD ? -over_reference : reference);
+      const float lacks = (float)(compared() ? mean : mean + shift(b));
+      const float* db = d.at(b * block);
+      for (int64_t c = 0; c < end; c += LANES) store(out + c, load(qb + c) * fq * (load(db + c) * sign - lacks));
+    }
+    if (out == scratch) put_back(b);
+  }
+
+  // The block's gradient from `scratch` into the student's row.
+  void put_back(int64_t b) {
+    char* to = own.row + b * block * own.size;
+    if (own.size == 4) {
+      std::memcpy(to, scratch, size(b) * 4);
+      return;
+    }
+    Halves last;
+    const int64_t whole = size(b) / LANES * LANES;
+    for (int64_t c = 0; c < whole; c += LANES) store_bf16(to + c * 2, load(scratch + c));
+    if (whole < size(b)) store_bf16(&last, load(scratch + whole)), std::memcpy(to + whole * 2, &last, (size(b) - whole) * 2);
+  }
+
+  std::vector<Source> shares;
+  std::vector<Ahead> ahead;
   std::vector<Block> kept, kept_student;
 };
 

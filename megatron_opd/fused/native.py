@@ -23,6 +23,7 @@ from megatron_opd.fused.layout import Asked, Rows
 from megatron_opd.fused.reference import Reference
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+HEADERS = tuple(SOURCE.with_name(name) for name in ("memory.h", "vectors.h"))
 DTYPES = (torch.float32, torch.bfloat16)
 _KINDS = {"forward": 0, "reverse": 1, "jsd": 2}
 _STATS, _SUMS, _GRADIENT = 1, 2, 4
@@ -144,14 +145,15 @@ def _built() -> Path:
     if shutil.which(compiler) is None:
         raise OSError(f"there is no C++ compiler '{compiler}' (CXX names another one)")
     flags = [*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
+    code = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
+    key = hashlib.sha256(code + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
     target = _cache() / f"kernels-{key}.so"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / "kernels.so"
-        for threads in (["-fopenmp"], ["-fopenmp-simd"]):  # some compilers come without the OpenMP library
+        for threads in (["-fopenmp"], []):  # some compilers come without the OpenMP library
             command = [compiler, *flags, *threads, str(SOURCE), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
             if done.returncode == 0:

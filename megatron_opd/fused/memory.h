@@ -1,0 +1,144 @@
+// Rows of logits in memory: where they are, how a block of them is read, and how it is asked for in time.
+//
+// Memory is as slow as the arithmetic. A loop that reads logits therefore asks for later ones with every vector (`Ahead`);
+// asked for in bursts, they would keep the processor from everything else.
+
+#pragma once
+
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t MOST = 1024;     // columns of a block
+constexpr int64_t LEAD = 3072;     // logits asked for and not yet looked at; more would drive each other from the fastest cache
+constexpr float PADDING = -2e30f;  // as a logit: its exponential is 0 even beside a maximum of NOTHING
+
+struct Matrix {  // rows of logits, `stride` values apart
+  void* data;
+  int64_t stride;
+  int64_t is_bf16;
+};
+
+struct alignas(64) Line {
+  float values[16];
+};
+
+// Zeros to begin with.
+class Values {
+ public:
+  explicit Values(int64_t size) : lines(size / 16) {}
+  float* at(int64_t column) { return (float*)lines.data() + column; }
+  const float* at(int64_t column) const { return (const float*)lines.data() + column; }
+
+ private:
+  std::vector<Line> lines;
+};
+
+// A row of one matrix, and what is read after it.
+struct Source {
+  char* row;
+  int64_t size;  // bytes of a value
+  int64_t teacher;
+  float factor;  // weight / temperature, or 1 / temperature
+  const char* then;
+
+  Vec at(int64_t column) const {
+    const char* from = row + column * size;
+    return size == 2 ? load_bf16(from) : load((const float*)from);
+  }
+
+  // The same of `count` columns, where there are no more; then zeros.
+  Vec at(int64_t column, int64_t count) const {
+    char last[LANES * 4] = {};
+    std::memcpy(last, row + column * size, count * size);
+    return size == 2 ? load_bf16(last) : load((const float*)last);
+  }
+};
+
+// Of a block: the sum of N rows in fp32, each times a factor.
+template <int N>
+struct Reader {
+  const float* from[N];
+  float factor[N];
+
+  Vec operator()(int64_t column) const {
+    Vec x = load(from[0] + column) * factor[0];
+    for (int i = 1; i < N; ++i) x += load(from[i] + column) * factor[i];
+    return x;
+  }
+};
+
+// Asks for the logits that are wanted LEAD columns from a block's on, in this row or the next one.
+struct Ahead {
+  const char* from;
+  int64_t size;
+
+  Ahead(const Source& s, int64_t column, int64_t row_columns, int64_t streams) : size(s.size) {
+    column += LEAD / streams;
+    from = column < row_columns ? s.row + column * size : s.then + (column - row_columns) * size;
+  }
+  void operator()(int64_t column) const { __builtin_prefetch(from + column * size); }
+};
+
+// A row's columns, some at a time.
+class Blocks {
+ protected:
+  Blocks(int64_t width, int64_t block)
+      : width(width), block(block), blocks((width + block - 1) / block), columns(blocks * block) {}
+
+  const int64_t width, block, blocks, columns;  // columns: of whole blocks
+
+  int64_t size(int64_t b) const { return b + 1 < blocks ? block : width - b * block; }
+  int64_t padded(int64_t b) const { return (size(b) + LANES - 1) / LANES * LANES; }
+
+  // Whether the block can be read where it is.
+  bool is_direct(const Source* from, int64_t count, int64_t b) const {
+    bool all = size(b) % LANES == 0;
+    for (int64_t i = 0; i < count; ++i) all = all && from[i].size == 4;
+    return all;
+  }
+
+  template <int N>
+  Reader<N> direct(const Source* from, int64_t b) const {
+    Reader<N> reader;
+    for (int i = 0; i < N; ++i)
+      reader.from[i] = (const float*)from[i].row + b * block, reader.factor[i] = from[i].factor;
+    return reader;
+  }
+
+  // The block of the sum, with PADDING behind the last column.
+  Reader<1> gathered(const Source* from, int64_t count, int64_t b, float* to) const {
+    const int64_t whole = size(b) / LANES * LANES, left = size(b) - whole;
+    Vec last{};
+    for (int64_t i = 0; i < count; ++i) {
+      const Source s = from[i];
+      for (int64_t c = 0; c < whole; c += LANES) {
+        const Vec x = s.at(b * block + c) * s.factor;
+        store(to + c, i ? load(to + c) + x : x);
+      }
+      if (left) last += s.at(b * block + whole, left) * s.factor;
+    }
+    if (left) store(to + whole, last);
+    for (int64_t c = size(b); c < padded(b); ++c) to[c] = PADDING;
+    return {{to}, {1.f}};
+  }
+
+  Reader<1> one(const Source& s, int64_t b, float* buffer) const {
+    return is_direct(&s, 1, b) ? direct<1>(&s, b) : gathered(&s, 1, b, buffer);
+  }
+
+  // Calls `work` with what reads the block's sum.
+  template <typename Work>
+  auto read(const std::vector<Source>& from, int64_t b, float* buffer, Work work) const {
+    const int64_t count = is_direct(from.data(), from.size(), b) ? from.size() : 0;
+    if (count == 1) return work(direct<1>(from.data(), b));
+    if (count == 2) return work(direct<2>(from.data(), b));
+    if (count == 3) return work(direct<3>(from.data(), b));
+    if (count == 4) return work(direct<4>(from.data(), b));
+    return work(gathered(from.data(), from.size(), b, buffer));
+  }
+};
+
+}  // namespace
