@@ -33,7 +33,8 @@ enum { FIRST, SECOND, REVERSE_KL, NUM_SUMS };                     // columns of 
 
 struct Job {
   int64_t rows, width, columns;  // width: real columns; the gradient of the others is 0
-  int64_t kind, probs, first_teacher, teacher_columns, phases, threads;  // of stats; 0 where there are none
+  int64_t kind, probs, first_teacher, teacher_columns;  // the columns of stats; 0 where there are none
+  int64_t gaps, phases, threads;                        // gaps: whether each teacher's distance from the student is wanted
   int64_t num_teachers, num_stats;
   double beta, inv_t, sampler_ratio;  // sampler_ratio: loss temperature / sampling temperature, or 0
   Matrix student;
@@ -121,7 +122,6 @@ class Row : Blocks {
   float weight(int64_t k) const { return j.weights[n * j.num_teachers + k]; }
   double* target_stats() const { return stats + 2; }
   double* teacher_stats(int64_t k) const { return stats + j.first_teacher + j.teacher_columns * k; }
-  bool wants_gaps() const { return j.teacher_columns > 2; }
 
   // Puts the blocks on the scale of `max`, the row's on this shard or on all.
   static void relate(std::vector<Block>& all, double max) {
@@ -155,7 +155,7 @@ class Row : Blocks {
     own.then = asked[0].row;
   }
 
-  Reader<1> student_logits(int64_t b) { return one(own, b, student_buffer); }
+  One student_logits(int64_t b) { return one(own, b, student_buffer); }
   float logit(const Source& s, int64_t column) const { return s.at(column, 1)[0] * s.factor; }
 
   // Student and the average of logits: everything that one look gives.
@@ -180,7 +180,7 @@ class Row : Blocks {
   // The first block's maxima, so that it need not be looked at twice.
   void find_peaks(Peak& of_student, Peak& of_target, float& at_peak) {
     Vec amaxs = all(NOTHING), tmaxs = all(NOTHING), at_amaxs = all(NOTHING);
-    const Reader<1> student = student_logits(0), target = gathered(asked.data(), asked.size(), 0, target_buffer);
+    const One student = student_logits(0), target = gathered(asked.data(), asked.size(), 0, target_buffer);
     for (int64_t c = 0; c < size(0); c += LANES) {
       const Vec x = student(c), y = target(c);
       at_amaxs = x > amaxs ? y : at_amaxs;
@@ -199,7 +199,7 @@ class Row : Blocks {
   template <bool P, bool D, typename Target>
   bool look_at_both(int64_t b, Peak& of_student, Peak& of_target, float& at_peak, Target target_logits) {
     const int64_t start = b * block, end = padded(b);
-    const Reader<1> logits = student_logits(b);
+    const One logits = student_logits(b);
     const float amax = of_student.reference, tmax = of_target.reference, ref = at_peak - tmax;
     ahead.clear();
     const int64_t streams = asked.size() + 1;
@@ -241,13 +241,13 @@ class Row : Blocks {
   // Of the first block.
   float maximum(const Source& s) {
     Vec maxs = all(NOTHING);
-    const Reader<1> logits = one(s, 0, target_buffer);
+    const One logits = one(s, 0, target_buffer);
     for (int64_t c = 0; c < size(0); c += LANES) maxs = larger(logits(c), maxs);
     return largest(maxs);
   }
 
   bool exponentials(const Source& s, int64_t b, float above, Peak& peak, float* out, Block& made) {
-    const Reader<1> logits = one(s, b, target_buffer);
+    const One logits = one(s, b, target_buffer);
     const int64_t start = b * block, end = padded(b);
     const Ahead fetch(s, start, columns, 1);
     const float max = peak.reference;
@@ -312,14 +312,14 @@ class Row : Blocks {
     relate(target, of[MAX]);
     if (given) return;
     of[SUM] = total(target);
-    if (wants_gaps()) of[GAP_S] = gap_to(s, of[MAX]);
+    if (j.teacher_columns > 2) of[GAP_S] = j.gaps ? gap_to(s, of[MAX]) : 0;
   }
 
   // Σ exp(u) (u - v) of student u and teacher v, both relative to their maxima.
   double gap_to(const Source& s, double max) {
     const float ref = blocks ? logit(s, likeliest) - logit(own, likeliest) : 0.f;
     for (int64_t b = 0; b < blocks; ++b) {
-      const Reader<1> student_at = student_logits(b), teacher_at = one(s, b, target_buffer);
+      const One student_at = student_logits(b), teacher_at = one(s, b, target_buffer);
       const float* qb = q.at(b * block);
       Vec g{};
       for (int64_t c = 0; c < size(b); c += LANES) g -= load(qb + c) * ((teacher_at(c) - student_at(c)) - ref);
@@ -349,7 +349,7 @@ class Row : Blocks {
     double all_blocks = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const float max = student[b].max;
-      const Reader<1> logits = student_logits(b);
+      const One logits = student_logits(b);
       Vec s{};
       for (int64_t c = 0; c < size(b); c += LANES) s += fast_exp((logits(c) - max) * ratio);
       all_blocks += sum(s) * std::exp((max - stats[S_MAX]) * j.sampler_ratio);
@@ -400,7 +400,7 @@ class Row : Blocks {
   Sums average_probabilities(int64_t b, float* pb, float* db) {
     const bool far = average(b, pb) < 1e-30f;
     const int64_t end = padded(b);
-    const Reader<1> logits = student_logits(b);
+    const One logits = student_logits(b);
     const float* qb = q.at(b * block);
     const float smax = (float)stats[S_MAX], over = over_p;
     Vec first{}, reverse{};
@@ -441,7 +441,7 @@ class Row : Blocks {
       for (size_t i = 0; i < asked.size(); ++i) {
         const double* of = teacher_stats(asked[i].teacher);
         const float max = (float)of[MAX], share = (float)(std::log((double)weight(asked[i].teacher)) - std::log(of[SUM]) - less);
-        const Reader<1> logits = one(asked[i], b, target_buffer);
+        const One logits = one(asked[i], b, target_buffer);
         for (int64_t c = 0; c < padded(b); c += LANES) {
           const Vec x = (logits(c) - max) + share;
           if (pass == 0) store(most + c, larger(x, i ? load(most + c) : all(NOTHING)));
@@ -503,7 +503,7 @@ class Row : Blocks {
 
   void gradient() {
     for (int64_t b = 0; b < blocks && !at_once(); ++b) gradient(b, p.at(b * block));
-    std::memset(own.row + width * own.size, 0, (j.columns - width) * own.size);
+    if (j.columns > width) std::memset(own.row + width * own.size, 0, (j.columns - width) * own.size);
   }
 
   void gradient(int64_t b, const float* pb) {

@@ -79,7 +79,7 @@ class Asked:
 
     @property
     def teacher_columns(self) -> int:
-        """Columns of one teacher: the last of three is for its KL, asked for, or a help against rounding in JSD."""
+        """Columns of one teacher: the last of three is for its KL, where asked for, and Triton's JSD."""
         return 3 if self.by_teacher or (self.is_probs and self.kind == "jsd") else 2
 
     @property

@@ -57,9 +57,16 @@ struct Source {
   }
 };
 
-// Of a block: the sum of N rows in fp32, each times a factor.
+// A block of one row.
+struct One {
+  const float* from;
+
+  Vec operator()(int64_t column) const { return load(from + column); }
+};
+
+// A block of the sum of N rows, each times its factor.
 template <int N>
-struct Reader {
+struct Sum {
   const float* from[N];
   float factor[N];
 
@@ -93,23 +100,26 @@ class Blocks {
   int64_t size(int64_t b) const { return b + 1 < blocks ? block : width - b * block; }
   int64_t padded(int64_t b) const { return (size(b) + LANES - 1) / LANES * LANES; }
 
-  // Whether the block can be read where it is.
-  bool is_direct(const Source* from, int64_t count, int64_t b) const {
-    bool all = size(b) % LANES == 0;
-    for (int64_t i = 0; i < count; ++i) all = all && from[i].size == 4;
-    return all;
+  // The block of one row times its factor. The product goes through memory: rounded once, it is 0 where its maximum is
+  // subtracted, which a multiplication joined with the subtraction is not.
+  One one(const Source& s, int64_t b, float* buffer) const {
+    if (s.factor == 1.f && are_direct(&s, 1, b)) return {(const float*)s.row + b * block};
+    return gathered(&s, 1, b, buffer);
   }
 
-  template <int N>
-  Reader<N> direct(const Source* from, int64_t b) const {
-    Reader<N> reader;
-    for (int i = 0; i < N; ++i)
-      reader.from[i] = (const float*)from[i].row + b * block, reader.factor[i] = from[i].factor;
-    return reader;
+  // Calls `work` with what reads the block of the sum of several.
+  template <typename Work>
+  auto read(const std::vector<Source>& from, int64_t b, float* buffer, Work work) const {
+    const int64_t count = are_direct(from.data(), from.size(), b) ? from.size() : 0;
+    if (count == 1) return work(one(from[0], b, buffer));
+    if (count == 2) return work(direct<2>(from.data(), b));
+    if (count == 3) return work(direct<3>(from.data(), b));
+    if (count == 4) return work(direct<4>(from.data(), b));
+    return work(gathered(from.data(), from.size(), b, buffer));
   }
 
   // The block of the sum, with PADDING behind the last column.
-  Reader<1> gathered(const Source* from, int64_t count, int64_t b, float* to) const {
+  One gathered(const Source* from, int64_t count, int64_t b, float* to) const {
     const int64_t whole = size(b) / LANES * LANES, left = size(b) - whole;
     Vec last{};
     for (int64_t i = 0; i < count; ++i) {
@@ -122,22 +132,22 @@ class Blocks {
     }
     if (left) store(to + whole, last);
     for (int64_t c = size(b); c < padded(b); ++c) to[c] = PADDING;
-    return {{to}, {1.f}};
+    return {to};
   }
 
-  Reader<1> one(const Source& s, int64_t b, float* buffer) const {
-    return is_direct(&s, 1, b) ? direct<1>(&s, b) : gathered(&s, 1, b, buffer);
+ private:
+  // Whether the block can be read where it is, in whole vectors of fp32.
+  bool are_direct(const Source* from, int64_t count, int64_t b) const {
+    bool all = size(b) % LANES == 0;
+    for (int64_t i = 0; i < count; ++i) all = all && from[i].size == 4;
+    return all;
   }
 
-  // Calls `work` with what reads the block's sum.
-  template <typename Work>
-  auto read(const std::vector<Source>& from, int64_t b, float* buffer, Work work) const {
-    const int64_t count = is_direct(from.data(), from.size(), b) ? from.size() : 0;
-    if (count == 1) return work(direct<1>(from.data(), b));
-    if (count == 2) return work(direct<2>(from.data(), b));
-    if (count == 3) return work(direct<3>(from.data(), b));
-    if (count == 4) return work(direct<4>(from.data(), b));
-    return work(gathered(from.data(), from.size(), b, buffer));
+  template <int N>
+  Sum<N> direct(const Source* from, int64_t b) const {
+    Sum<N> sum;
+    for (int i = 0; i < N; ++i) sum.from[i] = (const float*)from[i].row + b * block, sum.factor[i] = from[i].factor;
+    return sum;
   }
 };
 

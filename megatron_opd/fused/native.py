@@ -58,7 +58,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "width", "columns")),
         *(
             (name, ctypes.c_int64)
-            for name in ("kind", "probs", "first_teacher", "teacher_columns", "phases", "threads")
+            for name in ("kind", "probs", "first_teacher", "teacher_columns", "gaps", "phases", "threads")
         ),
         *((name, ctypes.c_int64) for name in ("num_teachers", "num_stats")),
         *((name, ctypes.c_double) for name in ("beta", "inv_t", "sampler_ratio")),
@@ -113,7 +113,7 @@ class Native(Reference):
             rows=rows.num_rows, width=rows.width, columns=rows.student_RL.shape[1],
             kind=_KINDS[asked.kind], probs=asked.is_probs, teacher_columns=asked.teacher_columns,
             first_teacher=asked.first_teacher if asked.has_teachers else 0,
-            phases=phases, threads=torch.get_num_threads(),
+            gaps=asked.by_teacher, phases=phases, threads=torch.get_num_threads(),
             num_teachers=len(rows.teachers), num_stats=asked.num_stats,
             beta=asked.beta, inv_t=1 / asked.temperature, sampler_ratio=asked.sampler_ratio,
             student=_Matrix.of(rows.student_RL), teachers=teachers,

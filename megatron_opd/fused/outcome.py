@@ -34,7 +34,8 @@ class Outcome:
     reverse_kl_R: torch.Tensor
     """KL(student || target)."""
     teachers_RN: torch.Tensor | None
-    """KL(student || teacher), NaN where a teacher was not asked; None where `by_teacher` was not."""
+    """KL(student || teacher), NaN where a teacher was not asked, infinite where it rules a token out; None where
+    `by_teacher` was not."""
     student_R: torch.Tensor | None
     """Log-probability of the sampled token under the student; None where no tokens were given, like the next two."""
     target_R: torch.Tensor | None
@@ -42,7 +43,8 @@ class Outcome:
     sampler_R: torch.Tensor | None
     """The same under the student at the sampling temperature, if one was given, else at the loss's."""
     is_bad_R: torch.Tensor
-    """Whether logits of the student, or of a teacher that was asked, are NaN or infinite (bool)."""
+    """Whether logits of the student, or of a teacher that was asked, are NaN or infinite (bool). A token that some of
+    several teachers with averaged probabilities rule out (-inf) does not count."""
 
     def sampled(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities of the sampled tokens, where they were given: `student_R`, `target_R`, `sampler_R`."""
@@ -93,7 +95,7 @@ def outcome(
     else:
         loss_R = sums_R3[:, FIRST]
     assert loss_R is not None
-    is_bad_R = ~(stats_RK.isfinite().all(-1) & loss_R.isfinite())
+    is_bad_R = ~(_is_finite(asked, stats_RK) & loss_R.isfinite() & reverse_R.isfinite())
     teachers_RN = None
     if asked.by_teacher:
         teachers_RN = reverse_R[:, None]
@@ -104,6 +106,15 @@ def outcome(
         teachers_RN = teachers_RN.masked_fill(weights_RN == 0, math.nan)
     found = _sampled(asked, weights_RN, stats_RK, sampled) if sampled is not None else (None, None, None)
     return Outcome(loss_R.masked_fill(is_bad_R, math.nan), reverse_R, teachers_RN, *found, is_bad_R)
+
+
+def _is_finite(asked: Asked, stats_RK: torch.Tensor) -> torch.Tensor:
+    """Of the statistics that the loss depends on, [R]. A teacher that rules a token out is infinitely far from a
+    student that does not, yet its average with others is not."""
+    is_finite_RK = stats_RK.isfinite()
+    if asked.teacher_columns > 2:
+        is_finite_RK[:, [i + GAP_S - T_MAX for i in asked.teachers_at]] = True
+    return is_finite_RK.all(-1)
 
 
 def _log_normalisers(asked: Asked, stats_RK: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,17 @@ def test_one_of_several_teachers_is_not_finite(value):
             distillation_loss(S.clone(), [wrong, P[1]], ensemble=ensemble)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_one_of_several_teachers_rules_a_token_out(beta, backend):
+    without = P[0].clone()
+    without[1, 3] = -float("inf")
+    settings = {"beta": beta, "ensemble": "probs", "backend": backend}
+    assert distillation_loss(S.clone(), [without, P[1]], **settings).isfinite()
+    with pytest.raises(NonFiniteLogits, match="token 1"):  # which the student may not
+        distillation_loss(without.clone(), P, **settings)
+
+
 def test_overwritten_logits_cannot_be_used_by_mistake():
     leaf = S.clone().requires_grad_()
     logits = leaf.exp()  # which keeps its result for the backward pass
