@@ -139,7 +139,7 @@ class Row : Blocks {
     const int64_t at = j.index ? j.index[n] : n, size = m.is_bf16 ? 2 : 4;
     const int64_t next = n + 1 >= j.rows ? at : j.index ? j.index[n + 1] : n + 1;
     char* data = (char*)m.data;
-    return {data + at * m.stride * size, size, teacher, factor, data + next * m.stride * size};
+    return {data + at * m.stride * size, size, teacher, factor, data + next * m.stride * size, LEAD};
   }
 
   // In the order in which they are read: averages of probabilities one row after the other, averages of logits at once.
@@ -149,7 +149,11 @@ class Row : Blocks {
     asked.clear();
     for (int64_t k = 0; k < j.num_teachers; ++k)
       if (weight(k) != 0.f) asked.push_back(source(j.teachers[k], k, j.probs ? inv_t : weight(k) * inv_t));
-    if (!j.probs || asked.empty()) return;
+    if (!j.probs) {
+      for (Source& s : asked) s.lead /= asked.size() + 1;
+      own.lead /= asked.size() + 1;
+      return;
+    }
     asked.back().then = own.then;
     for (size_t i = 0; i + 1 < asked.size(); ++i) asked[i].then = asked[i + 1].row;
     own.then = asked[0].row;
@@ -198,17 +202,13 @@ class Row : Blocks {
 
   template <bool P, bool D, typename Target>
   bool look_at_both(int64_t b, Peak& of_student, Peak& of_target, float& at_peak, Target target_logits) {
-    const int64_t start = b * block, end = padded(b);
+    const int64_t end = padded(b);
     const One logits = student_logits(b);
     const float amax = of_student.reference, tmax = of_target.reference, ref = at_peak - tmax;
-    ahead.clear();
-    const int64_t streams = asked.size() + 1;
-    ahead.emplace_back(own, start, columns, streams);
-    for (const Source& s : asked) ahead.emplace_back(s, start, columns, streams);
     Vec amaxs = all(NOTHING), tmaxs = all(NOTHING), at_amaxs = all(NOTHING), s1{}, s2{}, g1{}, g2{};
     float *qb = q.at(b * block), *pb = P ? p.at(b * block) : nullptr, *db = D ? d.at(b * block) : nullptr;
     for (int64_t c = 0; c < end; c += LANES) {
-      for (const Ahead& fetch : ahead) fetch(c);
+      logits.ask(c), target_logits.ask(c);
       const Vec l = logits(c), z = target_logits(c);
       at_amaxs = l > amaxs ? z : at_amaxs;
       amaxs = larger(l, amaxs), tmaxs = larger(z, tmaxs);
@@ -248,12 +248,11 @@ class Row : Blocks {
 
   bool exponentials(const Source& s, int64_t b, float above, Peak& peak, float* out, Block& made) {
     const One logits = one(s, b, target_buffer);
-    const int64_t start = b * block, end = padded(b);
-    const Ahead fetch(s, start, columns, 1);
+    const int64_t end = padded(b);
     const float max = peak.reference;
     Vec maxs = all(NOTHING), sums{};
     for (int64_t c = 0; c < end; c += LANES) {
-      fetch(c);
+      logits.ask(c);
       const Vec x = logits(c), y = fast_exp(x - max);
       maxs = larger(x, maxs);
       store(out + c, y);
@@ -417,7 +416,7 @@ class Row : Blocks {
   float average(int64_t b, float* pb) {
     shares.clear();
     for (size_t i = 0; i < asked.size(); ++i)
-      shares.push_back({(char*)each.at(i * columns), 4, asked[i].teacher, factor[b * j.num_teachers + i], nullptr});
+      shares.push_back({(char*)each.at(i * columns), 4, asked[i].teacher, factor[b * j.num_teachers + i], nullptr, 0});
     const int64_t whole = size(b) / LANES * LANES;
     float smallest = read(shares, b, target_buffer, [&](auto share) {
       Vec least = all(1.f);
@@ -539,7 +538,6 @@ class Row : Blocks {
   }
 
   std::vector<Source> shares;
-  std::vector<Ahead> ahead;
   std::vector<Block> kept, kept_student;
 };
 

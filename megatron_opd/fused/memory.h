@@ -1,6 +1,6 @@
 // Rows of logits in memory: where they are, how a block of them is read, and how it is asked for in time.
 //
-// Memory is as slow as the arithmetic. A loop that reads logits therefore asks for later ones with every vector (`Ahead`);
+// Memory is as slow as the arithmetic. A loop that reads logits therefore asks for later ones with every vector (`ask`);
 // asked for in bursts, they would keep the processor from everything else.
 
 #pragma once
@@ -43,6 +43,7 @@ struct Source {
   int64_t teacher;
   float factor;  // weight / temperature, or 1 / temperature
   const char* then;
+  int64_t lead;  // columns from what is read to what is asked for
 
   Vec at(int64_t column) const {
     const char* from = row + column * size;
@@ -55,19 +56,26 @@ struct Source {
     std::memcpy(last, row + column * size, count * size);
     return size == 2 ? load_bf16(last) : load((const float*)last);
   }
+
+  // What is to be asked for when `column` of `columns` is read.
+  const char* ahead(int64_t column, int64_t columns) const {
+    column += lead;
+    return column < columns ? row + column * size : then + (column - columns) * size;
+  }
 };
 
-// A block of one row.
+// A block of one row, and what is asked for meanwhile.
 struct One {
-  const float* from;
+  const float *from, *later;
 
   Vec operator()(int64_t column) const { return load(from + column); }
+  void ask(int64_t column) const { __builtin_prefetch(later + column); }
 };
 
 // A block of the sum of N rows, each times its factor.
 template <int N>
 struct Sum {
-  const float* from[N];
+  const float *from[N], *later[N];
   float factor[N];
 
   Vec operator()(int64_t column) const {
@@ -75,18 +83,9 @@ struct Sum {
     for (int i = 1; i < N; ++i) x += load(from[i] + column) * factor[i];
     return x;
   }
-};
-
-// Asks for the logits that are wanted LEAD columns from a block's on, in this row or the next one.
-struct Ahead {
-  const char* from;
-  int64_t size;
-
-  Ahead(const Source& s, int64_t column, int64_t row_columns, int64_t streams) : size(s.size) {
-    column += LEAD / streams;
-    from = column < row_columns ? s.row + column * size : s.then + (column - row_columns) * size;
+  void ask(int64_t column) const {
+    for (int i = 0; i < N; ++i) __builtin_prefetch(later[i] + column);
   }
-  void operator()(int64_t column) const { __builtin_prefetch(from + column * size); }
 };
 
 // A row's columns, some at a time.
@@ -103,8 +102,8 @@ class Blocks {
   // The block of one row times its factor. The product goes through memory: rounded once, it is 0 where its maximum is
   // subtracted, which a multiplication joined with the subtraction is not.
   One one(const Source& s, int64_t b, float* buffer) const {
-    if (s.factor == 1.f && are_direct(&s, 1, b)) return {(const float*)s.row + b * block};
-    return gathered(&s, 1, b, buffer);
+    if (s.factor != 1.f || !are_direct(&s, 1, b)) return gathered(&s, 1, b, buffer);
+    return {(const float*)s.row + b * block, (const float*)s.ahead(b * block, columns)};
   }
 
   // Calls `work` with what reads the block of the sum of several.
@@ -124,7 +123,9 @@ class Blocks {
     Vec last{};
     for (int64_t i = 0; i < count; ++i) {
       const Source s = from[i];
+      const char* later = s.ahead(b * block, columns);
       for (int64_t c = 0; c < whole; c += LANES) {
+        __builtin_prefetch(later + c * s.size);
         const Vec x = s.at(b * block + c) * s.factor;
         store(to + c, i ? load(to + c) + x : x);
       }
@@ -132,7 +133,7 @@ class Blocks {
     }
     if (left) store(to + whole, last);
     for (int64_t c = size(b); c < padded(b); ++c) to[c] = PADDING;
-    return {to};
+    return {to, to};
   }
 
  private:
@@ -146,7 +147,10 @@ class Blocks {
   template <int N>
   Sum<N> direct(const Source* from, int64_t b) const {
     Sum<N> sum;
-    for (int i = 0; i < N; ++i) sum.from[i] = (const float*)from[i].row + b * block, sum.factor[i] = from[i].factor;
+    for (int i = 0; i < N; ++i) {
+      sum.from[i] = (const float*)from[i].row + b * block, sum.factor[i] = from[i].factor;
+      sum.later[i] = (const float*)from[i].ahead(b * block, columns);
+    }
     return sum;
   }
 };
