@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t MOST = 1024;     // columns of a block
-constexpr int64_t LEAD = 3072;     // logits asked for and not yet looked at; more would drive each other from the fastest cache
+constexpr int64_t LEAD = 2560;     // logits asked for and not yet looked at; more would drive each other from the fastest cache
 constexpr float PADDING = -2e30f;  // as a logit: its exponential is 0 even beside a maximum of NOTHING
 
 struct Matrix {  // rows of logits, `stride` values apart
