@@ -67,8 +67,8 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_no_process(submit, cluster, tmp
 
 
 def test_a_killed_node_requeues(submit, cluster, tmp_path, whole):
-    # Without GPUs: Slurm 22.05 forgets those of a requeued job when one of its nodes goes down. It also miscounts those of
-    # the nodes that the job went on with, and then preempts nobody there: so this is the last test here.
+    # Without GPUs: Slurm 22.05 forgets those of a requeued job when one of its nodes goes down. It also miscounts those
+    # of the nodes that the job went on with, and then preempts nobody there: so this is the last test here.
     job = submit("opd_70b_to_8b.sh", *ONE_TEACHER, options=["--gpus-per-node=0"], OPD_GPUS_PER_NODE="0")
     job.wait_for("step 3/", tmp_path / "run/train.log")
     cluster.kill_node("n2")
