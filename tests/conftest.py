@@ -1,10 +1,14 @@
 """Fixtures for tests that need several ranks; the file also puts this folder on the import path (`import ranks`)."""
 
+import signal
+
 import pytest
 import torch
 from ranks import Ranks
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs do, whose children then do so too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

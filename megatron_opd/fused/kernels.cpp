@@ -112,7 +112,7 @@ class Row : Blocks {
   std::vector<Block> student, target;
   double mass_p = 0;  // of the target on this shard, for averages of probabilities
   double log_s = 0, reference = 0, over_reference = 0;
-  float over_p = 0;
+  float over_p = 0;  // what makes p one where log p - log q is the reference and q largest
   alignas(64) float student_buffer[MOST], target_buffer[MOST], scratch[MOST], most[MOST], kept_p[MOST], kept_d[MOST];
 
   bool compared() const { return j.probs || j.kind == JSD; }
@@ -149,7 +149,7 @@ class Row : Blocks {
     asked.clear();
     for (int64_t k = 0; k < j.num_teachers; ++k)
       if (weight(k) != 0.f) asked.push_back(source(j.teachers[k], k, j.probs ? inv_t : weight(k) * inv_t));
-    if (!j.probs) {
+    if (!j.probs || asked.empty()) {
       for (Source& s : asked) s.lead /= asked.size() + 1;
       own.lead /= asked.size() + 1;
       return;
@@ -197,7 +197,9 @@ class Row : Blocks {
   // Whether the block has to be looked at again, with other references.
   template <bool P, bool D>
   bool look_at_both(int64_t b, Peak& of_student, Peak& of_target, float& at_peak) {
-    return read(asked, b, target_buffer, [&](auto target) { return look_at_both<P, D>(b, of_student, of_target, at_peak, target); });
+    return read(asked, b, target_buffer, [&](auto target_logits) {
+      return look_at_both<P, D>(b, of_student, of_target, at_peak, target_logits);
+    });
   }
 
   template <bool P, bool D, typename Target>
@@ -226,7 +228,7 @@ class Row : Blocks {
     return false;
   }
 
-  // Exponentials of one row, in `out`, or in `scratch` if that is null; what is in `made` afterwards is by block.
+  // Exponentials of one row, in `out` from `first` on, or in `scratch` if that is null; in `made` what a block's are.
   Peak exponentials(const Source& s, float above, Values* out, int64_t first, std::vector<Block>& made) {
     Peak peak;
     for (int64_t b = 0; b < blocks; ++b) {
