@@ -11,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t MOST = 1024;     // columns of a block
-constexpr int64_t LEAD = 2560;     // logits asked for and not yet looked at; more would drive each other from the fastest cache
+constexpr int64_t BLOCK = 512;     // columns; buffers for more would drive each other from the fastest cache
+constexpr int64_t LEAD = 2560;     // logits asked for and not yet looked at; the same
 constexpr float PADDING = -2e30f;  // as a logit: its exponential is 0 even beside a maximum of NOTHING
 
 struct Matrix {  // rows of logits, `stride` values apart
@@ -72,11 +72,13 @@ struct One {
   void ask(int64_t column) const { __builtin_prefetch(later + column); }
 };
 
-// A block of the sum of N rows, each times its factor.
+// A block of the sum of N rows, each times its factor. It asks straight on, beyond the end of a row for what lies there,
+// which mostly is the next one: N addresses more would not fit into registers.
 template <int N>
 struct Sum {
-  const float *from[N], *later[N];
+  const float* from[N];
   float factor[N];
+  int64_t lead;
 
   Vec operator()(int64_t column) const {
     Vec x = load(from[0] + column) * factor[0];
@@ -84,52 +86,52 @@ struct Sum {
     return x;
   }
   void ask(int64_t column) const {
-    for (int i = 0; i < N; ++i) __builtin_prefetch(later[i] + column);
+    for (int i = 0; i < N; ++i) __builtin_prefetch(from[i] + column + lead);
   }
 };
 
 // A row's columns, some at a time.
 class Blocks {
  protected:
-  Blocks(int64_t width, int64_t block)
-      : width(width), block(block), blocks((width + block - 1) / block), columns(blocks * block) {}
+  explicit Blocks(int64_t width) : width(width), blocks((width + BLOCK - 1) / BLOCK), columns(blocks * BLOCK) {}
 
-  const int64_t width, block, blocks, columns;  // columns: of whole blocks
+  const int64_t width, blocks, columns;  // columns: of whole blocks
 
-  int64_t size(int64_t b) const { return b + 1 < blocks ? block : width - b * block; }
+  int64_t size(int64_t b) const { return b + 1 < blocks ? BLOCK : width - b * BLOCK; }
   int64_t padded(int64_t b) const { return (size(b) + LANES - 1) / LANES * LANES; }
 
   // The block of one row times its factor. The product goes through memory: rounded once, it is 0 where its maximum is
   // subtracted, which a multiplication joined with the subtraction is not.
   One one(const Source& s, int64_t b, float* buffer) const {
     if (s.factor != 1.f || !are_direct(&s, 1, b)) return gathered(&s, 1, b, buffer);
-    return {(const float*)s.row + b * block, (const float*)s.ahead(b * block, columns)};
+    return direct(s, b);
   }
 
-  // Calls `work` with what reads the block of the sum of several.
+  // Calls `work` with what makes a reader of a block of the sum of several, and with the block up to which it can.
   template <typename Work>
   auto read(const std::vector<Source>& from, int64_t b, float* buffer, Work work) const {
     const int64_t count = are_direct(from.data(), from.size(), b) ? from.size() : 0;
-    if (count == 1) return work(one(from[0], b, buffer));
-    if (count == 2) return work(direct<2>(from.data(), b));
-    if (count == 3) return work(direct<3>(from.data(), b));
-    if (count == 4) return work(direct<4>(from.data(), b));
-    return work(gathered(from.data(), from.size(), b, buffer));
+    const int64_t last = size(blocks - 1) % LANES ? blocks - 1 : blocks;
+    if (count == 1 && from[0].factor == 1.f) return work([&](int64_t at) { return direct(from[0], at); }, last);
+    if (count == 2) return work([&](int64_t at) { return direct<2>(from.data(), at); }, last);
+    if (count == 3) return work([&](int64_t at) { return direct<3>(from.data(), at); }, last);
+    if (count == 4) return work([&](int64_t at) { return direct<4>(from.data(), at); }, last);
+    return work([&](int64_t at) { return gathered(from.data(), from.size(), at, buffer); }, blocks);
   }
 
   // The block of the sum, with PADDING behind the last column.
-  One gathered(const Source* from, int64_t count, int64_t b, float* to) const {
+  __attribute__((noinline)) One gathered(const Source* from, int64_t count, int64_t b, float* to) const {
     const int64_t whole = size(b) / LANES * LANES, left = size(b) - whole;
     Vec last{};
     for (int64_t i = 0; i < count; ++i) {
       const Source s = from[i];
-      const char* later = s.ahead(b * block, columns);
+      const char* later = s.ahead(b * BLOCK, columns);
       for (int64_t c = 0; c < whole; c += LANES) {
         __builtin_prefetch(later + c * s.size);
-        const Vec x = s.at(b * block + c) * s.factor;
+        const Vec x = s.at(b * BLOCK + c) * s.factor;
         store(to + c, i ? load(to + c) + x : x);
       }
-      if (left) last += s.at(b * block + whole, left) * s.factor;
+      if (left) last += s.at(b * BLOCK + whole, left) * s.factor;
     }
     if (left) store(to + whole, last);
     for (int64_t c = size(b); c < padded(b); ++c) to[c] = PADDING;
@@ -144,12 +146,16 @@ class Blocks {
     return all;
   }
 
+  One direct(const Source& s, int64_t b) const {
+    return {(const float*)s.row + b * BLOCK, (const float*)s.ahead(b * BLOCK, columns)};
+  }
+
   template <int N>
   Sum<N> direct(const Source* from, int64_t b) const {
     Sum<N> sum;
+    sum.lead = from[0].lead;
     for (int i = 0; i < N; ++i) {
-      sum.from[i] = (const float*)from[i].row + b * block, sum.factor[i] = from[i].factor;
-      sum.later[i] = (const float*)from[i].ahead(b * block, columns);
+      sum.from[i] = (const float*)from[i].row + b * BLOCK, sum.factor[i] = from[i].factor;
     }
     return sum;
   }

@@ -48,54 +48,66 @@ inline void store_bf16(void* to, Vec x) {  // to nearest, ties to even
   std::memcpy(to, &half, sizeof half);
 }
 
+typedef double Wide __attribute__((vector_size(LANES * 8)));
+
+inline Wide wide(Vec x) { return __builtin_convertvector(x, Wide); }
+
 // The larger of each pair; a NaN of x is passed over.
 inline Vec larger(Vec x, Vec than) { return x > than ? x : than; }
 inline Vec smaller(Vec x, Vec than) { return x < than ? x : than; }
 
-template <int N>
+template <typename T, int N>
 struct Part {
-  typedef float Vec __attribute__((vector_size(N * 4)));
+  typedef T Vector __attribute__((vector_size(N * sizeof(T))));
 };
 
-// One value of all, by folding the vector. `sum` and `largest` are not inlined: who adds up would keep its vector in memory.
-template <int N, typename Fold>
-inline float folded(typename Part<N>::Vec x, Fold fold) {
+// One value of all N, by folding the vector.
+template <typename T, int N, typename Fold>
+inline T folded(const typename Part<T, N>::Vector& x, Fold fold) {
   if constexpr (N == 1) {
     return x[0];
   } else {
-    typename Part<N / 2>::Vec low, high;
+    typename Part<T, N / 2>::Vector low, high;
     std::memcpy(&low, &x, sizeof low);
     std::memcpy(&high, (const char*)&x + sizeof low, sizeof high);
-    return folded<N / 2>(fold(low, high), fold);
+    return folded<T, N / 2>(fold(low, high), fold);
   }
 }
 
+// These are not inlined: who adds up would keep its vector in memory.
 __attribute__((noinline)) float sum(Vec x) {
-  return folded<LANES>(x, [](auto low, auto high) { return low + high; });
+  return folded<float, LANES>(x, [](auto low, auto high) { return low + high; });
 }
 
 __attribute__((noinline)) float largest(Vec x) {
-  return folded<LANES>(x, [](auto low, auto high) { return low > high ? low : high; });
+  return folded<float, LANES>(x, [](auto low, auto high) { return low > high ? low : high; });
 }
 
-// The polynomials are evaluated by pairs of their terms: fewer operations wait for one another than in Horner's form.
+inline double sum(const Wide& x) {
+  return folded<double, LANES>(x, [](auto low, auto high) { return low + high; });
+}
 
-// exp for x <= 0 or a little above, 1 ulp; 0 below -87; NaN stays NaN.
-inline Vec fast_exp(Vec x) {
-  const Vec shifted = x * 1.44269504f + 12582912.f;  // rounds to the nearest integer in the low bits
-  const Vec n = shifted - 12582912.f;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f, r2 = r * r;
-  const Vec p0 = r * 1.6666665459e-1f + 5.0000001201e-1f;
-  const Vec p2 = r * 8.3334519073e-3f + 4.1665795894e-2f;
-  const Vec p4 = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  const Vec less_one = ((p4 * r2 + p2) * r2 + p0) * r2 + r;
-  const Vec scale = (Vec)(((Bits)shifted << 23) + 0x3f800000u);
-  const Vec y = less_one * scale + scale;
+// Whether any lane of a comparison's result is true.
+inline bool any(Ints x) {
+  return folded<int32_t, LANES>(x, [](auto low, auto high) { return low | high; });
+}
+
+// exp for x <= 0 or a little above; 0 below -87; NaN stays NaN. Within 1 ulp and 1.3e-8 of |x|, by which fp32 misses
+// log2(e): less than what the subtraction that made x has cost, and the same for a row's every column.
+inline __attribute__((always_inline)) Vec fast_exp(Vec x) {
+  const float log2e = 1.44269504f, rounder = 12582912.f + 127;  // to the nearest integer, in the low bits, plus fp32's bias
+  const Vec shifted = x * log2e + rounder;
+  const Vec r = x * log2e - (shifted - rounder), r2 = r * r;
+  const Vec p0 = r * 6.9314718e-1f + 1.f;
+  const Vec p2 = r * 5.5503320e-2f + 2.4022648e-1f;
+  const Vec p4 = r * 1.3399004e-3f + 9.6184388e-3f;
+  const Vec y = (((r2 * 1.5353257e-4f + p4) * r2 + p2) * r2 + p0) * (Vec)((Bits)shifted << 23);
   return x < -87.f ? Vec{} : y;
 }
 
-// log, 1 ulp; that of the smallest normal number for anything below it.
-inline Vec fast_log(Vec x) {
+// log, 1 ulp; that of the smallest normal number for anything below it. The polynomial by pairs of its terms: fewer
+// operations wait for one another than in Horner's form.
+inline __attribute__((always_inline)) Vec fast_log(Vec x) {
   x = TINY > x ? all(TINY) : x;  // a NaN stays
   const Bits bits = (Bits)x - 0x3f3504f3u;  // mantissas from sqrt(1/2) to sqrt(2)
   const Vec e = __builtin_convertvector((Ints)bits >> 23, Vec);

@@ -42,9 +42,9 @@ def test_widths(width):
         check(case, student, teachers, close=1e-7 if width == 1 else None)
 
 
-@pytest.mark.parametrize("order", ["rising", "falling", "late peaks", "apart"])
+@pytest.mark.parametrize("order", ["rising", "falling", "late peaks", "apart", "a little each block", "teachers only"])
 def test_orders(order):
-    """Exponentials are relative to the largest logit so far: here each block has a larger one, or the last by far.
+    """Exponentials are relative to a large logit met before: here each block has a larger one, or the last by far.
     Logits of 150 are themselves known to 8e-6 only."""
     for case in KINDS:
         student, *teachers = rows(2600)
@@ -53,10 +53,55 @@ def test_orders(order):
         elif order == "late peaks":
             student[:, 2599] = 60.0
             teachers[0][:, 2570], teachers[1][:, 3] = 70.0, 50.0
+        elif order == "a little each block":  # too little for another look
+            for n, column in enumerate(range(300, 2600, 512)):
+                student[:, column] = 12 + 0.3 * n
+        elif order == "teachers only":
+            for n, column in enumerate(range(300, 2600, 512)):
+                teachers[0][:, column], teachers[1][:, column] = 12.0 + 20 * n, 12.0 + 15 * n
         else:  # between blocks more than exponentials hold
             for n, x in enumerate((student, *teachers)):
                 x[:, 512 * n : 512 * (n + 1)] += 150.0 if n else 120.0
         check(case, student, teachers, close=5e-6)
+
+
+@pytest.mark.parametrize("column", [5, 700, 2599])
+@pytest.mark.parametrize("lead", [0.9, 10.0])
+def test_a_student_that_is_certain(column, lead):
+    """Its gradient is a small difference of large numbers. Before the certain token there is one nearly as likely
+    (0.9: it stays the reference), or one that is far less likely but large too."""
+    for case in KINDS:
+        student, *teachers = rows(2600, scale=1.0)
+        student[:, 2] = 30.0
+        student[:, column] = 30.0 + lead
+        check(case, student, teachers)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_know_of_each_other(threads, dtype):
+    """A row's gradient may be made while the next one is read: it is, to the bit, what the row alone gets."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for case, width in itertools.product(KINDS, (530, 1040, 1047)):
+            student, *teachers = [x.to(dtype) for x in rows(width, num_rows=7)]
+            student[2:4] *= 5  # rows of several scales, one of them left out
+            mask = torch.tensor([1, 1, 1, 0, 1, 1, 1])
+            together = gradient_of(case, student, teachers, mask)
+            for n in range(7):
+                alone = gradient_of(case, student[n : n + 1], [t[n : n + 1] for t in teachers], torch.ones(1))
+                assert torch.equal(together[n], alone[0] * mask[n]), (case, width, n)
+    finally:
+        torch.set_num_threads(kept)
+
+
+def gradient_of(case, student, teachers, mask):
+    """Of the sum over tokens."""
+    leaf = student.clone().requires_grad_()
+    settings = case.settings | {"mask": mask, "reduction": "none", "backend": "native"}
+    api.distillation_loss(leaf * 1, teachers, **settings).sum().backward()
+    return leaf.grad
 
 
 @pytest.mark.parametrize("num_teachers", [1, 3, 5, 7])
