@@ -6,7 +6,7 @@
     python tools/bench_loss.py --device cuda --json h100.json    # a GPU: builds, tests, measures, in a single call
 
 TRL 1.16.0 and Liger 0.8.5 are measured where they are installed. All methods of a comparison take turns in one process,
-on the same inputs, and the best of --rounds counts. Exits with 1 when a goal is missed.
+on the same inputs; a ratio is the median over rounds, a time the best one. Exits with 1 when a goal is missed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the best of N counts (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="at least N (default 5)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what others compile first (a minute)")
     parser.add_argument("--keep-memory", action="store_true", help="keep freed pages: times of the arithmetic alone")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")

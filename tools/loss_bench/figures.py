@@ -53,10 +53,10 @@ def on_gpu(rounds: int, peers: set[str]) -> Iterator[Figure]:
         ("KL, 4 teachers", 12.0, {"num_teachers": 4}),
     ):  # fmt: skip
         found = measure.times({"ours": methods.logits_call("ours", replace(shape, **changes))}, rounds)
-        yield Figure(f"logits, {name}", goal, found["ours"]["cuda_ms"], unit="ms", detail=found)
+        yield Figure(f"logits, {name}", goal, found.best()["ours"]["cuda_ms"], unit="ms", detail=found.best())
     call = methods.linear_call("ours", shape)
     products = methods.linear_call("bare products", shape)
-    found = measure.times({"ours": call, "bare products": products}, rounds)
+    found = measure.times({"ours": call, "bare products": products}, rounds).best()
     yield Figure("hidden states, forward KL", 67.0, found["ours"]["cuda_ms"], unit="ms", detail=found)
     extra = measure.peak_extra(call, "cuda") - shape.vocabulary * shape.d_student * (4 + 2)
     yield Figure("hidden states, peak beyond the head's gradient", 1.0, extra / 1e9, unit="GB")
@@ -64,8 +64,8 @@ def on_gpu(rounds: int, peers: set[str]) -> Iterator[Figure]:
         for name, beta, goal in (("KL", 0.0, 1.4), ("JSD", 0.5, 1.8)):
             pair = {m: methods.linear_call(m, replace(shape, beta=beta)) for m in ("ours", "TRL chunked")}
             found = measure.times(pair, rounds)
-            value = found["TRL chunked"]["cuda_ms"] / found["ours"]["cuda_ms"]
-            yield Figure(f"hidden states, {name}: faster than TRL chunked", goal, value, True, "x", found)
+            value = found.ratio("TRL chunked", "ours", "cuda_ms")
+            yield Figure(f"hidden states, {name}: faster than TRL chunked", goal, value, True, "x", found.best())
 
 
 def extra_bytes(form: str, method: str, shape: Shape) -> int:
@@ -83,7 +83,8 @@ def answer_memory(request: str) -> int:
     asked = json.loads(request)
     make: Callable[[str, Shape], Any] = {"logits": methods.logits_call, "linear": methods.linear_call}[asked["form"]]
     shape = Shape(**asked["shape"])
-    measure.times({"warm": make(asked["method"], replace(shape, tokens=16))}, 1)
+    prepare, work = make(asked["method"], replace(shape, tokens=16))
+    work(prepare())
     return measure.peak_extra(make(asked["method"], shape), shape.device)
 
 
@@ -109,8 +110,8 @@ def _against_gkd(shapes: list[Shape], rounds: int, peers: set[str]) -> Iterator[
             found = measure.times({m: methods.logits_call(m, replace(shape, beta=beta)) for m in names}, rounds)
             for method in names[1:]:
                 goal = (3.0 if loss != "JSD" else 6.0) if method == "TRL GKD" else 1.0
-                ratio = found[method]["cpu_ms"] / found["ours"]["cpu_ms"]
-                yield Figure(f"logits, {loss}, T={shape.tokens}: faster than {method}", goal, ratio, True, "x", found)
+                ratio, name = found.ratio(method, "ours"), f"logits, {loss}, T={shape.tokens}: faster than {method}"
+                yield Figure(name, goal, ratio, True, "x", found.best())
 
 
 def _memory_of_logits(tokens: int) -> Iterator[Figure]:
@@ -126,18 +127,16 @@ def _linear(shape: Shape, rounds: int, peers: set[str]) -> Iterator[Figure]:
     for loss, beta in _BETAS.items():
         all_of = replace(shape, beta=beta)
         found = measure.times({m: methods.linear_call(m, all_of) for m in names}, rounds)
-        ours = found["ours"]["cpu_ms"]
-        value = ours / found["bare products"]["cpu_ms"]
-        yield Figure(f"hidden states, {loss}: time / bare products", 1.25, value, unit="x", detail=found)
-        if "TRL chunked" in found:
-            value = found["TRL chunked"]["cpu_ms"] / ours
-            yield Figure(f"hidden states, {loss}: faster than TRL chunked", 2.0, value, True, "x", found)
+        value = found.ratio("ours", "bare products")
+        yield Figure(f"hidden states, {loss}: time / bare products", 1.25, value, unit="x", detail=found.best())
+        if "TRL chunked" in names:
+            value = found.ratio("TRL chunked", "ours")
+            yield Figure(f"hidden states, {loss}: faster than TRL chunked", 2.0, value, True, "x", found.best())
         half = replace(all_of, masked=True)
         found = measure.times({m: methods.linear_call(m, half) for m in names if m != "bare products"}, rounds)
         for method in [m for m in names if m.startswith("Liger")]:
-            value = found[method]["cpu_ms"] / found["ours"]["cpu_ms"]
             name = f"hidden states, {loss}, half masked: faster than {method}"
-            yield Figure(name, 1.5, value, True, "x", found)
+            yield Figure(name, 1.5, found.ratio(method, "ours"), True, "x", found.best())
 
 
 def _memory_of_linear(peers: set[str]) -> Iterator[Figure]:
@@ -161,7 +160,6 @@ def _added_teachers(shapes: list[Shape], rounds: int) -> Iterator[Figure]:
                     "four": methods.logits_call("ours", replace(one, num_teachers=4)),
                 }
                 found = measure.times(calls, rounds)
-                value = 100 * (found["four"]["cpu_ms"] / found["one"]["cpu_ms"] - 1) / 3
-                yield Figure(
-                    f"{ensemble}, {loss}, T={shape.tokens}: each added teacher", goal, value, unit="%", detail=found
-                )
+                value = 100 * (found.ratio("four", "one") - 1) / 3
+                name = f"{ensemble}, {loss}, T={shape.tokens}: each added teacher"
+                yield Figure(name, goal, value, unit="%", detail=found.best())

@@ -7,29 +7,44 @@ import ctypes
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
+_AT_LEAST_S = 3.0
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # as in malloc.h
 Call = tuple[Callable[[], Any], Callable[[Any], Any]]
 """Makes fresh arguments (not timed); does the work with them."""
 
 
-def times(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds by name: the best of `rounds`, in which all calls take turns, after one round to warm up."""
-    best: dict[str, dict[str, float]] = {}
-    for number in range(rounds + 1):
-        for name, (prepare, work) in calls.items():
-            arguments = prepare()
-            gc.collect()
-            found = _once(work, arguments)
-            del arguments
-            if number:
-                known = best.setdefault(name, found)
-                best[name] = {clock: min(known[clock], ms) for clock, ms in found.items()}
-    return best
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of every round, by call and clock."""
+
+    rounds: list[dict[str, dict[str, float]]]
+
+    def best(self) -> dict[str, dict[str, float]]:
+        """The best round of each call."""
+        first = self.rounds[0]
+        return {name: {c: min(r[name][c] for r in self.rounds) for c in first[name]} for name in first}
+
+    def ratio(self, of: str, to: str, clock: str = "cpu_ms") -> float:
+        """Time of one call over that of another, the median over rounds: a machine's slow moments last longer than a
+        round, so both have them."""
+        return median(r[of][clock] / r[to][clock] for r in self.rounds)
+
+
+def times(calls: dict[str, Call], rounds: int) -> Times:
+    """Times of all calls, which take turns: of `rounds`, or of as many as fit into some seconds where that are more,
+    after one to warm up."""
+    found: list[dict[str, dict[str, float]]] = []
+    start = time.perf_counter()
+    while len(found) <= rounds or time.perf_counter() - start < _AT_LEAST_S:
+        found.append({name: _once(*call) for name, call in calls.items()})
+    return Times(found[1:])
 
 
 def keep_memory() -> None:
@@ -46,7 +61,9 @@ def clock(device: str) -> str:
     return "cuda_ms" if device == "cuda" else "cpu_ms"
 
 
-def _once(work: Callable[[Any], Any], arguments: Any) -> dict[str, float]:
+def _once(prepare: Callable[[], Any], work: Callable[[Any], Any]) -> dict[str, float]:
+    arguments = prepare()
+    gc.collect()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
