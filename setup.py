@@ -24,8 +24,8 @@ setup(
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megatron_opd", "megatron_opd.*"]),
     package_data={
-        "megatron_opd.fused": ["*.cpp", "*.h"],  # compiled at first use
-        "megatron_opd.cluster": ["*.sh"],
+        "megatron_opd.loss.fused": ["*.cpp", "*.h"],  # compiled at first use
+        "megatron_opd.launch.slurm": ["*.sh"],
     },
     install_requires=[
         "torch>=2.6",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd import __version__
-from megatron_opd.arguments import Parser, add_config
-from megatron_opd.planner import command as planner
+from megatron_opd.config.arguments import Parser, add_config
+from megatron_opd.planner import options as planner
 
 _GRACE_S = 10.0
 """How long a rank that stops because of another one stays: launchers end everybody when the first rank exits, and the
@@ -112,16 +112,16 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megatron_opd import launch
+    from megatron_opd.launch import local
 
-    if launch.is_worker():
+    if local.is_worker():
         return _work(arguments)
     from megatron_opd.config.file import load
-    from megatron_opd.preflight import read_inputs
+    from megatron_opd.trainer.preflight import read_inputs
 
     config = load(arguments.config, arguments.overrides)
     read_inputs(config)  # every problem shows before anything is started
-    return launch.launch(config, [arguments.config, *arguments.overrides])
+    return local.launch(config, [arguments.config, *arguments.overrides])
 
 
 _OF_JOBS = {"gpus_per_node": None, "nodes": None, "sbatch": [], "setup": "", "steps": False}
@@ -135,30 +135,31 @@ def _refuse(arguments: argparse.Namespace, needed: str, defaults: Mapping[str, A
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    from megatron_opd import launch
-    from megatron_opd.cluster import command
     from megatron_opd.config.file import load
-    from megatron_opd.preflight import read_inputs
+    from megatron_opd.launch import local
+    from megatron_opd.launch.slurm import submit
+    from megatron_opd.trainer.preflight import read_inputs
 
     if not arguments.slurm:
         _refuse(arguments, "--slurm", _OF_JOBS)
     config = load(arguments.config, arguments.overrides)
     given = [arguments.config, *arguments.overrides]
     if arguments.slurm:
-        return command.slurm(config, given, arguments)
+        return submit.slurm(config, given, arguments)
     if arguments.dry_run:
-        print(*launch.plan(config, given), sep="\n")
+        print(*local.plan(config, given), sep="\n")
         return 0
     read_inputs(config)
-    return launch.launch(config, given, max_restarts=config.run.max_restarts)
+    return local.launch(config, given, max_restarts=config.run.max_restarts)
 
 
 def _work(arguments: argparse.Namespace) -> int:
     """One rank. Whatever goes wrong on all ranks alike is said once."""
-    from megatron_opd import launch, preemption
-    from megatron_opd.parallel import PeerError, lost_peer
+    from megatron_opd.core import preemption
+    from megatron_opd.core.parallel import PeerError, lost_peer
+    from megatron_opd.launch import local
 
-    launch.end_with_parent()
+    local.end_with_parent()
     # Python would notice a signal only after the collective that it waits in; the default action ends it at once.
     # Nothing is lost: what is saved is complete, and what is being saved is not a checkpoint yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -173,9 +174,9 @@ def _work(arguments: argparse.Namespace) -> int:
     except ValueError:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of every machine: each has its own files
             raise
-        return _after_the_others(launch.PEER_FAILED)
+        return _after_the_others(local.PEER_FAILED)
     cpu.enable()
-    from megatron_opd.train import train
+    from megatron_opd.trainer.loop import train
 
     try:
         train(config, notice)
@@ -186,13 +187,13 @@ def _work(arguments: argparse.Namespace) -> int:
         print(f"making room; {preempted}", file=sys.stderr, flush=True)
         return _after_the_others(preemption.EXIT_CODE)  # which launchers take for a failure of this rank
     except PeerError:
-        return _after_the_others(launch.PEER_FAILED)
+        return _after_the_others(local.PEER_FAILED)
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        _after_the_others(launch.PEER_FAILED)  # who ends this rank now also says what happened to the other
+        _after_the_others(local.PEER_FAILED)  # who ends this rank now also says what happened to the other
         print(f"error: rank {os.environ['RANK']} lost another rank: {error}", file=sys.stderr, flush=True)
-        return launch.PEER_FAILED
+        return local.PEER_FAILED
     finally:
         notice.close()
     return 0
@@ -207,14 +208,14 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return planner.run(arguments)
     _refuse(arguments, "--plan", planner.DEFAULTS)
-    from megatron_opd import launch
     from megatron_opd.config.file import dump, load
-    from megatron_opd.preflight import read_inputs
+    from megatron_opd.launch import local
+    from megatron_opd.trainer.preflight import read_inputs
 
     config = load(arguments.config, arguments.overrides)
     if arguments.settings_only:
         print("# models, tokenizers and data were not looked at")
-        print(*launch.plan(config, [arguments.config, *arguments.overrides]), sep="\n")
+        print(*local.plan(config, [arguments.config, *arguments.overrides]), sep="\n")
         return 0
     inputs = read_inputs(config)
     print(dump(config))
@@ -224,7 +225,7 @@ def _check(arguments: argparse.Namespace) -> int:
     for note in inputs.notes:
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
-    for process in launch.plan(config, [arguments.config, *arguments.overrides]):
+    for process in local.plan(config, [arguments.config, *arguments.overrides]):
         print(f"# {process}")
     return 0
 
@@ -233,12 +234,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megatron_opd.config.file import ConfigError, load
-    from megatron_opd.evaluate import Evaluator, means
-    from megatron_opd.preflight import check_model, read_inputs
-    from megatron_opd.report import print_grades
-    from megatron_opd.rollout.local import LocalEngine
-    from megatron_opd.run_dir import HF_EXPORT
-    from megatron_opd.tokenizer import load_tokenizer
+    from megatron_opd.core.run_dir import HF_EXPORT
+    from megatron_opd.models.tokenizer import load_tokenizer
+    from megatron_opd.rollout.embedded_engine import LocalEngine
+    from megatron_opd.tracking.report import print_grades
+    from megatron_opd.trainer.evaluate import Evaluator, means
+    from megatron_opd.trainer.preflight import check_model, read_inputs
 
     config = load(arguments.config, arguments.overrides)
     inputs = read_inputs(config)
@@ -258,21 +259,22 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from megatron_opd import launch, serve
     from megatron_opd.config.file import load
+    from megatron_opd.launch import local
+    from megatron_opd.sglang import serve
     from megatron_opd.sglang.keeper import Keeper
 
     config = load(arguments.config, arguments.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job step's end is an end like Ctrl-C
     try:
-        with serve.running(config, say=launch.say, only=arguments.only) as servers:
+        with serve.running(config, say=local.say, only=arguments.only) as servers:
             if not servers:
                 raise ValueError(
                     "this config starts no servers: rollout.engine and teachers.N.backend are not sglang,"
                     " or the servers have urls"
                 )
-            launch.say(f"{len(servers)} server(s) up; Ctrl-C ends them")
-            keeper = Keeper(servers, restarts=config.run.max_restarts, say=launch.say)
+            local.say(f"{len(servers)} server(s) up; Ctrl-C ends them")
+            keeper = Keeper(servers, restarts=config.run.max_restarts, say=local.say)
             while not keeper.lost():
                 time.sleep(1.0)
                 keeper.look()
@@ -284,7 +286,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_opd.report import report
+    from megatron_opd.tracking.report import report
 
     report(arguments.run_dir, console=Console())
     return 0

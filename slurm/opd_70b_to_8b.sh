@@ -26,10 +26,10 @@
 ##SBATCH --partition=...
 ##SBATCH --account=...
 #
-# ---- Edit there: the environment, at the top of megatron_opd/cluster/job.sh (or OPD_SETUP, OPD_CONTAINER outside).
+# ---- Edit there: the environment, at the top of megatron_opd/launch/slurm/job.sh (or OPD_SETUP, OPD_CONTAINER outside).
 cd "${OPD_HOME:-$SLURM_SUBMIT_DIR}" || exit 1
-# shellcheck source=megatron_opd/cluster/job.sh
-source megatron_opd/cluster/job.sh
+# shellcheck source=megatron_opd/launch/slurm/job.sh
+source megatron_opd/launch/slurm/job.sh
 
 case "${OPD_LAYOUT:=in-process}" in
   in-process) settings=() ;;

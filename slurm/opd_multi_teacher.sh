@@ -20,9 +20,9 @@
 ##SBATCH --partition=...
 ##SBATCH --account=...
 #
-# ---- Edit there: the environment, at the top of megatron_opd/cluster/job.sh (or OPD_SETUP, OPD_CONTAINER outside).
+# ---- Edit there: the environment, at the top of megatron_opd/launch/slurm/job.sh (or OPD_SETUP, OPD_CONTAINER outside).
 cd "${OPD_HOME:-$SLURM_SUBMIT_DIR}" || exit 1
-# shellcheck source=megatron_opd/cluster/job.sh
-source megatron_opd/cluster/job.sh
+# shellcheck source=megatron_opd/launch/slurm/job.sh
+source megatron_opd/launch/slurm/job.sh
 
 opd_run "${OPD_CONFIG:-examples/cluster/opd_multi_teacher.yaml}" "$@"

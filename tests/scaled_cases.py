@@ -5,7 +5,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from megatron_opd.precision.plan import Products
+from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.quantize import RoundBackward, RoundForward, Rounding
 from megatron_opd.precision.recipes import RECIPES
 from megatron_opd.precision.scaled import Scaled, ScaledHead

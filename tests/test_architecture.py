@@ -7,51 +7,42 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_opd"
 
-# Who may import what. Modules are paths below megatron_opd/, as patterns; other packages by name.
-SECTIONS = [
-    f"config/{name}.py"
-    for name in (
-        "__init__",
-        "section",
-        "run",
-        "models",
-        "method",
-        "policy",
-        "data",
-        "crosstok",
-        "lora",
-        "answers",
-        "precision",
-    )
-]
-TERMS = [f"terms/{name}.py" for name in ("term", "estimators", "policy", "cross_entropy")]
-LEAVES = [
-    *SECTIONS,
-    *TERMS,
-    "types.py",
-    "vocab.py",
-    "losses/formulas.py",
-    "advantages.py",
-    "outcomes.py",
-    "ensemble.py",
-]
-LEAVES += ["parallel.py", "tracker.py"]
-LEAVES_MAY_IMPORT = ["config", "types", "vocab", "parallel"]
+# The rooms from the ground up: a room imports only from rooms above it in this list. docs/design.md shows the same list.
+ROOMS = {
+    "config": "the settings, a section a class; reading and checking them",
+    "core": "types that travel, batching, sharded vocabulary, the grid of ranks, the run's directory and signals",
+    "models": "model directories as files: configs, tokenizers, weights in both formats, conversion; no Megatron",
+    "tracking": "what a run writes for people: metrics, logs, tables, plots",
+    "rewards": "how good an answer is, by name; the sandbox that runs answers",
+    "precision": "FP8 as data: recipes, the plan, rounding, the gate",
+    "sglang": "the only HTTP client, and the only room that knows SGLang: servers, requests, weight sync",
+    "loss": "divergences, ensembles and terms; the fused kernels; teachers with another tokenizer",
+    "prompts": "rows of data sets as prompts: files, chat templates, mixing, storage",
+    "planner": "what a run needs, from config.json alone; arithmetic, without torch",
+    "student": "everything Megatron: groups, model, optimizer, step, export, checkpoint",
+    "rollout": "who answers the prompts: the embedded engine, servers, teachers, the data set",
+    "teachers": "what teachers say about the student's tokens: in-process, or behind servers",
+    "trainer": "the loop and what it is made of: preflight, experience, updates, evaluation, saving",
+    "launch": "starting a run: its processes on this machine, or a Slurm job",
+}
+AT_THE_ROOT = ["__init__.py", "__main__.py"]
+LEAVES = ["config/*", "core/*"]
 HTTP = ["aiohttp", "httpx", "requests", "urllib.request"]
 ONLY_IN = {
-    "megatron": ["student/*", "teachers/megatron.py"],
+    "megatron": ["student/*", "teachers/megatron_teacher.py"],
     **{client: ["sglang/*"] for client in HTTP},
     "tenacity": ["sglang/*"],
-    f"{PACKAGE}.train": ["__main__.py"],
+    f"{PACKAGE}.trainer.loop": ["__main__.py"],
 }
 NEVER_IN = {
-    **dict.fromkeys(["megatron", "transformers", *HTTP], LEAVES),
-    f"{PACKAGE}.student": ["rollout/*", "teachers/*", "sglang/*"],
+    **dict.fromkeys(["transformers", *HTTP], LEAVES),
+    "torch": ["config/*", "planner/*"],
+    f"{PACKAGE}.student": ["teachers/*"],
     "pickle": ["sglang/*"],  # what a server sends is data; nothing that it says is ever run
 }
 EXCEPT = {
     # An in-process teacher is built like the student, and heads are cut like its own; the builders pass things on.
-    f"{PACKAGE}.student": ["teachers/megatron.py", "teachers/head.py", "*/__init__.py"],
+    f"{PACKAGE}.student": ["teachers/megatron_teacher.py", "teachers/head_shard.py", "*/__init__.py"],
     "pickle": ["sglang/weights/tensor.py"],  # which sends some, as the server demands, and reads none
 }
 
@@ -122,15 +113,33 @@ def test_layers():
     assert_none(offenders)
 
 
-def test_leaves_import_only_each_other():
-    may = [f"{PACKAGE}.{name}" for name in LEAVES_MAY_IMPORT]
+def room(name):
+    """The room of a dotted name of ours, or its file at the root."""
+    return name.split(".")[1]
+
+
+def test_rooms_import_downwards():
+    order = {name: floor for floor, name in enumerate(ROOMS)}
     assert_none(
-        (path, line, f"is a leaf and must not import {name}")
+        (path, line, f"{here} must not import from {room(name)}, which stands above it")
         for path, tree in parsed(PACKAGE)
-        if is_one_of(path, LEAVES)
-        for name, line in imports(path, ast.walk(tree))
-        if within(name, PACKAGE) and name not in may and not any(within(name, module) for module in may)
+        if (here := below(path).split("/")[0]) in order
+        for name, line in imports(path, ast.walk(tree))  # lazy imports count too
+        if within(name, PACKAGE) and order.get(room(name), len(order)) > order[here]
     )
+
+
+def test_every_file_is_in_a_room():
+    top = {path.name for path in (ROOT / PACKAGE).iterdir() if path.name != "__pycache__"}
+    assert top == {*ROOMS, *AT_THE_ROOT}
+    assert all((ROOT / PACKAGE / name / "__init__.py").is_file() for name in ROOMS)
+
+
+def test_the_design_shows_the_rooms_in_their_order():
+    shown = (ROOT / "docs/design.md").read_text()
+    at = [shown.find(f"{name:<10}{purpose}") for name, purpose in ROOMS.items()]
+    assert -1 not in at
+    assert at == sorted(at)
 
 
 def test_no_import_cycles():

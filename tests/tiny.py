@@ -5,7 +5,7 @@ import random
 import torch
 
 from megatron_opd import config as c
-from megatron_opd.types import Prompt, Rollout
+from megatron_opd.core.types import Prompt, Rollout
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import tool
 
 from megatron_opd.config import ServersConfig
+from megatron_opd.models.architecture import read_limits
 from megatron_opd.sglang import process
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import SGLangError
 from megatron_opd.sglang.wire import Ask
-from megatron_opd.student.architecture import read_limits
 
 _EXAMPLES = """\
 examples:

@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_opd.student.architecture import read_architecture
-from megatron_opd.student.convert import parameters
-from megatron_opd.student.hf_dir import write
-from megatron_opd.student.weight_map import all_rules, hf_shapes
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.models.convert import parameters
+from megatron_opd.models.hf_dir import write
+from megatron_opd.models.weight_map import all_rules, hf_shapes
 
 _EXAMPLES = """\
 examples:

@@ -20,15 +20,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_opd import config as c
-from megatron_opd.answers.answers import Answers
-from megatron_opd.completions import Completions
-from megatron_opd.data import PromptMix
-from megatron_opd.preflight import Inputs
-from megatron_opd.rollout.ahead import Ahead
+from megatron_opd.core.types import Prompt, Rollout
+from megatron_opd.prompts.mix import PromptMix
+from megatron_opd.rollout.answers import Answers
 from megatron_opd.student import cpu, groups
-from megatron_opd.tracker import Tracker
-from megatron_opd.train import Run
-from megatron_opd.types import Prompt, Rollout
+from megatron_opd.tracking.tracker import Tracker
+from megatron_opd.trainer.completions import Completions
+from megatron_opd.trainer.experience import Experience, Leader
+from megatron_opd.trainer.loop import Run
+from megatron_opd.trainer.together import Stopwatch
 
 FILLING = 3
 PROMPTS = [Prompt(source="all", index=i, text="", token_ids=(1, 2)) for i in range(64)]
@@ -63,26 +63,31 @@ class Stages:
     def metrics(self) -> dict[str, float]:
         return {}
 
+    def close(self) -> None:
+        pass
+
+
+class StubExperience(Experience):
+    """Samples from stages, and scores nothing."""
+
+    def score(self, rollouts: Any, teachers: Any = None) -> list[Any]:
+        return []
+
 
 class StubRun(Run):
     """The loop of a run without its models."""
 
     def __init__(self, config: c.Config, parallel: Any, stages: Stages) -> None:
         self.config, self.parallel, self.tracker = config, parallel, Tracker()
-        self.inputs = Inputs(train=[(c.SourceConfig(name="all", path=""), PROMPTS)], eval=[], eos_ids=(), vocab_size=9)
-        self.engine, self.student, self.teachers = stages, stages, []  # type: ignore[assignment]
-        self.answers = Answers(config, stages, {}, {}, eos_ids=())  # type: ignore[arg-type]
+        self.student = stages  # type: ignore[assignment]
         self.objective = SimpleNamespace(distillation=None)  # type: ignore[assignment]
         self.shaping = lambda rollouts, batches, step: ([batches], {})  # type: ignore[assignment]
         self.completions = Completions(config.log, config.run.dir, parallel, None, self.tracker)
-        self.prompts = PromptMix(self.inputs.train, seed=1)
-        self.times, self.trained, self.saved, self.cursor = {}, 0, 0, self.prompts.state()
-        rollout = config.rollout
-        sizes = {"num_prompts": rollout.prompts_per_step, "max_staleness": rollout.max_staleness}
-        self.ahead = Ahead(self.prompts, self._sample, num_steps=config.train.steps, **sizes)
-
-    def _pack(self, rollouts: Any) -> list[Any]:
-        return []
+        answers = Answers(config, stages, {}, {}, eos_ids=())  # type: ignore[arg-type]
+        leader = Leader(engine=stages, answers=answers, grader=None, tokenizer=None)  # type: ignore[arg-type]
+        self.experience = StubExperience(config, parallel, [], leader)
+        self.timed, self.trained = Stopwatch(), 0
+        self.experience.start(PromptMix([(c.SourceConfig(name="all", path=""), PROMPTS)], seed=1))
 
 
 def measure(parallel: Any, seconds: argparse.Namespace, *, max_staleness: int) -> tuple[float, float]:
@@ -97,12 +102,12 @@ def measure(parallel: Any, seconds: argparse.Namespace, *, max_staleness: int) -
     )
     run = StubRun(config, parallel, Stages(seconds))
     for _ in range(FILLING):
-        run._step()
+        run.step()
     started = time.perf_counter()
-    lags = [run._step()["rollout/version_lag"] for _ in range(seconds.steps)]
+    lags = [run.step()["rollout/version_lag"] for _ in range(seconds.steps)]
     took = (time.perf_counter() - started) / seconds.steps
-    run.ahead.settle()
-    run.ahead.close()
+    run.experience.settle()
+    run.close()
     return took, sum(lags) / len(lags)
 
 

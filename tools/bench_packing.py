@@ -23,9 +23,9 @@ import tool
 import torch
 
 from megatron_opd import config as c
-from megatron_opd.arguments import Parser
+from megatron_opd.config.arguments import Parser
+from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.student import scores
-from megatron_opd.types import Prompt, Rollout
 
 _PROMPT = 16
 """Tokens of a prompt."""
@@ -103,12 +103,13 @@ def _rollouts(arguments: argparse.Namespace) -> list[Rollout]:
 def _measure(folder: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """By way: seconds of each round, the share of padding, and the loss."""
     parallel = scores.start_megatron(c.ParallelConfig())
-    from megatron_opd import step_metrics
-    from megatron_opd.batching import of_student, pack
-    from megatron_opd.objective import build_objective
+    from megatron_opd.core.batching import pack
     from megatron_opd.student import groups
     from megatron_opd.student.student import Student
     from megatron_opd.teachers import build_teachers
+    from megatron_opd.trainer import step_metrics
+    from megatron_opd.trainer.build_objective import build_objective
+    from megatron_opd.trainer.experience import packing_settings
 
     base = c.Config(
         run=c.RunConfig(dir=folder),
@@ -128,7 +129,7 @@ def _measure(folder: str, arguments: argparse.Namespace) -> dict[str, dict[str, 
             started = time.perf_counter()
             told = [teachers[way][0].score(rollouts)]
             scored = time.perf_counter()
-            how = {**of_student(config, parallel), "device": groups.device()}
+            how = {**packing_settings(config, parallel), "device": groups.device()}
             batches = pack(rollouts, **how, scores=told, weights=[[1.0]] * len(rollouts))
             metrics = student.step(batches, build_objective(config, vocab, teachers[way]))
             if number:

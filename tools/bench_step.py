@@ -20,8 +20,9 @@ import tool
 from step_bench import cases, show
 from step_bench.cases import Case
 
-from megatron_opd import launch, serve
-from megatron_opd.arguments import Parser, add_config
+from megatron_opd.config.arguments import Parser, add_config
+from megatron_opd.launch import local
+from megatron_opd.sglang import serve
 
 ROOT = Path(__file__).resolve().parents[1]
 _EXAMPLES = """\
@@ -80,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.case:
         return _as_rank(Case(**json.loads(arguments.case)), arguments.json)
     planned = cases.of(arguments)
-    if launch.is_worker():
+    if local.is_worker():
         if len(planned) > 1:
             raise ValueError("under torchrun or srun there is one case: one layout, one number of teachers")
         return _as_rank(planned[0], arguments.json, show_it=True)
@@ -117,7 +118,7 @@ def _start(case: Case, timeout_s: int) -> dict[str, object]:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)),
             *(__file__, "--case", json.dumps(case.as_dict()), "--json", str(out)),
         ]
-        with serve.running(case.config(), say=launch.say, beside_ranks=True):
+        with serve.running(case.config(), say=local.say, beside_ranks=True):
             try:
                 done = subprocess.run(command, timeout=timeout_s, capture_output=True, text=True, check=False)
             except subprocess.TimeoutExpired:

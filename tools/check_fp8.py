@@ -17,9 +17,9 @@ import tool
 from rich.console import Console
 from rich.table import Table
 
-from megatron_opd.arguments import Parser, add_config
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
+from megatron_opd.config.arguments import Parser, add_config
 from megatron_opd.precision.gate import Measured, too_coarse
 from megatron_opd.precision.recipes import RECIPES
 
@@ -103,14 +103,14 @@ def _check_world(config: Config) -> None:
 
 def _measure(configs: dict[str, Config]) -> dict[str, Measured]:
     """By recipe. Collective; models are loaded for each, and the process groups are gone afterwards."""
-    from megatron_opd.preflight import read_inputs
     from megatron_opd.student import scores
+    from megatron_opd.trainer.preflight import read_inputs
 
     first = next(iter(configs.values()))
     parallel = scores.start_megatron(first.parallel, timeout_s=first.run.timeout_s)
     from megatron_opd.student import groups
-    from megatron_opd.tracker import Tracker
-    from megatron_opd.train import Run
+    from megatron_opd.tracking.tracker import Tracker
+    from megatron_opd.trainer.loop import Run
 
     found = {}
     try:
@@ -122,7 +122,7 @@ def _measure(configs: dict[str, Config]) -> dict[str, Measured]:
             at = parallel.share_world(lambda: scratch.name)  # noqa: B023
             run = Run(_in(config, at), parallel, inputs, Tracker())
             try:
-                run._sync()
+                run.sync()
                 found[recipe] = run.measure_fp8()
             finally:
                 run.close()

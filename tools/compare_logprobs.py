@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.student.architecture import Architecture, read_architecture
-from megatron_opd.tokenizer import load_tokenizer
+from megatron_opd.models.architecture import Architecture, read_architecture
+from megatron_opd.models.tokenizer import load_tokenizer
 
 _COMMAND = "tools/compare_logprobs.py --hf models/Qwen3-8B"
 _EXAMPLES = f"""\

@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_opd.student import convert, output_dir
-from megatron_opd.student.architecture import read_architecture
-from megatron_opd.student.convert import Plan
+from megatron_opd.models import convert, output_dir
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.models.convert import ConversionPlan
 
 _CONVERT = "python tools/convert_checkpoint.py"
 _EXAMPLES = f"""\
@@ -153,7 +153,7 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _may_start(arguments: argparse.Namespace, plan: Plan, inputs: list[Any]) -> bool:
+def _may_start(arguments: argparse.Namespace, plan: ConversionPlan, inputs: list[Any]) -> bool:
     """Print the plan and check the output; False for a dry run. The first input is the one with the weights."""
     arch = plan.arch
     padding = arch.padded_vocab_size - arch.vocab_size
@@ -174,7 +174,7 @@ def _may_start(arguments: argparse.Namespace, plan: Plan, inputs: list[Any]) -> 
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from megatron_opd.student.describe import describe
+    from megatron_opd.models.describe import describe
 
     facts = describe(arguments.dir, arguments.like)
     problems = facts["problems"]
@@ -194,7 +194,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_opd.student import compare
+    from megatron_opd.models import compare
 
     a, b = (compare.open_side(path, arguments.like) for path in (arguments.a, arguments.b))
     settings = compare.differing_settings(a, b)
@@ -230,8 +230,8 @@ def _same_logits(arguments: argparse.Namespace, a: Any, b: Any) -> bool:
 
 def _logits(side: Any, ids: list[list[int]]) -> list[torch.Tensor]:
     from megatron_opd.config import ParallelConfig
+    from megatron_opd.models.torch_dist_dir import is_torch_dist
     from megatron_opd.student import scores
-    from megatron_opd.student.torch_dist_dir import is_torch_dist
 
     if not is_torch_dist(side.path):
         return scores.logits_by_transformers(side.path, ids, torch.float32)

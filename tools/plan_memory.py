@@ -14,16 +14,16 @@ import sys
 
 import tool
 
-from megatron_opd.arguments import Parser, add_config
-from megatron_opd.planner import command
+from megatron_opd.config.arguments import Parser, add_config
+from megatron_opd.planner import options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config(parser)
-    command.add_options(parser)
-    return tool.run(command.run, parser.parse_args(argv))
+    options.add_options(parser)
+    return tool.run(options.run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

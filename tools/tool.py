@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.student.architecture import Architecture, check_layout
+from megatron_opd.models.architecture import Architecture, check_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _M_MMAP_THRESHOLD = -3  # as in malloc.h

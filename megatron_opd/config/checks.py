@@ -13,7 +13,7 @@ from megatron_opd.config.checks_lora import check_lora
 from megatron_opd.config.checks_method import check_method
 from megatron_opd.config.checks_precision import check_precision
 from megatron_opd.config.checks_serving import check_serving
-from megatron_opd.rewards import problem_with
+from megatron_opd.config.data import problem_with_reward
 
 _RESERVED = {"teachers": "ensemble", "data.eval": "all"}
 """Names that metrics use for the whole: kl/ensemble, eval/accuracy/all."""
@@ -188,7 +188,7 @@ def _check_rewards(config: Config) -> list[str]:
     problems = []
     for setting, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for i, source in enumerate(sources):
-            problem = problem_with(source.reward)
+            problem = problem_with_reward(source.reward)
             problems += [f"{setting}.{i}.reward: {problem}"] if problem else []
     return problems
 

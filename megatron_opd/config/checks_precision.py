@@ -9,7 +9,7 @@ STUDENT = "student"
 
 
 def check_precision(config: Config) -> list[str]:
-    """Every such problem; what depends on models and on this machine is `precision/preflight.py`."""
+    """Every such problem; what depends on models and on this machine is `precision/fits.py`."""
     fp8 = config.precision.fp8
     problems = _check_names(config) + _check_numbers(config)
     if fp8.recipe == "delayed" and (fp8.first_layers_bf16 or fp8.last_layers_bf16):

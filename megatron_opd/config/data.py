@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Literal
 
 from megatron_opd.config.section import section
@@ -70,3 +71,18 @@ class RewardsConfig:
     ifeval: Literal["prompt", "instruction"] = "prompt"
     """What the reward ifeval is: 1 for an answer that follows every instruction of its prompt, else 0 (prompt), or the
     share of them that it follows (instruction)."""
+
+
+REWARDS = ("exact", "gsm8k", "code", "ifeval")
+
+
+def problem_with_reward(name: str) -> str | None:
+    """Why there cannot be a reward of this name, as far as the name tells."""
+    module, colon, function = name.partition(":")
+    if name in REWARDS or (
+        colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    ):
+        return None
+    near = difflib.get_close_matches(name, REWARDS, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"there is no reward '{name}'; known: {', '.join(REWARDS)}, or a function of yours as module:function{hint}"

@@ -7,6 +7,8 @@ from typing import Literal
 
 from megatron_opd.config.section import section
 
+Recompute = Literal["none", "selective", "full"]
+
 
 @section
 class ParallelConfig:
@@ -48,7 +50,7 @@ class StudentConfig:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 master weights, and with fp16 the
     loss is scaled (optim.initial_loss_scale)."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """Activation recompute: none, only attention (selective), or every layer (full)."""
     vocab_multiple: int = 1
     """Pad the vocabulary to a multiple of this; it must make the vocabulary divisible by parallel.tensor."""

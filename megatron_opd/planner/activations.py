@@ -14,13 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_opd.config import LoraConfig, ParallelConfig, StudentConfig
+from megatron_opd.models.architecture import Architecture
 from megatron_opd.planner import adapters
 from megatron_opd.planner.gpus import BYTES
-from megatron_opd.student.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pass:
+class ForwardPass:
     """One micro-batch through one stage."""
 
     arch: Architecture
@@ -43,7 +43,7 @@ class Pass:
         return self.arch.hidden_size / (self.parallel.tensor if self.parallel.sequence else 1)
 
 
-def saved(one: Pass, *, is_first: bool, is_last: bool) -> float:
+def saved(one: ForwardPass, *, is_first: bool, is_last: bool) -> float:
     """Bytes that one micro-batch keeps on a rank of a stage until its backward pass."""
     layers = one.arch.num_layers // one.parallel.pipeline
     if one.student.recompute == "full":
@@ -57,7 +57,7 @@ def saved(one: Pass, *, is_first: bool, is_last: bool) -> float:
     return kept
 
 
-def backward(one: Pass) -> float:
+def backward(one: ForwardPass) -> float:
     """Bytes that are there besides while a layer's backward pass runs: what is recomputed of it, the gradients of the
     MLP's intermediate tensors, and that of its largest weight."""
     arch, tensor, size = one.arch, one.parallel.tensor, _size(one)
@@ -67,7 +67,7 @@ def backward(one: Pass) -> float:
     return gradients + (layer(one) if one.student.recompute == "full" else 0.0)
 
 
-def layer(one: Pass) -> float:
+def layer(one: ForwardPass) -> float:
     """Bytes that one layer keeps."""
     arch, tensor, size = one.arch, one.parallel.tensor, _size(one)
     q, kv = arch.num_heads * arch.head_dim / tensor, arch.num_kv_heads * arch.head_dim / tensor
@@ -82,35 +82,35 @@ def layer(one: Pass) -> float:
     return one.tokens * a_token + _rotary(one) + beside
 
 
-def _entering(one: Pass) -> int:
+def _entering(one: ForwardPass) -> int:
     """How many of the inputs of qkv and fc1 are kept: those of matrices that have a gradient, or adapters."""
     fc1 = _is_frozen(one, "gate_proj", "up_proj") and not one.arch.num_experts
     return 2 - _is_frozen(one, "q_proj", "k_proj", "v_proj") - fc1
 
 
-def _is_frozen(one: Pass, *modules: str) -> bool:
+def _is_frozen(one: ForwardPass, *modules: str) -> bool:
     """Whether nothing is trained that the input of these modules would be needed for."""
     return bool(one.lora.rank) and not set(modules) & set(one.lora.modules)
 
 
-def _mixture(one: Pass) -> float:
+def _mixture(one: ForwardPass) -> float:
     """Bytes a token of balanced experts: every routed token's input and six of its intermediate tensors."""
     arch, expert = one.arch, one.parallel.expert
     routed = arch.experts_per_token / expert * (arch.hidden_size + 6 * arch.ffn_size) * _size(one)
     return routed + 12 * arch.experts_per_token + 3 * arch.num_experts / expert
 
 
-def _rotary(one: Pass) -> float:
+def _rotary(one: ForwardPass) -> float:
     """Cosines and sines of a layer, for queries and for keys, by position."""
     return 4 * one.length * one.arch.head_dim * _size(one)
 
 
-def _norm(one: Pass, width: float) -> float:
+def _norm(one: ForwardPass, width: float) -> float:
     """Bytes a token of a norm: its input and scale; in a chain of operations the normalised input too, in float32."""
     if one.on_gpu:
         return width * _size(one) + 4
     return (1 if one.lora.rank else 2) * 4 * width + 4
 
 
-def _size(one: Pass) -> int:
+def _size(one: ForwardPass) -> int:
     return BYTES[one.student.dtype]

@@ -1,33 +1,33 @@
 """LoRA on a rank: which parameters are trained, and what their layers keep for the backward pass.
 
-The layout of `student/lora_layout.py`, whose tensors the planner does without; tests hold the two against each other.
+The layout of `models/lora_layout.py`, whose tensors the planner does without; tests hold the two against each other.
 """
 
 from __future__ import annotations
 
 from megatron_opd.config import Config, LoraConfig, ParallelConfig
+from megatron_opd.models.architecture import Architecture
 from megatron_opd.planner import sizes
-from megatron_opd.planner.sizes import Parameter
-from megatron_opd.student.architecture import Architecture
+from megatron_opd.planner.sizes import SizedParameter
 
 _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-def trained(arch: Architecture, config: Config, stage: int) -> list[Parameter]:
+def trained(arch: Architecture, config: Config, stage: int) -> list[SizedParameter]:
     """The parameters of one rank of a stage that have gradients: adapters, or where there are none, all."""
     if config.lora.rank:
         return parameters(arch, config.lora, config.parallel, stage)
     return sizes.stage_parameters(arch, config.parallel, stage)
 
 
-def parameters(arch: Architecture, lora: LoraConfig, parallel: ParallelConfig, stage: int) -> list[Parameter]:
+def parameters(arch: Architecture, lora: LoraConfig, parallel: ParallelConfig, stage: int) -> list[SizedParameter]:
     """A and B of every adapted module of one rank of a stage."""
     layers = arch.num_layers // parallel.pipeline
     found = []
     for name, (inputs, outputs) in _sides(arch, lora).items():
         split_a, split_b = (parallel.tensor, 1) if name in _ROW_PARALLEL else (1, parallel.tensor)
-        found.append(Parameter(f"{name}_A", lora.rank * inputs // split_a, layers))
-        found.append(Parameter(f"{name}_B", lora.rank * outputs // split_b, layers))
+        found.append(SizedParameter(f"{name}_A", lora.rank * inputs // split_a, layers))
+        found.append(SizedParameter(f"{name}_B", lora.rank * outputs // split_b, layers))
     return found
 
 

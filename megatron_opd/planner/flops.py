@@ -7,9 +7,9 @@ config allows stands here. Servers, and the trainer where it packs sequences, co
 from __future__ import annotations
 
 from megatron_opd.config import TeacherConfig
+from megatron_opd.models.architecture import Architecture
 from megatron_opd.planner import sizes
 from megatron_opd.planner.job import Job
-from megatron_opd.student.architecture import Architecture
 
 
 def body(arch: Architecture, length: float) -> float:

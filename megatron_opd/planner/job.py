@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from megatron_opd.config import Config, ParallelConfig, ServersConfig, TeacherConfig
+from megatron_opd.config.models import Recompute
+from megatron_opd.models.architecture import Architecture, check_layout, read_architecture
 from megatron_opd.planner.gpus import GPUS, Assumed, Gpu
-from megatron_opd.student.architecture import Architecture, check_layout, read_architecture
-
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 from megatron_opd.config import TeacherConfig
 from megatron_opd.config.checks_precision import STUDENT
+from megatron_opd.models.architecture import Architecture
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
-from megatron_opd.precision.plan import plan_of
-from megatron_opd.student.architecture import Architecture
+from megatron_opd.precision.fp8_plan import plan_of
 
 _SAMPLED = 5
-"""Float32 [C, L] tensors that live at one time in `terms/sampled.py`."""
+"""Float32 [C, L] tensors that live at one time in `loss/sampled_tokens.py`."""
 _READABLE, _ALONE, _OF_SEVERAL = 7, 2, 3
-"""The same in `terms/distillation.py`; besides for a teacher that tells hidden states, alone or each of several. Lists
+"""The same in `loss/distillation.py`; besides for a teacher that tells hidden states, alone or each of several. Lists
 of ids take one more."""
 _ROUNDING = 14
 """Bytes of each number of hidden states [C, D] while a teacher's head in FP8 rounds them."""

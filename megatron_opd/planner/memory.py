@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_opd.config import TeacherConfig
+from megatron_opd.models.architecture import Architecture
 from megatron_opd.planner import activations, adapters, loss_buffers, sizes
-from megatron_opd.planner.activations import Pass
+from megatron_opd.planner.activations import ForwardPass
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
-from megatron_opd.precision.plan import LINEARS, plan_of
-from megatron_opd.student.architecture import Architecture
+from megatron_opd.precision.fp8_plan import LINEARS, plan_of
 
 _LOCAL_BATCH = 256
 """Sequences that the embedded engine decodes together at most."""
@@ -103,10 +103,10 @@ def _rank(job: Job, stage: int) -> RankMemory:
     )
 
 
-def one_pass(job: Job) -> Pass:
+def one_pass(job: Job) -> ForwardPass:
     """A micro-batch through a stage of the student: the largest there may be, which packing does not make smaller."""
     config = job.config
-    return Pass(
+    return ForwardPass(
         arch=job.student,
         parallel=config.parallel,
         student=config.student,

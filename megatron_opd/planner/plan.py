@@ -9,13 +9,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_opd.planner import memory, search, servers, timing, wire
+from megatron_opd.planner import memory, search, servers, timing, traffic
 from megatron_opd.planner.job import Job
 from megatron_opd.planner.memory import RankMemory
-from megatron_opd.planner.search import Layout
+from megatron_opd.planner.search import Candidate
 from megatron_opd.planner.servers import Role
 from megatron_opd.planner.timing import Estimate
-from megatron_opd.planner.wire import Traffic
+from megatron_opd.planner.traffic import Traffic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +32,9 @@ class Plan:
     """What does not fit, and what the layout does not divide."""
     needs_layout: bool
     """Whether it is the trainer that needs another one, not the servers alone."""
-    nearest: Layout | None
+    nearest: Candidate | None
     """Where the trainer does not fit: the layout that changes least."""
-    fastest: Layout | None
+    fastest: Candidate | None
     """The layout with the shortest step on as many GPUs."""
 
     @property
@@ -67,7 +67,7 @@ def plan(job: Job) -> Plan:
         job=job,
         ranks=ranks,
         roles=roles,
-        traffic=wire.table(job),
+        traffic=traffic.table(job),
         estimate=timing.estimate(job),
         problems=problems,
         needs_layout=needs_layout,
@@ -87,7 +87,7 @@ def as_dict(made: Plan) -> dict[str, Any]:
         "servers": [dataclasses.asdict(role) for role in made.roles],
         "wire": {
             "bytes_a_token": {
-                t.name: {"sent": wire.carrier_bytes(t, arch), "payload": wire.payload_bytes(t, arch)}
+                t.name: {"sent": traffic.carrier_bytes(t, arch), "payload": traffic.payload_bytes(t, arch)}
                 for t, arch in zip(job.config.teachers, job.teachers, strict=True)
             },
             "a_step": [dataclasses.asdict(traffic) for traffic in made.traffic],
@@ -99,7 +99,7 @@ def as_dict(made: Plan) -> dict[str, Any]:
     }
 
 
-def _layout(layout: Layout | None) -> dict[str, Any] | None:
+def _layout(layout: Candidate | None) -> dict[str, Any] | None:
     if layout is None:
         return None
     found = {"overrides": layout.overrides, "seconds": layout.seconds, "memory": layout.memory}

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_opd.config import ParallelConfig
+from megatron_opd.config.models import Recompute
 from megatron_opd.planner import memory, timing
-from megatron_opd.planner.job import Job, Recompute
+from megatron_opd.planner.job import Job
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _AS_FAST = 1.03
@@ -18,7 +19,7 @@ _GROWTH = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Candidate:
     """A layout that fits."""
 
     job: Job
@@ -45,7 +46,7 @@ class Layout:
         ]
 
 
-def nearest(job: Job) -> Layout | None:
+def nearest(job: Job) -> Candidate | None:
     """The fitting layout with the fewest changes, on as few GPUs as possible; among equals the fastest."""
     for growth in _GROWTH:
         found = list(fitting(job, growth * job.config.parallel.world_size))
@@ -54,7 +55,7 @@ def nearest(job: Job) -> Layout | None:
     return None
 
 
-def fastest(job: Job) -> Layout | None:
+def fastest(job: Job) -> Candidate | None:
     """The fitting layout with the shortest step on the config's number of GPUs."""
     found = list(fitting(job, job.config.parallel.world_size))
     best = min((layout.seconds for layout in found), default=0.0)
@@ -62,7 +63,7 @@ def fastest(job: Job) -> Layout | None:
     return min(near, key=lambda layout: (layout.changes, layout.seconds), default=None)
 
 
-def fitting(job: Job, world: int) -> Iterator[Layout]:
+def fitting(job: Job, world: int) -> Iterator[Candidate]:
     """Every layout of `world` GPUs that models, prompts and memory allow. Tensor parallelism stays within a node,
     context parallelism as the config has it."""
     for tensor in _powers(job.assumed.gpus_per_node):
@@ -83,7 +84,7 @@ def _parallel(job: Job, tensor: int, pipeline: int, data: int) -> ParallelConfig
     return replace(old, tensor=tensor, pipeline=pipeline, data=data, expert=expert, sequence=sequence)
 
 
-def _with_micro_batches(job: Job, parallel: ParallelConfig, recompute: Recompute) -> Iterator[Layout]:
+def _with_micro_batches(job: Job, parallel: ParallelConfig, recompute: Recompute) -> Iterator[Candidate]:
     if job.config.rollout.prompts_per_step % parallel.data:
         return
     per_replica = job.sequences // parallel.data
@@ -93,7 +94,7 @@ def _with_micro_batches(job: Job, parallel: ParallelConfig, recompute: Recompute
         tried = job.with_layout(parallel, recompute=recompute, micro_batch_size=size)
         if not tried.problems() and memory.fits(tried):
             seconds = timing.estimate(tried).seconds
-            yield Layout(tried, _changes(job, tried), seconds, memory.worst(tried).total)
+            yield Candidate(tried, _changes(job, tried), seconds, memory.worst(tried).total)
 
 
 def _changes(old: Job, new: Job) -> int:

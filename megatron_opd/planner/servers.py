@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_opd.config import ServersConfig, TeacherConfig
-from megatron_opd.planner import flops, memory, sizes, wire
+from megatron_opd.models.architecture import Architecture
+from megatron_opd.planner import flops, memory, sizes, traffic
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job, gpus_of
-from megatron_opd.student.architecture import Architecture
 
 _SHARE = "--mem-fraction-static"
 _MOST_SERVERS = 4096
@@ -169,7 +169,7 @@ def _reading(job: Job, asked: TeacherConfig, arch: Architecture, dtype: str) -> 
     gpu, assumed, servers = job.gpu, job.assumed, asked.servers
     compute = flops.scoring(job, asked, arch) / (gpu.flops(dtype) * assumed.scoring * gpus_of(servers))
     count = gpus_of(servers) // servers.tensor
-    return max(compute, wire.of_teachers(job)[asked.name] / (gpu.network * assumed.transfer * count))
+    return max(compute, traffic.of_teachers(job)[asked.name] / (gpu.network * assumed.transfer * count))
 
 
 def roles(job: Job) -> list[Role]:

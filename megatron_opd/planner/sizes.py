@@ -1,6 +1,6 @@
 """How many parameters of a model lie on a rank of a layout. Pure arithmetic on what config.json says.
 
-The shapes are those of Megatron's layers as `student/weight_map.py` names them; tests hold the two against each other.
+The shapes are those of Megatron's layers as `models/weight_map.py` names them; tests hold the two against each other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.student.architecture import Architecture
+from megatron_opd.models.architecture import Architecture
 
 _ALIGN = 64
 """Megatron's gradient buffer starts every parameter at a multiple of this, with the distributed optimizer."""
@@ -19,7 +19,7 @@ MATRICES = ("qkv", "projection", "fc1", "fc2")
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class SizedParameter:
     """Equal parameters of a rank."""
 
     name: str
@@ -30,54 +30,54 @@ class Parameter:
     """Spread over expert-parallel ranks, and replicated over fewer ranks than the others."""
 
 
-def stage_parameters(arch: Architecture, parallel: ParallelConfig, stage: int) -> list[Parameter]:
+def stage_parameters(arch: Architecture, parallel: ParallelConfig, stage: int) -> list[SizedParameter]:
     """The parameters of one rank of a pipeline stage; all tensor-parallel ranks of it have equally many."""
     tensor, hidden = parallel.tensor, arch.hidden_size
     layers = arch.num_layers // parallel.pipeline
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     embedding = arch.padded_vocab_size // tensor * hidden
-    found = [Parameter("embedding", embedding)] if is_first else []
+    found = [SizedParameter("embedding", embedding)] if is_first else []
     found += _attention(arch, tensor, layers)
     found += _mixture(arch, parallel, layers) if arch.num_experts else _mlp(arch, tensor, layers)
     if is_last:
-        found.append(Parameter("final_norm", hidden))
+        found.append(SizedParameter("final_norm", hidden))
         if not (arch.tied_embeddings and is_first):
-            found.append(Parameter("head", embedding))
+            found.append(SizedParameter("head", embedding))
     return found
 
 
-def _attention(arch: Architecture, tensor: int, layers: int) -> list[Parameter]:
+def _attention(arch: Architecture, tensor: int, layers: int) -> list[SizedParameter]:
     hidden, heads = arch.hidden_size, arch.num_heads * arch.head_dim
     rows = heads + 2 * arch.num_kv_heads * arch.head_dim
     found = [
-        Parameter("norms", hidden, 2 * layers),
-        Parameter("qkv", rows // tensor * hidden, layers),
-        Parameter("projection", hidden * heads // tensor, layers),
+        SizedParameter("norms", hidden, 2 * layers),
+        SizedParameter("qkv", rows // tensor * hidden, layers),
+        SizedParameter("projection", hidden * heads // tensor, layers),
     ]
-    found += [Parameter("qkv_bias", rows // tensor, layers)] if arch.qkv_bias else []
-    return found + ([Parameter("qk_norms", arch.head_dim, 2 * layers)] if arch.qk_norm else [])
+    found += [SizedParameter("qkv_bias", rows // tensor, layers)] if arch.qkv_bias else []
+    return found + ([SizedParameter("qk_norms", arch.head_dim, 2 * layers)] if arch.qk_norm else [])
 
 
-def _mlp(arch: Architecture, tensor: int, layers: int) -> list[Parameter]:
+def _mlp(arch: Architecture, tensor: int, layers: int) -> list[SizedParameter]:
     part = arch.ffn_size // tensor * arch.hidden_size
-    return [Parameter("fc1", 2 * part, layers), Parameter("fc2", part, layers)]
+    return [SizedParameter("fc1", 2 * part, layers), SizedParameter("fc2", part, layers)]
 
 
-def _mixture(arch: Architecture, parallel: ParallelConfig, layers: int) -> list[Parameter]:
+def _mixture(arch: Architecture, parallel: ParallelConfig, layers: int) -> list[SizedParameter]:
     part, experts = arch.ffn_size * arch.hidden_size, arch.num_experts // parallel.expert * layers
     return [
-        Parameter("router", arch.num_experts * arch.hidden_size, layers),
-        Parameter("fc1", 2 * part, experts, is_expert=True),
-        Parameter("fc2", part, experts, is_expert=True),
+        SizedParameter("router", arch.num_experts * arch.hidden_size, layers),
+        SizedParameter("fc1", 2 * part, experts, is_expert=True),
+        SizedParameter("fc2", part, experts, is_expert=True),
     ]
 
 
-def numel(parameters: list[Parameter]) -> int:
+def numel(parameters: list[SizedParameter]) -> int:
     """All of them."""
     return sum(p.numel * p.count for p in parameters)
 
 
-def whole(arch: Architecture) -> list[Parameter]:
+def whole(arch: Architecture) -> list[SizedParameter]:
     """The model on one rank."""
     return stage_parameters(arch, ParallelConfig(), 0)
 
@@ -105,7 +105,7 @@ class Buffers:
     """Whose optimizer state is here."""
 
 
-def buffers(parameters: list[Parameter], parallel: ParallelConfig, *, distributed: bool) -> Buffers:
+def buffers(parameters: list[SizedParameter], parallel: ParallelConfig, *, distributed: bool) -> Buffers:
     """With the distributed optimizer each rank with a copy of the weights has the state of its part of the (padded)
     gradient buffer."""
     gradients = optimized = 0

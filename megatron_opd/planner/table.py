@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_opd.planner import wire
+from megatron_opd.planner import traffic
 from megatron_opd.planner.plan import Plan
-from megatron_opd.planner.search import Layout
+from megatron_opd.planner.search import Candidate
 
 _MOST_STAGES = 6
 """Columns of stages that are shown; of more, the ends are."""
@@ -59,7 +59,7 @@ def _advice(made: Plan, console: Console) -> None:
         console.print(f"fastest on as many GPUs: {_described(fastest)}", highlight=False, soft_wrap=True)
 
 
-def _described(layout: Layout) -> str:
+def _described(layout: Candidate) -> str:
     world = layout.job.config.parallel.world_size
     return (
         f"{' '.join(layout.overrides)}  ({world} GPUs, {layout.memory / 1e9:.1f} GB, {seconds(layout.seconds)} a step)"
@@ -95,17 +95,17 @@ def _teachers(made: Plan) -> Table:
     job = made.job
     table = _table("What a teacher tells about a token, bytes", "teacher", "carrier", "payload", "on the wire")
     for teacher, arch in zip(job.config.teachers, job.teachers, strict=True):
-        sent = wire.carrier_bytes(teacher, arch)
+        sent = traffic.carrier_bytes(teacher, arch)
         carrier = f"{teacher.carrier} {teacher.top_k}" if teacher.carrier == "topk" else teacher.carrier
         on_wire = f"{sent:,.0f}" if sent else "0 (on the ranks)" if teacher.backend == "megatron" else "?"
-        table.add_row(escape(teacher.name), carrier, f"{wire.payload_bytes(teacher, arch):,.0f}", on_wire)
+        table.add_row(escape(teacher.name), carrier, f"{traffic.payload_bytes(teacher, arch):,.0f}", on_wire)
     return table
 
 
 def _traffic(made: Plan) -> Table:
     table = _table("Traffic of a step", "what", "over", "all together", "busiest sender")
-    for traffic in made.traffic:
-        table.add_row(escape(traffic.name), traffic.path, _size(traffic.total), _size(traffic.a_rank))
+    for flow in made.traffic:
+        table.add_row(escape(flow.name), flow.path, _size(flow.total), _size(flow.a_rank))
     return table
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_opd.planner import flops, memory, servers, sizes, wire
+from megatron_opd.planner import flops, memory, servers, sizes, traffic
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
 
@@ -73,9 +73,9 @@ def _training(job: Job) -> Stage:
     layout = config.parallel
     near = layout.tensor * layout.context * layout.data <= assumed.gpus_per_node
     ring = gpu.link if layout.tensor * layout.context <= assumed.gpus_per_node else gpu.network
-    reduce = wire.gradients(job) / ((gpu.link if near else gpu.network) * assumed.transfer)
-    reduce += wire.tensor_parallel(job) / (gpu.link * assumed.transfer)
-    reduce += wire.context_parallel(job) / (ring * assumed.transfer)
+    reduce = traffic.gradients(job) / ((gpu.link if near else gpu.network) * assumed.transfer)
+    reduce += traffic.tensor_parallel(job) / (gpu.link * assumed.transfer)
+    reduce += traffic.context_parallel(job) / (ring * assumed.transfer)
     adam = 2 * memory.worst(job).always["optimizer"] / (gpu.bandwidth * assumed.decoding)
     return Stage("training", compute + reduce + adam, work, world, None)
 
@@ -121,6 +121,6 @@ def _sync_seconds(job: Job) -> float:
     layout = job.config.parallel
     if rollout.engine == "local":
         missing = 1 - 1 / (layout.tensor * layout.pipeline)
-        return wire.weight_sync(job) * missing / (gpu.link * job.assumed.transfer)
+        return traffic.weight_sync(job) * missing / (gpu.link * job.assumed.transfer)
     rate = gpu.link if rollout.sync == "tensor" else gpu.network
-    return wire.weight_sync(job) / (rate * job.assumed.transfer)
+    return traffic.weight_sync(job) / (rate * job.assumed.transfer)

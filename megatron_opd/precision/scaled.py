@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_opd.precision.plan import Products
+from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.quantize import Quantized, quantize
 from megatron_opd.precision.recipes import Recipe
 

@@ -6,27 +6,14 @@ when it is asked for. Evaluation uses them, and so can anything else that has pr
 
 from __future__ import annotations
 
-import difflib
-
 from megatron_opd.config import RewardsConfig
+from megatron_opd.config.data import problem_with_reward
 from megatron_opd.rewards.base import Reward
-
-NAMES = ("exact", "gsm8k", "code", "ifeval")
-
-
-def problem_with(name: str) -> str | None:
-    """Why there cannot be a reward of this name, as far as the name tells."""
-    module, colon, function = name.partition(":")
-    if name in NAMES or (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        return None
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"there is no reward '{name}'; known: {', '.join(NAMES)}, or a function of yours as module:function{hint}"
 
 
 def build_reward(name: str, settings: RewardsConfig | None = None) -> Reward:
     """The reward of this name. Raises ValueError when there is none, or when it cannot work on this machine."""
-    problem = problem_with(name)
+    problem = problem_with_reward(name)
     if problem:
         raise ValueError(problem)
     if name == "exact":

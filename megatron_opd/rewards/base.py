@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from megatron_opd.types import Prompt
+from megatron_opd.core.types import Prompt
 
 Answer: TypeAlias = tuple[Prompt, str]
 """A prompt and the text of a response to it."""

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from megatron_opd.config import RewardsConfig
+from megatron_opd.core.types import Prompt
 from megatron_opd.rewards import sandbox
 from megatron_opd.rewards.base import Answer, Reward
-from megatron_opd.types import Prompt
 
 _FENCED = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 _STOPS = re.compile(r"\n(?:class |def |#|if |print\()")
@@ -26,7 +26,7 @@ _STOPS = re.compile(r"\n(?:class |def |#|if |print\()")
 def build(settings: RewardsConfig) -> Reward:
     """The reward, after a look whether code can be confined here. Raises ValueError when it cannot."""
     guards = _guards()
-    limits = sandbox.Limits(timeout_s=settings.code_timeout_s, memory_mb=settings.code_memory_mb)
+    limits = sandbox.SandboxLimits(timeout_s=settings.code_timeout_s, memory_mb=settings.code_memory_mb)
     missing = [guard for guard in sandbox.GUARDS if guard not in guards]
     without = f"; not available here: {', '.join(missing)} (docs/rewards.md says what that leaves open)"
     return Reward(
@@ -40,13 +40,13 @@ def build(settings: RewardsConfig) -> Reward:
 
 @functools.cache
 def _guards() -> tuple[str, ...]:
-    verdict = sandbox.run(sandbox.Task(programs=("",), tests=""), sandbox.Limits(timeout_s=60.0))
+    verdict = sandbox.run(sandbox.Task(programs=("",), tests=""), sandbox.SandboxLimits(timeout_s=60.0))
     if not verdict.passed:
         raise sandbox.SandboxError(f"code cannot be run here: the sandbox failed at an empty program: {verdict.why}")
     return verdict.guards
 
 
-def _grade(answers: Sequence[Answer], *, limits: sandbox.Limits, workers: int) -> list[float]:
+def _grade(answers: Sequence[Answer], *, limits: sandbox.SandboxLimits, workers: int) -> list[float]:
     with ThreadPoolExecutor(workers, thread_name_prefix="code-reward") as pool:
         verdicts = pool.map(lambda answer: sandbox.run(task(*answer), limits), answers)
         return [float(verdict.passed) for verdict in verdicts]

@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from megatron_opd.core.types import Prompt
 from megatron_opd.rewards.base import Answer, Reward
-from megatron_opd.types import Prompt
 
 
 def build(name: str) -> Reward:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
+from megatron_opd.core.types import Prompt
 from megatron_opd.rewards.base import Answer, Reward, needs_answer
-from megatron_opd.types import Prompt
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # A minus sign is one where nothing stands before it that could be subtracted from.

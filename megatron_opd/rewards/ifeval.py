@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from megatron_opd.config import RewardsConfig
+from megatron_opd.core.types import Prompt
 from megatron_opd.rewards.base import Answer, Reward
-from megatron_opd.types import Prompt
 
 Checkers: TypeAlias = Mapping[str, Callable[[str], Any]]
 """lm-eval's class of each instruction, by the instruction's name."""

@@ -34,7 +34,7 @@ class SandboxError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class SandboxLimits:
     """What one task may use."""
 
     timeout_s: float = 10.0
@@ -72,7 +72,7 @@ class Verdict:
     """What confined the code besides the limits; empty when it was ended by force."""
 
 
-def run(task: Task, limits: Limits, *, guards: tuple[str, ...] = GUARDS) -> Verdict:
+def run(task: Task, limits: SandboxLimits, *, guards: tuple[str, ...] = GUARDS) -> Verdict:
     """Test the code. `guards`: those to use where the kernel has them.
 
     Raises SandboxError, and has run nothing, when the network cannot be cut off.
@@ -99,7 +99,7 @@ def _home() -> Iterator[str]:
             subprocess.run(["rm", "-rf", "--", home.name], stderr=subprocess.DEVNULL, timeout=_REMOVAL_S)
 
 
-def _settings(limits: Limits, guards: tuple[str, ...]) -> dict[str, Any]:
+def _settings(limits: SandboxLimits, guards: tuple[str, ...]) -> dict[str, Any]:
     paths = sysconfig.get_paths()
     own = [paths["stdlib"], paths["platstdlib"], str(Path(sys.base_prefix) / "lib")]
     most = {

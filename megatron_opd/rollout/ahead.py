@@ -13,8 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 
-from megatron_opd.data import PromptMix
-from megatron_opd.types import Prompt, Rollout
+from megatron_opd.core.types import Prompt, Rollout
+from megatron_opd.prompts.mix import PromptMix
 
 Sample = Callable[[int, list[Prompt]], list[Rollout]]
 """(step, the prompts of all replicas) -> this replica's rollouts; called on leaders only."""

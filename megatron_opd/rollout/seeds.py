@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from megatron_opd.types import Prompt, Sampling
+from megatron_opd.core.types import Prompt, Sampling
 
 
 def seed_of(sampling: Sampling, prompt: Prompt, sample: int) -> int:

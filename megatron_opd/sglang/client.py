@@ -19,9 +19,9 @@ import aiohttp
 
 from megatron_opd.config import ServersConfig
 from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY
+from megatron_opd.core.types import TeacherScore
 from megatron_opd.sglang import wire
 from megatron_opd.sglang.errors import BadAnswer, Down, Refused
-from megatron_opd.types import TeacherScore
 
 _T = TypeVar("_T")
 CONNECT_S = 10.0
@@ -53,7 +53,7 @@ class Client:
     def __init__(self, url: str, servers: ServersConfig, *, vocab_size: int, context: int) -> None:
         self.url = url.rstrip("/")
         self.timeout_s = servers.request_timeout_s
-        self.limits = wire.Limits(vocab_size=vocab_size, context=context)
+        self.limits = wire.ServerLimits(vocab_size=vocab_size, context=context)
         self.usage = Usage()
         self._max_in_flight = servers.max_in_flight
         self._in_flight: asyncio.Semaphore | None = None

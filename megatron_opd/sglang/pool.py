@@ -21,7 +21,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang.client import Client, Usage
 from megatron_opd.sglang.errors import RETRIED, Down, SGLangError
-from megatron_opd.sglang.wire import Limits
+from megatron_opd.sglang.wire import ServerLimits
 
 _T = TypeVar("_T")
 Work = Callable[[Client, str], Awaitable[_T]]
@@ -44,7 +44,7 @@ class _Server:
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class ServerGroup:
     """Requests that share a prefix, and therefore a server as long as it works."""
 
     server: _Server | None = None
@@ -85,7 +85,7 @@ class Pool:
         """Servers that get work."""
         return [server.client for server in self._servers if server.error is None]
 
-    async def run(self, work: Work[_T], *, group: Group, tokens: int) -> _T:
+    async def run(self, work: Work[_T], *, group: ServerGroup, tokens: int) -> _T:
         """`work` on a server of the pool. `tokens` says how much it is; `group` keeps related requests together.
 
         Raises Refused from the first server that says so, and Down when the request failed as often as it may, or
@@ -155,7 +155,7 @@ class Pool:
         for server in self._servers:
             await server.client.close()
 
-    async def _once(self, work: Work[_T], group: Group, tokens: int, rid: str) -> _T:
+    async def _once(self, work: Work[_T], group: ServerGroup, tokens: int, rid: str) -> _T:
         await self._until_one_is_up()
         server = self._choose(group)
         server.outstanding += tokens
@@ -183,7 +183,7 @@ class Pool:
         finally:
             server.running.discard(task)
 
-    def _choose(self, group: Group) -> _Server:
+    def _choose(self, group: ServerGroup) -> _Server:
         """The group's server while it works, else the one with the least outstanding work."""
         if group.server is None or group.server.error is not None:
             up = [server for server in self._servers if server.error is None]
@@ -230,7 +230,7 @@ class Pool:
 
 def connect(
     servers: ServersConfig,
-    limits: Limits,
+    limits: ServerLimits,
     *,
     name: str,
     on_return: Callable[[Client], Awaitable[None]] | None = None,

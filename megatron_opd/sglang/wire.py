@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from megatron_opd.core.types import Hidden, Sampled, TeacherScore, TopK
 from megatron_opd.sglang.errors import BadAnswer, Refused
-from megatron_opd.types import Hidden, Sampled, TeacherScore, TopK
 
 BANNED = -1e4
 """Added to the logits of ids that must not be sampled: their probability is exactly 0 in float32, and JSON has it."""
@@ -35,7 +35,7 @@ LEAST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class ServerLimits:
     """What a server takes without harm."""
 
     vocab_size: int
@@ -87,7 +87,7 @@ class Ask:
     top_k: int = 0
 
 
-def draw_body(draw: Draw, limits: Limits) -> dict[str, Any]:
+def draw_body(draw: Draw, limits: ServerLimits) -> dict[str, Any]:
     """The request. Raises Refused for what no server may be sent."""
     _check_ids(draw.ids, "the prompt", limits)
     _check_ids(draw.stop_ids, "stop_ids", limits, may_be_empty=True)
@@ -116,7 +116,7 @@ def draw_body(draw: Draw, limits: Limits) -> dict[str, Any]:
     return body
 
 
-def read_drawn(draw: Draw, answer: Any, limits: Limits) -> Drawn:
+def read_drawn(draw: Draw, answer: Any, limits: ServerLimits) -> Drawn:
     """Raises BadAnswer for anything that is not a complete, consistent answer."""
     ids, meta = _field(answer, "output_ids", list), _field(answer, "meta_info", dict)
     finish = _field(meta, "finish_reason", dict).get("type")
@@ -142,7 +142,7 @@ def read_drawn(draw: Draw, answer: Any, limits: Limits) -> Drawn:
     return Drawn(tuple(ids), tuple(logps), versions, finish)
 
 
-def ask_body(ask: Ask, limits: Limits) -> dict[str, Any]:
+def ask_body(ask: Ask, limits: ServerLimits) -> dict[str, Any]:
     """The request. Raises Refused for what no server may be sent."""
     _check_ids(ask.ids, "the tokens to score", limits)
     _check(0 < ask.first < len(ask.ids), f"there is nothing before or nothing after position {ask.first}")
@@ -169,7 +169,7 @@ def ask_body(ask: Ask, limits: Limits) -> dict[str, Any]:
     return body
 
 
-def read_score(ask: Ask, answer: Any, limits: Limits) -> TeacherScore:
+def read_score(ask: Ask, answer: Any, limits: ServerLimits) -> TeacherScore:
     """Raises BadAnswer for anything that is not about exactly the tokens of `ask`."""
     meta = _field(answer, "meta_info", dict)
     # Entry 0 is the token before the response, which has no log-probability here.
@@ -183,7 +183,7 @@ def read_score(ask: Ask, answer: Any, limits: Limits) -> TeacherScore:
     return _top_k(ask, meta, logp_R, limits)
 
 
-def _top_k(ask: Ask, meta: dict[str, Any], logp_R: torch.Tensor, limits: Limits) -> TopK:
+def _top_k(ask: Ask, meta: dict[str, Any], logp_R: torch.Tensor, limits: ServerLimits) -> TopK:
     rows, k = len(logp_R), ask.top_k
     shape, prefix = _field(meta, "input_top_logprobs_shape", list), meta.get("input_top_logprobs_null_prefix")
     _believe(
@@ -277,19 +277,19 @@ def _field(holder: Any, name: str, kind: type) -> Any:
     return value
 
 
-def _check_ids(ids: Iterable[int], what: str, limits: Limits, *, may_be_empty: bool = False) -> None:
+def _check_ids(ids: Iterable[int], what: str, limits: ServerLimits, *, may_be_empty: bool = False) -> None:
     ids = list(ids)
     _check(bool(ids) or may_be_empty, f"{what} must not be empty")
     wrong = [i for i in ids if not _is_id(i, limits)]
     _check(not wrong, f"{what}: ids must lie in [0, {limits.vocab_size}): {wrong[:5]}")
 
 
-def _is_id(value: Any, limits: Limits) -> bool:
+def _is_id(value: Any, limits: ServerLimits) -> bool:
     """A bool is an int to Python, and no id."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limits.vocab_size
 
 
-def _check_length(given: int, new: int, limits: Limits) -> None:
+def _check_length(given: int, new: int, limits: ServerLimits) -> None:
     fits = given + RESERVED <= limits.context and given + new <= limits.context
     _check(fits, f"{given} tokens, {new} new ones and {RESERVED} that SGLang keeps need more than {limits.context}")
 

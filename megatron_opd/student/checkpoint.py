@@ -29,10 +29,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opd.parallel import Parallel
-from megatron_opd.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
+from megatron_opd.models.lora_layout import facts
 from megatron_opd.student import optim
-from megatron_opd.student.lora_layout import facts
 from megatron_opd.student.student import Student
 
 

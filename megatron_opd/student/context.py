@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megatron_opd.parallel import Parallel
-from megatron_opd.terms.distillation import select
-from megatron_opd.types import MicroBatch
+from megatron_opd.core.batching import select
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.types import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)

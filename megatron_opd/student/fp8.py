@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from megatron_opd.parallel import Parallel
-from megatron_opd.precision.plan import HEAD, ModelPlan, Products
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.precision.fp8_plan import HEAD, ModelPlan, Products
 from megatron_opd.precision.quantize import Quantized, RoundBackward, RoundForward, Rounding, quantize
 from megatron_opd.precision.scaled import Scaled
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import ParallelConfig, RunConfig
-from megatron_opd.parallel import Parallel
+from megatron_opd.core.parallel import Parallel
 from megatron_opd.student import cpu, deterministic
 
 

@@ -21,9 +21,9 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
-from megatron_opd.fused import Linear
+from megatron_opd.core.types import MicroBatch
+from megatron_opd.loss.fused import FactoredLogits
 from megatron_opd.student import packing
-from megatron_opd.types import MicroBatch
 
 Product: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -38,7 +38,7 @@ def give_hidden(model: GPTModel) -> None:
         model.output_layer.forward = partial(_pass_on, model.config.sequence_parallel)
 
 
-def at_rows(model: GPTModel, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Linear:
+def at_rows(model: GPTModel, batch: MicroBatch, hidden_BSD: torch.Tensor) -> FactoredLogits:
     """What predicts the response tokens: hidden states [T, D], and this rank's rows of the head.
 
     Every shard of the vocabulary has its part of the hidden states' gradient. Under sequence parallelism the gather
@@ -47,7 +47,7 @@ def at_rows(model: GPTModel, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Lin
     hidden_TD = hidden_BSD.flatten(0, 1)[packing.rows(batch)]
     if not model.config.sequence_parallel:
         hidden_TD = copy_to_tensor_model_parallel_region(hidden_TD)
-    return Linear(hidden_TD, weight(model))
+    return FactoredLogits(hidden_TD, weight(model))
 
 
 def weight(model: GPTModel) -> torch.nn.Parameter:
@@ -57,7 +57,7 @@ def weight(model: GPTModel) -> torch.nn.Parameter:
     return model.output_layer.weight
 
 
-def logits(student: Linear, multiply: Product | None = None) -> torch.Tensor:
+def logits(student: FactoredLogits, multiply: Product | None = None) -> torch.Tensor:
     """This shard's columns of the logits [T, L] in float32, with gradients for hidden states and head.
 
     `multiply`: hidden states and head to their product, where that is not the plain one.

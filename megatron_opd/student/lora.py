@@ -26,10 +26,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_opd.config import LoraConfig
-from megatron_opd.parallel import Parallel
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.lora_layout import SUFFIX, Place, merged, places
 from megatron_opd.student import groups
-from megatron_opd.student.architecture import Architecture
-from megatron_opd.student.lora_layout import SUFFIX, Place, merged, places
 
 
 class _Pair(torch.nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_opd.parallel import Parallel
+from megatron_opd.config.models import Recompute
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.models.architecture import Architecture
 from megatron_opd.student import deterministic, groups
-from megatron_opd.student.architecture import Architecture
 from megatron_opd.student.spec import block_spec, default_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Recompute = Literal["none", "selective", "full"]
 
 
 def transformer_config(

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_opd.fused import Linear, Logits
-from megatron_opd.objective import Objective
-from megatron_opd.types import Foreign, Head, Hidden, MicroBatch, Sampled, TeacherScore
+from megatron_opd.core.types import Foreign, Head, Hidden, MicroBatch, Sampled, TeacherScore
+from megatron_opd.loss.fused import FactoredLogits, Logits
+from megatron_opd.loss.objective import Objective
 
 _NAMED = 3
 """Parameters that a message names."""
@@ -45,10 +45,10 @@ def tokens(objective: Objective, batch: MicroBatch, student: Logits, place: tupl
 
 
 def _causes(objective: Objective, batch: MicroBatch, student: Logits, t: int) -> Iterable[str]:
-    values_TD = student.hidden_TD if isinstance(student, Linear) else student
+    values_TD = student.hidden_TD if isinstance(student, FactoredLogits) else student
     if not _is_finite(values_TD[t]):
-        yield "the student's hidden states" if isinstance(student, Linear) else "the student's logits"
-    if isinstance(student, Linear) and not _is_finite(student.head_LD):
+        yield "the student's hidden states" if isinstance(student, FactoredLogits) else "the student's logits"
+    if isinstance(student, FactoredLogits) and not _is_finite(student.head_LD):
         yield "the student's output head"
     for n, (teacher, score) in enumerate(zip(objective.distillation.teachers, batch.teachers, strict=True)):
         if score is None or not batch.weights_TN[t, n] > 0:

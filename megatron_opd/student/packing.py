@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_opd.types import MicroBatch
+from megatron_opd.core.types import MicroBatch
 
 
 @dataclass

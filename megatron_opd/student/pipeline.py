@@ -11,9 +11,9 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from megatron_opd.core.types import MicroBatch
 from megatron_opd.student import packing
 from megatron_opd.student.context import Split
-from megatron_opd.types import MicroBatch
 
 AtTheEnd = Callable[[MicroBatch, torch.Tensor], Any]
 """What the last stage does with the model's output for a micro-batch, or for this rank's part of it."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from megatron_opd.batching import pack
 from megatron_opd.config import ParallelConfig, RunConfig
-from megatron_opd.parallel import Parallel
-from megatron_opd.types import MicroBatch, Prompt, Rollout
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.batching import pack
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.types import MicroBatch, Prompt, Rollout
+from megatron_opd.core.vocab import VocabShard
 
 Ids = Sequence[Sequence[int]]
 
@@ -68,8 +68,8 @@ def _by_megatron(
     *,
     like: str | Path | None = None,
 ) -> list[torch.Tensor]:
+    from megatron_opd.models.architecture import read_architecture
     from megatron_opd.student import groups, pipeline, source
-    from megatron_opd.student.architecture import read_architecture
     from megatron_opd.student.model import build_gpt, transformer_config
 
     assert parallel.context_size == 1  # no tool asks for more

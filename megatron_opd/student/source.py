@@ -13,11 +13,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opd.parallel import Parallel
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.lora_checkpoint import has_adapters
+from megatron_opd.models.torch_dist_dir import Region, TorchDistDir, is_torch_dist
 from megatron_opd.student import weights
-from megatron_opd.student.architecture import Architecture
-from megatron_opd.student.lora_checkpoint import has_adapters
-from megatron_opd.student.torch_dist_dir import Region, TorchDistDir, is_torch_dist
 
 
 def load(model: GPTModel, arch: Architecture, model_dir: str | Path, parallel: Parallel) -> None:

@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 from megatron_opd.config import Config
 from megatron_opd.config.checks_precision import STUDENT
-from megatron_opd.fused import Logits
-from megatron_opd.objective import Objective
-from megatron_opd.parallel import Parallel
-from megatron_opd.precision.plan import plan_of
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.types import MicroBatch
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.fused import Logits
+from megatron_opd.loss.objective import Objective
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.precision.fp8_plan import plan_of
 from megatron_opd.student import context, fp8, groups, head, lora, nonfinite, optim, pipeline, source, weights
-from megatron_opd.student.architecture import read_architecture
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
-from megatron_opd.types import MicroBatch
-from megatron_opd.vocab import VocabShard
 
 
 class Student:

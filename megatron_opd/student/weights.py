@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_opd.parallel import Parallel
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.safetensors_dir import TensorDir
+from megatron_opd.models.weight_map import Named, Rule, Shards, is_expert, plain_name, read_vocab_rows, stage_rules
 from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.student import groups, lora
-from megatron_opd.student.architecture import Architecture
-from megatron_opd.student.safetensors_dir import TensorDir
-from megatron_opd.student.weight_map import Named, Rule, Shards, is_expert, plain_name, read_vocab_rows, stage_rules
 
 
 @torch.no_grad()

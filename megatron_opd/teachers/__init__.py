@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from megatron_opd.config import Config, TeacherConfig
-from megatron_opd.parallel import Parallel
-from megatron_opd.precision.plan import ModelPlan, plan_of
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.types import Rollout, TeacherScore, TeacherScorer
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
 from megatron_opd.teachers.offload import in_turn, offloaded_weights
 from megatron_opd.teachers.rounded_head import RoundedHead
-from megatron_opd.types import Rollout, TeacherScore, TeacherScorer
-from megatron_opd.vocab import VocabShard
 
 
 def build_teachers(config: Config, parallel: Parallel, vocab: VocabShard) -> list[TeacherScorer]:
@@ -34,12 +34,12 @@ def build_teacher(
 
 def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:
     """A teacher that reads the student's text in tokens of its own; its head is cut along its own vocabulary."""
-    from megatron_opd.crosstok.align import Translator
-    from megatron_opd.crosstok.matched import match
-    from megatron_opd.crosstok.pieces import read_pieces
-    from megatron_opd.student.architecture import read_architecture
-    from megatron_opd.teachers.foreign import ForeignTeacher
-    from megatron_opd.tokenizer import load_tokenizer
+    from megatron_opd.loss.crosstok.align import Translator
+    from megatron_opd.loss.crosstok.matched import match
+    from megatron_opd.loss.crosstok.pieces import read_pieces
+    from megatron_opd.models.architecture import read_architecture
+    from megatron_opd.models.tokenizer import load_tokenizer
+    from megatron_opd.teachers.foreign_teacher import ForeignTeacher
 
     arch = read_architecture(teacher.model, vocab_multiple=parallel.tensor_size)
     columns = arch.padded_vocab_size // parallel.tensor_size
@@ -83,7 +83,7 @@ def is_in_fp8(teacher: TeacherConfig, config: Config) -> bool:
 def _plan(teacher: TeacherConfig, config: Config) -> ModelPlan | None:
     if teacher.carrier != "hidden":
         return None
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
 
     return plan_of(config, teacher.name, read_architecture(teacher.model, vocab_multiple=config.parallel.tensor))
 
@@ -92,21 +92,21 @@ def _build(
     teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard, plan: ModelPlan | None
 ) -> TeacherScorer:
     if teacher.backend == "megatron":
-        from megatron_opd.teachers.megatron import MegatronTeacher
+        from megatron_opd.teachers.megatron_teacher import MegatronTeacher
 
         how = {"micro_batch_size": config.train.micro_batch_size, "packs": config.train.packing}
         return MegatronTeacher(teacher, parallel, vocab, **how, plan=plan)
-    from megatron_opd.sglang.loop import Loop
+    from megatron_opd.models.architecture import read_limits
+    from megatron_opd.sglang.event_loop import Loop
     from megatron_opd.sglang.pool import connect
-    from megatron_opd.sglang.wire import Limits
-    from megatron_opd.student.architecture import read_limits
-    from megatron_opd.teachers.head import load_head
-    from megatron_opd.teachers.sglang import SGLangTeacher
+    from megatron_opd.sglang.wire import ServerLimits
+    from megatron_opd.teachers.head_shard import load_head
+    from megatron_opd.teachers.served_teacher import SGLangTeacher
 
     head_LD = load_head(teacher, parallel, vocab, plan) if teacher.carrier == "hidden" else None
     if not parallel.is_leader:
         return SGLangTeacher(teacher, parallel, None, None, head_LD=head_LD)
     own, context = read_limits(teacher.model)
-    limits = Limits(vocab_size=own, context=context)
+    limits = ServerLimits(vocab_size=own, context=context)
     pool = connect(teacher.servers, limits, name=f"teacher '{teacher.name}'")
     return SGLangTeacher(teacher, parallel, pool, Loop(), head_LD=head_LD)

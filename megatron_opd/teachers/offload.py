@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Weights:
+class OffloadedWeights:
     """The weights of one model."""
 
     fetch: Callable[[], None]
@@ -50,13 +50,13 @@ class Weights:
                 self.release()
 
 
-def offloaded_weights(teacher: object) -> Weights | None:
+def offloaded_weights(teacher: object) -> OffloadedWeights | None:
     """A teacher's weights that are fetched before it scores; those of most are there already, or on servers."""
     found = getattr(teacher, "offloaded", None)
-    return found if isinstance(found, Weights) else None
+    return found if isinstance(found, OffloadedWeights) else None
 
 
-def in_turn(models: Sequence[Weights | None]) -> Generator[int, None, None]:
+def in_turn(models: Sequence[OffloadedWeights | None]) -> Generator[int, None, None]:
     """The numbers of the models, each when it is to compute; None: one that needs nothing fetched.
 
     Before a model computes, the copy of the next one that needs it is begun. Behind it the model gives its memory back,

@@ -6,14 +6,14 @@ import functools
 
 import torch
 
-from megatron_opd.teachers.offload import Weights
+from megatron_opd.teachers.offload import OffloadedWeights
 
 
-def offloaded(model: torch.nn.Module, *, ahead: bool) -> Weights:
-    """Move the parameters of a model on a GPU to host memory, for good; `ahead` as in `Weights`."""
+def offloaded(model: torch.nn.Module, *, ahead: bool) -> OffloadedWeights:
+    """Move the parameters of a model on a GPU to host memory, for good; `ahead` as in `OffloadedWeights`."""
     copies = _Copies(model)
     copies.drop()
-    return Weights(copies.fetch, copies.wait, copies.drop, ahead=ahead)
+    return OffloadedWeights(copies.fetch, copies.wait, copies.drop, ahead=ahead)
 
 
 @functools.cache

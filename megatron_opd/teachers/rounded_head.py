@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opd.precision.plan import Products
+from megatron_opd.core.types import Hidden, Rollout, TeacherScore, TeacherScorer
+from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.quantize import Rounding
-from megatron_opd.teachers.offload import Weights, offloaded_weights
-from megatron_opd.types import Hidden, Rollout, TeacherScore, TeacherScorer
+from megatron_opd.teachers.offload import OffloadedWeights, offloaded_weights
 
 
 class RoundedHead:
@@ -24,7 +24,7 @@ class RoundedHead:
         self.head_LD = None if head_LD is None else Rounding(products.recipe.weights)(head_LD)
 
     @property
-    def offloaded(self) -> Weights | None:
+    def offloaded(self) -> OffloadedWeights | None:
         """The other one's."""
         return offloaded_weights(self.inner)
 

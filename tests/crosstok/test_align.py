@@ -5,10 +5,10 @@ import random
 import pytest
 import two_cuts as made
 
-from megatron_opd.crosstok.align import Translator, spans_of
-from megatron_opd.crosstok.matched import match
-from megatron_opd.crosstok.pieces import read_pieces
-from megatron_opd.tokenizer import load_tokenizer
+from megatron_opd.loss.crosstok.align import Translator, spans_of
+from megatron_opd.loss.crosstok.matched import match
+from megatron_opd.loss.crosstok.pieces import read_pieces
+from megatron_opd.models.tokenizer import load_tokenizer
 
 TEXTS = [*made.TEXT[:4], " starts with a space", "", "x", "\n\n  indented\ttab", "🙂🙂", "the  two  spaces"]
 

@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
-from megatron_opd.crosstok.matched import Matched
-from megatron_opd.teachers.foreign import ForeignTeacher
-from megatron_opd.types import Hidden
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.types import Hidden
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.crosstok.matched import Matched
+from megatron_opd.teachers.foreign_teacher import ForeignTeacher
 
 ROLLOUTS = [tiny.rollout([1, 2], ids, index=i) for i, ids in enumerate(([3, 4], [5], [6, 7, 8]))]
 UNSAID = tiny.rollout([1, 2], [9], index=9)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_opd.config import CrossTokenizerConfig
-from megatron_opd.crosstok.matched import Matched
-from megatron_opd.crosstok.uld import Spans, other_tokens, sorted_l1, uld
+from megatron_opd.loss.crosstok.matched import Matched
+from megatron_opd.loss.crosstok.uld import Spans, other_tokens, sorted_l1, uld
 
 STUDENT_V, TEACHER_V = 9, 7
 # Student ids 0..4 are teacher ids 6..2; the others have no partner.

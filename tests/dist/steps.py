@@ -10,11 +10,11 @@ import torch
 
 def build(parallel, config, vocab_size):
     """(student, objective, a function that turns rollouts into scored micro-batches) of a rank."""
-    from megatron_opd.objective import Objective
+    from megatron_opd.loss.objective import Objective
     from megatron_opd.student.student import Student
     from megatron_opd.teachers import build_teachers
-    from megatron_opd.terms.distillation import Distillation
-    from megatron_opd.train import Run
+    from megatron_opd.loss.distillation import Distillation
+    from megatron_opd.trainer.experience import Experience
 
     student = Student(config, parallel)
     vocab = student.vocab_shard(vocab_size)
@@ -22,8 +22,8 @@ def build(parallel, config, vocab_size):
     heads = tuple(t.head_LD for t in teachers)
     term = Distillation(config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads)
     objective = Objective(term, has_answers_of_others=config.answers.lmbda < 1)
-    run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
-    return student, objective, lambda rollouts: Run._pack(run, rollouts) if rollouts else []
+    experience = Experience(config, parallel, teachers, None)
+    return student, objective, lambda rollouts: experience.score(rollouts) if rollouts else []
 
 
 def train(parallel, config, rollouts, vocab_size, num_steps):
@@ -38,7 +38,7 @@ def train(parallel, config, rollouts, vocab_size, num_steps):
 
 def told(parallel, config, rollouts, vocab_size, count):
     """What every rank knows of its replica's first `count` answers: by teacher, their log-probabilities."""
-    from megatron_opd.answer_logps import answer_logps
+    from megatron_opd.trainer.completions import answer_logps
 
     _, objective, pack = build(parallel, config, vocab_size)
     return answer_logps(objective.distillation, pack(rollouts[parallel.data_rank :: parallel.data_size]), count, parallel)
@@ -46,18 +46,18 @@ def told(parallel, config, rollouts, vocab_size, count):
 
 def reference_nll(parallel, config, sources, vocab_size):
     """The cross-entropy of the prompts' answers, as a rank knows it."""
-    from megatron_opd import references
+    from megatron_opd.trainer import reference_nll
     from megatron_opd.student.student import Student
 
     student = Student(config, parallel)
-    return references.nll(student, student.vocab_shard(vocab_size), sources, config, parallel)
+    return reference_nll.nll(student, student.vocab_shard(vocab_size), sources, config, parallel)
 
 
 def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
     """The same with the weights and advantages of a step, and its updates: ([metrics by step], exported weights)."""
-    from megatron_opd.objective import build_objective
-    from megatron_opd.shaping import Shaping
-    from megatron_opd.updates import update
+    from megatron_opd.trainer.build_objective import build_objective
+    from megatron_opd.trainer.shaping import Shaping
+    from megatron_opd.trainer.updates import update
 
     student, objective, pack = build(parallel, config, vocab_size)
     term = objective.distillation

@@ -10,12 +10,12 @@ import steps
 import tiny
 import torch
 
-from megatron_opd.batching import pack
+from megatron_opd.core.batching import pack
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.objective import Objective
-from megatron_opd.terms.distillation import Distillation
-from megatron_opd.types import Hidden, MicroBatch, Sampled, TopK
-from megatron_opd.vocab import VocabShard
+from megatron_opd.loss.objective import Objective
+from megatron_opd.loss.distillation import Distillation
+from megatron_opd.core.types import Hidden, MicroBatch, Sampled, TopK
+from megatron_opd.core.vocab import VocabShard
 
 NUM_TOKENS, COLUMNS, SIZE, WIDTH = 17, 48, 35, 8
 """At TP=4 a shard has 12 columns, and the last one is padding only."""
@@ -268,7 +268,7 @@ WEIGHTS = ({"weight": 0.4, "sources": {"b": 1.0}}, {"weight": 0.6, "sources": {"
 
 def train(parallel, config, rollouts, lists, num_steps):
     from megatron_opd.student.student import Student
-    from megatron_opd.teachers.megatron import MegatronTeacher
+    from megatron_opd.teachers.megatron_teacher import MegatronTeacher
 
     student = Student(config, parallel)
     vocab = student.vocab_shard(VOCAB_SIZE)

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import tiny
 
-from megatron_opd import run_dir
-from megatron_opd.student import convert
+from megatron_opd.core import run_dir
+from megatron_opd.models import convert
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def _in_place(mine, at, length):
 
 
 def tiny_arch():
-    from megatron_opd.student.architecture import Architecture
+    from megatron_opd.models.architecture import Architecture
 
     return Architecture(
         family="llama", num_layers=1, hidden_size=32, ffn_size=32, num_heads=4, num_kv_heads=2, head_dim=8,

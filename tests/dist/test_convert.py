@@ -7,8 +7,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from megatron_opd.student import convert
-from megatron_opd.student.torch_dist_dir import TorchDistDir
+from megatron_opd.models import convert
+from megatron_opd.models.torch_dist_dir import TorchDistDir
 
 FAMILIES = {
     "llama": {},
@@ -115,7 +115,7 @@ def save_by_megatron(parallel, source, saved):
     from megatron.core import dist_checkpointing
 
     from megatron_opd.student import weights
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
     from megatron_opd.student.checkpoint import _writing_in_this_process
     from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 
@@ -154,7 +154,7 @@ def test_keys_shapes_and_offsets_are_megatrons_own(ranks, tmp_path, family, layo
 def load_both_ways(parallel, source, checkpoint, multiple, dtype):
     """Names of parameters that differ between loading Hugging Face files and a torch_dist checkpoint; padding rows."""
     from megatron_opd.student import source as weights_source
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
     from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 
     models = []
@@ -233,7 +233,7 @@ def save_a_run(parallel, source, run_dir):
     ],
 )
 def test_a_runs_own_checkpoint(ranks, tmp_path, family, layout):
-    from megatron_opd.student.describe import describe
+    from megatron_opd.models.describe import describe
 
     source = model_dir(tmp_path / "hf", family)
     exported = ranks.run(size(layout), save_a_run, source, tmp_path / "run", **layout)[0]

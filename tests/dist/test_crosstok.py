@@ -14,9 +14,9 @@ sys.path.append(str(Path(__file__).parents[1] / "crosstok"))
 import two_cuts
 
 from megatron_opd import config as c
-from megatron_opd.crosstok.align import Translator
-from megatron_opd.crosstok.pieces import read_pieces
-from megatron_opd.tokenizer import load_tokenizer
+from megatron_opd.loss.crosstok.align import Translator
+from megatron_opd.loss.crosstok.pieces import read_pieces
+from megatron_opd.models.tokenizer import load_tokenizer
 
 SIZES = {"student": 341, "teacher": 403}  # more entries than tokens, and than tensor parallelism divides
 TEXTS = ["the lazy fox costs 12 €", "def add(a, b):", "12+34=46", "naïve café 🙂"]
@@ -64,19 +64,16 @@ def rollouts(paths):
 
 def built(parallel, config, rollouts):
     """(student, objective, scored micro-batches) of a rank."""
-    from types import SimpleNamespace
-
-    from megatron_opd.objective import build_objective
+    from megatron_opd.trainer.build_objective import build_objective
     from megatron_opd.student.student import Student
     from megatron_opd.teachers import build_teachers
-    from megatron_opd.train import Run
+    from megatron_opd.trainer.experience import Experience
 
     student = Student(config, parallel)
     vocab = student.vocab_shard(SIZES["student"])
     teachers = build_teachers(config, parallel, vocab)
     objective = build_objective(config, vocab, teachers)
-    run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
-    return student, objective, Run._pack(run, rollouts)
+    return student, objective, Experience(config, parallel, teachers, None).score(rollouts)
 
 
 def step(parallel, config, rollouts):
@@ -86,7 +83,7 @@ def step(parallel, config, rollouts):
 
 
 def told(parallel, config, rollouts):
-    from megatron_opd.answer_logps import answer_logps
+    from megatron_opd.trainer.completions import answer_logps
 
     _, objective, batches = built(parallel, config, rollouts)
     return answer_logps(objective.distillation, batches, len(rollouts), parallel)

@@ -178,8 +178,8 @@ def test_weights_that_fp16_does_not_know_are_refused(ranks, paths, tmp_path):
 
 
 def head_refused(parallel, made):
-    from megatron_opd.teachers.head import load_head
-    from megatron_opd.vocab import VocabShard
+    from megatron_opd.teachers.head_shard import load_head
+    from megatron_opd.core.vocab import VocabShard
 
     share = 96 // parallel.tensor_size
     first = share * parallel.tensor_rank

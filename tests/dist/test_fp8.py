@@ -14,8 +14,8 @@ from megatron_opd import config as c
 from megatron_opd.config import TeacherConfig
 from megatron_opd.precision.recipes import RECIPES
 from megatron_opd.teachers import build_teachers
-from megatron_opd.precision.plan import ModelPlan, plan_of
-from megatron_opd.vocab import VocabShard
+from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
+from megatron_opd.core.vocab import VocabShard
 
 VOCAB_SIZE = 90
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 3}
@@ -61,7 +61,7 @@ def rounded_model(model, *, kept=()):
 
 
 def hidden_of(parallel, teacher, plan, rollouts):
-    from megatron_opd.teachers.megatron import MegatronTeacher
+    from megatron_opd.teachers.megatron_teacher import MegatronTeacher
 
     made = MegatronTeacher(
         TeacherConfig(name="t", model=teacher), parallel, VocabShard(0, 96, 96), micro_batch_size=1, plan=plan
@@ -71,7 +71,7 @@ def hidden_of(parallel, teacher, plan, rollouts):
 
 
 def plan_for(paths, model="t", path="teacher", **fp8):
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
 
     made = plan_of(config(paths, **fp8), model, read_architecture(paths[path], vocab_multiple=4))
     assert isinstance(made, ModelPlan)
@@ -117,7 +117,7 @@ def one_layer(parallel, is_column, backward, recipe):
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    from megatron_opd.precision.plan import Products
+    from megatron_opd.precision.fp8_plan import Products
     from megatron_opd.precision.recipes import RECIPES
     from megatron_opd.student.fp8 import _Emulated
 
@@ -375,17 +375,17 @@ def test_a_head_in_fp8_that_is_not_finite_is_found(ranks, paths, tmp_path, emula
 
 
 def measure(parallel, config, rollouts):
-    from megatron_opd import fidelity
-    from megatron_opd.train import Run
+    from megatron_opd.trainer import fp8_fidelity
+    from megatron_opd.trainer.experience import Experience
 
     student, objective, _ = steps.build(parallel, config, VOCAB_SIZE)
     teachers = build_teachers(config, parallel, objective.distillation.vocab)
     term = dataclasses.replace(objective.distillation, heads=tuple(t.head_LD for t in teachers))
     objective = dataclasses.replace(objective, distillation=term)
-    run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
+    experience = Experience(config, parallel, teachers, None)
     before = {name: p.detach().clone() for name, p in student.gpt.named_parameters()}
     mine = rollouts[parallel.data_rank :: parallel.data_size]
-    found = fidelity.measure(config, student, teachers, objective, mine, partial(Run._pack, run))
+    found = fp8_fidelity.measure(config, student, teachers, objective, mine, experience.score)
     assert all(torch.equal(before[name], p) for name, p in student.gpt.named_parameters())
     return found
 

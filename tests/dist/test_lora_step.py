@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from megatron_opd.config import LoraConfig
-from megatron_opd.student.lora_layout import facts
+from megatron_opd.models.lora_layout import facts
 
 VOCAB_SIZE = 90
 NUM_STEPS = 3

@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from megatron_opd.batching import pack
-from megatron_opd.student import hf_dir
+from megatron_opd.core.batching import pack
+from megatron_opd.models import hf_dir
 
 LAYOUTS = {
     "tp1": {"tensor": 1},
@@ -33,7 +33,7 @@ def sequences(family):
 def logits_and_weights(parallel, model_dir, rollouts, vocab_multiple=1, dtype="fp32", bucket_bytes=256 << 20):
     """([logits [B, S, L] by micro-batch] on the last stage, exported weights on the leader)."""
     from megatron_opd.student import pipeline, weights
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
     from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 
     arch = read_architecture(model_dir, vocab_multiple=vocab_multiple)
@@ -185,7 +185,7 @@ def test_written_directory_is_the_model(ranks, tmp_path, family, shard_bytes):
 
 def load_fails(parallel, model_dir):
     from megatron_opd.student import weights
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
     from megatron_opd.student.model import build_gpt, transformer_config
 
     arch = read_architecture(model_dir)

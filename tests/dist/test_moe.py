@@ -8,9 +8,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from megatron_opd.batching import pack
-from megatron_opd.student import convert
-from megatron_opd.types import Sampling
+from megatron_opd.core.batching import pack
+from megatron_opd.models import convert
+from megatron_opd.core.types import Sampling
 
 LAYOUTS = {
     "tp1": {"tensor": 1},
@@ -43,7 +43,7 @@ def batches():
 def logits_and_weights(parallel, checkpoint, dtype):
     from megatron_opd.student import pipeline, weights
     from megatron_opd.student import source as weights_source
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
     from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 
     arch = read_architecture(checkpoint)
@@ -80,7 +80,7 @@ def test_exported_bf16_is_bit_identical(ranks, model, tmp_path):
 
 @torch.no_grad()
 def test_the_embedded_engine_takes_exported_experts(model, source):
-    from megatron_opd.rollout.local import LocalEngine
+    from megatron_opd.rollout.embedded_engine import LocalEngine
 
     hf, checkpoint = source
     engine = LocalEngine(checkpoint, eos_ids=(2,), vocab_size=94)  # a checkpoint has the config, not the weights

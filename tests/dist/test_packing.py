@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from megatron_opd.batching import pack
+from megatron_opd.core.batching import pack
 
 CPU = torch.device("cpu")
 
@@ -135,7 +135,7 @@ def logits(parallel, model_dir, cases, packing):
     """By case, of rollouts: logits [T, L] of every micro-batch on the last stage, of one model."""
     from megatron_opd.student import packing as packed
     from megatron_opd.student import pipeline, weights
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
     from megatron_opd.student.model import build_gpt, transformer_config
 
     arch = read_architecture(model_dir)

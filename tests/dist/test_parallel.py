@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_opd.parallel import PeerError
+from megatron_opd.core.parallel import PeerError
 
 
 def place(parallel):

@@ -74,8 +74,8 @@ def together(tensors):
 
 def measured(parallel, config, rollouts, trace):
     """Bytes on this rank: what is there between steps, what one micro-batch keeps, and the peak of a step over that."""
-    from megatron_opd.objective import build_objective
-    from megatron_opd.shaping import Shaping
+    from megatron_opd.trainer.build_objective import build_objective
+    from megatron_opd.trainer.shaping import Shaping
     from megatron_opd.student import pipeline
 
     student, exact, pack = steps.build(parallel, config, VOCAB)
@@ -176,7 +176,7 @@ def numels(parallel, config):
 def test_every_rank_has_the_parameters_that_were_planned(ranks, models, model, layout):
     config, plans = planned(models[model], models["teacher"], layout)
     from megatron_opd.planner import sizes
-    from megatron_opd.student.architecture import read_architecture
+    from megatron_opd.models.architecture import read_architecture
 
     arch = read_architecture(models[model])
     found = ranks.run(4, numels, config, **layout)
@@ -189,7 +189,7 @@ def test_every_rank_has_the_parameters_that_were_planned(ranks, models, model, l
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_head_in_fp8_rounds_hidden_states_in_the_memory_that_was_planned(tmp_path, dtype):
     from megatron_opd.planner import loss_buffers
-    from megatron_opd.precision.plan import Products
+    from megatron_opd.precision.fp8_plan import Products
     from megatron_opd.precision.recipes import RECIPES
     from megatron_opd.precision.scaled import ScaledHead
 

@@ -234,7 +234,7 @@ def one_by_one(parallel, config, parts, vocab_size):
 
 def shaped_beside_answers_of_others(parallel, config, rollouts, vocab_size):
     """Per rollout: (distill_T, sft_T, advantage_T), and the metrics, where every other rollout is not the student's."""
-    from megatron_opd.shaping import Shaping
+    from megatron_opd.trainer.shaping import Shaping
 
     _, objective, pack = steps.build(parallel, config, vocab_size)
     batches = []

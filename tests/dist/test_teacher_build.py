@@ -4,25 +4,25 @@ import tiny
 import torch
 
 from megatron_opd.config import TeacherConfig
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
 
 
 def built(parallel, model_dir):
     """Whether gradients were on while its layers were made, and what its parameters say."""
-    from megatron_opd.teachers import megatron
+    from megatron_opd.teachers import megatron_teacher
 
-    seen, build_gpt = [], megatron.build_gpt
+    seen, build_gpt = [], megatron_teacher.build_gpt
 
     def watched(*arguments):
         seen.append(torch.is_grad_enabled())
         return build_gpt(*arguments)
 
-    megatron.build_gpt = watched
+    megatron_teacher.build_gpt = watched
     try:
         config = TeacherConfig(name="t", model=model_dir)
-        teacher = megatron.MegatronTeacher(config, parallel, VocabShard(0, 96, 96), micro_batch_size=1)
+        teacher = megatron_teacher.MegatronTeacher(config, parallel, VocabShard(0, 96, 96), micro_batch_size=1)
     finally:
-        megatron.build_gpt = build_gpt
+        megatron_teacher.build_gpt = build_gpt
     return seen, any(p.requires_grad for p in teacher.model.parameters()), torch.is_grad_enabled()
 
 

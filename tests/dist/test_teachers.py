@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from megatron_opd.config import TeacherConfig
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
 
 STUDENT_COLUMNS = 96
 """The student's padded vocabulary, along which heads are cut."""
@@ -27,7 +27,7 @@ LAYOUTS = {
 
 def score(parallel, model_dir, rollouts, micro_batch_size, dtype):
     """([hidden [R, D] or None by rollout], this rank's head rows or None)."""
-    from megatron_opd.teachers.megatron import MegatronTeacher
+    from megatron_opd.teachers.megatron_teacher import MegatronTeacher
 
     share = STUDENT_COLUMNS // parallel.tensor_size
     start = parallel.tensor_rank * share

@@ -4,7 +4,7 @@ import pytest
 
 
 def joined(_, metrics):
-    from megatron_opd import updates
+    from megatron_opd.trainer import updates
 
     return updates.joined(metrics)
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from program import CONFIG, SMALL, Terminal, assert_gone, assert_user_error, checkpoints, started, train
 
-from megatron_opd import run_dir as run_directory
+from megatron_opd.core import run_dir as run_directory
 
 ENDLESS = ["train.steps=100000", "train.save_every=2"]
 TWO_RANKS = ["parallel.tensor=2"]

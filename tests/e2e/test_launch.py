@@ -14,7 +14,7 @@ def said_once(done, message):
     assert done.returncode != 0, said
     assert said.count(message) == 1, said
     # torchrun has a traceback of its own, about a child that failed
-    assert "megatron_opd/train.py" not in said, said
+    assert "megatron_opd/trainer/loop.py" not in said, said
 
 
 def test_torchrun_starts_the_worker(tmp_path):
@@ -59,7 +59,7 @@ def test_failure_of_another_rank_than_the_first_is_explained(tmp_path):
     (site / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    import megatron_opd.student.weight_map as m\n"
+        "    import megatron_opd.models.weight_map as m\n"
         "    def broken(*args, **kwargs): raise ValueError('rank 1 cannot read its part')\n"
         "    m.stage_rules = broken\n"
     )

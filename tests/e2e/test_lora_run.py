@@ -137,8 +137,8 @@ def test_unmerged_checkpoint_is_not_taken_for_a_model(whole, ranks):
 
 
 def refusal(parallel, checkpoint):
+    from megatron_opd.models.architecture import read_architecture
     from megatron_opd.student import source
-    from megatron_opd.student.architecture import read_architecture
     from megatron_opd.student.model import build_gpt, transformer_config
 
     arch = read_architecture(MODELS / "student")

@@ -5,7 +5,7 @@ import signal
 import pytest
 from program import assert_gone, checkpoints, exported, rows, started, train
 
-from megatron_opd import preemption, watchdog
+from megatron_opd.core import preemption, watchdog
 
 TWO_RANKS = ["parallel.tensor=2"]
 STEPS = ["train.steps=6", "train.save_every=0"]
@@ -94,4 +94,4 @@ def test_stacks_on_request(tmp_path):
         rank.send_signal(signal.SIGUSR2)
         run.wait_for_step(len(rows(tmp_path)) + 2)  # which it does not mind
         (stacks,) = watchdog.stacks(tmp_path / "logs")
-        assert "megatron_opd/train.py" in stacks.read_text()
+        assert "megatron_opd/trainer/loop.py" in stacks.read_text()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_opd.fused import native
-from megatron_opd.losses import NonFiniteLogits, distillation_loss, linear_distillation_loss
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss import NonFiniteLogits, distillation_loss, linear_distillation_loss
+from megatron_opd.loss.fused import native
 
 T, V, D = 4, 30, 8
 

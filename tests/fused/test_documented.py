@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from megatron_opd import fused, losses
+from megatron_opd import loss as losses
+from megatron_opd.loss import fused
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/performance.md"
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from cases import COLUMNS, GRADIENT_ERROR, LOSS_ERROR, SIZE, Case
 
-from megatron_opd.fused import api, backends, native
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.fused import api, backends, native
 
 VOCAB = VocabShard(0, COLUMNS, SIZE)
 

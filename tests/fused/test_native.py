@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Case
 
-from megatron_opd.fused import api, backends, native
+from megatron_opd.loss.fused import api, backends, native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler here")
 KINDS = [Case(beta, how, 2, 0.8) for beta in (0.0, 0.5, 1.0) for how in ("logits", "probs")]

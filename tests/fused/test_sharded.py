@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from cases import LOSS_ERROR, Case
 
-from megatron_opd.fused import api, exchange, products
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.fused import api, exchange, products
 
 UNEVEN = (48, 35)
 """Columns and real ones: at TP=4 the last shard has padding only."""

@@ -7,10 +7,10 @@ import tiny
 import torch
 
 from megatron_opd.config import RolloutConfig, ServersConfig
-from megatron_opd.sglang import memory, process
+from megatron_opd.sglang import process, server_memory
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.loop import Loop
-from megatron_opd.sglang.weights.sync import WeightSync
+from megatron_opd.sglang.event_loop import Loop
+from megatron_opd.sglang.weights.sync import WeightPush
 from megatron_opd.sglang.wire import Draw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -46,14 +46,14 @@ def server(tmp_path):
 def test_memory_is_free_while_the_student_trains_and_weights_arrive_after_it(server, tmp_path):
     client, settings, model, loop = server
     rollout = RolloutConfig(sync="tensor", sync_verify=True, servers=settings)
-    sync = WeightSync(rollout, loop, model=tmp_path / "model", write=None, spool=tmp_path / "spool")
+    sync = WeightPush(rollout, loop, model=tmp_path / "model", write=None, spool=tmp_path / "spool")
     draw = Draw(rid="r", ids=(5, 6, 7), max_new_tokens=4, temperature=0.0, top_p=1.0, top_k=0, stop_ids=())
 
     def push(version):
         weights = ((name, tensor.detach()) for name, tensor in model.state_dict().items())
         assert sync.push([client], weights, version) == {}
 
-    assert loop.run(memory.has_saver(client))
+    assert loop.run(server_memory.has_saver(client))
     push(1)
     before = loop.run(client.generate(draw))
     held, total = torch.cuda.mem_get_info()

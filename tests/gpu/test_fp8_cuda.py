@@ -5,15 +5,13 @@ several times better than FP8 agrees with bf16.
 """
 
 import dataclasses
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
 from megatron_opd import config as c
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
 
 pytestmark = pytest.mark.gpu
 VOCAB_SIZE = 90
@@ -108,14 +106,14 @@ def test_a_student_trains(ranks, paths, recipe):
 def measure(parallel, config, rollouts):
     import steps
 
-    from megatron_opd import fidelity
     from megatron_opd.teachers import build_teachers
-    from megatron_opd.train import Run
+    from megatron_opd.trainer import fp8_fidelity
+    from megatron_opd.trainer.experience import Experience
 
     student, objective, _ = steps.build(parallel, config, VOCAB_SIZE)
     teachers = build_teachers(config, parallel, objective.distillation.vocab)
-    run = SimpleNamespace(config=config, parallel=parallel, teachers=teachers)
-    return fidelity.measure(config, student, teachers, objective, rollouts, partial(Run._pack, run))
+    experience = Experience(config, parallel, teachers, None)
+    return fp8_fidelity.measure(config, student, teachers, objective, rollouts, experience.score)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from megatron_opd.config import TeacherConfig
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
 
 pytestmark = pytest.mark.gpu
 COLUMNS = 96
@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
 def scored(parallel, paths, rollouts, offload, prefetch):
     """([hidden states by teacher], bytes on the GPU before and after, most while they scored, of one model)."""
     from megatron_opd.teachers import ask_all
-    from megatron_opd.teachers.megatron import MegatronTeacher
+    from megatron_opd.teachers.megatron_teacher import MegatronTeacher
 
     made = []
     for n, path in enumerate(paths):

@@ -5,7 +5,7 @@ from servers.standin import StandIn, settings
 from servers.standin_model import CONTEXT, VOCAB_SIZE
 
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
-from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import Pool
 
 

@@ -20,7 +20,7 @@ from servers.standin_faults import AFTER, BEFORE
 from servers.standin_model import CONTEXT, END, VERSION, VOCAB_SIZE, b64, cut, draw, hidden, logps
 
 from megatron_opd.config import ServersConfig
-from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.event_loop import Loop
 
 KINDS = ("kv_cache", "weights", "cuda_graph")
 

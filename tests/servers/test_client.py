@@ -10,10 +10,10 @@ from servers.standin import settings
 from servers.standin_faults import AFTER, BEFORE
 from servers.standin_model import CONTEXT, END, VOCAB_SIZE, cut, hidden, logps
 
+from megatron_opd.core.types import Hidden, Sampled, TopK
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
 from megatron_opd.sglang.errors import BadAnswer, Down, Refused, SGLangError
 from megatron_opd.sglang.wire import Ask, Draw, Drawn
-from megatron_opd.types import Hidden, Sampled, TopK
 
 PROMPT = (5, 6, 7, 8)
 RESPONSE = (9, 10, 11, 12, 13)

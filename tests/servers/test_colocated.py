@@ -11,13 +11,13 @@ import torch
 from servers.standin import KINDS, settings, wait_for
 from servers.standin_model import END, VOCAB_SIZE
 
-from megatron_opd import colocated
 from megatron_opd.config import RolloutConfig
-from megatron_opd.rollout.sglang import SGLangEngine
+from megatron_opd.core.types import Prompt, Sampling
+from megatron_opd.rollout import colocated
+from megatron_opd.rollout.served_engine import SGLangEngine
 from megatron_opd.sglang.errors import Down
 from megatron_opd.sglang.follow import Follow
-from megatron_opd.sglang.weights.sync import WeightSync
-from megatron_opd.types import Prompt, Sampling
+from megatron_opd.sglang.weights.sync import WeightPush
 
 PROMPTS = [Prompt(source="a", index=i, text="", token_ids=tuple(range(3, 5 + i))) for i in range(4)]
 SAMPLING = Sampling(max_new_tokens=6, temperature=1.0, samples_per_prompt=2, seed=7)
@@ -32,7 +32,7 @@ def make_engine(loop, make_pool, tmp_path):
 
     def make(servers, *, sync=None, way="tensor", **changes):
         rollout = RolloutConfig(engine="sglang", sync=way, servers=settings(servers, colocated=True, **changes))
-        sync = sync or WeightSync(rollout, loop, model="model", write=write, spool=tmp_path / "spool")
+        sync = sync or WeightPush(rollout, loop, model="model", write=write, spool=tmp_path / "spool")
         pool = make_pool(servers, on_return=sync.give, colocated=True, **changes)
         return SGLangEngine(pool, loop, sync, eos_ids=(END,), vocab_size=VOCAB_SIZE)
 

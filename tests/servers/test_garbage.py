@@ -15,10 +15,10 @@ from megatron_opd.sglang import wire
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Down, Refused
 from megatron_opd.sglang.weights.expected import Expected
-from megatron_opd.sglang.weights.sync import WeightSync
-from megatron_opd.sglang.wire import Ask, Draw, Limits
+from megatron_opd.sglang.weights.sync import WeightPush
+from megatron_opd.sglang.wire import Ask, Draw, ServerLimits
 
-LIMITS = Limits(vocab_size=32, context=64)
+LIMITS = ServerLimits(vocab_size=32, context=64)
 DRAW = Draw(rid="r", ids=(3, 4), max_new_tokens=4, temperature=1.0, stop_ids=(7,))
 IDS = [5, 6, 7]
 ODD = [None, True, -1, 0.5, 32, 10**12, 10**400, math.nan, math.inf, "", "x", [], [[]], {}, {"a": 1}]
@@ -129,7 +129,7 @@ def test_instead_of_taking_weights(servers, loop, tmp_path, way, path, answer):
     odd, sound = servers(2)
     odd.instead[path] = answer
     served = settings([odd, sound] if way != "broadcast" else [odd])
-    sync = WeightSync(RolloutConfig(sync=way, servers=served), loop, model="m", write=write, spool=tmp_path / "spool")
+    sync = WeightPush(RolloutConfig(sync=way, servers=served), loop, model="m", write=write, spool=tmp_path / "spool")
     clients = [Client(url, served, vocab_size=VOCAB_SIZE, context=CONTEXT) for url in served.urls]
     try:
         if way == "broadcast":  # stand-ins are in no group

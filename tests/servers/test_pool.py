@@ -9,7 +9,7 @@ from servers.standin import wait_for
 from servers.standin_model import END
 
 from megatron_opd.sglang.errors import Down, Refused
-from megatron_opd.sglang.pool import Group
+from megatron_opd.sglang.pool import ServerGroup
 from megatron_opd.sglang.wire import Draw
 
 
@@ -20,7 +20,7 @@ def draw(client, rid, seed=0):
 
 async def run_all(pool, *, groups, samples=1):
     """`samples` requests of each of `groups` groups, together."""
-    made = [Group() for _ in range(groups)]
+    made = [ServerGroup() for _ in range(groups)]
     runs = [
         pool.run(lambda client, rid, seed=g * samples + s: draw(client, rid, seed), group=made[g], tokens=9)
         for g in range(groups)
@@ -49,10 +49,10 @@ def test_the_least_loaded_server_is_taken(servers, loop, make_pool):
     pool = make_pool([slow, quick])
 
     async def one_after_the_other():
-        first = asyncio.ensure_future(pool.run(draw, group=Group(), tokens=100))
+        first = asyncio.ensure_future(pool.run(draw, group=ServerGroup(), tokens=100))
         await asyncio.sleep(0.05)
         for _ in range(4):
-            await pool.run(draw, group=Group(), tokens=1)
+            await pool.run(draw, group=ServerGroup(), tokens=1)
         await first
 
     loop.run(one_after_the_other(), 20)

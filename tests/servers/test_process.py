@@ -14,9 +14,9 @@ from servers.standin import wait_for
 
 from megatron_opd.__main__ import main
 from megatron_opd.config import ServersConfig
-from megatron_opd.serve import _machine
 from megatron_opd.sglang import process
 from megatron_opd.sglang.keeper import Keeper, kept
+from megatron_opd.sglang.serve import _machine
 from megatron_opd.sglang.weights.group import own_address
 
 # Answers /health like the server; what it does before and after depends on the name of the model.

@@ -11,10 +11,10 @@ import torch
 from servers.standin import wait_for
 from servers.standin_model import END, VOCAB_SIZE, cut, logps
 
-from megatron_opd.rollout.sglang import SGLangEngine
+from megatron_opd.core.types import Prompt, Sampling
+from megatron_opd.rollout.served_engine import SGLangEngine
 from megatron_opd.sglang.errors import Down, Refused
 from megatron_opd.sglang.follow import Follow
-from megatron_opd.types import Prompt, Sampling
 
 PROMPTS = [Prompt(source="a", index=i, text="", token_ids=tuple(range(3, 5 + i))) for i in range(6)]
 SAMPLING = Sampling(max_new_tokens=12, temperature=1.0, samples_per_prompt=3, seed=7)

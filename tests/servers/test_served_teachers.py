@@ -13,18 +13,18 @@ from servers.standin import settings
 from servers.standin_model import CONTEXT, HIDDEN_SIZE, VOCAB_SIZE, hidden, logps
 
 from megatron_opd.config import Config, DataConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
-from megatron_opd.precision.plan import Products
+from megatron_opd.core.types import Hidden, Sampled, TopK
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.recipes import RECIPES
 from megatron_opd.precision.scaled import ScaledHead
 from megatron_opd.sglang.errors import Down, Refused
-from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import connect
-from megatron_opd.sglang.wire import Limits
-from megatron_opd.teachers.sglang import SGLangTeacher
-from megatron_opd.types import Hidden, Sampled, TopK
-from megatron_opd.vocab import VocabShard
+from megatron_opd.sglang.wire import ServerLimits
+from megatron_opd.teachers.served_teacher import SGLangTeacher
 
-LIMITS = Limits(vocab_size=VOCAB_SIZE, context=CONTEXT)
+LIMITS = ServerLimits(vocab_size=VOCAB_SIZE, context=CONTEXT)
 ALONE = SimpleNamespace(share=lambda compute: compute(), is_last_stage=True)
 ROLLOUTS = tiny.rollouts(count=10, vocab_size=VOCAB_SIZE)
 

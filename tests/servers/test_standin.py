@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from servers.standin_model import CONTEXT, END, VOCAB_SIZE
 
-from megatron_opd.sglang.wire import Ask, Draw, Limits, read_drawn, read_score
+from megatron_opd.sglang.wire import Ask, Draw, ServerLimits, read_drawn, read_score
 
 FILES = sorted((Path(__file__).parent / "recorded").glob("*.json"))
 EXCHANGES = [(file.stem, exchange) for file in FILES for exchange in json.loads(file.read_text())]
-ROOMY = Limits(vocab_size=1 << 20, context=1 << 20)
+ROOMY = ServerLimits(vocab_size=1 << 20, context=1 << 20)
 
 
 def kind(value):

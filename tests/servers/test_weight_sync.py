@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_opd.sglang.errors import BadAnswer
-from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.weights import hashes
 from megatron_opd.sglang.weights.buckets import buckets
 from megatron_opd.sglang.weights.expected import Expected
-from megatron_opd.sglang.weights.group import Group, own_address
+from megatron_opd.sglang.weights.group import BroadcastGroup, own_address
 
 
 def test_buckets_are_bounded_in_order_and_whole():
@@ -121,7 +121,7 @@ def test_a_group_that_is_dropped_while_it_waits_ends_with_an_error_at_once():
     loop = Loop()
 
     async def wait_in_vain():
-        group = Group(2, ["http://127.0.0.1:1"], timeout_s=60)
+        group = BroadcastGroup(2, ["http://127.0.0.1:1"], timeout_s=60)
         joining = loop.start(group.join())
         await asyncio.sleep(0.3)
         assert not joining.done()

@@ -11,7 +11,7 @@ import torch
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang import process
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.event_loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, VOCAB_SIZE = 300, 96

@@ -14,15 +14,15 @@ from conftest import CONTEXT, VOCAB_SIZE
 from safetensors.torch import load_file
 
 from megatron_opd.config import RolloutConfig
-from megatron_opd.rollout.sglang import SGLangEngine
+from megatron_opd.core.types import Sampling
+from megatron_opd.rollout.served_engine import SGLangEngine
 from megatron_opd.sglang import process
-from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import connect
 from megatron_opd.sglang.weights import broadcast
 from megatron_opd.sglang.weights import sync as sync_module
-from megatron_opd.sglang.weights.sync import WeightSync
-from megatron_opd.sglang.wire import Limits
-from megatron_opd.types import Sampling
+from megatron_opd.sglang.weights.sync import WeightPush
+from megatron_opd.sglang.wire import ServerLimits
 
 FAMILY = "qwen3"
 EOS = (2,)
@@ -61,8 +61,8 @@ def engine(models, fleet, tmp_path):
     _, settings, _ = fleet
     loop = Loop()
     rollout = RolloutConfig(engine="sglang", servers=settings, sync_verify=True)
-    sync = WeightSync(rollout, loop, model=models[FAMILY][1], write=None, spool=tmp_path)
-    pool = connect(settings, Limits(vocab_size=VOCAB_SIZE, context=CONTEXT), name="student", on_return=sync.give)
+    sync = WeightPush(rollout, loop, model=models[FAMILY][1], write=None, spool=tmp_path)
+    pool = connect(settings, ServerLimits(vocab_size=VOCAB_SIZE, context=CONTEXT), name="student", on_return=sync.give)
     engine = SGLangEngine(pool, loop, sync, eos_ids=EOS, vocab_size=VOCAB_SIZE)
     yield engine
     engine.close()

@@ -1,14 +1,14 @@
 """Memory given back and taken again by a real server. Without a GPU nothing is freed, but all is asked, and what SGLang
-does when it is asked wrongly is the same: which is why `sglang/memory.py` keeps track."""
+does when it is asked wrongly is the same: which is why `sglang/server_memory.py` keeps track."""
 
 import time
 
 import pytest
 
 from megatron_opd.config import RolloutConfig
-from megatron_opd.sglang import memory
+from megatron_opd.sglang import server_memory
 from megatron_opd.sglang.errors import Down
-from megatron_opd.sglang.weights.sync import WeightSync
+from megatron_opd.sglang.weights.sync import WeightPush
 from megatron_opd.sglang.wire import Draw
 
 RESUME = "/resume_memory_occupation"
@@ -19,8 +19,8 @@ def test_a_server_gives_memory_back_and_takes_it_but_ends_when_asked_wrongly(mod
     model, directory = models["qwen3"]
     with serve(directory, name="colocated", colocated=True) as (server, settings):
         client = connect(server.url, settings)
-        assert not loop.run(memory.has_saver(client))
-        sync = WeightSync(
+        assert not loop.run(server_memory.has_saver(client))
+        sync = WeightPush(
             RolloutConfig(sync="tensor", servers=settings), loop, model=directory, write=None, spool=tmp_path
         )
 
@@ -33,7 +33,7 @@ def test_a_server_gives_memory_back_and_takes_it_but_ends_when_asked_wrongly(mod
         before = loop.run(client.generate(DRAW))
         for _ in range(2):  # the second time it has nothing to give
             assert sync.release([client]) == {}
-            assert loop.run(client.model_info())["weight_version"] == memory.RELEASED
+            assert loop.run(client.model_info())["weight_version"] == server_memory.RELEASED
         push(2)
         after = loop.run(client.generate(DRAW))
         assert (before.ids, before.versions, after.versions) == (after.ids, (1,) * 3, (2,) * 3)

@@ -14,7 +14,7 @@ from megatron_opd.config import RolloutConfig
 from megatron_opd.sglang.errors import BadAnswer, Down
 from megatron_opd.sglang.weights import sync as sync_module
 from megatron_opd.sglang.weights.expected import Expected
-from megatron_opd.sglang.weights.sync import WeightSync
+from megatron_opd.sglang.weights.sync import WeightPush
 from megatron_opd.sglang.wire import Ask, Draw
 
 FAMILY = "qwen3_moe"  # has every kind of tensor that a server fuses
@@ -54,7 +54,7 @@ def make_sync(models, loop, tmp_path):
             shutil.copy(f"{directory}/config.json", out)
 
         rollout = RolloutConfig(sync=way, **{"sync_verify": True, **changes})
-        made.append(WeightSync(rollout, loop, model=directory, write=write, spool=tmp_path / "spool"))
+        made.append(WeightPush(rollout, loop, model=directory, write=write, spool=tmp_path / "spool"))
         return made[-1]
 
     yield make

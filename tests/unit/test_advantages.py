@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_opd import advantages
 from megatron_opd.config import PolicyConfig, RLConfig
+from megatron_opd.trainer import advantages
 
 LENGTHS = (4, 1, 7, 2)
 ANSWERS = torch.repeat_interleave(torch.tensor([0, 1, 3, 4]), torch.tensor(LENGTHS))  # numbers may have gaps

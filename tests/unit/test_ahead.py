@@ -6,9 +6,9 @@ import time
 import pytest
 
 from megatron_opd.config import SourceConfig
-from megatron_opd.data import PromptMix
+from megatron_opd.core.types import Prompt
+from megatron_opd.prompts.mix import PromptMix
 from megatron_opd.rollout.ahead import Ahead
-from megatron_opd.types import Prompt
 
 STEPS = 6
 

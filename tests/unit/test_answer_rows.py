@@ -10,13 +10,13 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from megatron_opd import config as c
-from megatron_opd.answers.rows import build_row_reader
-from megatron_opd.chat import Encoder
-from megatron_opd.data import Limit, read_prompts
-from megatron_opd.packed import PackedPrompts
+from megatron_opd.core.types import Prompt
+from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.prompts.chat import Encoder
+from megatron_opd.prompts.mix import Limit, read_prompts
+from megatron_opd.prompts.store import PackedPrompts
+from megatron_opd.prompts.views import build_row_reader
 from megatron_opd.rewards.exact import REWARD
-from megatron_opd.tokenizer import Tokenizer
-from megatron_opd.types import Prompt
 
 IM_END = 3
 """<|im_end|> of the tokenizer of test_chat, which knows </s> (1) too."""

@@ -8,14 +8,13 @@ import tiny
 import torch
 
 from megatron_opd import config as c
-from megatron_opd.answers import build_answers
-from megatron_opd.answers.answers import Answers
-from megatron_opd.answers.choice import is_for_student, sampling_teacher
-from megatron_opd.answers.emphasis import teacher_weights, weighted
-from megatron_opd.answers.mixed import MixedEngine
-from megatron_opd.batching import pack, renormalised
-from megatron_opd.rollout.local import LocalEngine
-from megatron_opd.types import Prompt, Rollout, Sampling
+from megatron_opd.core.batching import pack, renormalised
+from megatron_opd.core.types import Prompt, Rollout, Sampling
+from megatron_opd.rollout.answers import Answers, is_for_student, sampling_teacher
+from megatron_opd.rollout.embedded_engine import LocalEngine
+from megatron_opd.rollout.engines import build_answers
+from megatron_opd.rollout.mixed import MixedEngine
+from megatron_opd.trainer.origin_weights import teacher_weights, weighted
 
 EOS = (2,)
 SAMPLING = Sampling(max_new_tokens=4, temperature=1.0, samples_per_prompt=2, seed=3)

@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from megatron_opd.batching import NoTeacherLeft, pack, padded_length, renormalised
-from megatron_opd.types import Hidden, Sampled, TopK
+from megatron_opd.core.batching import NoTeacherLeft, pack, padded_length, renormalised
+from megatron_opd.core.types import Hidden, Sampled, TopK
 
 CPU = torch.device("cpu")
 EOS = 0  # the same id as padding

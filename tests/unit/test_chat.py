@@ -16,9 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from megatron_opd.__main__ import main
-from megatron_opd.chat import build_encoder
 from megatron_opd.config import DataConfig
-from megatron_opd.tokenizer import Tokenizer
+from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.prompts.chat import build_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3_LIKE = """\

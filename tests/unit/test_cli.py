@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_opd import __version__, launch, run_dir
+from megatron_opd import __version__
 from megatron_opd.__main__ import main
 from megatron_opd.config.file import changes, load, record
+from megatron_opd.core import run_dir
+from megatron_opd.launch import local
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
@@ -24,7 +26,7 @@ def environ(monkeypatch):
             monkeypatch.delenv(name)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
-        return launch.os.environ
+        return local.os.environ
 
     return only
 
@@ -52,36 +54,36 @@ def test_without_a_command(capsys):
 
 def test_started_by_hand_is_no_worker(environ):
     environ()
-    assert not launch.is_worker()
+    assert not local.is_worker()
 
 
 def test_torchrun_starts_workers(environ):
     environ(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4")
-    assert launch.is_worker()
+    assert local.is_worker()
 
 
 def test_srun_starts_workers_under_its_own_names(environ):
     env = environ(SLURM_PROCID="5", SLURM_LOCALID="1", SLURM_STEP_NUM_TASKS="8")
-    assert launch.is_worker()
+    assert local.is_worker()
     assert [env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["5", "1", "8"]
 
 
 def test_torchrun_inside_srun_keeps_its_own_ranks(environ):
     of_srun = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     env = environ(**of_srun, RANK="6", LOCAL_RANK="2", WORLD_SIZE="8")
-    assert launch.is_worker()
+    assert local.is_worker()
     assert [env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["6", "2", "8"]
 
 
 def test_one_task_of_a_batch_job_is_no_worker(environ):
     environ(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NUM_TASKS="1")
-    assert not launch.is_worker()
+    assert not local.is_worker()
 
 
 def test_plan_repeats_what_the_user_gave(monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = ["examples/quickstart.yaml", "run.dir=a b"]
-    (process,) = launch.plan(load(arguments[0], arguments[1:]), arguments)
+    (process,) = local.plan(load(arguments[0], arguments[1:]), arguments)
     assert process.ranks == 4
     assert str(process) == "trainer: 4 ranks of `python -m megatron_opd train examples/quickstart.yaml 'run.dir=a b'`"
 
@@ -95,11 +97,11 @@ def failed(**exit_codes):
     ("failures", "said"),
     [
         (failed(r0=(1, 5)), "rank 0 failed with exit code 1; the run has stopped"),
-        (failed(r0=(launch.PEER_FAILED, 1), r2=(1, 5)), "rank 2 failed with exit code 1; the run has stopped"),
+        (failed(r0=(local.PEER_FAILED, 1), r2=(1, 5)), "rank 2 failed with exit code 1; the run has stopped"),
         (failed(r0=(-signal.SIGTERM, 1), r1=(1, 5)), "rank 1 failed with exit code 1; the run has stopped"),
         (failed(r0=(1, 1), r1=(-signal.SIGSEGV, 5)), "rank 1 was ended by SIGSEGV; the run has stopped"),
         (failed(r1=(1, 5), r3=(2, 4)), "rank 3 failed with exit code 2; the run has stopped"),
-        (failed(r1=(launch.PEER_FAILED, 5)), f"rank 1 failed with exit code {launch.PEER_FAILED}; the run has stopped"),
+        (failed(r1=(local.PEER_FAILED, 5)), f"rank 1 failed with exit code {local.PEER_FAILED}; the run has stopped"),
         (
             failed(r1=(-signal.SIGKILL, 5)),
             "rank 1 was ended by SIGKILL (did this machine run out of memory?); the run has stopped",
@@ -107,7 +109,7 @@ def failed(**exit_codes):
     ],
 )
 def test_the_rank_that_failed_by_itself_is_named(tmp_path, failures, said):
-    assert launch._explain(failures, tmp_path) == said
+    assert local._explain(failures, tmp_path) == said
 
 
 def test_the_end_of_a_failed_ranks_log_is_shown(tmp_path):
@@ -115,7 +117,7 @@ def test_the_end_of_a_failed_ranks_log_is_shown(tmp_path):
         log = tmp_path / run / "attempt_0/1/stderr.log"
         log.parent.mkdir(parents=True)
         log.write_text(text)
-    head, where, *lines = launch._explain(failed(r1=(1, 5)), tmp_path).splitlines()
+    head, where, *lines = local._explain(failed(r1=(1, 5)), tmp_path).splitlines()
     assert head.startswith("rank 1 failed")
     assert where == f"the end of {log}:"
     assert lines == [str(i) for i in range(80, 100)]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.__main__ import main
-from megatron_opd.cluster import command, slurm
-from megatron_opd.cluster.layout import idle_gpus, num_nodes, place
 from megatron_opd.config.file import load
-from megatron_opd.launch import plan
+from megatron_opd.launch.local import plan
+from megatron_opd.launch.slurm import script, submit
+from megatron_opd.launch.slurm.layout import idle_gpus, num_nodes, place
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_PROCESS = "examples/cluster/opd_70b_to_8b.yaml"
@@ -86,7 +86,7 @@ def test_what_a_servers_step_runs_is_a_valid_config_of_its_share():
     theirs = load(IN_PROCESS, second.command[at + 4 :]).rollout.servers
     assert (theirs.count, theirs.gpus, theirs.host, theirs.args) == (4, [0, 1, 2, 3], "0.0.0.0", [])
     assert idle_gpus(steps, 8) == {3: [4, 5, 6, 7]}
-    assert "warning: node 3 has idle GPUs: 4-7" in slurm.describe(steps, 8)
+    assert "warning: node 3 has idle GPUs: 4-7" in script.describe(steps, 8)
 
 
 def test_a_small_run_shares_one_node():
@@ -108,7 +108,7 @@ def test_colocated_servers_take_the_trainers_gpus():
     ]
     assert (trainer.nodes, trainer.gpus) == ((0, 1), tuple(range(8)))
     assert idle_gpus(steps, 8) == {}
-    said = slurm.describe(steps, 8)
+    said = script.describe(steps, 8)
     assert said[0] == "rollout-0: 1 task on node 0, GPUs 0-7 of the trainer, ports 30000-30003"
     assert "of the trainer" not in said[-1]
     at = rollout[1].command.index("serve")
@@ -161,7 +161,7 @@ def test_what_does_not_fit(overrides, how, problem):
 
 def test_the_steps_as_the_job_reads_them():
     config, steps = placed(MULTI, "run.max_restarts=5")
-    first, *rest = [line.split("\t") for line in slurm.table(config, steps).splitlines()]
+    first, *rest = [line.split("\t") for line in script.table(config, steps).splitlines()]
     assert first == ["run", str(ROOT / "runs/opd_multi_teacher"), "5"]
     for (kind, name, nodes, tasks, servers, run), step in zip(rest, steps, strict=True):
         assert (kind, name, int(tasks), int(servers)) == ("step", step.name, step.tasks, len(step.ports))
@@ -183,7 +183,7 @@ def options(text):
 def test_the_header_whatever_the_directory_is_called(run_dir, name, output):
     given = [QUICKSTART, f"run.dir={run_dir}"]
     config, steps = placed(*given)
-    text = slurm.script(config, given, steps, gpus_per_node=8, sbatch=["--comment=my job"])
+    text = script.script(config, given, steps, gpus_per_node=8, sbatch=["--comment=my job"])
     assert {"job-name": name, "output": output, "comment": "my job"}.items() <= dict(options(text)).items()
 
 
@@ -191,7 +191,7 @@ def test_the_header_whatever_the_directory_is_called(run_dir, name, output):
 def test_a_step_runs_its_setup_first(tmp_path, setup):
     (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >"$0.said"\nexec "${@: -3}"\n')
     (tmp_path / "srun").chmod(0o755)
-    code = f"source {slurm.SUPERVISOR}; OPD_NODES=(n1); opd_start 0; wait"
+    code = f"source {script.SUPERVISOR}; OPD_NODES=(n1); opd_start 0; wait"
     run_dir = tmp_path / "50%"
     run_dir.mkdir()
     given = {"OPD_SETUP": setup, "OPD_LOGS": str(run_dir), "PATH": f"{tmp_path}:/usr/bin:/bin", "OPD_TRAINER": "1"}
@@ -212,7 +212,7 @@ def test_options_of_a_job_start_nothing_here(option, capsys):
 def test_the_script_of_a_config():
     given = [QUICKSTART, "run.dir=runs/it is mine"]
     config, steps = placed(*given, gpus_per_node=2)
-    text = slurm.script(config, given, steps, gpus_per_node=2, sbatch=["--partition=h100"], setup="module load cuda")
+    text = script.script(config, given, steps, gpus_per_node=2, sbatch=["--partition=h100"], setup="module load cuda")
     header = options(text)
     assert {"job-name": "it is mine", "output": "it is mine-%j.out"}.items() <= dict(header).items()
     assert {"nodes": str(num_nodes(steps)), "gpus-per-node": "2", "partition": "h100"}.items() <= dict(header).items()
@@ -230,7 +230,7 @@ def test_the_command_prints_writes_and_submits(tmp_path, monkeypatch, capsys):
         submitted.append((call, Path(call[1]).read_text()))
         return argparse.Namespace(returncode=0)
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(submit.subprocess, "run", run)
     given = ["launch", "--slurm", "--gpus-per-node", "4", QUICKSTART, f"run.dir={tmp_path}/run"]
     assert main([*given, "--dry-run"]) == 0
     printed = capsys.readouterr().out

@@ -10,13 +10,13 @@ import tiny
 import torch
 
 from megatron_opd import config as c
-from megatron_opd.batching import pack
-from megatron_opd.completions import Completions
 from megatron_opd.config import LogConfig
-from megatron_opd.terms.distillation import Distillation
-from megatron_opd.tracker import Tracker, build_tracker
-from megatron_opd.types import Sampled
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.batching import pack
+from megatron_opd.core.types import Sampled
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.distillation import Distillation
+from megatron_opd.tracking.tracker import Tracker, build_tracker
+from megatron_opd.trainer.completions import Completions
 
 TOKENIZER = SimpleNamespace(decode=lambda ids: "".join(chr(96 + i) for i in ids))
 

@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
-from megatron_opd.batching import pack
 from megatron_opd.config import ParallelConfig
+from megatron_opd.core.batching import pack
+from megatron_opd.core.types import Sampled
 from megatron_opd.student.context import Split, in_order
-from megatron_opd.types import Sampled
 
 
 def whole(size, seed, micro_batch_size=4):

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_opd.chat import Encoder
 from megatron_opd.config import SourceConfig
-from megatron_opd.data import Limit, PromptMix, read_prompts
-from megatron_opd.packed import PackedPrompts
+from megatron_opd.core.types import Prompt
+from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.prompts.chat import Encoder
+from megatron_opd.prompts.mix import Limit, PromptMix, read_prompts
+from megatron_opd.prompts.store import PackedPrompts
 from megatron_opd.rewards.exact import REWARD
-from megatron_opd.tokenizer import Tokenizer
-from megatron_opd.types import Prompt
 
 
 def source(name, size, weight=1.0):

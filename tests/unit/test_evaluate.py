@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from megatron_opd.config import DataConfig, SourceConfig
-from megatron_opd.evaluate import Evaluator, means, pass_at, tally_greedy, tally_samples, wilson
-from megatron_opd.types import Prompt, Rollout
+from megatron_opd.core.types import Prompt, Rollout
+from megatron_opd.trainer.evaluate import Evaluator, means, pass_at, tally_greedy, tally_samples, wilson
 
 WORDS = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.__main__ import main
-from megatron_opd.cluster.layout import idle_gpus, num_nodes, place
 from megatron_opd.config.file import load, to_dict
+from megatron_opd.launch.slurm.layout import idle_gpus, num_nodes, place
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(path.name for path in ROOT.glob("examples/*.yaml"))

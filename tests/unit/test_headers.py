@@ -7,10 +7,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_opd.student import convert, headers
-from megatron_opd.student.architecture import read_architecture
-from megatron_opd.student.describe import describe
-from megatron_opd.student.headers import check_tensors
+from megatron_opd.models import convert, headers
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.models.describe import describe
+from megatron_opd.models.headers import check_tensors
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_opd.student import output_dir
-from megatron_opd.student.hf_dir import HFWriter, write
-from megatron_opd.student.safetensors_dir import TensorDir
+from megatron_opd.models import output_dir
+from megatron_opd.models.hf_dir import HFWriter, write
+from megatron_opd.models.safetensors_dir import TensorDir
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_outputs_that_are_refused(model_dir, tmp_path, monkeypatch):
 def test_slices_of_tensors(tmp_path, monkeypatch):
     tensor = torch.randn(10, 6).bfloat16()
     save_file({"a": tensor, "v": torch.arange(5.0)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("megatron_opd.student.safetensors_dir.READ_BYTES", 40)  # three rows at once
+    monkeypatch.setattr("megatron_opd.models.safetensors_dir.READ_BYTES", 40)  # three rows at once
     with TensorDir(tmp_path) as tensors:
         assert tensors.shape("a") == [10, 6]
         assert tensors.dtype("a") == torch.bfloat16

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_opd.config import RewardsConfig, SourceConfig
-from megatron_opd.data import Limit, read_prompts
+from megatron_opd.core.types import Prompt
+from megatron_opd.prompts.mix import Limit, read_prompts
 from megatron_opd.rewards import build_reward
-from megatron_opd.types import Prompt
 
 ENGLISH = "The cat sat on the mat and looked out of the window at the birds in the garden."
 FRENCH = "Le chat est assis sur le tapis et regarde les oiseaux du jardin par la fenêtre."

@@ -5,9 +5,9 @@ import torch
 
 from megatron_opd import config as c
 from megatron_opd.config.checks_lora import check_lora
-from megatron_opd.student.architecture import read_architecture
-from megatron_opd.student.lora_layout import check_targets, merged, places
-from megatron_opd.student.weight_map import all_rules
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.models.lora_layout import check_targets, merged, places
+from megatron_opd.models.weight_map import all_rules
 
 
 def lora(*targets, rank=2, alpha=3.0):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.fused import Linear
-from megatron_opd.objective import Objective
-from megatron_opd.terms.distillation import Distillation
-from megatron_opd.types import Hidden, MicroBatch
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.types import Hidden, MicroBatch
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.distillation import Distillation
+from megatron_opd.loss.fused import FactoredLogits
+from megatron_opd.loss.objective import Objective
 
 NUM_TOKENS, COLUMNS, D = 7, 40, 16
 SHARE = 1e-9
@@ -32,7 +32,7 @@ class Made:
         """Leaves of the graph, the head with the memory that Megatron sums its gradient in."""
         hidden, head = self.hidden.clone().requires_grad_(), self.head.clone().requires_grad_()
         head.main_grad = torch.zeros(head.shape)
-        return Linear(hidden, head, upstream)
+        return FactoredLogits(hidden, head, upstream)
 
     def dense(self):
         """Gradients of hidden states and head, float64."""

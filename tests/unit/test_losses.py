@@ -7,8 +7,9 @@ import oracle
 import pytest
 import torch
 
-from megatron_opd import ensemble, losses
-from megatron_opd.vocab import PADDING_LOGP, VocabShard
+from megatron_opd import loss as losses
+from megatron_opd.core.vocab import PADDING_LOGP, VocabShard
+from megatron_opd.loss import ensemble
 
 NUM_TOKENS, COLUMNS, SIZE = 7, 48, 35
 """At TP=4 a shard has 12 columns, and the last one is padding only."""

@@ -7,7 +7,7 @@ import tiny
 import transformers
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.student.architecture import check_layout, read_architecture
+from megatron_opd.models.architecture import check_layout, read_architecture
 
 
 def read(tmp_path, family, *, remove=(), hf=None, **changes):

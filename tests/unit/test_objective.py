@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.objective import Objective
-from megatron_opd.terms.distillation import Distillation
-from megatron_opd.types import Hidden, MicroBatch
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.types import Hidden, MicroBatch
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.distillation import Distillation
+from megatron_opd.loss.objective import Objective
 
 NUM_TOKENS, COLUMNS, SIZE = 11, 48, 35
 HEAD_ROWS = (35, 41)

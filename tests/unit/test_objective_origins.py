@@ -8,10 +8,10 @@ import test_objective as one
 import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.objective import Objective
-from megatron_opd.terms.distillation import Distillation
-from megatron_opd.types import Hidden, Sampled
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.types import Hidden, Sampled
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.distillation import Distillation
+from megatron_opd.loss.objective import Objective
 
 T, SIZE = one.NUM_TOKENS, one.SIZE
 NOT_ASKED = [1, 6, 7]

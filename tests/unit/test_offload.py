@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from megatron_opd.teachers import ask_all
-from megatron_opd.teachers.offload import Weights, in_turn
+from megatron_opd.teachers.offload import OffloadedWeights, in_turn
 from megatron_opd.teachers.rounded_head import RoundedHead
 
 
@@ -18,7 +18,7 @@ class Gpu:
     most: int = 0
 
     def weights(self, name, ahead=True):
-        return Weights(
+        return OffloadedWeights(
             lambda: self._fetch(name), lambda: self.log.append(f"wait {name}"), lambda: self._drop(name), ahead=ahead
         )
 

@@ -6,9 +6,9 @@ import oracle
 import pytest
 import torch
 
-from megatron_opd.losses import divergence
-from megatron_opd.outcomes import REST_FLOOR, Outcomes, merged
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss import divergence
+from megatron_opd.loss.listed_ids import REST_FLOOR, Outcomes, merged
 
 SIZE, NUM_TOKENS = 30, 40
 VOCAB = VocabShard.whole(SIZE)

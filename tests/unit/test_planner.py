@@ -15,14 +15,14 @@ from rich.console import Console
 
 from megatron_opd import __main__ as cli
 from megatron_opd import config as c
-from megatron_opd.planner import adapters, flops, loss_buffers, memory, search, servers, sizes, timing, wire
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.models.lora_layout import places
+from megatron_opd.models.weight_map import is_expert, rules
+from megatron_opd.planner import adapters, flops, loss_buffers, memory, search, servers, sizes, timing, traffic
 from megatron_opd.planner.gpus import GPUS
 from megatron_opd.planner.job import build
 from megatron_opd.planner.plan import as_dict, plan
 from megatron_opd.planner.table import show
-from megatron_opd.student.architecture import read_architecture
-from megatron_opd.student.lora_layout import places
-from megatron_opd.student.weight_map import is_expert, rules
 
 MODELS = Path(__file__).parents[1] / "models"
 TP4 = {"tensor": 4, "data": 4, "sequence": True}
@@ -193,8 +193,8 @@ def test_loss_buffers_by_hand():
     ],
 )  # fmt: skip
 def test_logits_are_planned_where_the_objective_wants_them(sections, expected):
-    from megatron_opd.objective import build_objective
-    from megatron_opd.vocab import VocabShard
+    from megatron_opd.core.vocab import VocabShard
+    from megatron_opd.trainer.build_objective import build_objective
 
     job = job_of(**sections)
     heads = [SimpleNamespace(head_LD=None) for _ in job.config.teachers]
@@ -266,7 +266,7 @@ def test_adapters_alone_have_gradients_and_optimizer_state():
     assert rank.always["gradients"] == 4 * mine
     assert rank.always["optimizer"] == 3 * mine
     assert rank.always["weights"] == whole.always["weights"] + 2 * mine
-    assert wire.gradients(job) == mine * 6 * 3 / 4
+    assert traffic.gradients(job) == mine * 6 * 3 / 4
     assert flops.training(job_of()) - flops.training(job) == 256 * 2 * sizes.body_numel(job.student) * 3072 + 256 * (
         flops.head(4096, 128256, 2048)
     )
@@ -297,7 +297,7 @@ def test_packed_sequences_are_as_long_as_they_are():
     assert flops.training(padded) - flops.training(packed) == 256 * 3 * passes
     ((teacher, arch),) = packed.inside
     assert flops.scoring(padded, teacher, arch) - flops.scoring(packed, teacher, arch) == 256 * passes
-    assert wire.pipeline(packed) / wire.pipeline(padded) == 1500 / 2000
+    assert traffic.pipeline(packed) / traffic.pipeline(padded) == 1500 / 2000
     assert memory.worst(packed) == memory.worst(padded)
 
 
@@ -319,20 +319,20 @@ def test_bytes_of_the_carriers():
         {"name": "here", "model": "llama-8b"},
     ]
     job = job_of(teachers=teachers)
-    sent = [wire.carrier_bytes(t, arch) for t, arch in zip(job.config.teachers, job.teachers, strict=True)]
+    sent = [traffic.carrier_bytes(t, arch) for t, arch in zip(job.config.teachers, job.teachers, strict=True)]
     assert sent == [25 * 8192, 34 + 1080, 34, 0]
     tokens = 256 * 2048
-    assert wire.of_teachers(job) == {"hidden": tokens * sent[0], "list": tokens * sent[1], "one": tokens * sent[2]}
-    assert wire.weight_sync(job) == 2 * 8_030_261_248
+    assert traffic.of_teachers(job) == {"hidden": tokens * sent[0], "list": tokens * sent[1], "one": tokens * sent[2]}
+    assert traffic.weight_sync(job) == 2 * 8_030_261_248
 
 
 def test_traffic_between_ranks_by_hand():
     job = job_of(parallel={"tensor": 2, "pipeline": 2, "data": 2, "sequence": True}, teachers=[])
     activation = 128 * 3072 * 4096 * 2  # of a replica's sequences
-    assert wire.tensor_parallel(job) == 2 * activation / 2 * 16 * 4
-    assert wire.pipeline(job) == 2 * activation / 2
+    assert traffic.tensor_parallel(job) == 2 * activation / 2 * 16 * 4
+    assert traffic.pipeline(job) == 2 * activation / 2
     heaviest = sizes.numel(sizes.stage_parameters(job.student, job.config.parallel, 1))  # the final norm makes it so
-    assert wire.gradients(job) == heaviest * (4 + 2) / 2
+    assert traffic.gradients(job) == heaviest * (4 + 2) / 2
 
 
 def test_the_70b_teacher_needs_a_node_and_is_told_so():
@@ -536,10 +536,10 @@ def test_context_parallelism_divides_sequences_and_optimizer_state():
     assert memory.under_way(split, 0) == pytest.approx(memory.under_way(whole, 0) / 4)
     # 256 sequences of 3072 tokens, of which a rank has a quarter; 2 x 2 KV heads of 128 in bf16 of 32 layers, to three
     # others, forward, backward and their gradients back.
-    assert wire.context_parallel(split) == 256 * 768 * 2 * 2 * 128 * 2 * 32 * 3 * 3
-    assert wire.context_parallel(whole) == 0
-    assert {t.name: t.path for t in wire.table(split)}["context parallel"] == "network"
-    assert wire.gradients(split) == wire.gradients(job_of(parallel=TP4, teachers=[]))
+    assert traffic.context_parallel(split) == 256 * 768 * 2 * 2 * 128 * 2 * 32 * 3 * 3
+    assert traffic.context_parallel(whole) == 0
+    assert {t.name: t.path for t in traffic.table(split)}["context parallel"] == "network"
+    assert traffic.gradients(split) == traffic.gradients(job_of(parallel=TP4, teachers=[]))
     assert timing.estimate(split).seconds > 0
 
 

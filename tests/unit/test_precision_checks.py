@@ -9,7 +9,7 @@ from test_config import problems_of, tree_with
 from test_precision_plan import ARCH
 
 from megatron_opd.config import file as cfg
-from megatron_opd.precision import installed, preflight
+from megatron_opd.precision import fits, installed
 from megatron_opd.precision.gate import Measured, Noise, too_coarse
 
 ODD = dataclasses.replace(ARCH, vocab_size=90, padded_vocab_size=90)
@@ -126,7 +126,7 @@ def machine(monkeypatch):
 
 
 def look(**fp8):
-    return preflight.look(cfg.from_dict(with_fp8(**fp8)))
+    return fits.look(cfg.from_dict(with_fp8(**fp8)))
 
 
 def test_fp8_without_a_gpu_is_refused_and_emulation_is_not(machine):
@@ -158,7 +158,7 @@ def test_a_head_alone_needs_a_device_but_no_transformer_engine(machine):
 
 def test_a_student_s_vocabulary_that_cuts_teachers_heads_into_what_no_kernel_takes(machine, monkeypatch):
     machine.has()
-    monkeypatch.setattr(preflight, "read_architecture", lambda model, vocab_multiple: ODD if model == "s" else ARCH)
+    monkeypatch.setattr(fits, "read_architecture", lambda model, vocab_multiple: ODD if model == "s" else ARCH)
     (problem,), _ = look(heads=["a"])
     assert "the vocabulary of student.model, which cuts the heads of a, is 90" in problem
     (problem,), _ = look(heads=["all"])
@@ -187,7 +187,7 @@ def attended(section, key, value, *, layers="auto", dtype="fp32", **run):
     tree["run"] |= run
     tree["student"]["dtype"] = dtype
     tree["teachers"][0]["dtype"] = dtype
-    return preflight.look(cfg.from_dict(tree))[0]
+    return fits.look(cfg.from_dict(tree))[0]
 
 
 @pytest.mark.parametrize(("section", "key", "value", "setting"), ATTENTION)

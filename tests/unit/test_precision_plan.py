@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from megatron_opd import config as c
-from megatron_opd.precision.plan import check_head_rows, check_shapes, length_multiple, plan_of, plans
-from megatron_opd.student.architecture import Architecture
+from megatron_opd.models.architecture import Architecture
+from megatron_opd.precision.fp8_plan import check_head_rows, check_shapes, length_multiple, plan_of, plans
 
 GRADIENTS = {"tensorwise": "e5m2", "delayed": "e5m2", "blockwise": "e4m3", "mxfp8": "e4m3"}
 ARCH = Architecture(

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_opd import launch
 from megatron_opd.config.file import ConfigError, load
-from megatron_opd.preemption import Notice, warnings
+from megatron_opd.core.preemption import Notice, warnings
+from megatron_opd.launch import local
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/quickstart.yaml"
 
@@ -54,7 +54,7 @@ def test_a_server_that_has_ended_does_not_keep_a_warning_from_the_ranks():
         deadline = time.monotonic() + 10
         while psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
             time.sleep(0.01)
-        with launch._passing_warnings_on():
+        with local._passing_warnings_on():
             os.kill(os.getpid(), signal.SIGUSR1)
             assert rank.wait(10) == -signal.SIGUSR1
     finally:

@@ -6,9 +6,9 @@ Otherwise it would matter to rewards on which replica the second draw is.
 import pytest
 
 from megatron_opd import config as c
-from megatron_opd.shaping import Shaping
-from megatron_opd.shaping_metrics import Totals, count_rewards
-from megatron_opd.types import Prompt, Rollout
+from megatron_opd.core.types import Prompt, Rollout
+from megatron_opd.trainer.shaping import Shaping
+from megatron_opd.trainer.shaping_metrics import Totals, count_rewards
 
 CONFIG = c.Config(
     run=c.RunConfig(dir="unused"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron_opd import report as rp
+from megatron_opd.tracking import report as rp
 
 CONFIG = {
     "train": {"steps": 4},

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_opd.config import RewardsConfig, SourceConfig
-from megatron_opd.data import Limit, read_prompts
+from megatron_opd.core.types import Prompt
+from megatron_opd.prompts.mix import Limit, read_prompts
 from megatron_opd.rewards import NAMES, build_reward, problem_with
 from megatron_opd.rewards.gsm8k import final_number
-from megatron_opd.types import Prompt
 
 PUBLIC_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PATIENT = RewardsConfig(code_timeout_s=60.0)

@@ -9,9 +9,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from megatron_opd.rollout.local import LocalEngine
+from megatron_opd.core.types import Prompt, Sampling
+from megatron_opd.rollout.embedded_engine import LocalEngine
 from megatron_opd.rollout.seeds import seed_of
-from megatron_opd.types import Prompt, Sampling
 
 EOS, VOCAB_SIZE = (2, 5), 90  # of the model's 96 entries
 

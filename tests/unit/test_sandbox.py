@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 from megatron_opd.rewards import sandbox
-from megatron_opd.rewards.sandbox import GUARDS, Limits, SandboxError, Task, run
+from megatron_opd.rewards.sandbox import GUARDS, SandboxError, SandboxLimits, Task, run
 
 TESTS = "assert add(2, 3) == 5\nassert add(-1, 1) == 0"
 RIGHT = "def add(a, b):\n    return a + b\n"
-QUICK, PATIENT = Limits(timeout_s=2.0, memory_mb=256), Limits(timeout_s=60.0)
+QUICK, PATIENT = SandboxLimits(timeout_s=2.0, memory_mb=256), SandboxLimits(timeout_s=60.0)
 HERE = run(Task(programs=("",), tests=""), PATIENT).guards
 """The guards of this machine."""
 

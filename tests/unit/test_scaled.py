@@ -5,14 +5,14 @@ import scaled_cases
 import torch
 from scaled_cases import FORWARD, PRODUCTS
 
-from megatron_opd.fused import Asked, Linear, Problem, run
-from megatron_opd.fused.reference import Reference
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.fused import FactoredLogits, LossSpec, Problem, run
+from megatron_opd.loss.fused.reference import Reference
 from megatron_opd.precision import scaled
-from megatron_opd.precision.plan import Products
+from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.quantize import quantize
 from megatron_opd.precision.recipes import RECIPES
 from megatron_opd.precision.scaled import Scaled, ScaledHead
-from megatron_opd.vocab import VocabShard
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 50])
@@ -97,16 +97,21 @@ def test_the_fused_loss_of_heads_in_fp8_is_that_of_their_logits(ensemble, by_tea
             student=of_student,
             teachers=teachers,
             weights_RN=torch.tensor([[0.25, 0.75]]).repeat(num_tokens, 1),
-            asked=Asked(0.5, 1.0, ensemble, 2, by_teacher=by_teacher),
+            asked=LossSpec(0.5, 1.0, ensemble, 2, by_teacher=by_teacher),
             vocab=VocabShard(0, 96, 90),
             backend=Reference(),
             chunk_tokens=chunk,
         )
         return run(problem).outcome.loss_R
 
-    found = loss(Linear(states[0], student), *(Linear(h, head) for h, head in zip(states[1:], heads, strict=True)))
+    found = loss(
+        FactoredLogits(states[0], student),
+        *(FactoredLogits(h, head) for h, head in zip(states[1:], heads, strict=True)),
+    )
     torch.testing.assert_close(found, loss(states[0] @ student.T, *logits), rtol=1e-5, atol=1e-6)
-    plain = loss(Linear(states[0], student), *(Linear(h, w) for h, w in zip(states[1:], rows, strict=True)))
+    plain = loss(
+        FactoredLogits(states[0], student), *(FactoredLogits(h, w) for h, w in zip(states[1:], rows, strict=True))
+    )
     assert (found - plain).abs().mean() > 1e-4, "FP8 was left out"
 
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_opd import launch, run_dir, serve
 from megatron_opd.config.file import load
-from megatron_opd.sglang import process
+from megatron_opd.core import run_dir
+from megatron_opd.launch import local
+from megatron_opd.sglang import process, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples/quickstart.yaml"
@@ -145,7 +146,7 @@ def test_colocated_servers_are_where_the_trainer_is(tmp_path, fake, monkeypatch)
     asked = load(CONFIG, ["rollout.engine=sglang", *beside, f"run.dir={tmp_path}"])
     with serve.running(asked, say=print, beside_ranks=True) as servers:
         assert len(servers) == 2
-    rollout, trainer = launch.plan(asked, ["x.yaml"])
+    rollout, trainer = local.plan(asked, ["x.yaml"])
     assert str(rollout).startswith("SGLang servers for rollout: 2 ranks on the trainer's GPUs of ")
     assert "trainer's GPUs" not in str(trainer)
 
@@ -162,14 +163,14 @@ def test_a_second_start_leaves_the_servers_of_the_first_alone(tmp_path, fake):
     asked = config(tmp_path)
     with serve.running(asked, say=lambda _: None), run_dir.claimed(tmp_path):
         with pytest.raises(ValueError, match="another run is writing to"):
-            launch.launch(asked, [str(CONFIG)])
+            local.launch(asked, [str(CONFIG)])
         assert serve.with_urls(asked).rollout.servers.urls
     assert len(fake.started) == 2
 
 
 def test_the_plan_shows_servers_and_trainer(tmp_path):
     asked = config(tmp_path, "rollout.servers.count=2", "rollout.servers.tensor=2")
-    rollout, teacher, trainer = launch.plan(asked, ["x.yaml"])
+    rollout, teacher, trainer = local.plan(asked, ["x.yaml"])
     assert (rollout.ranks, teacher.ranks, trainer.ranks) == (4, 1, 4)
     assert "sglang.launch_server" in str(rollout)
     assert "examples/quickstart/models/student" in str(rollout)

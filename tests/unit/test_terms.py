@@ -21,10 +21,9 @@ from test_objective import (
 )
 
 from megatron_opd.config import LossConfig, PolicyConfig
-from megatron_opd.losses import sampled_reverse_kl
-from megatron_opd.terms import estimators
-from megatron_opd.terms.policy import policy_gradient
-from megatron_opd.types import Hidden
+from megatron_opd.core.types import Hidden
+from megatron_opd.loss import estimators, sampled_reverse_kl
+from megatron_opd.loss.policy_gradient import policy_gradient
 
 RATIOS = torch.tensor([0.1, 0.75, 0.9, 1.0, 1.1, 1.3, 4.0, 50.0], dtype=torch.float64)
 

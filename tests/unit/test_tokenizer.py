@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_opd.tokenizer import Tokenizer, difference, load_tokenizer
+from megatron_opd.models.tokenizer import Tokenizer, difference, load_tokenizer
 
 MODELS = Path(__file__).resolve().parents[2] / "examples/quickstart/models"
 

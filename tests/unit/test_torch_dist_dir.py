@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_opd.student.torch_dist_dir import Region, TorchDistDir, is_torch_dist, write
+from megatron_opd.models.torch_dist_dir import Region, TorchDistDir, is_torch_dist, write
 
 WHOLE = torch.arange(2 * 4 * 3, dtype=torch.float32).view(2, 4, 3)
 

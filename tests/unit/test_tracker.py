@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from megatron_opd.config import file as cfg
-from megatron_opd.tracker import build_tracker, read_metrics
+from megatron_opd.tracking.tracker import build_tracker, read_metrics
 
 
 def config_for(run_dir, steps=60, **log):
@@ -123,7 +123,7 @@ def test_a_crash_while_rewinding_keeps_the_old_rows(tmp_path, monkeypatch):
     def full_disk(_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("megatron_opd.tracker.os.fsync", full_disk)
+    monkeypatch.setattr("megatron_opd.tracking.tracker.os.fsync", full_disk)
     tracker = build_tracker(config_for(tmp_path), is_main=True, console=quiet())
     with tracker, pytest.raises(OSError, match="no space"):
         tracker.rewind(1)
@@ -166,7 +166,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
 
 def test_the_time_to_go_follows_the_pace(tmp_path, monkeypatch):
     clock = iter([0.0, 100.0, 100.0, 145.0, 145.0])  # start; then two readings a row: its time_s and its pace
-    monkeypatch.setattr("megatron_opd.tracker.time.monotonic", lambda: next(clock, 145.0))
+    monkeypatch.setattr("megatron_opd.tracking.tracker.time.monotonic", lambda: next(clock, 145.0))
     with build_tracker(config_for(tmp_path, steps=200), is_main=True, console=quiet()) as tracker:
         tracker.log({"loss": 1.0}, 20)
         tracker.log({"loss": 1.0}, 21)

@@ -5,9 +5,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from megatron_opd.student.architecture import read_architecture
-from megatron_opd.student.safetensors_dir import TensorDir
-from megatron_opd.student.weight_map import all_rules, fused_name, hf_shapes, is_expert, plain_name, rules
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.models.safetensors_dir import TensorDir
+from megatron_opd.models.weight_map import all_rules, fused_name, hf_shapes, is_expert, plain_name, rules
 
 FAMILIES = [*tiny.FAMILIES, "qwen3_moe"]
 

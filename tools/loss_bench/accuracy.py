@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_opd.fused import distillation_loss
-from megatron_opd.vocab import VocabShard
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.fused import distillation_loss
 
 TOKENS, COLUMNS, SIZE = 128, 4096, 4001
 GRID = list(

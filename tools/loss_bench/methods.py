@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_opd.fused import distillation_loss, linear_distillation_loss
+from megatron_opd.loss.fused import distillation_loss, linear_distillation_loss
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from method_comparison.methods import Method
 
-from megatron_opd.tracker import read_metrics
+from megatron_opd.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 _BASE = ROOT / "examples/quickstart.yaml"

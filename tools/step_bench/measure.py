@@ -14,15 +14,15 @@ import torch
 from step_bench.cases import Case
 from step_bench.traffic import Traffic
 
-from megatron_opd.preflight import read_inputs
 from megatron_opd.student import cpu, groups
+from megatron_opd.trainer.preflight import read_inputs
 
 
 def measure(case: Case) -> dict[str, Any]:
     """What came out, on every rank: lists have a number a repeat."""
     cpu.enable()
-    from megatron_opd.tracker import Tracker
-    from megatron_opd.train import Run
+    from megatron_opd.tracking.tracker import Tracker
+    from megatron_opd.trainer.loop import Run
 
     config = case.config()
     parallel = groups.start(config.parallel, config.run)
@@ -30,12 +30,12 @@ def measure(case: Case) -> dict[str, Any]:
     parallel.share_world(lambda: Path(config.run.dir).mkdir(parents=True, exist_ok=True))
     run = Run(config, parallel, inputs, Tracker())
     try:
-        sampling = _watch(run.engine)
-        run._sync()
+        sampling = _watch(run.experience.leader.engine if run.experience.leader else None)
+        run.sync()
         for _ in range(case.warmup):
-            run._step()
+            run.step()
         with Traffic() as traffic:
-            run._step()
+            run.step()
         _reset_peak()
         repeats = [_repeat(run, sampling, case.steps) for _ in range(case.repeats)]
         mine = dict(traffic.bytes), _peak()
@@ -89,7 +89,7 @@ def _repeat(run: Any, sampling: _Sampling, steps: int) -> dict[str, Any]:
     started, stages, tokens, lengths = time.perf_counter(), Counter[str](), 0.0, 0.0
     for _ in range(steps):
         begun = time.perf_counter()
-        metrics = run._step()
+        metrics = run.step()
         tokens += metrics["tokens_per_s"] * (time.perf_counter() - begun)
         lengths += metrics["rollout/length"]
         stages.update({name[5:]: value for name, value in metrics.items() if name.startswith("time/")})

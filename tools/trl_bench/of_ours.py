@@ -11,9 +11,9 @@ from pathlib import Path
 from figures import Figures
 
 from megatron_opd import config as c
-from megatron_opd.preflight import read_inputs
 from megatron_opd.student import cpu, groups
-from megatron_opd.tracker import Tracker
+from megatron_opd.tracking.tracker import Tracker
+from megatron_opd.trainer.preflight import read_inputs
 
 
 def main(folder: str) -> None:
@@ -25,7 +25,7 @@ def main(folder: str) -> None:
     cpu.enable()
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401  what is imported counts before
 
-    from megatron_opd.train import Run
+    from megatron_opd.trainer.loop import Run
 
     figures = Figures(folder)
     config = _config(Path(folder), figures.settings)
@@ -33,10 +33,10 @@ def main(folder: str) -> None:
     parallel = groups.start(config.parallel, config.run)
     inputs = dataclasses.replace(read_inputs(config), eos_ids=())
     run = Run(config, parallel, inputs, Tracker())
-    run._sync()
+    run.sync()
     figures.begin()
     for _ in range(config.train.steps):
-        metrics = run._step()
+        metrics = run.step()
         assert metrics["rollout/length"] == figures.settings["response"]
         figures.step(metrics["loss"], metrics["time/generate"])
     figures.tell()

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, Refused, SGLangError
 from megatron_opd.sglang.weights.buckets import Bucket
-from megatron_opd.sglang.weights.group import Group
+from megatron_opd.sglang.weights.group import BroadcastGroup
 
 GRACE_S = 10.0
 _ROUNDS = 3
@@ -33,7 +33,7 @@ class Broadcast:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self._group: Group | None = None
+        self._group: BroadcastGroup | None = None
         self._members: list[Client] = []
 
     async def send(self, clients: Sequence[Client], bucket: Bucket, label: str) -> Failures:
@@ -69,7 +69,7 @@ class Broadcast:
         sizes, failures = await _ranks(clients)
         if failures:
             return failures
-        group = self._group = Group(1 + sum(sizes), [c.url for c in clients], self.timeout_s)
+        group = self._group = BroadcastGroup(1 + sum(sizes), [c.url for c in clients], self.timeout_s)
         self._members = list(clients)
         requests = {}
         offset = 1
@@ -103,7 +103,7 @@ class Broadcast:
 
 
 async def _together(
-    group: Group, requests: dict[Client, Coroutine[Any, Any, Any]], ours: Coroutine[Any, Any, None]
+    group: BroadcastGroup, requests: dict[Client, Coroutine[Any, Any, Any]], ours: Coroutine[Any, Any, None]
 ) -> Failures:
     """Our part of a collective and the requests for the servers' parts, at the same time; who failed.
 

@@ -42,7 +42,7 @@ _PARTS = {"qkv_proj": 3, "gate_up_proj": 2, "w13_weight": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ServerLayout:
     """All that a server's checksums depend on, beside the weights."""
 
     ranks: int
@@ -65,9 +65,9 @@ class Expected:
         config = json.loads((Path(model) / "config.json").read_text())
         self._kv_heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
         self._experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
-        self._layouts: dict[Client, Layout] = {}
+        self._layouts: dict[Client, ServerLayout] = {}
         self._parts: dict[str, dict[tuple[int, int], tuple[str, torch.Tensor]]] = {}
-        self._sums: dict[tuple[Layout, int], dict[str, set[str]]] = {}
+        self._sums: dict[tuple[ServerLayout, int], dict[str, set[str]]] = {}
 
     async def ask_layout(self, client: Client) -> None:
         """Raises Refused for a server whose weights cannot be compared with the student's."""
@@ -82,7 +82,7 @@ class Expected:
                 " without, with an explicit --dtype, or switch the check off"
             )
         assert isinstance(dtype, torch.dtype)
-        self._layouts[client] = Layout(int(info.get("tp_size", 1)), dtype, info.get("device") == "cpu")
+        self._layouts[client] = ServerLayout(int(info.get("tp_size", 1)), dtype, info.get("device") == "cpu")
 
     def watch(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same stream; what passes is remembered as checksums."""
@@ -126,7 +126,7 @@ class Expected:
                     sums.add(hashed(whole.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)))
                 self._sums.setdefault((layout, rank), {})[fused] = sums
 
-    def _split(self, tensor: torch.Tensor, split: str, layout: Layout, rank: int) -> torch.Tensor:
+    def _split(self, tensor: torch.Tensor, split: str, layout: ServerLayout, rank: int) -> torch.Tensor:
         """This rank's part of a tensor; SGLang pads with zeros what does not divide."""
         if split == "whole":
             return tensor

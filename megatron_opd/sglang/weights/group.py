@@ -24,7 +24,7 @@ import torch.distributed as dist
 _T = TypeVar("_T")
 
 
-class Group:
+class BroadcastGroup:
     """Rank 0 of a group of `world_size`. Construct it, tell the servers `address`, and `await join()`."""
 
     def __init__(self, world_size: int, urls: Sequence[str], timeout_s: float) -> None:

@@ -16,27 +16,25 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from megatron_opd.config import RolloutConfig
-from megatron_opd.sglang import memory
+from megatron_opd.core.types import NamedWeights
+from megatron_opd.sglang import server_memory
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, Refused, SGLangError
-from megatron_opd.sglang.loop import Loop
+from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.weights.broadcast import Broadcast, Failures
 from megatron_opd.sglang.weights.buckets import buckets
 from megatron_opd.sglang.weights.expected import Expected
 from megatron_opd.sglang.weights.tensor import Inline
 
-Weights = Iterator[tuple[str, torch.Tensor]]
-Writer = Callable[[Weights, Path], None]
+Writer = Callable[[NamedWeights, Path], None]
 """Writes all weights as a Hugging Face directory, which has its name only when it is complete."""
 
 
-class WeightSync:
+class WeightPush:
     """One for a run, on the process that has the merged weights."""
 
     def __init__(self, rollout: RolloutConfig, loop: Loop, *, model: str | Path, write: Writer, spool: Path) -> None:
@@ -51,7 +49,7 @@ class WeightSync:
         self._holders: dict[Client, int] = {}
         """The version that we know a server to hold; one that is missing may hold anything."""
 
-    def push(self, clients: Sequence[Client], weights: Weights, version: int) -> dict[str, SGLangError]:
+    def push(self, clients: Sequence[Client], weights: NamedWeights, version: int) -> dict[str, SGLangError]:
         """Give them all the weights; returns the failures by url. From the thread that may run `weights`, to its end.
 
         Raises Down when no server is left.
@@ -63,11 +61,11 @@ class WeightSync:
             self._loop.run(session.each(self._greet))
             self._holders = {}
             if self._is_colocated:
-                self._loop.run(session.each(memory.take_for_weights))
+                self._loop.run(session.each(server_memory.take_for_weights))
             if expected is not None:
                 self._loop.run(session.each(expected.ask_layout))
                 weights = expected.watch(weights)
-            label = memory.WITHOUT_CACHE if self._is_colocated else str(version)
+            label = server_memory.WITHOUT_CACHE if self._is_colocated else str(version)
             if self._config.sync == "disk":
                 self._push_directory(session, weights, version, label)
             else:
@@ -76,7 +74,7 @@ class WeightSync:
                 self._loop.run(session.each(expected.check))
             if self._is_colocated:
                 self._are_released = False
-                self._loop.run(session.each(lambda client: memory.take_for_cache(client, version)))
+                self._loop.run(session.each(lambda client: server_memory.take_for_cache(client, version)))
             self._loop.run(session.each(Client.resume))
             self._holders = dict.fromkeys(session.alive, version)
         finally:
@@ -95,7 +93,7 @@ class WeightSync:
         try:
             self._are_released = True
             self._loop.run(session.each(self._greet))
-            self._loop.run(session.each(memory.release))
+            self._loop.run(session.each(server_memory.release))
             self._holders = {client: held for client, held in self._holders.items() if client in session.alive}
         finally:
             self._loop.run(_release(self._lock))
@@ -111,7 +109,7 @@ class WeightSync:
             if self._version is None:
                 raise Down(f"{client.url}: there are no weights yet")
             if self._are_released:
-                await memory.release(client)
+                await server_memory.release(client)
                 raise Down(f"{client.url}: has given its memory back, and waits for the next weights")
             info = await client.model_info()
             if self._holders.get(client) == self._version and info.get("weight_version") == str(self._version):
@@ -128,14 +126,14 @@ class WeightSync:
         self._loop.run(self._transport.drop())
         shutil.rmtree(self._spool, ignore_errors=True)
 
-    def _push_stream(self, session: _Session, weights: Weights, label: str) -> None:
+    def _push_stream(self, session: _Session, weights: NamedWeights, label: str) -> None:
         self._loop.run(session.each(_open))
         for bucket in buckets(weights, self._config.sync_bucket_mb << 20):
             if session.alive:
                 session.lose(self._loop.run(self._transport.send(session.alive, bucket, label)))
         self._loop.run(session.each(Client.end_weight_update))
 
-    def _push_directory(self, session: _Session, weights: Weights, version: int, label: str) -> None:
+    def _push_directory(self, session: _Session, weights: NamedWeights, version: int, label: str) -> None:
         directory = self._directory(version)
         self._write(weights, directory)
         self._loop.run(session.each(lambda client: _load(client, directory, label)))

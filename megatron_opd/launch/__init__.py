@@ -1,0 +1,1 @@
+"""Starting a run: its processes on this machine, or a Slurm job."""

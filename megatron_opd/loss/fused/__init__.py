@@ -1,0 +1,25 @@
+"""The fused distillation loss: value, gradient and metrics of every token in as few looks at memory as there can be.
+
+`distillation_loss` (logits) and `linear_distillation_loss` (hidden states and heads) are for anybody; `run` on a
+`Problem` is what they, and the student's step, stand on.
+"""
+
+from megatron_opd.loss.fused import backends
+from megatron_opd.loss.fused.api import NonFiniteLogits, distillation_loss, linear_distillation_loss
+from megatron_opd.loss.fused.chunks import FactoredLogits, Gradients, Logits, Problem, run
+from megatron_opd.loss.fused.statistics import LossSpec
+from megatron_opd.loss.fused.token_results import TokenResults
+
+__all__ = [
+    "FactoredLogits",
+    "Gradients",
+    "Logits",
+    "LossSpec",
+    "NonFiniteLogits",
+    "Problem",
+    "TokenResults",
+    "backends",
+    "distillation_loss",
+    "linear_distillation_loss",
+    "run",
+]

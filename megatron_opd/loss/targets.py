@@ -1,0 +1,106 @@
+"""From what the teachers told about a chunk of tokens to the one target that the student is compared with.
+
+    EXACT   every teacher with weight is exact: an average of logits or of probabilities over the vocabulary
+    LISTED  a top-k teacher has weight: an average of probabilities over the union of listed ids and the rest
+    SAMPLED a sampled-token teacher has weight: an average of probabilities of the sampled token
+
+An average of logits needs every teacher's normaliser, so `config/checks.py` allows it among exact teachers only.
+Shape suffixes: C tokens of a chunk, L local vocabulary columns, O outcomes, N teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_opd.config import LossConfig
+from megatron_opd.core.types import Head, Hidden, MicroBatch, Sampled, TeacherScore, TopK
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss import ensemble, told
+from megatron_opd.loss.fused import products
+from megatron_opd.loss.listed_ids import Outcomes
+from megatron_opd.loss.told import ChunkRows, Exact, Level, Listed, OnlySampled, StudentLogps, Told
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The combined teachers at the tokens of a chunk, and each one of them."""
+
+    told: list[Told | None]
+    """By teacher; None for one without weight at all of these tokens."""
+    sampled_C: torch.Tensor
+    """The combined log-probabilities of the sampled tokens."""
+    logp: torch.Tensor | None
+    """The combined log-probabilities, [C, L] or [C, O]; None at the level SAMPLED."""
+    outcomes: Outcomes | None
+    """What the top-k teachers listed; None where none was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Makes them, on this rank's shard of the vocabulary. `heads` are the teachers' rows of it: [L, D_n], or None for
+    a teacher that does not tell hidden states."""
+
+    config: LossConfig
+    vocab: VocabShard
+    heads: tuple[Head | None, ...]
+
+    @torch.no_grad()
+    def at(self, batch: MicroBatch, rows: ChunkRows, level: Level) -> Target:
+        """The target at tokens that are all of one level."""
+        ids_C, weights_CN = batch.targets_T[rows], batch.weights_TN[rows]
+        outcomes = None if level is Level.EXACT else self._outcomes(batch, rows)
+        told = [self._told(n, score, rows, ids_C, outcomes) for n, score in enumerate(batch.teachers)]
+        if level is Level.EXACT:
+            target_CL = self._average(told, weights_CN)
+            return Target(told, self.vocab.gather(target_CL, ids_C[:, None])[:, 0], target_CL, None)
+        sampled = [None if t is None else t.sampled_C[:, None] for t in told]
+        sampled_C = ensemble.mean_probs(*_known(sampled, weights_CN))[:, 0]
+        if level is Level.SAMPLED:
+            return Target(told, sampled_C, None, outcomes)
+        assert outcomes is not None
+        over = [t.over(outcomes) if isinstance(t, Exact | Listed) else None for t in told]
+        target_CO = outcomes.normalised(ensemble.mean_probs(*_known(over, weights_CN)))
+        return Target(told, sampled_C, target_CO, outcomes)
+
+    def student(self, logp_CL: torch.Tensor, ids_C: torch.Tensor, target: Target) -> StudentLogps:
+        """The student's log-probabilities in the forms that the target can be compared with, with their gradients."""
+        logp_CO = None if target.outcomes is None else target.outcomes.of_exact(logp_CL)
+        return StudentLogps(logp_CL, self.vocab.gather(logp_CL, ids_C[:, None])[:, 0], logp_CO)
+
+    def _outcomes(self, batch: MicroBatch, rows: ChunkRows) -> Outcomes | None:
+        asked_CN = batch.weights_TN[rows] > 0
+        lists = [
+            (score.ids_RK[rows], asked_CN[:, n]) for n, score in enumerate(batch.teachers) if isinstance(score, TopK)
+        ]
+        return Outcomes.union(lists, self.vocab) if lists else None
+
+    def _told(
+        self, n: int, score: TeacherScore | None, rows: ChunkRows, ids_C: torch.Tensor, outcomes: Outcomes | None
+    ) -> Told | None:
+        """What teacher `n` told; None where it was not asked, which is why it then has no weight."""
+        if isinstance(score, Hidden) and score.hidden_RD is not None:
+            head_LD = self.heads[n]
+            assert head_LD is not None, f"teacher {n} tells hidden states, but its output head is not here"
+            z_CL = products.project(score.hidden_RD[rows], head_LD)
+            return told.exact(z_CL.float() / self.config.temperature, ids_C, self.vocab)
+        if isinstance(score, TopK) and outcomes is not None:
+            return told.listed(score.ids_RK[rows], score.logp_RK[rows], ids_C, outcomes)
+        return OnlySampled(score.logp_R[rows]) if isinstance(score, Sampled) else None
+
+    def _average(self, told: list[Told | None], weights_CN: torch.Tensor) -> torch.Tensor:
+        """Of exact teachers, [C, L]; others have no weight at the level EXACT."""
+        exact = [t if isinstance(t, Exact) else None for t in told]
+        if self.config.ensemble == "probs":
+            return ensemble.mean_probs(*_known([t and t.logp_CL for t in exact], weights_CN))
+        return ensemble.mean_logits(*_known([t and t.logits_CL for t in exact], weights_CN), self.vocab)
+
+
+def _known(
+    by_teacher: Sequence[torch.Tensor | None], weights_CN: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The tensors that there are, and the columns of weights that belong to them."""
+    here = [n for n, x in enumerate(by_teacher) if x is not None]
+    return [x for x in by_teacher if x is not None], weights_CN[:, here]

@@ -1,0 +1,1 @@
+"""Rows of data sets as prompts: files, chat templates, mixing, storage."""

@@ -1,0 +1,73 @@
+"""What a run directory holds: the rows of metrics.jsonl, the config, and the names that occur in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_opd.core.run_dir import CONFIG
+from megatron_opd.tracking.tracker import METRICS_FILE, read_metrics
+
+ALL = "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedRun:
+    """The rows of a run and the names that occur in them."""
+
+    dir: Path
+    config: dict[str, Any]
+    """The resolved config; empty if the run directory has none."""
+    rows: list[dict[str, float]]
+    sources: list[str]
+    """Evaluated prompt sources, in the order of the config; without the overall figure."""
+    teachers: list[str]
+
+    def series(self, name: str) -> dict[int, float]:
+        """The metric by step; a step that was logged twice counts once, with its last value."""
+        found = {int(row["step"]): row[name] for row in self.rows if name in row}
+        return dict(sorted(found.items()))
+
+
+def read_run(run_dir: Path) -> RecordedRun:
+    """Raises ValueError that says what is wrong with the directory."""
+    if not run_dir.is_dir():
+        raise ValueError(f"there is no run directory {run_dir}")
+    metrics = run_dir / METRICS_FILE
+    if not metrics.is_file():
+        raise ValueError(f"{run_dir} is not a run directory: it has no {METRICS_FILE}")
+    rows = read_metrics(metrics)
+    if not rows:
+        raise ValueError(f"{metrics} is empty: the run stopped before its first step, see train.log beside it")
+    config_file = run_dir / CONFIG
+    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    sources = _captured(names, r"eval/(?:teacher/.+/)?accuracy/(.+)")
+    teachers = _captured(names, r"(?:eval/)?kl/(.+)") + _captured(names, r"eval/teacher/(.+)/accuracy/.+")
+    return RecordedRun(
+        dir=run_dir,
+        config=config,
+        rows=rows,
+        sources=_ordered(sources, (config.get("data") or {}).get("eval") or (), without=ALL),
+        teachers=_ordered(teachers, config.get("teachers") or (), without="ensemble"),
+    )
+
+
+def last_value(series: dict[int, float]) -> float | None:
+    return list(series.values())[-1] if series else None
+
+
+def _captured(names: Iterable[str], pattern: str) -> list[str]:
+    return [match[1] for name in names if (match := re.fullmatch(pattern, name))]
+
+
+def _ordered(names: Iterable[str], entries: Iterable[dict[str, Any]], *, without: str) -> list[str]:
+    """Each name once; first those that the config lists, in its order."""
+    found = [name for name in dict.fromkeys(names) if name != without]
+    listed = [entry["name"] for entry in entries if entry["name"] in found]
+    return list(dict.fromkeys([*listed, *found]))

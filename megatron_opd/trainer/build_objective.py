@@ -1,0 +1,27 @@
+"""The objective of a run, from its settings and its teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_opd.config import Config
+from megatron_opd.core.types import TeacherScorer
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.crosstok.distillation_in_bytes import CrossTokenizer
+from megatron_opd.loss.distillation import Distillation
+from megatron_opd.loss.objective import Objective
+from megatron_opd.teachers.foreign_teacher import ForeignTeacher
+
+
+def build_objective(
+    config: Config, vocab: VocabShard, teachers: Sequence[TeacherScorer], *, has_answers_of_others: bool = False
+) -> Objective:
+    """The objective of a run's settings and its teachers, in order."""
+    settings = config.loss, config.rollout.temperature, vocab, tuple(config.teachers)
+    distillation: Distillation | CrossTokenizer
+    if config.crosses_tokenizers:
+        foreigners = tuple(teacher.foreigner for teacher in teachers if isinstance(teacher, ForeignTeacher))
+        distillation = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
+    else:
+        distillation = Distillation(*settings, tuple(teacher.head_LD for teacher in teachers))
+    return Objective(distillation, config.policy if config.has_policy_gradient else None, has_answers_of_others)

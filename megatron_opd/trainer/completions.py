@@ -1,0 +1,116 @@
+"""Tables of training answers for people to read: <run.dir>/completions.jsonl, and Weights & Biases where it is on.
+
+A line an answer. After a resume the lines of steps that are done again are dropped first, as in metrics.jsonl.
+
+Shape suffixes: T response tokens of a micro-batch, B its answers, N teachers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_opd.config import LogConfig
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.types import MicroBatch, Rollout
+from megatron_opd.loss.crosstok.distillation_in_bytes import CrossTokenizer
+from megatron_opd.loss.distillation import Distillation
+from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.tracking.tracker import Tracker
+
+COMPLETIONS_FILE = "completions.jsonl"
+AnswerLogps = list[dict[str, float | None]]
+"""An answer after the other: by teacher, the log-probability in nats; None where it was not asked about the answer."""
+
+
+class Completions:
+    """What every rank holds; leaders tell of their answers, the main rank writes."""
+
+    def __init__(
+        self, config: LogConfig, run_dir: str | Path, parallel: Parallel, tokenizer: Tokenizer | None, tracker: Tracker
+    ) -> None:
+        """`tokenizer` is for leaders."""
+        self.config, self.parallel, self.tokenizer, self.tracker = config, parallel, tokenizer, tracker
+        self.path = Path(run_dir) / COMPLETIONS_FILE
+
+    def log(
+        self,
+        rollouts: Sequence[Rollout],
+        step: int,
+        batches: Sequence[MicroBatch],
+        distillation: Distillation | CrossTokenizer,
+    ) -> None:
+        """Write the step's first answers, replica by replica, if it is a step that is written. Collective.
+
+        `batches` hold `rollouts` in order, with what teachers told, which `distillation` can read.
+        """
+        if not self.config.completions_every or step % self.config.completions_every:
+            return
+        first = rollouts[: self.config.completions]
+        told = answer_logps(distillation, batches, len(first), self.parallel)
+        mine = []
+        if self.tokenizer is not None:
+            mine = [_row(r, logps, self.tokenizer, step) for r, logps in zip(first, told, strict=True)]
+        replicas = self.parallel.gather_leaders(mine)
+        if self.parallel.is_main:
+            rows = [row for replica in replicas for row in replica][: self.config.completions]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.tracker.table("completions", rows, step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`, and what a killed run left unfinished."""
+        if not self.parallel.is_main or not self.path.is_file():
+            return
+        # As bytes: in texts there are characters that end a line for str, and half a line may end with half of one.
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step))
+        temporary.replace(self.path)
+
+
+def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+    ours = rollout.origin == "student"
+    return {
+        "step": step,
+        "source": rollout.prompt.source,
+        "index": rollout.prompt.index,
+        "sample": rollout.sample,
+        "origin": rollout.origin,
+        "prompt": rollout.prompt.text,
+        "response": tokenizer.decode(rollout.response_ids),
+        "length": len(rollout.response_ids),
+        "finish": rollout.finish,
+        "logprob": sum(rollout.logps) if ours else None,
+        **{f"logprob/{teacher}": logp for teacher, logp in told.items()},
+        "reward": rollout.reward,
+    }
+
+
+def answer_logps(
+    distillation: Distillation | CrossTokenizer, batches: Sequence[MicroBatch], count: int, parallel: Parallel
+) -> AnswerLogps:
+    """Of the first `count` answers of this replica, on all its ranks. Collective over all ranks."""
+    names = [teacher.name for teacher in distillation.teachers]
+    if not names:
+        return [{} for _ in range(count)]
+    mine: AnswerLogps = []
+    for batch in batches if parallel.is_last_stage else []:
+        if len(mine) < count:
+            mine += [dict(zip(names, sums, strict=True)) for sums in _sums(distillation, batch)]
+    everyone = parallel.gather_world((parallel.data_rank, parallel.is_last_stage, mine))
+    return next(found for replica, knows, found in everyone if knows and replica == parallel.data_rank)[:count]
+
+
+def _sums(distillation: Distillation | CrossTokenizer, batch: MicroBatch) -> list[list[float | None]]:
+    """By answer, then by teacher."""
+    logp_TN = distillation.each_teachers_logp(batch).double()
+    answer_T = batch.rows_T // batch.tokens_BS.shape[1]
+    sums_BN = logp_TN.new_zeros(len(batch.tokens_BS), logp_TN.shape[1]).index_add(0, answer_T, logp_TN)
+    asked_BN = torch.zeros_like(sums_BN).index_add(0, answer_T, (batch.weights_TN > 0).double()) > 0
+    both = zip(sums_BN.tolist(), asked_BN.tolist(), strict=True)
+    return [[x if is_asked else None for x, is_asked in zip(*row, strict=True)] for row in both]

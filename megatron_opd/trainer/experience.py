@@ -1,0 +1,178 @@
+"""Answers of the student with the teachers' scores, which a step learns from; and the way back, new weights.
+
+    sample ──► release ──► score ──► … ──► sync
+
+`release` and the room that `sync` makes matter to servers on the trainer's own GPUs only (`rollout/colocated.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from megatron_opd.config import Config
+from megatron_opd.core.batching import pack, packing_for, renormalised
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.types import MicroBatch, NamedWeights, Prompt, Rollout, RolloutEngine, TeacherScorer
+from megatron_opd.models.tokenizer import Tokenizer, load_tokenizer
+from megatron_opd.precision.fp8_plan import length_multiple
+from megatron_opd.prompts.mix import PromptMix
+from megatron_opd.rewards.grading import Grader
+from megatron_opd.rollout import colocated, sampling
+from megatron_opd.rollout.ahead import Ahead
+from megatron_opd.rollout.answers import Answers
+from megatron_opd.rollout.engines import build_answers, build_engine
+from megatron_opd.student import groups
+from megatron_opd.student.student import Student
+from megatron_opd.teachers import ask_all
+from megatron_opd.trainer.origin_weights import teacher_weights, weighted
+from megatron_opd.trainer.preflight import Inputs
+from megatron_opd.trainer.together import Together
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leader:
+    """What the leader of a replica has and its other ranks have not."""
+
+    engine: RolloutEngine
+    answers: Answers
+    grader: Grader
+    tokenizer: Tokenizer
+
+
+def build_leader(config: Config, served: Config, parallel: Parallel, inputs: Inputs) -> Leader | None:
+    """The leader's parts on a leader, None on the other ranks. `served` is `config` with the urls of its servers."""
+    if not parallel.is_leader:
+        return None
+    ids: dict[str, Any] = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
+    tokenizer = load_tokenizer(config.student.model)
+    engine = build_engine(served, parallel, **ids)
+    return Leader(
+        engine=engine,
+        answers=build_answers(served, engine, **ids),
+        grader=Grader(config.data.train if config.is_graded else [], config.rewards, tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+class Experience:
+    """Samples, scores and packs on this rank; and takes the new weights."""
+
+    def __init__(
+        self, config: Config, parallel: Parallel, teachers: Sequence[TeacherScorer], leader: Leader | None
+    ) -> None:
+        self.config, self.parallel, self.teachers, self.leader = config, parallel, teachers, leader
+        self.together = Together(parallel, is_served=config.is_served)
+        self.ahead: Ahead | None = None
+
+    def start(self, prompts: PromptMix) -> None:
+        """Draw training prompts from here on; `prompts` are where a resumed run has them."""
+        config = self.config
+        self.ahead = Ahead(
+            prompts,
+            self.answers_to if self.parallel.is_leader else None,
+            num_prompts=config.rollout.prompts_per_step,
+            max_staleness=config.rollout.max_staleness,
+            num_steps=config.train.steps,
+        )
+
+    @property
+    def cursor(self) -> dict[str, int]:
+        """Place in the prompts behind the rollouts of the last `sample`."""
+        assert self.ahead is not None
+        return self.ahead.cursor
+
+    @property
+    def parts(self) -> list[Any]:
+        """The parts that count what happens and that are closed at the end."""
+        return [*((self.leader.engine, self.leader.answers) if self.leader else ()), *self.teachers]
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        if self.ahead is not None:
+            self.ahead.close()
+        for part in self.parts:
+            part.close()
+
+    def sample(self, step: int) -> list[Rollout]:
+        """This replica's rollouts of a step, on all its ranks; steps come one by one."""
+        assert self.ahead is not None, "prompts are drawn from `start` on"
+        return self.parallel.share(self.ahead.take(step))
+
+    def answers_to(self, step: int, prompts: list[Prompt]) -> list[Rollout]:
+        """The leader's rollouts of its share of the prompts of all replicas, graded where a term needs rewards.
+
+        Each goes to the served teachers as soon as it is finished.
+        """
+        assert self.leader is not None, "leaders sample"
+        rollout = self.config.rollout
+        how = sampling.drawn(rollout, samples=rollout.samples_per_prompt, seed=self.config.run.seed + step)
+        rollouts = self.leader.answers.to(self.mine(prompts), how, step, on_finished=self._submit)
+        if not self.config.is_graded:
+            return rollouts
+        return [replace(r, reward=x) for r, x in zip(rollouts, self.leader.grader.grade(rollouts), strict=True)]
+
+    def score(self, rollouts: list[Rollout], teachers: Sequence[TeacherScorer] | None = None) -> list[MicroBatch]:
+        """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
+        weights = [teacher_weights(self.config, r) for r in rollouts]
+        scores = ask_all(self.teachers if teachers is None else teachers, rollouts, weights)
+        batches = pack(
+            rollouts,
+            **packing_settings(self.config, self.parallel),
+            device=groups.device(),
+            scores=scores,
+            weights=renormalised(rollouts, weights, scores),
+        )
+        return weighted(self.config, batches, rollouts)
+
+    def release(self) -> None:
+        """Servers on our GPUs give their memory back until the next `sync`; nobody samples any more."""
+        with self.together():
+            colocated.release(self.leader.engine if self.leader else None)
+
+    def sync(self, student: Student, version: int) -> None:
+        """The student's weights into the engine, which samples from them then. Collective over all ranks."""
+        colocated.make_room(self.config, self.parallel)
+        with self.together():
+            load(student.export(), self.leader.engine if self.leader else None, version=version)
+
+    def settle(self) -> None:
+        """Wait until nothing is being sampled."""
+        assert self.ahead is not None
+        with self.together():
+            self.ahead.settle()
+
+    def mine(self, prompts: list[_T]) -> list[_T]:
+        """This replica's share; strided, so that every replica sees every source."""
+        return prompts[self.parallel.data_rank :: self.parallel.data_size]
+
+    def _submit(self, rollout: Rollout) -> None:
+        for teacher, weight in zip(self.teachers, teacher_weights(self.config, rollout), strict=True):
+            if weight > 0:
+                teacher.submit(rollout)
+
+
+def packing_settings(config: Config, parallel: Parallel) -> dict[str, Any]:
+    """The arguments of `pack` that follow from the config, for what the student is to see."""
+    return {
+        "micro_batch_size": config.train.micro_batch_size,
+        "length_multiple": length_multiple(config, shards=parallel.length_multiple),
+        "packing": packing_for(config.train.packing, parallel),
+    }
+
+
+def load(weights: NamedWeights, engine: RolloutEngine | None, *, version: int) -> None:
+    """Stream the student's export into this rank's engine; ranks without one only take part in the gathering."""
+    if engine is None:
+        drain(weights)
+    else:
+        engine.load(weights, version)
+
+
+def drain(weights: NamedWeights) -> None:
+    """Take part in gathering weights that another rank uses."""
+    deque(weights, maxlen=0)

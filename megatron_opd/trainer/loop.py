@@ -1,0 +1,200 @@
+"""The loop: sample, score, update, sync, evaluate, save. Every rank runs it; only leaders own an engine.
+
+    prompts -> engine.generate -> teachers score -> pack -> student.step -> engine.load -> evaluate, save, log
+
+With `rollout.max_staleness` the first arrow runs ahead (`rollout/ahead.py`). When servers are lost for good, all ranks
+learn of it together, save what is trained, and stop.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from megatron_opd.config import Config
+from megatron_opd.core import run_dir
+from megatron_opd.core.parallel import Parallel, PeerError
+from megatron_opd.core.preemption import Notice, Preempted
+from megatron_opd.core.types import MicroBatch, Rollout
+from megatron_opd.core.watchdog import Watch
+from megatron_opd.prompts.mix import PromptMix
+from megatron_opd.rollout import colocated
+from megatron_opd.sglang import serve
+from megatron_opd.student import groups
+from megatron_opd.student.student import Student
+from megatron_opd.teachers import build_teachers
+from megatron_opd.tracking.tracker import Tracker, build_tracker
+from megatron_opd.trainer import fp8_fidelity, step_metrics
+from megatron_opd.trainer.build_objective import build_objective
+from megatron_opd.trainer.completions import Completions
+from megatron_opd.trainer.experience import Experience, build_leader
+from megatron_opd.trainer.held_out import HeldOut
+from megatron_opd.trainer.preflight import Inputs, read_inputs
+from megatron_opd.trainer.saving import Saving
+from megatron_opd.trainer.shaping import Shaping
+from megatron_opd.trainer.together import ServersLost, Stopwatch
+from megatron_opd.trainer.updates import update
+
+
+def train(config: Config, notice: Notice) -> None:
+    """Run the config to its last step on this rank, from the newest checkpoint of run.dir if there is one.
+
+    Raises Preempted on all ranks, with everything saved, after one of them got notice to make room.
+    """
+    parallel = groups.start(config.parallel, config.run)
+    inputs = parallel.share_world(lambda: read_inputs(config))
+    with ExitStack() as opened:
+        tracker = Tracker()
+
+        def open_run_dir() -> None:
+            nonlocal tracker
+            opened.enter_context(run_dir.claimed(config.run.dir))
+            tracker = opened.enter_context(build_tracker(config, is_main=True))
+
+        parallel.share_world(open_run_dir)
+        for note in inputs.notes:
+            tracker.message(note)
+        logs = Path(config.run.dir) / run_dir.LOGS
+        watch = opened.enter_context(Watch(logs, parallel.rank, config.run.timeout_s))
+        run = Run(config, parallel, inputs, tracker)
+        opened.callback(run.close)
+        run.to_the_end(watch, notice)
+    groups.stop()  # a rank that fails does not wait for the others here
+
+
+class Run:
+    """The parts of a run on this rank, and the loop over them."""
+
+    def __init__(self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker) -> None:
+        self.config, self.parallel, self.inputs, self.tracker = config, parallel, inputs, tracker
+        served = parallel.share_world(lambda: serve.with_urls(config))
+        colocated.clear_for_ranks(served, parallel)
+        self.student = Student(config, parallel)
+        vocab = self.student.vocab_shard(inputs.vocab_size)
+        teachers = build_teachers(served, parallel, vocab)
+        self.objective = build_objective(config, vocab, teachers, has_answers_of_others=config.answers.lmbda < 1)
+        self.shaping = Shaping(config, parallel, self.objective.distillation)
+        leader = build_leader(config, served, parallel, inputs)
+        self.experience = Experience(config, parallel, teachers, leader)
+        self.held_out = HeldOut(config, inputs, self.experience)
+        self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
+        self.saving = Saving(config, parallel, self.student, tracker)
+        self.timed = Stopwatch()
+        prompts = PromptMix(inputs.train, seed=config.run.seed)
+        self.trained = self.saving.restore(prompts, self.completions)
+        self.cursor = prompts.state()
+        """Place in the prompts behind the last batch that the student was trained on."""
+        self.experience.start(prompts)
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self.experience.close()
+
+    def to_the_end(self, watch: Watch, notice: Notice) -> None:
+        """Every step that is left, then the export."""
+        try:
+            self._steps(watch, notice)
+        except ServersLost as lost:
+            self._save()
+            how = f"{lost}; {run_dir.how_to_continue(self.config.run.dir)}"
+            raise ServersLost(how) if self.parallel.is_main else PeerError(how) from lost
+        if self.config.train.export:
+            self.saving.export()
+        self.tracker.message(f"done; for tables and a plot: megatron-opd report {self.config.run.dir}")
+
+    def _steps(self, watch: Watch, notice: Notice) -> None:
+        train = self.config.train
+        self.sync()
+        if self.trained == 0:
+            if self.config.precision.fp8.is_on:
+                fp8_fidelity.judge(self.measure_fp8(), self.config, self.parallel, self.tracker)
+            self._evaluate()
+        elif self.trained >= train.steps:
+            self.tracker.message(f"nothing to train: train.steps is {train.steps}; a larger one continues")
+        while self.trained < train.steps:
+            watch.beat()
+            if self.parallel.any_world(notice.asked):
+                self._save()
+                raise Preempted(run_dir.how_to_continue(self.config.run.dir))
+            self.tracker.log(self.step(), self.trained)
+            if _due(self.trained, train.eval_every, train.steps):
+                self._evaluate()
+            if _due(self.trained, train.save_every, train.steps) or self.trained == train.steps:
+                self._save()
+
+    def step(self) -> dict[str, float]:
+        """One turn of the loop: from prompts to new weights in the engine."""
+        step, started, together = self.trained, time.perf_counter(), self.experience.together
+        with self.timed("generate"), together():
+            rollouts = self.experience.sample(step)
+        self._release()
+        with self.timed("score"), together():
+            batches = self.experience.score(rollouts)
+        parts, shaped = self.shaping(rollouts, batches, step)
+        with self.timed("step"):
+            metrics = update(self.student, parts, self.objective, self.config.train)
+        self.trained, self.cursor = step + 1, self.experience.cursor
+        if self.student.skipped:
+            self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")
+        self.completions.log(rollouts, self.trained, batches, self.objective.distillation)
+        self._settle()
+        with self.timed("sync"):
+            self.sync()
+        seconds = time.perf_counter() - started
+        measured = self._measured(rollouts, batches, step)
+        return {
+            **step_metrics.derived(metrics),
+            **shaped,
+            **measured,
+            "tokens_per_s": metrics["num_tokens"] / seconds,
+        }
+
+    def _measured(self, rollouts: list[Rollout], batches: list[MicroBatch], step: int) -> dict[str, float]:
+        """The step's metrics besides the objective's. Collective."""
+        is_mixed = self.config.answers.lmbda < 1
+        return {
+            **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=is_mixed),
+            **step_metrics.of_batches(batches, self.parallel),
+            **step_metrics.of_parts(self.experience.parts, self.parallel),
+            **{f"time/{stage}": seconds for stage, seconds in self.timed.times.items()},
+        }
+
+    def _release(self) -> None:
+        if self.config.rollout.servers.colocated:
+            with self.timed("release"):
+                self.experience.release()
+
+    def _settle(self) -> None:
+        """Answers under way are not to change weights in their middle."""
+        if self.config.rollout.max_staleness and not self.config.rollout.partial:
+            with self.timed("settle"):
+                self.experience.settle()
+
+    def sync(self) -> None:
+        """New weights into the engines. Collective."""
+        self.experience.sync(self.student, self.trained)
+
+    def _evaluate(self) -> None:
+        metrics = self.held_out.evaluate(self.student, self.objective, self.trained)
+        if metrics:
+            self.tracker.log(metrics, self.trained)
+            self._back_to_sampling()
+
+    def measure_fp8(self) -> fp8_fidelity.Measured:
+        """The size of FP8's errors in this run, on answers to held-out prompts."""
+        measured = fp8_fidelity.measure_held_out(self.experience, self.student, self.objective, self.inputs)
+        self._back_to_sampling()
+        return measured
+
+    def _back_to_sampling(self) -> None:
+        """Colocated servers, which have given their memory back, get it and the weights again."""
+        if self.config.rollout.servers.colocated:
+            self.sync()
+
+    def _save(self) -> None:
+        self.saving.save(self.trained, self.cursor)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return bool(every) and (step % every == 0 or step == last)

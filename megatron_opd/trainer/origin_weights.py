@@ -1,0 +1,51 @@
+"""What is learnt on an answer by who gave it: which teachers are asked about it, and the weights of the loss terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_opd.config import Config
+from megatron_opd.core.types import MicroBatch, Rollout
+
+
+def teacher_weights(config: Config, rollout: Rollout) -> list[float]:
+    """Ensemble weights of all teachers for a rollout, in config order; all 0 where none is asked about it."""
+    weights = config.teacher_weights(rollout.prompt.source)
+    is_asked = rollout.origin == "student" or config.answers.distill_alpha > 0
+    return weights if is_asked else [0.0] * len(weights)
+
+
+def weighted(config: Config, batches: Sequence[MicroBatch], rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+    """The micro-batches of the rollouts, in order, with weights by token; untouched where every answer is the
+    student's by the settings."""
+    if config.answers.lmbda >= 1:
+        return list(batches)
+    made, start = [], 0
+    for batch in batches:
+        part = rollouts[start : start + len(batch.tokens_BS)]
+        start += len(part)
+        is_ours = [r.origin == "student" for r in part]
+        sft = [0.0 if ours else config.answers.sft_alpha for ours in is_ours]
+        made.append(
+            replace(
+                batch,
+                distill_T=_by_token(part, [_distilled(config, r) for r in part], batch),
+                sft_T=_by_token(part, sft, batch) if config.answers.sft_alpha else None,
+                on_policy_T=_by_token(part, [float(ours) for ours in is_ours], batch) > 0,
+            )
+        )
+    return made
+
+
+def _distilled(config: Config, rollout: Rollout) -> float:
+    if not any(teacher_weights(config, rollout)):
+        return 0.0
+    return 1.0 if rollout.origin == "student" else config.answers.distill_alpha
+
+
+def _by_token(rollouts: Sequence[Rollout], values: Sequence[float], batch: MicroBatch) -> torch.Tensor:
+    per_token = [value for rollout, value in zip(rollouts, values, strict=True) for _ in rollout.response_ids]
+    return torch.tensor(per_token, dtype=torch.float32, device=batch.targets_T.device)

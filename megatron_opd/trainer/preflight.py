@@ -1,0 +1,229 @@
+"""Everything that can be known to be wrong before a rank starts, and the inputs that come out of looking.
+
+Reads config.json files, headers of weights, tokenizers and prompt files; loads no weights, needs no process group. All
+problems are collected and said at once. `megatron-opd check` is this, and every run begins with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_opd.config import Config, SourceConfig
+from megatron_opd.config.checks_serving import check_vocabulary
+from megatron_opd.config.file import ConfigError
+from megatron_opd.core.types import Prompt
+from megatron_opd.loss.crosstok.pieces import read_pieces
+from megatron_opd.models.architecture import check_layout, read_architecture, read_limits
+from megatron_opd.models.headers import check_tensors
+from megatron_opd.models.lora_layout import check_targets
+from megatron_opd.models.tokenizer import Tokenizer, difference, load_tokenizer
+from megatron_opd.models.torch_dist_dir import is_torch_dist
+from megatron_opd.precision import fits as precision
+from megatron_opd.prompts.chat import Encoder, build_encoder
+from megatron_opd.prompts.mix import Limit, read_prompts
+from megatron_opd.prompts.store import PackedPrompts
+from megatron_opd.prompts.views import build_row_reader
+from megatron_opd.rewards import build_reward
+from megatron_opd.rewards.base import Reward
+from megatron_opd.sglang import serve
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a run reads besides weights."""
+
+    train: list[tuple[SourceConfig, Sequence[Prompt]]]
+    eval: list[tuple[SourceConfig, Sequence[Prompt]]]
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    """Entries that distributions are normalised over and that may be sampled: those that every model has."""
+    notes: tuple[str, ...] = ()
+    """What people should know, a line each: prompts that were left out, how answers are graded here."""
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Check the config against the models and files that it names. Raises ConfigError listing every problem."""
+    problems: list[str] = []
+    limits = _limits(config, problems)
+    tokenizer = _tokenizers(config, problems)
+    if tokenizer is None:
+        raise ConfigError(problems)
+    # Models that cannot be read are a problem already; the prompts are looked at all the same.
+    vocab_size = min((entries for entries, _ in limits), default=len(tokenizer))
+    context = min((positions for _, positions in limits), default=sys.maxsize)
+    if vocab_size < len(tokenizer):
+        problems.append(
+            f"the tokenizer of student.model has {len(tokenizer)} tokens, but one of the models has only"
+            f" {vocab_size} entries in its vocabulary"
+        )
+    problems += check_vocabulary(config, vocab_size)
+    unfit, of_precision = precision.look(config)
+    problems += unfit
+    encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
+    if encoder is None:
+        raise ConfigError(problems)
+    read = _Reader(config, encoder, context, problems)
+    inputs = Inputs(
+        train=read.sources("data.train", config.data.train, are_graded=config.is_graded),
+        eval=read.sources("data.eval", config.data.eval, are_graded=True),
+        eos_ids=tokenizer.eos_ids,
+        vocab_size=vocab_size,
+        notes=(
+            *read.notes,
+            *(reward.note for reward in read.rewards.values() if reward and reward.note),
+            *of_precision,
+        ),
+    )
+    if problems:
+        raise ConfigError(problems)
+    return inputs
+
+
+def _attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | None:
+    try:
+        return compute()
+    except ValueError as error:
+        problems.append(f"{what}: {error}")
+        return None
+
+
+def _limits(config: Config, problems: list[str]) -> list[tuple[int, int]]:
+    """(entries of the vocabulary, longest context) of the student and the teachers; shorter if one cannot be read."""
+    tensor = config.parallel.tensor
+    found = [_on_our_ranks("student.model", config.student.model, config.student.vocab_multiple, config, problems)]
+    for i, teacher in enumerate(config.teachers):
+        what = f"teachers.{i}.model"
+        if config.train.eval_teachers and is_torch_dist(teacher.model):
+            problems.append(
+                f"{what}: train.eval_teachers needs a Hugging Face directory, and {teacher.model} is a Megatron"
+                " checkpoint; turn it off, or convert with tools/convert_checkpoint.py megatron-to-hf"
+            )
+        if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
+            _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
+        elif teacher.backend == "megatron":
+            # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
+            found.append(_on_our_ranks(what, teacher.model, tensor, config, problems))
+        elif teacher.carrier == "hidden":  # of which only the head is applied here
+            arch = _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
+            found.append((arch.vocab_size, arch.max_positions) if arch else None)
+        else:
+            found.append(_attempt(what, lambda: read_limits(teacher.model), problems))  # noqa: B023
+    return [limits for limits in found if limits is not None]
+
+
+def _on_our_ranks(
+    what: str, model: str, vocab_multiple: int, config: Config, problems: list[str]
+) -> tuple[int, int] | None:
+    arch = _attempt(what, lambda: read_architecture(model, vocab_multiple=vocab_multiple), problems)
+    if arch is None:
+        return None
+    wrong = _attempt(what, lambda: check_tensors(model, arch), problems)
+    problems += [f"{what}: {problem}" for problem in wrong or []]
+    problems += check_layout(arch, config.parallel, what=what)
+    problems += check_targets(arch, config.lora) if what == "student.model" else []
+    return arch.vocab_size, arch.max_positions
+
+
+def _tokenizers(config: Config, problems: list[str]) -> Tokenizer | None:
+    """The student's, after comparing every teacher's with it."""
+    student = _tokenizer("student.model", config.student.model, problems)
+    for i, teacher in enumerate(config.teachers):
+        theirs = _tokenizer(f"teachers.{i}.model", teacher.model, problems)
+        if not student or not theirs:
+            continue
+        if teacher.tokenizer == "own":
+            _attempt("student.model", lambda: read_pieces(student), problems)
+            _attempt(f"teachers.{i}.model", lambda: read_pieces(theirs), problems)  # noqa: B023
+            _attempt(f"teachers.{i}.model", lambda: build_encoder(config.data, theirs), problems)  # noqa: B023
+        elif why := difference(student, theirs):
+            problems.append(
+                f"teachers.{i}.model: the tokenizer of teacher '{teacher.name}' is not the student's: {why};"
+                f" teachers.{i}.tokenizer: own compares them by their text"
+            )
+    return student
+
+
+def check_model(model: str | Path, config: Config) -> None:
+    """Raises ConfigError when a model that the config does not name cannot take the student's place in it."""
+    problems: list[str] = []
+    arch = _attempt("--model", lambda: read_architecture(model), problems)
+    wrong = _attempt("--model", lambda: check_tensors(model, arch), problems) if arch else None
+    problems += [f"--model: {problem}" for problem in wrong or []]
+    theirs = _tokenizer("--model", str(model), problems)
+    why = difference(load_tokenizer(config.student.model), theirs) if theirs else None
+    if why:
+        problems.append(f"--model: its tokenizer is not that of student.model: {why}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _tokenizer(what: str, model: str, problems: list[str]) -> Tokenizer | None:
+    if not Path(model).is_dir():
+        return None  # which is a problem that its missing config.json has made known
+    return _attempt(what, lambda: load_tokenizer(model), problems)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    config: Config
+    encoder: Encoder
+    context: int
+    problems: list[str]
+    notes: list[str] = field(default_factory=list)
+    rewards: dict[str, Reward | None] = field(default_factory=dict)
+    """By name; None for one that cannot be had, which is a problem by then."""
+
+    def sources(
+        self, setting: str, sources: list[SourceConfig], *, are_graded: bool
+    ) -> list[tuple[SourceConfig, Sequence[Prompt]]]:
+        # A server keeps some positions of its context for itself.
+        room = self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
+        if room < 1:
+            problem = (
+                f"rollout.max_new_tokens ({self.config.rollout.max_new_tokens}) leaves no room for a prompt in the"
+                f" models' context of {self.context} tokens"
+            )
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return []
+        limit, why = self.config.data.max_prompt_tokens, "data.max_prompt_tokens"
+        if room < limit:
+            limit, why = room, f"the models' context of {self.context} tokens less rollout.max_new_tokens"
+        within = Limit(limit, why, drop=self.config.data.on_too_long == "drop")
+        found: list[tuple[SourceConfig, Sequence[Prompt]]] = []
+        for source in sources:
+            reward = self._reward(source.reward)
+            if reward is None:
+                continue
+            rows = functools.partial(build_row_reader, self.config, source, self.encoder, within)
+            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
+            prompts = _attempt(
+                "data",
+                lambda: read(is_graded=are_graded, complete=rows(is_trained_on=setting == "data.train")),  # noqa: B023
+                self.problems,
+            )
+            found.append((source, prompts or []))
+            if prompts and prompts.dropped:
+                self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
+        return found
+
+    def _reward(self, name: str) -> Reward | None:
+        if name not in self.rewards:
+            self.rewards[name] = _attempt(
+                f"reward {name}", lambda: build_reward(name, self.config.rewards), self.problems
+            )
+        return self.rewards[name]
+
+
+def _dropped(what: str, prompts: PackedPrompts, limit: Limit) -> str:
+    """What was left out of a source, in one line; a warning when it is more than a tenth."""
+    total = len(prompts) + prompts.dropped
+    line = f"{what}: left out {prompts.dropped} of {total} prompts, longer than {limit.tokens} tokens ({limit.why})"
+    return f"warning: {line}" if prompts.dropped > total / 10 else line

@@ -1,0 +1,77 @@
+"""What a run keeps: checkpoints that it resumes from, and the export at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from megatron_opd.config import Config
+from megatron_opd.config import file as config_file
+from megatron_opd.core import run_dir
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.models import adapter_dir, hf_dir
+from megatron_opd.prompts.mix import PromptMix
+from megatron_opd.student.checkpoint import Checkpoints
+from megatron_opd.student.student import Student
+from megatron_opd.tracking.tracker import Tracker
+from megatron_opd.trainer.completions import Completions
+from megatron_opd.trainer.experience import drain
+
+
+class Saving:
+    """Saves, restores and exports the student of a run."""
+
+    def __init__(self, config: Config, parallel: Parallel, student: Student, tracker: Tracker) -> None:
+        self.config, self.parallel, self.student, self.tracker = config, parallel, student, tracker
+        self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
+        self.saved = 0
+
+    def restore(self, prompts: PromptMix, completions: Completions) -> int:
+        """The step after which the run goes on; student, prompts and logs are as they were then."""
+        loop = self.checkpoints.restore(self.student)
+        changed = self.parallel.share_world(
+            lambda: config_file.record(self.config, Path(self.config.run.dir) / run_dir.CONFIG)
+        )
+        if loop is None:
+            self.tracker.rewind(-1)
+            completions.rewind(-1)
+            if changed is not None:
+                self.tracker.message(f"no complete checkpoint in {self.config.run.dir}: starting from the beginning")
+            return 0
+        prompts.load_state(loop["prompts"])
+        self.student.skips = loop.get("skips", 0)  # checkpoints did not always have it
+        self.tracker.rewind(loop["step"])
+        completions.rewind(loop["step"])
+        self.tracker.message(f"resuming after step {loop['step']}")
+        for line in changed or []:
+            self.tracker.message(f"changed since the last start: {line}")
+        self.saved = int(loop["step"])
+        return self.saved
+
+    def save(self, step: int, cursor: dict[str, Any]) -> None:
+        """A checkpoint after `step`, whose prompts end at `cursor`; nothing if there is one."""
+        if step <= self.saved:
+            return
+        loop = {"step": step, "version": step, "prompts": cursor, "skips": self.student.skips}
+        path = self.checkpoints.save(self.student, loop)
+        self.saved = step
+        self.tracker.message(f"saved {path}")
+
+    def export(self) -> None:
+        """The student as a Hugging Face directory; with LoRA also its adapters."""
+        out = Path(self.config.run.dir) / run_dir.HF_EXPORT
+        weights, adapters = self.student.export(), self.student.export_adapters()
+        if self.parallel.is_main:
+            try:
+                hf_dir.write(weights, out, like=self.config.student.model)
+                if self.config.lora.rank:
+                    base = self.config.student.model
+                    adapter_dir.write(adapters, out.with_name(run_dir.ADAPTER), self.config.lora, base=base)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"the export {out} could not be written: {error}; is the disk full?") from error
+        else:
+            drain(weights)
+            drain(adapters)
+        self.tracker.message(f"exported {out}")

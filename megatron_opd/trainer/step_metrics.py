@@ -1,0 +1,63 @@
+"""What a step's metrics are made of besides the objective's: rollouts, micro-batches, servers, and what follows from
+other metrics."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.types import MicroBatch, Rollout, RolloutEngine, TeacherScorer
+from megatron_opd.rollout.answers import Answers
+
+
+def derived(metrics: dict[str, float]) -> dict[str, float]:
+    """The step's metrics with what follows from them."""
+    named = {name: value for name, value in metrics.items() if name != "num_tokens"}
+    if not {"logprob/student", "logprob/teacher"} <= metrics.keys():  # no teacher was asked, or the step was skipped
+        return named
+    student, teacher = metrics["logprob/student"], metrics["logprob/teacher"]
+    return {
+        **named,
+        "logprob/gap": student - teacher,
+        "perplexity/student": math.exp(-student),
+        "perplexity/teacher": math.exp(min(-teacher, 700.0)),  # a teacher may rule a sampled token out
+    }
+
+
+def of_rollouts(
+    rollouts: Sequence[Rollout], parallel: Parallel, *, version: int, is_mixed: bool = False
+) -> dict[str, float]:
+    """Means over the student's own rollouts of all replicas; with `is_mixed` also how many those are, and how long the
+    others. Collective."""
+    own = [r for r in rollouts if r.origin == "student"]
+    others = [r for r in rollouts if r.origin != "student"]
+    mine = {
+        "rollout/length": [float(len(r.response_ids)) for r in own],
+        "rollout/truncated_frac": [float(r.finish == "length") for r in own],
+        "rollout/version_lag": [float(version - v) for r in own for v in r.versions],
+    }
+    if is_mixed:
+        mine["answers/student_frac"] = [float(r.origin == "student") for r in rollouts]
+        mine["answers/length_others"] = [float(len(r.response_ids)) for r in others]
+    replicas = parallel.gather_leaders({name: (math.fsum(values), len(values)) for name, values in mine.items()})
+    totals = {name: [sum(column) for column in zip(*(r[name] for r in replicas), strict=True)] for name in mine}
+    return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def of_batches(batches: Sequence[MicroBatch], parallel: Parallel) -> dict[str, float]:
+    """The share of padding in what goes through the student, over all replicas. Collective."""
+    mine = sum(sum(batch.lengths) for batch in batches), sum(batch.row or batch.tokens_BS.numel() for batch in batches)
+    real, seen = (sum(column) for column in zip(*parallel.gather_leaders(mine), strict=True))
+    return {"batch/padding": 1 - real / seen}
+
+
+def of_parts(parts: Sequence[Answers | RolloutEngine | TeacherScorer | None], parallel: Parallel) -> dict[str, float]:
+    """What engine and teachers counted on the leaders of all replicas since the last step. Collective."""
+    totals: Counter[str] = Counter()
+    mine = [part.metrics() for part in parts if part is not None]
+    for replica in parallel.gather_leaders(mine):
+        for counted in replica:
+            totals.update(counted)
+    return dict(totals)
