@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_opd"
 
-# The rooms from the ground up: a room imports only from rooms above it in this list. docs/design.md shows the same list.
+# The rooms from the ground up: a room imports only from rooms above it here. docs/design.md shows the same list.
 ROOMS = {
     "config": "the settings, a section a class; reading and checking them",
     "core": "types that travel, batching, sharded vocabulary, the grid of ranks, the run's directory and signals",

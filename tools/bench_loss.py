@@ -78,7 +78,7 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _test_on_gpu() -> bool:
     """Whether the tests of the kernels fail, compiled for this device."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fused/test_loss.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/loss/fused/test_loss.py"]
     return bool(subprocess.run(command, cwd=_ROOT, timeout=_TESTS_TIMEOUT_S).returncode)
 
 

@@ -5,7 +5,7 @@
 
 writes runs/cross_tokenizer/teacher_carry and teacher_compare, for examples/gold.yaml. The tokenizer is byte-level with
 its characters in another order and its own end token, so nothing about ids carries over from the student; embedding and
-output head are reordered to fit. Real pairs of families also cut words differently: tests/dist/test_crosstok.py.
+output head are reordered to fit. Real pairs of families also cut words differently: tests/loss/test_crosstok.py.
 """
 
 import argparse

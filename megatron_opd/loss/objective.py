@@ -5,9 +5,9 @@
                     - v log q(y)                   `sampled_tokens.py`, where there are weights
 
 Each term makes its gradient with respect to the logits in the forward pass; adding them up is autograd's work. The
-weights w and v and the advantages A travel in the micro-batch, shares of means included (`trainer/shaping.py`). Masking is done
-by the micro-batch, which lists response tokens only; Megatron divides the sum by the global number of tokens. Where
-distillation is the only term, it is all that happens.
+weights w and v and the advantages A travel in the micro-batch, shares of means included (`trainer/shaping.py`). Masking
+is done by the micro-batch, which lists response tokens only; Megatron divides the sum by the global number of tokens.
+Where distillation is the only term, it is all that happens.
 
 Shape suffixes: T response tokens of a micro-batch, L local vocabulary columns, M metrics.
 """

@@ -1,11 +1,6 @@
-"""Lets these tests use the helpers of tests/dist, their twins; ranks inherit the path."""
-
-import sys
-from pathlib import Path
+"""Skips where there is no GPU."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dist"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""FP8 by Transformer Engine on a GPU: the assertions of tests/dist/test_fp8.py, against its emulation.
+"""FP8 by Transformer Engine on a GPU: the assertions of tests/precision/test_fp8.py, against its emulation.
 
 The device's sums are not ours, so a value can fall on the other side of a rounding: real and emulated FP8 must agree
 several times better than FP8 agrees with bf16.

@@ -1,4 +1,4 @@
-"""Teachers that wait in pinned host memory, on a GPU: what tests/unit/test_offload.py asserts, of real copies."""
+"""Teachers that wait in pinned host memory, on a GPU: what tests/teachers/test_offload.py asserts, of real copies."""
 
 import pytest
 import tiny

@@ -1,4 +1,4 @@
-"""Output heads' FP8 products on a GPU: the assertions of tests/unit/test_scaled.py, and of tests/dist/test_fp8.py."""
+"""FP8 products of output heads on a GPU: the assertions of tests/precision/test_scaled.py and test_fp8.py."""
 
 import pytest
 import scaled_cases

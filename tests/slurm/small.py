@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from e2e.program import MODELS, PATIENCE_S, exported, opd, rows
+from program import MODELS, PATIENCE_S, exported, opd, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples/quickstart/data"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from servers.standin import StandIn  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "sglang")]
+from standin import StandIn  # noqa: E402
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int, required=True)

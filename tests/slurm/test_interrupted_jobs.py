@@ -1,7 +1,7 @@
 """Warnings, deaths and ends of jobs: a run goes on where it was, and ends where an undisturbed one ends."""
 
 import pytest
-from e2e.program import checkpoints, rows
+from program import checkpoints, rows
 from slurm.small import CONFIG, ONE_TEACHER, assert_same, local
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import tiny
-from e2e.program import MODELS, PATIENCE_S, environment, rows
-from servers.standin_model import VOCAB_SIZE
+from program import MODELS, PATIENCE_S, environment, rows
 from slurm.small import CONFIG, ONE_TEACHER, ROOT, SMALL, assert_same, local
+from standin_model import VOCAB_SIZE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 # The script's own teachers, in the trainer instead of on servers.
