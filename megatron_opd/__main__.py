@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_opd import __version__
+from megatron_opd import __version__, lifeline
 from megatron_opd.arguments import Parser, add_config
 from megatron_opd.planner import command as planner
 
@@ -37,6 +37,7 @@ every setting: docs/config.md
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `megatron-opd`; returns the exit code."""
+    lifeline.tie_to_launcher()  # before the imports that take seconds
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
@@ -158,11 +159,12 @@ def _work(arguments: argparse.Namespace) -> int:
     from megatron_opd import launch, preemption
     from megatron_opd.parallel import PeerError, lost_peer
 
-    launch.end_with_parent()
+    lifeline.end_with_parent()
     # Python would notice a signal only after the collective that it waits in; the default action ends it at once.
     # Nothing is lost: what is saved is complete, and what is being saved is not a checkpoint yet.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     notice = preemption.Notice(preemption.warnings())
     from megatron_opd.config.file import load
     from megatron_opd.student import cpu, groups
