@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_opd import __version__
 from megatron_opd.config.arguments import Parser, add_config
+from megatron_opd.core import lifeline
 from megatron_opd.planner import options as planner
 
 _GRACE_S = 10.0
@@ -37,6 +38,7 @@ every setting: docs/config.md
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `megatron-opd`; returns the exit code."""
+    lifeline.tie_to_launcher()  # before the imports that take seconds
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
@@ -159,11 +161,12 @@ def _work(arguments: argparse.Namespace) -> int:
     from megatron_opd.core.parallel import PeerError, lost_peer
     from megatron_opd.launch import local
 
-    local.end_with_parent()
+    lifeline.end_with_parent()
     # Python would notice a signal only after the collective that it waits in; the default action ends it at once.
     # Nothing is lost: what is saved is complete, and what is being saved is not a checkpoint yet.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     notice = preemption.Notice(preemption.warnings())
     from megatron_opd.config.file import load
     from megatron_opd.student import cpu, groups

@@ -87,7 +87,7 @@ def torchrun(ranks, *arguments, timeout=PATIENCE_S):
 class Started:
     """A run in the background, in a session of its own as a terminal would give it."""
 
-    def __init__(self, run_dir, *overrides, env=None, command="train"):
+    def __init__(self, run_dir, *overrides, env=None, command="train", preexec_fn=None):
         self.dir = Path(run_dir)
         self.process = subprocess.Popen(
             [*_PROGRAM, command, CONFIG, *SMALL, f"run.dir={run_dir}", *overrides],
@@ -97,6 +97,7 @@ class Started:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=preexec_fn,
         )
 
     def wait_for_step(self, step):

@@ -2,7 +2,6 @@
 
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +10,7 @@ from megatron_opd.__main__ import main
 from megatron_opd.config.file import changes, load, record
 from megatron_opd.core import run_dir
 from megatron_opd.launch import local
+from megatron_opd.launch.rank_processes import Failure
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
@@ -88,9 +88,11 @@ def test_plan_repeats_what_the_user_gave(monkeypatch):
     assert str(process) == "trainer: 4 ranks of `python -m megatron_opd train examples/quickstart.yaml 'run.dir=a b'`"
 
 
-def failed(**exit_codes):
-    """Failures as torch's launcher reports them, {rank: (exit code, when)}."""
-    return {int(r[1:]): SimpleNamespace(exitcode=code, timestamp=when) for r, (code, when) in exit_codes.items()}
+def failed(**ends):
+    """Failures as the launcher sees them, {rank: (exit code, when)}; a third part: it has ended the rank itself."""
+    return {
+        int(rank[1:]): Failure(code=code, when=when, is_ours=bool(ours)) for rank, (code, when, *ours) in ends.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def failed(**exit_codes):
     [
         (failed(r0=(1, 5)), "rank 0 failed with exit code 1; the run has stopped"),
         (failed(r0=(local.PEER_FAILED, 1), r2=(1, 5)), "rank 2 failed with exit code 1; the run has stopped"),
-        (failed(r0=(-signal.SIGTERM, 1), r1=(1, 5)), "rank 1 failed with exit code 1; the run has stopped"),
+        (failed(r0=(-signal.SIGTERM, 1, True), r1=(1, 5)), "rank 1 failed with exit code 1; the run has stopped"),
         (failed(r0=(1, 1), r1=(-signal.SIGSEGV, 5)), "rank 1 was ended by SIGSEGV; the run has stopped"),
         (failed(r1=(1, 5), r3=(2, 4)), "rank 3 failed with exit code 2; the run has stopped"),
         (failed(r1=(local.PEER_FAILED, 5)), f"rank 1 failed with exit code {local.PEER_FAILED}; the run has stopped"),
@@ -106,6 +108,15 @@ def failed(**exit_codes):
             failed(r1=(-signal.SIGKILL, 5)),
             "rank 1 was ended by SIGKILL (did this machine run out of memory?); the run has stopped",
         ),
+        (
+            failed(r0=(-signal.SIGTERM, 6, True), r3=(-signal.SIGTERM, 5)),
+            "rank 3 was ended by SIGTERM; the run has stopped",
+        ),
+        (
+            failed(r0=(-signal.SIGKILL, 1, True), r2=(local.PEER_FAILED, 5)),
+            f"rank 2 failed with exit code {local.PEER_FAILED}; the run has stopped",
+        ),
+        (failed(r0=(-signal.SIGKILL, 1, True)), "rank 0 was ended by SIGKILL; the run has stopped"),
     ],
 )
 def test_the_rank_that_failed_by_itself_is_named(tmp_path, failures, said):
@@ -113,11 +124,11 @@ def test_the_rank_that_failed_by_itself_is_named(tmp_path, failures, said):
 
 
 def test_the_end_of_a_failed_ranks_log_is_shown(tmp_path):
-    for run, text in (("20260101-000000_x", "old"), ("20260102-000000_y", "\n".join(map(str, range(100))))):
-        log = tmp_path / run / "attempt_0/1/stderr.log"
+    for run, text in (("20260101-000000", "old"), ("20260102-000000", "\n".join(map(str, range(100))))):
+        log = tmp_path / run / "rank-1.log"
         log.parent.mkdir(parents=True)
         log.write_text(text)
-    head, where, *lines = local._explain(failed(r1=(1, 5)), tmp_path).splitlines()
+    head, where, *lines = local._explain({1: Failure(code=1, when=5, log=log)}, tmp_path).splitlines()
     assert head.startswith("rank 1 failed")
     assert where == f"the end of {log}:"
     assert lines == [str(i) for i in range(80, 100)]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 import time
 from types import SimpleNamespace
@@ -118,10 +117,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="steps to measure (%(default)s)")
     parser.add_argument("--at-most", type=float, default=1.15, help="goal: times the slowest stage (%(default)s)")
     arguments = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     cpu.enable()
     parallel = groups.start(c.ParallelConfig(), c.RunConfig(dir="unused", timeout_s=60))
     slowest = max(arguments.generate, arguments.train, arguments.sync)

@@ -218,7 +218,7 @@ def _check_started(what: str, servers: ServersConfig) -> list[str]:
         )
     if not servers.python:
         problems.append(f"{what}.python must not be empty")
-    if not _is_loopback(servers.host) and not os.environ.get(API_KEY):
+    if not is_loopback(servers.host) and not os.environ.get(API_KEY):
         problems.append(
             f"{what}.host: {servers.host} can be reached from elsewhere, so servers there need a key: set the"
             f" environment variable {API_KEY}, or choose 127.0.0.1"
@@ -226,7 +226,7 @@ def _check_started(what: str, servers: ServersConfig) -> list[str]:
     return problems
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

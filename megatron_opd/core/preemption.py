@@ -10,6 +10,8 @@ import os
 import signal
 from collections.abc import Mapping
 
+from megatron_opd.core import lifeline
+
 EXIT_CODE = 75
 """Of a run that has made room and wants to go on later: EX_TEMPFAIL in sysexits.h."""
 
@@ -43,5 +45,6 @@ def warnings(environ: Mapping[str, str] = os.environ) -> tuple[signal.Signals, .
     SIGUSR1 always is. Slurm also sends SIGTERM, and kills what is still there later. To any other launcher SIGTERM is
     how the ranks that are left are ended, and those may be waiting for one that is gone.
     """
-    is_job_step = "SLURM_PROCID" in environ and "TORCHELASTIC_RUN_ID" not in environ
+    launchers = {"TORCHELASTIC_RUN_ID", lifeline.LAUNCHER}
+    is_job_step = "SLURM_PROCID" in environ and not launchers & set(environ)
     return (signal.SIGUSR1, signal.SIGTERM) if is_job_step else (signal.SIGUSR1,)

@@ -7,7 +7,6 @@ started it dies without a word. Without a GPU the real SGLang is started too, in
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import json
 import os
@@ -15,7 +14,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -26,7 +24,8 @@ import torch
 import yaml
 
 from megatron_opd.config import ServersConfig
-from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY
+from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY, is_loopback
+from megatron_opd.core import lifeline, rendezvous
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import SGLangError
 
@@ -35,7 +34,6 @@ _LOG_LINES = 30
 _POLL_S, _SAY_EVERY_S = 0.5, 15.0
 _STOP_S = 15.0
 """Seconds that a server has for ending by itself."""
-_PR_SET_PDEATHSIG = 1
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What torchrun and srun tell a rank about its own job. A server is a job of its own, and would believe it.
 _OF_THE_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI")
@@ -90,6 +88,8 @@ def start(
             command = [str(python), "-m", "sglang.launch_server", *_arguments(servers, model, port, context)]
             seen, placed = _placed(servers, gpus[i * servers.tensor :][: servers.tensor])
             environment = _environment(seen, servers.tensor)
+            if is_loopback(servers.host):
+                rendezvous.stay_on_loopback(environment)
             command += [*placed, *extra, *servers.args]
             log = Path(log_dir) / f"{name}-{i}.log"
             log.unlink(missing_ok=True)
@@ -276,12 +276,6 @@ def _spawn(command: Sequence[str], environment: dict[str, str], log: Path) -> su
         link.unlink(missing_ok=True)
         link.symlink_to(f"/dev/fd/{read_end}")
         command = [*command, "--config", str(link)]
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def end_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
     try:
         with log.open("ab") as out:
             out.write(f"$ {shlex.join(command)}\n".encode())
@@ -293,7 +287,7 @@ def _spawn(command: Sequence[str], environment: dict[str, str], log: Path) -> su
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=lambda: lifeline.end_with_parent(signal.SIGTERM),  # on which SGLang ends its workers
                 pass_fds=() if read_end is None else (read_end,),
             )
     finally:

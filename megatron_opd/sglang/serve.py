@@ -22,6 +22,7 @@ from megatron_opd.config import Config, ServersConfig
 from megatron_opd.core import run_dir
 from megatron_opd.models.architecture import read_limits
 from megatron_opd.sglang import process
+from megatron_opd.sglang.weights.group import LOOPBACK, own_address
 
 ANYWHERE = "0.0.0.0"
 """The address of servers that other machines are to reach."""
@@ -162,6 +163,18 @@ def with_urls(config: Config) -> Config:
             i = int(served.setting.split(".")[1])
             teachers[i] = dataclasses.replace(teachers[i], servers=servers)
     return dataclasses.replace(config, rollout=rollout, teachers=teachers)
+
+
+def reaches_out(config: Config) -> bool:
+    """Whether the ranks send weights to servers on other machines, in a process group with them."""
+    if config.rollout.engine != "sglang" or config.rollout.sync != "broadcast":
+        return False
+    try:
+        return own_address(with_urls(config).rollout.servers.urls) != LOOPBACK
+    except ValueError:  # no servers run; whoever asks them says so
+        return False
+    except OSError:  # the name of a host is not known; whoever asks it says so
+        return True
 
 
 def _check_gpus(ours: Sequence[Served], *, is_shared: bool) -> None:

@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import ParallelConfig, RunConfig
+from megatron_opd.core import rendezvous
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.student import cpu, deterministic
 
 
-def start(config: ParallelConfig, run: RunConfig) -> Parallel:
-    """Join the process group described by the environment (torchrun or srun) and build the grid.
+def start(config: ParallelConfig, run: RunConfig, *, stay_here: bool = True) -> Parallel:
+    """Join the process group described by the environment (our launcher, torchrun or srun) and build the grid.
+
+    `stay_here`: ranks that are all on this machine listen on loopback only, see `rendezvous.join`.
 
     Ranks are ordered tensor-fastest, then context, data and pipeline (Megatron's default), so a tensor-parallel group
     stays within a node. Raises ValueError when the number of ranks is not the layout's.
@@ -31,7 +34,7 @@ def start(config: ParallelConfig, run: RunConfig) -> Parallel:
     timeout = datetime.timedelta(seconds=run.timeout_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    rendezvous.join("nccl" if torch.cuda.is_available() else "gloo", timeout, stay_here=stay_here)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,

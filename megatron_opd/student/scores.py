@@ -7,7 +7,6 @@ answer is about token s + 1 given the tokens before it. Shape letters: S sequenc
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,6 @@ def start_megatron(layout: ParallelConfig, *, timeout_s: float = 1800.0) -> Para
     from megatron_opd.student import groups
 
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     return groups.start(layout, RunConfig(dir="", timeout_s=timeout_s))
 

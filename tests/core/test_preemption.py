@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import psutil
 import pytest
 
 from megatron_opd.config.file import ConfigError, load
-from megatron_opd.core.preemption import Notice, warnings
+from megatron_opd.core.preemption import Notice, Preempted, warnings
 from megatron_opd.launch import local
+from megatron_opd.launch.rank_processes import Ranks
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/quickstart.yaml"
 
@@ -30,6 +32,7 @@ def test_sigterm_is_a_warning_of_slurm_only():
     assert warnings({"RANK": "0"}) == (signal.SIGUSR1,)
     assert warnings({"SLURM_PROCID": "0", "RANK": "0"}) == both
     assert warnings({"SLURM_PROCID": "0", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}) == (signal.SIGUSR1,)
+    assert warnings({"SLURM_PROCID": "0", "RANK": "0", "MEGATRON_OPD_LAUNCHER": "1"}) == (signal.SIGUSR1,)
 
 
 def test_a_notice_is_taken_and_later_ones_do_no_harm(as_before):
@@ -47,17 +50,23 @@ def test_restarts_are_not_negative():
         load(CONFIG, ["run.max_restarts=-1"])
 
 
-def test_a_server_that_has_ended_does_not_keep_a_warning_from_the_ranks():
+def test_a_server_that_has_ended_does_not_keep_a_warning_from_the_ranks(tmp_path):
     server = subprocess.Popen(["true"])
-    rank = subprocess.Popen(["sleep", "60"], env={**os.environ, "RANK": "0"})
+    ranks = Ranks(["-c", "import time; time.sleep(60)"], 1, logs=tmp_path)
+    warning = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
     try:
         deadline = time.monotonic() + 10
         while psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
             time.sleep(0.01)
-        with local._passing_warnings_on():
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert rank.wait(10) == -signal.SIGUSR1
+        with local._passing_warnings_on(ranks):
+            warning.start()
+            assert ranks.run()[0].code == -signal.SIGUSR1
     finally:
-        rank.kill()
-        rank.wait(10)
+        warning.cancel()
         server.wait(10)
+
+
+def test_a_warning_before_there_are_ranks_ends_the_launcher(tmp_path):
+    ranks = Ranks([], 1, logs=tmp_path)
+    with pytest.raises(Preempted), local._passing_warnings_on(ranks):
+        signal.raise_signal(signal.SIGUSR1)

@@ -97,11 +97,65 @@ def test_rank_that_dies_ends_the_others_and_is_named(tmp_path):
     assert checkpoints(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_rank_that_somebody_terminates_is_named(tmp_path):
+    with started(tmp_path, *TWO_RANKS, *ENDLESS) as run:
+        run.wait_for_step(3)
+        processes = run.everyone()
+        terminate(run.ranks()[1])
+        returned, printed = run.end(timeout=SOON_S)
+    assert returned == 1
+    assert_gone(processes)
+    assert "rank 1 was ended by SIGTERM; the run has stopped" in printed
+    assert "Traceback" not in printed
+
+
+def deaf():
+    """As `nohup` and a shell's background leave a program."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.timeout(700)
+def test_signals_that_were_ignored_at_the_start_stay_so(tmp_path):
+    with started(tmp_path, *TWO_RANKS, *ENDLESS, preexec_fn=deaf) as run:
+        run.wait_for_step(1)
+        processes = run.everyone()
+        for process in processes:
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGINT)
+        run.wait_for_step(last_step(tmp_path) + 3)
+        terminate(run.process)
+        returned, printed = run.end(timeout=SOON_S)
+    assert returned == 143
+    assert_gone(processes)
+    assert_says_how_to_continue(tmp_path, printed)
+
+
+def last_step(run_dir):
+    return len((run_dir / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_a_terminal_that_goes_away_ends_the_run(tmp_path):
+    with started(tmp_path, *TWO_RANKS, *ENDLESS) as run:
+        run.wait_for_step(3)
+        processes = run.everyone()
+        run.process.send_signal(signal.SIGHUP)
+        returned, printed = run.end(timeout=SOON_S)
+    assert returned == 129
+    assert_gone(processes)
+    assert_says_how_to_continue(tmp_path, printed)
+
+
 @pytest.mark.timeout(700)
 def test_ranks_end_with_a_launcher_that_dies_without_a_word(tmp_path):
     with started(tmp_path, *TWO_RANKS, *ENDLESS) as run:
         run.wait_for_step(3)
         processes = run.everyone()
+        run.ranks()[1].send_signal(signal.SIGSTOP)
         psutil.Process(run.process.pid).kill()
         run.end(timeout=SOON_S)
     assert_gone(processes)

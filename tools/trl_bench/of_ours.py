@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -18,10 +17,7 @@ from megatron_opd.trainer.preflight import read_inputs
 
 def main(folder: str) -> None:
     """Prints the figures."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     cpu.enable()
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401  what is imported counts before
 

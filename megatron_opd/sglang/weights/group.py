@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
+LOOPBACK = "127.0.0.1"
 
 
 class BroadcastGroup:
@@ -103,13 +104,13 @@ class BroadcastGroup:
 
 def own_address(urls: Sequence[str]) -> str:
     """The address by which the servers reach this machine: loopback when all of them are here."""
-    hosts = [urlsplit(url).hostname or "127.0.0.1" for url in urls]
+    hosts = [urlsplit(url).hostname or LOOPBACK for url in urls]
     addresses = [
         socket.getaddrinfo(host, None)[0][4][0] if ":" in host else socket.gethostbyname(host) for host in hosts
     ]
     remote = [a for a in addresses if not ipaddress.ip_address(a).is_loopback]
     if not remote:
-        return "127.0.0.1"
+        return LOOPBACK
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((remote[0], 9))  # nothing is sent: this only asks which interface leads there
         return str(probe.getsockname()[0])
