@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd import __version__
-from megatron_opd.config.arguments import Parser, add_config
 from megatron_opd.core import lifeline
+from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.planner import options as planner
 
 _GRACE_S = 10.0

@@ -23,7 +23,7 @@ import tool
 import torch
 
 from megatron_opd import config as c
-from megatron_opd.config.arguments import Parser
+from megatron_opd.core.arguments import Parser
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.student import scores
 

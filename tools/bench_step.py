@@ -20,7 +20,7 @@ import tool
 from step_bench import cases, show
 from step_bench.cases import Case
 
-from megatron_opd.config.arguments import Parser, add_config
+from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.launch import local
 from megatron_opd.sglang import serve
 

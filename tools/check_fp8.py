@@ -19,7 +19,7 @@ from rich.table import Table
 
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
-from megatron_opd.config.arguments import Parser, add_config
+from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.precision.gate import Measured, too_coarse
 from megatron_opd.precision.recipes import RECIPES
 

@@ -14,7 +14,7 @@ import sys
 
 import tool
 
-from megatron_opd.config.arguments import Parser, add_config
+from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.planner import options
 
 
