@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tool
 from step_bench import cases, show
 from step_bench.cases import Case
 
+from megatron_opd.core import lifeline, rendezvous
 from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.launch import local
+from megatron_opd.launch.rank_processes import Handle, Output, Ranks, Start, spawn
 from megatron_opd.sglang import serve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +44,7 @@ calls make one table.
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    lifeline.tie_to_launcher()
     return tool.run(_run, _parser().parse_args(argv))
 
 
@@ -114,19 +117,29 @@ def _start(case: Case, timeout_s: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         case = case.at(folder)
         out = Path(folder) / "found.json"
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)),
-            *(__file__, "--case", json.dumps(case.as_dict()), "--json", str(out)),
-        ]
-        with serve.running(case.config(), say=local.say, beside_ranks=True):
+        arguments = [__file__, "--case", json.dumps(case.as_dict()), "--json", str(out)]
+        with serve.running(case.config(), say=local.say, beside_ranks=True), rendezvous.private_store() as store:
+            how = {"logs": Path(folder), "environment": store, "start": _into(Path(folder) / "rank-0.log")}
             try:
-                done = subprocess.run(command, timeout=timeout_s, capture_output=True, text=True, check=False)
-            except subprocess.TimeoutExpired:
+                failures = Ranks(arguments, case.ranks, **how).run(timeout_s)
+            except TimeoutError:
                 raise ValueError(f"{case.name} took more than {timeout_s} s (--timeout)") from None
-        if done.returncode or not out.exists():
-            raise ValueError(f"{case.name} failed:\n" + "\n".join(done.stderr.splitlines()[-30:]))
+        if failures or not out.exists():
+            rank = min(failures, key=lambda rank: (failures[rank].is_ours, failures[rank].when), default=0)
+            log = Path(folder) / f"rank-{rank}.log"
+            raise ValueError(f"{case.name} failed:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:]))
         found: dict[str, object] = json.loads(out.read_text())["cases"][0]
         return found
+
+
+def _into(log: Path) -> Start:
+    """Starts ranks that write nothing to the terminal."""
+
+    def start(environment: Mapping[str, str], arguments: Sequence[str], stdout: Output, stderr: Output) -> Handle:
+        with log.open("ab") as instead:
+            return spawn(environment, arguments, stdout or instead, stderr or instead)
+
+    return start
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and exit codes alone.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -102,18 +103,21 @@ class Ranks:
         self._failures: dict[int, Failure] = {}
         self._sent: dict[int, set[int]] = {rank: set() for rank in range(count)}
 
-    def run(self) -> dict[int, Failure]:
+    def run(self, timeout_s: float = math.inf) -> dict[int, Failure]:
         """Start all ranks and wait for their end. When one fails, the others are ended.
 
-        Returns the ranks that did not end well: none of them when the run is complete. An exception that a signal
-        handler raises meanwhile ends all ranks, too.
+        Returns the ranks that did not end well: none of them when the run is complete. Raises TimeoutError when it is
+        not in `timeout_s`. That, or an exception that a signal handler raises meanwhile, ends all ranks, too.
         """
         self.has_begun = True
+        deadline = time.monotonic() + timeout_s
         try:
             with ExitStack() as opened:
                 for rank in range(self.count):
                     self._handles.append(self._begin(rank, opened))
             while self._look() and not self._failures:
+                if time.monotonic() > deadline:
+                    raise TimeoutError
                 time.sleep(_POLL_S)
             if self._failures:
                 time.sleep(_SETTLE_S)

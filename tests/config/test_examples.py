@@ -28,7 +28,7 @@ SIZES = {
     "teacher-math": "qwen3-30b-a3b",
     "teacher-code": "qwen3-30b-a3b",
 }
-"""By the name of a model's directory, the config.json of tests/models that says how large it is."""
+"""By the name of a model's directory, the config.json of tests/model_configs that says how large it is."""
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -72,7 +72,7 @@ def test_the_cluster_form_fits_on_gpus_of_80_gb(name, monkeypatch, capsys):
     config = load(path)
     models = {f"teachers.{i}.model": teacher.model for i, teacher in enumerate(config.teachers)}
     models["student.model"] = config.student.model
-    sizes = [f"{setting}=tests/models/{SIZES[Path(model).name]}" for setting, model in models.items()]
+    sizes = [f"{setting}=tests/model_configs/{SIZES[Path(model).name]}" for setting, model in models.items()]
     planned = ["check", path, "--plan", "--gpu", "H100", *sizes]
     assert main(planned) == 0, capsys.readouterr().out
     assert main([*planned, "rollout.max_new_tokens=30000"]) == 1  # it can say no

@@ -85,6 +85,13 @@ def test_a_rank_that_does_not_end_is_killed_and_that_is_known(tmp_path, monkeypa
     assert (failures[1].code, failures[1].is_ours) == (1, False)
 
 
+def test_ranks_that_take_too_long_are_ended(tmp_path):
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError):
+        Ranks(["-c", SLEEP], 2, logs=tmp_path).run(timeout_s=0.5)
+    assert time.monotonic() - begun < 10
+
+
 def test_helpers_of_a_rank_end_with_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     helper = (

@@ -24,7 +24,7 @@ from megatron_opd.planner.job import build
 from megatron_opd.planner.plan import as_dict, plan
 from megatron_opd.planner.table import show
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = Path(__file__).parents[1] / "model_configs"
 TP4 = {"tensor": 4, "data": 4, "sequence": True}
 
 
@@ -520,7 +520,7 @@ train: {{steps: 1}}
 def test_no_torch_is_needed():
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from megatron_opd.planner import command, plan, table\n"
+        "from megatron_opd.planner import options, plan, table\n"
         "assert 'megatron' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[2])

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_opd.config import RewardsConfig, SourceConfig
+from megatron_opd.config.data import REWARDS, problem_with_reward
 from megatron_opd.core.types import Prompt
 from megatron_opd.prompts.mix import Limit, read_prompts
-from megatron_opd.rewards import NAMES, build_reward, problem_with
+from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.gsm8k import final_number
 
 PUBLIC_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -25,11 +26,11 @@ def asked(text="?", answer=None, **extra):
 
 
 def test_names():
-    assert [problem_with(name) for name in (*NAMES, "mine:score", "my.package:score")] == [None] * 6
+    assert [problem_with_reward(name) for name in (*REWARDS, "mine:score", "my.package:score")] == [None] * 6
     for name in ("gsm8", "", ":f", "m:", "m:f:g", "a b:c", "m:f()"):
         known = "known: exact, gsm8k, code, ifeval, or a function"
-        assert problem_with(name).startswith(f"there is no reward '{name}'; {known}")
-    assert "did you mean 'gsm8k'?" in problem_with("gsm8")
+        assert problem_with_reward(name).startswith(f"there is no reward '{name}'; {known}")
+    assert "did you mean 'gsm8k'?" in problem_with_reward("gsm8")
     with pytest.raises(ValueError, match="there is no reward"):
         build_reward("gsm8")
 

@@ -14,6 +14,7 @@ import torch
 from step_bench.cases import Case
 from step_bench.traffic import Traffic
 
+from megatron_opd.sglang import serve
 from megatron_opd.student import cpu, groups
 from megatron_opd.trainer.preflight import read_inputs
 
@@ -25,7 +26,7 @@ def measure(case: Case) -> dict[str, Any]:
     from megatron_opd.trainer.loop import Run
 
     config = case.config()
-    parallel = groups.start(config.parallel, config.run)
+    parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config))
     inputs = parallel.share_world(lambda: read_inputs(config))
     parallel.share_world(lambda: Path(config.run.dir).mkdir(parents=True, exist_ok=True))
     run = Run(config, parallel, inputs, Tracker())

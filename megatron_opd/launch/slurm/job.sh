@@ -56,7 +56,8 @@ opd_nodes() { mapfile -t OPD_NODES < <(scontrol show hostnames "$SLURM_JOB_NODEL
 # opd_address NODE: what other nodes reach it by.
 opd_address() { scontrol -o show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'; }
 
-# opd_rendezvous NODE: where ranks meet; below the ports that connections get by chance, and not the last start's.
+# opd_rendezvous NODE: where ranks meet. The port is below those that connections get by chance, and not the last start's.
+# Rank 0 listens there on all interfaces: only the cluster's network may reach it (docs/security.md).
 opd_rendezvous() {
   MASTER_ADDR=$(opd_address "$1")
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + OPD_STARTS++) % 10000))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, NoReturn
 
 import guards
-from wire import Closed, from_plain, receive, send, to_plain
+from messages import Closed, from_plain, receive, send, to_plain
 
 _MAX_WORDS = 300
 
