@@ -37,7 +37,7 @@ setup(
         "sentencepiece",
         "protobuf",
         "safetensors",
-        "pydantic>=2",
+        "pydantic>=2.10",
         "pyyaml",
         "jinja2>=3.1",
         "rich",

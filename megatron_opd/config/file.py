@@ -13,9 +13,9 @@ from typing import Any
 import pydantic
 import yaml
 
-from megatron_opd import config as config_module
 from megatron_opd.config import Config
 from megatron_opd.config.checks import check
+from megatron_opd.config.schema import adapter, settings_in
 
 
 class ConfigError(ValueError):
@@ -57,7 +57,7 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
 def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
     """Build and check a Config from plain dictionaries and lists. Raises ConfigError listing every problem."""
     try:
-        config = pydantic.TypeAdapter(Config).validate_python(tree)
+        config = adapter().validate_python(tree)
     except pydantic.ValidationError as error:
         raise ConfigError([_explain(e) for e in error.errors()], where) from None
     problems = check(config)
@@ -136,30 +136,10 @@ def _explain(error: Any) -> str:
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             *parents, name = [str(part) for part in error["loc"]]
-            near = difflib.get_close_matches(name, _field_names(parents), n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, list(settings_in(parents)), n=1, cutoff=0.5)
             hint = f"; did you mean {'.'.join([*parents, near[0]])}?" if near else ""
             return f"{where}: unknown setting{hint}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: required, but not set"
         case _:
             return f"{where}: {error['msg']} (got {error['input']!r})"
-
-
-def _field_names(parents: list[str]) -> list[str]:
-    """Names of the settings one level below `parents` (list indices are skipped)."""
-    cls: Any = config_module.Config
-    for part in parents:
-        if part.isdigit():
-            continue
-        cls = field_class(cls, part)
-        if cls is None:
-            return []
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def field_class(cls: Any, name: str) -> Any:
-    """The section class behind field `name` of section `cls` (also inside list[...]), or None for a plain value."""
-    annotation = str(cls.__annotations__.get(name, ""))
-    inner = annotation.removeprefix("list[").removesuffix("]")
-    found = getattr(config_module, inner, None)
-    return found if dataclasses.is_dataclass(found) else None

@@ -14,5 +14,7 @@ _T = TypeVar("_T")
 def section(cls: type[_T]) -> type[_T]:
     """A frozen, keyword-only dataclass that pydantic validates strictly about names (unknown keys are errors)."""
     made = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
-    made.__pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
+    made.__pydantic_config__ = pydantic.ConfigDict(  # type: ignore[attr-defined]
+        extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
     return made
