@@ -1,7 +1,8 @@
 """Names in a torch_dist checkpoint: layers, and experts within a layer, are stacked along leading axes.
 
 Norms in front of a matrix are filed under the matrix, as Transformer Engine fuses the two, so that a checkpoint does
-not depend on which of the two layer implementations wrote it. `tests/models` compares this with Megatron's own answer.
+not depend on which of the two layer implementations wrote it. Tests compare this with
+Megatron's own answer (`tests/models/test_checkpoint_dirs.py`).
 """
 
 from __future__ import annotations
