@@ -17,11 +17,11 @@ STEPS = ["train.steps=4", "train.save_every=2", "train.eval_every=2"]
 
 
 def listeners(processes):
-    """(address, port, command) of every TCP socket on which one of the processes accepts connections, v4 or v6."""
+    """(address, port, name and command) of every TCP socket on which one of the processes accepts connections, v4 or v6."""
     found = set()
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            command = " ".join(process.cmdline()[1:4])
+            command = " ".join([process.name(), *process.cmdline()[:4]])
             for socket in process.net_connections("tcp"):
                 if socket.status == psutil.CONN_LISTEN:
                     found.add((socket.laddr.ip, socket.laddr.port, command))
@@ -90,12 +90,15 @@ def test_a_run_with_servers_listens_on_loopback_only(tmp_path):
 
 @pytest.mark.sglang
 @pytest.mark.timeout(700)
-def test_a_run_with_sglang_listens_on_loopback_only(tmp_path):
+def test_a_run_with_sglang_opens_one_port_that_is_not_ours(tmp_path):
+    """SGLang's ranks meet in a TCPStore, also when there is one: docs/security.md. All else is on loopback."""
     served = ["rollout.engine=sglang", "rollout.servers.port=31500", "train.steps=2"]
     with started(tmp_path / "run", *served) as run:
         found = watched(run, 600)
     assert 31500 in {port for _, port, _ in found}
-    assert_loopback_only(found)
+    stores = {one for one in found if one[0] == "::" and "sglang" in one[2] and "megatron_opd" not in one[2]}
+    assert len(stores) <= 1, stores
+    assert_loopback_only(found - stores)
 
 
 def test_an_exposed_port_would_be_seen(tmp_path):
