@@ -11,8 +11,9 @@ from dataclasses import replace
 from functools import partial
 
 from megatron_opd.config import Config, TeacherConfig
+from megatron_opd.core.protocols import OnFinished, RolloutEngine
 from megatron_opd.core.seen import seen_by
-from megatron_opd.core.types import OnFinished, Prompt, Rollout, RolloutEngine, Sampling
+from megatron_opd.core.types import Prompt, Rollout, Sampling
 
 _Ask = Callable[[list[Prompt], Sampling, OnFinished], list[Rollout]]
 

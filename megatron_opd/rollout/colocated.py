@@ -16,7 +16,7 @@ import torch
 
 from megatron_opd.config import Config, ServersConfig
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import RolloutEngine
+from megatron_opd.core.protocols import RolloutEngine
 
 if TYPE_CHECKING:
     from megatron_opd.sglang.client import Client

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.config.checks_answers import sampling_teachers
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import RolloutEngine
+from megatron_opd.core.protocols import RolloutEngine
 from megatron_opd.rollout.answers import Answers, sampling_teacher
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_opd.config import Config
-from megatron_opd.core.types import TeacherScorer
+from megatron_opd.core.protocols import TeacherScorer
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.distillation_in_bytes import CrossTokenizer
 from megatron_opd.loss.distillation import Distillation

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from megatron_opd.config import Config
 from megatron_opd.core.batching import pack, packing_for, renormalised
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import MicroBatch, NamedWeights, Prompt, Rollout, RolloutEngine, TeacherScorer
+from megatron_opd.core.protocols import NamedWeights, RolloutEngine, TeacherScorer
+from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer, load_tokenizer
 from megatron_opd.precision.fp8_plan import length_multiple
 from megatron_opd.prompts.mix import PromptMix

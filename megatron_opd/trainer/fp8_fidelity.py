@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.core.parallel import Parallel, PeerError
-from megatron_opd.core.types import Head, MicroBatch, Prompt, Rollout, TeacherScore, TeacherScorer
+from megatron_opd.core.protocols import Head, TeacherScorer
+from megatron_opd.core.types import MicroBatch, Prompt, Rollout, TeacherScore
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import kl, reverse_kl
 from megatron_opd.loss.objective import Objective

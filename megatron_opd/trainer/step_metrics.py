@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import MicroBatch, Rollout, RolloutEngine, TeacherScorer
+from megatron_opd.core.protocols import RolloutEngine, TeacherScorer
+from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.rollout.answers import Answers
 
 
