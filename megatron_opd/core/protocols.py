@@ -1,4 +1,7 @@
-"""The doors between the parts: a rollout engine, a teacher's scorer, an output head, and the streams between them."""
+"""What parts expect of each other: a rollout engine, an output head, anything that counts and is closed.
+
+Teachers' scorers, weight transports and launchers have theirs in their own rooms (docs/design.md lists all seams).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from megatron_opd.core.types import Prompt, Rollout, Sampling, TeacherScore
+from megatron_opd.core.types import Prompt, Rollout, Sampling
 
 OnFinished: TypeAlias = Callable[[Rollout], None]
 """Receives each answer as soon as it is finished, from any thread."""
@@ -15,23 +18,36 @@ NamedWeights: TypeAlias = Iterator[tuple[str, torch.Tensor]]
 """(Hugging Face name, full tensor) pairs."""
 
 
-class RolloutEngine(Protocol):
-    """Something that samples from the student's current weights."""
+class Lost(RuntimeError):
+    """What the run needs is gone for good, for instance its servers: all ranks save what is trained, and stop."""
 
-    def generate(
-        self, prompts: list[Prompt], sampling: Sampling, on_finished: OnFinished | None = None
-    ) -> list[Rollout]:
-        """All samples of all prompts, in order (prompt-major); never a short list. `on_finished` is told of each answer
-        as soon as it is finished, from any thread."""
 
-    def load(self, weights: NamedWeights, version: int) -> None:
-        """Replace the weights by (Hugging Face name, full tensor) pairs; later rollouts carry `version`."""
+class Part(Protocol):
+    """Something that works for the loop and may have things of its own running."""
 
     def metrics(self) -> dict[str, float]:
         """What happened since the last call, to be summed over replicas."""
 
     def close(self) -> None:
         """End what runs beside the caller; requests under way fail."""
+
+
+class RolloutEngine(Part, Protocol):
+    """Something that samples from the student's current weights. Leaders have one; other ranks have none."""
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[Rollout]:
+        """All samples of all prompts, in order (prompt-major); never a short list. `on_finished` is told of each answer
+        as soon as it is finished, from any thread. Raises Lost when nobody is left who could answer."""
+
+    def load(self, weights: NamedWeights, version: int) -> None:
+        """Replace the weights; later rollouts carry `version`. Run `weights` to its end even where that fails: other
+        ranks take part in it."""
+
+    def release(self) -> None:
+        """Give back GPU memory that the trainer needs, until the next `load`. Nobody samples meanwhile. Engines that
+        hold no such memory do nothing."""
 
 
 class OwnHead(Protocol):
@@ -55,23 +71,3 @@ class OwnHead(Protocol):
 
 Head: TypeAlias = torch.Tensor | OwnHead
 """Rows of an output head, [L, D]."""
-
-
-class TeacherScorer(Protocol):
-    """Something that tells a teacher's distribution at every response token of a rollout."""
-
-    name: str
-    head_LD: Head | None
-    """This rank's rows of the output head, where scores are hidden states and the loss is computed here; else None."""
-
-    def submit(self, rollout: Rollout) -> None:
-        """Start scoring a rollout that `score` will be asked about; on leaders, from any thread. May do nothing."""
-
-    def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
-        """One score a rollout, in order. Collective over the ranks of a replica."""
-
-    def metrics(self) -> dict[str, float]:
-        """What happened since the last call, to be summed over replicas."""
-
-    def close(self) -> None:
-        """End what runs beside the caller."""

@@ -7,12 +7,12 @@ from contextlib import closing
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.protocols import TeacherScorer
 from megatron_opd.core.types import Rollout, TeacherScore
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
-from megatron_opd.teachers.offload import in_turn, offloaded_weights
+from megatron_opd.teachers.offload import in_turn
 from megatron_opd.teachers.rounded_head import RoundedHead
+from megatron_opd.teachers.scorer import TeacherScorer
 
 
 def build_teachers(config: Config, parallel: Parallel, vocab: VocabShard) -> list[TeacherScorer]:
@@ -65,7 +65,7 @@ def ask_all(
     next one that is wanted come from host memory.
     """
     wanted = [[w[n] > 0 for w in weights] for n in range(len(teachers))]
-    fetched = [offloaded_weights(t) if any(w) else None for t, w in zip(teachers, wanted, strict=True)]
+    fetched = [t.offloaded if any(w) else None for t, w in zip(teachers, wanted, strict=True)]
     with closing(in_turn(fetched)) as turns:  # where one fails, the others' weights go back at once
         return [_ask(teachers[n], rollouts, wanted[n]) for n in turns]
 

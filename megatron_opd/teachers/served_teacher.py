@@ -24,6 +24,8 @@ from megatron_opd.sglang.wire import Ask
 class SGLangTeacher:
     """A TeacherScorer over the servers of `pool`, which only leaders have."""
 
+    offloaded, foreigner = None, None  # its weights are on the servers, its tokenizer is the student's
+
     def __init__(
         self,
         config: TeacherConfig,

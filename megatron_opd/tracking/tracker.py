@@ -42,6 +42,10 @@ class Sink(Protocol):
 
     def log(self, row: Mapping[str, float], step: int) -> None: ...
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Show a table of equally keyed rows; most sinks show none."""
+        ...
+
     def rewind(self, step: int) -> None:
         """Forget every row after `step`."""
         ...
@@ -66,8 +70,7 @@ class Tracker:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """A table of equally keyed rows, where a sink shows tables (Weights & Biases)."""
         for sink in self._sinks:
-            if isinstance(sink, _Wandb):
-                sink.table(name, rows, step)
+            sink.table(name, rows, step)
 
     def message(self, text: str) -> None:
         """One line for people, on the console and in train.log."""
@@ -138,6 +141,9 @@ class _JsonLines:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Rows of numbers only; completions have a file of their own."""
+
     def rewind(self, step: int) -> None:
         """Keeps the bytes of the rows that stay, and makes `time_s` go on from the last of them."""
         rows = read_metrics(self._path)
@@ -187,6 +193,9 @@ class _Terminal:
             self._evaluation(row, step)
         if "loss" in row:
             self._training(row, step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Too wide for a log."""
 
     def message(self, text: str) -> None:
         self._write(text)
@@ -270,6 +279,9 @@ class _TensorBoard:
     def log(self, row: Mapping[str, float], step: int) -> None:
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """TensorBoard has no tables."""
 
     def rewind(self, step: int) -> None:
         self._writer.close()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from megatron_opd.config import Config
 from megatron_opd.core.batching import pack, packing_for, renormalised
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.protocols import NamedWeights, RolloutEngine, TeacherScorer
+from megatron_opd.core.protocols import NamedWeights, RolloutEngine
 from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer, load_tokenizer
 from megatron_opd.precision.fp8_plan import length_multiple
@@ -28,6 +28,7 @@ from megatron_opd.rollout.engines import build_answers, build_engine
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import ask_all
+from megatron_opd.teachers.scorer import TeacherScorer
 from megatron_opd.trainer.origin_weights import teacher_weights, weighted
 from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.together import Together

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.core.parallel import Parallel, PeerError
-from megatron_opd.core.protocols import Head, TeacherScorer
+from megatron_opd.core.protocols import Head
 from megatron_opd.core.types import MicroBatch, Prompt, Rollout, TeacherScore
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import kl, reverse_kl
@@ -29,6 +29,7 @@ from megatron_opd.loss.told import Exact, Level, chunks
 from megatron_opd.precision.gate import Measured, Noise, too_coarse
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import build_teacher, is_in_fp8
+from megatron_opd.teachers.scorer import TeacherScorer
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
@@ -127,6 +128,8 @@ def measure(
 
 class _Plain:
     """A teacher as it would be without FP8, which exists while it scores; its head stays."""
+
+    offloaded = None  # its model fetches its weights itself
 
     def __init__(self, teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> None:
         self.name = teacher.name
