@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from megatron_opd.config.models import ServersConfig
+from megatron_opd.config.rollout_engines import ENGINES, EngineName
 from megatron_opd.config.section import section
 
 
@@ -44,7 +45,7 @@ class LossConfig:
 class RolloutConfig:
     """How the student samples its own answers."""
 
-    engine: Literal["local", "sglang"] = "local"
+    engine: EngineName = "local"
     """local: the embedded engine, transformers with a KV cache inside the leader rank of each replica; sglang: the
     servers of `servers`."""
     servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
@@ -72,3 +73,13 @@ class RolloutConfig:
     """Weights sent at a time, in MiB; bounds the memory that a sync takes on either side."""
     sync_verify: bool = False
     """Compare checksums of all servers with the student's weights after every sync."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the student samples behind servers."""
+        return ENGINES[self.engine].is_served
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether the engine computes on the trainer's GPUs, and gives their memory back while the student trains."""
+        return self.is_served and self.servers.colocated

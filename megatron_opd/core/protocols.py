@@ -5,17 +5,16 @@ Teachers' scorers, weight transports and launchers have theirs in their own room
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 import torch
 
+from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.core.types import Prompt, Rollout, Sampling
 
 OnFinished: TypeAlias = Callable[[Rollout], None]
 """Receives each answer as soon as it is finished, from any thread."""
-NamedWeights: TypeAlias = Iterator[tuple[str, torch.Tensor]]
-"""(Hugging Face name, full tensor) pairs."""
 
 
 class Lost(RuntimeError):

@@ -44,7 +44,7 @@ class Role:
 def rollout(job: Job) -> Role:
     """Where the student samples."""
     rollout, length = job.config.rollout, job.prompt + job.response
-    if rollout.engine == "local":
+    if not rollout.is_served:
         return _embedded(job)
     servers = rollout.servers
     dtype = _dtype(servers, job.config.student.dtype)
@@ -174,7 +174,7 @@ def _reading(job: Job, asked: TeacherConfig, arch: Architecture, dtype: str) -> 
 
 def roles(job: Job) -> list[Role]:
     """The engine first, then every served teacher."""
-    served = [i for i, t in enumerate(job.config.teachers) if t.backend == "sglang"]
+    served = [i for i, t in enumerate(job.config.teachers) if t.is_served]
     return [rollout(job), *(teacher(job, i) for i in served)]
 
 

@@ -119,7 +119,7 @@ def _sync_seconds(job: Job) -> float:
     """One broadcast to all servers; the embedded engine is on a rank that gathers what it lacks."""
     gpu, rollout = job.gpu, job.config.rollout
     layout = job.config.parallel
-    if rollout.engine == "local":
+    if not rollout.is_served:
         missing = 1 - 1 / (layout.tensor * layout.pipeline)
         return traffic.weight_sync(job) * missing / (gpu.link * job.assumed.transfer)
     rate = gpu.link if rollout.sync == "tensor" else gpu.network

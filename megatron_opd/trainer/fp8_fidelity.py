@@ -87,8 +87,7 @@ def measure_held_out(experience: Experience, student: Student, objective: Object
     prompts = held_out(inputs, config.precision.fp8.check_prompts)
     with experience.together():
         rollouts = parallel.share(lambda: experience.answers_to(0, prompts))
-    if config.rollout.servers.colocated:
-        experience.release()
+    experience.release()
     with experience.together():
         return measure(config, student, experience.teachers, objective, rollouts, experience.score)
 

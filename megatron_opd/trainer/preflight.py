@@ -107,7 +107,7 @@ def _limits(config: Config, problems: list[str]) -> list[tuple[int, int]]:
             )
         if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
             _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
-        elif teacher.backend == "megatron":
+        elif not teacher.is_served:
             # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
             found.append(_on_our_ranks(what, teacher.model, tensor, config, problems))
         elif teacher.carrier == "hidden":  # of which only the head is applied here

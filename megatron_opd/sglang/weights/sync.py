@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from megatron_opd.config import RolloutConfig
-from megatron_opd.core.protocols import NamedWeights
+from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.sglang import server_memory
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, Refused, SGLangError
