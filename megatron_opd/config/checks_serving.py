@@ -121,11 +121,6 @@ def _check_colocated(config: Config) -> list[str]:
             f"rollout.max_staleness ({rollout.max_staleness}) needs servers with GPUs of their own: those of {what}"
             " have no memory while the student trains"
         )
-    if rollout.sync == "broadcast":
-        problems.append(
-            f"rollout.sync: broadcast is not for {what}, because NCCL takes a GPU into a group only once; choose tensor"
-            " (servers on one machine) or disk"
-        )
     ranks, wanted = config.parallel.world_size, servers.tensor * servers.count
     if servers.urls:
         return problems

@@ -66,7 +66,7 @@ class RolloutConfig:
     """0: strictly on-policy; n: batches are sampled up to n steps ahead while the student trains (engine sglang)."""
     partial: bool = False
     """Answers that are unfinished when new weights arrive are kept and continued with those (needs max_staleness)."""
-    sync: Literal["broadcast", "tensor", "disk"] = "broadcast"
+    sync: str = "broadcast"
     """How new weights reach the servers: broadcast (process group: NCCL, gloo without GPUs), tensor (CUDA IPC on one
     machine; inline without GPUs), or disk (a directory that the servers see too)."""
     sync_bucket_mb: int = 256

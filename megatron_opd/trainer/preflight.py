@@ -31,6 +31,7 @@ from megatron_opd.prompts.views import build_row_reader
 from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
 from megatron_opd.sglang import serve
+from megatron_opd.sglang.weights.transports import check_sync
 
 _T = TypeVar("_T")
 
@@ -64,6 +65,7 @@ def read_inputs(config: Config) -> Inputs:
             f" {vocab_size} entries in its vocabulary"
         )
     problems += check_vocabulary(config, vocab_size)
+    problems += check_sync(config.rollout)
     unfit, of_precision = precision.look(config)
     problems += unfit
     encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)

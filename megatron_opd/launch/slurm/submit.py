@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megatron_opd.config import Config
 from megatron_opd.core import run_dir
+from megatron_opd.launch.local import plan
 from megatron_opd.launch.slurm import script as jobs
 from megatron_opd.launch.slurm.layout import place
 
@@ -25,11 +26,12 @@ def slurm(config: Config, given: Sequence[str], options: argparse.Namespace) -> 
     gpus_per_node = _GPUS_PER_NODE if options.gpus_per_node is None else options.gpus_per_node
     if gpus_per_node < 1:
         raise ValueError(f"--gpus-per-node must be at least 1, not {gpus_per_node}")
-    steps = place(config, given, gpus_per_node=gpus_per_node, nodes=options.nodes)
+    steps = place(plan(config, given), given, gpus_per_node=gpus_per_node, nodes=options.nodes)
     if options.steps:
-        print(jobs.table(config, steps))
+        print(jobs.table(config.run, steps))
         return 0
-    text = jobs.script(config, given, steps, gpus_per_node=gpus_per_node, sbatch=options.sbatch, setup=options.setup)
+    how = {"gpus_per_node": gpus_per_node, "sbatch": options.sbatch, "setup": options.setup}
+    text = jobs.script(config.run, given, steps, **how)
     if options.dry_run:
         print(text, end="")
         return 0
