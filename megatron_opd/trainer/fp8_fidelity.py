@@ -28,7 +28,7 @@ from megatron_opd.loss.targets import Targets
 from megatron_opd.loss.told import Exact, Level, chunks
 from megatron_opd.precision.gate import Measured, Noise, too_coarse
 from megatron_opd.student.student import Student
-from megatron_opd.teachers import build_teacher, is_in_fp8
+from megatron_opd.teachers import build_teacher, fp8_plan
 from megatron_opd.teachers.scorer import TeacherScorer
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.experience import Experience
@@ -104,7 +104,9 @@ def measure(
     parallel = student.parallel
     with_fp8 = pack(rollouts, teachers) if rollouts else []
     plain = [
-        _Plain(asked, config, parallel, objective.distillation.vocab) if is_in_fp8(asked, config) else scorer
+        _Plain(asked, config, parallel, objective.distillation.vocab)
+        if (plan := fp8_plan(asked, config)) is not None and plan.rules
+        else scorer
         for asked, scorer in zip(config.teachers, teachers, strict=True)
     ]
     if rollouts:
