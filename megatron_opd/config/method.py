@@ -82,4 +82,5 @@ class RolloutConfig:
     @property
     def shares_gpus(self) -> bool:
         """Whether the engine computes on the trainer's GPUs, and gives their memory back while the student trains."""
-        return self.is_served and self.servers.colocated
+        traits = ENGINES[self.engine]
+        return traits.shares_gpus or (traits.is_served and self.servers.colocated)

@@ -17,6 +17,9 @@ class EngineTraits:
 
     is_served: bool = False
     """Whether it samples from the servers of `rollout.servers`, which are started before the ranks."""
+    shares_gpus: bool = False
+    """Whether it always computes on the trainer's GPUs and must give their memory back while the student trains. One
+    that is served does so where `rollout.servers.colocated` says it."""
     mixes: bool = False
     """Whether it can sample from a mixture of student and teacher (`answers.teacher_mixed_alpha`)."""
     takes: tuple[str, ...] = ()
