@@ -31,6 +31,7 @@ class SlurmLauncher:
 
     def launch(self, config: Config, given: Sequence[str], options: argparse.Namespace) -> int:
         """Write and submit the job, or print it or its steps."""
+        from megatron_opd.launch.local import plan
         from megatron_opd.launch.slurm.submit import slurm
 
-        return slurm(config, given, options)
+        return slurm(config.run, plan(config, given), given, options)
