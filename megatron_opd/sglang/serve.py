@@ -21,6 +21,7 @@ import torch
 
 from megatron_opd.config import Config, ServersConfig
 from megatron_opd.core import run_dir
+from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.architecture import read_limits
 from megatron_opd.sglang import process
 from megatron_opd.sglang.weights.transports import way_of
@@ -198,7 +199,5 @@ def _note(notes: Path, name: str, i: int, url: str) -> Path:
     note = notes / f"{name}@{_machine()}-{i:03d}"
     for anywhere in (ANYWHERE, "[::]"):
         url = url.replace(f"//{anywhere}:", f"//{socket.gethostname()}:")
-    temporary = note.with_name(f".{note.name}")
-    temporary.write_text(url + "\n")
-    temporary.replace(note)
+    write_whole(note, url + "\n", durable=False)
     return note

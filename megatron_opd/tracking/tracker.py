@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_opd.config import Config
+from megatron_opd.core.whole_file import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
@@ -150,12 +151,7 @@ class _JsonLines:
         lines = self._path.read_bytes().splitlines(keepends=True)
         kept = [i for i, row in enumerate(rows) if row[_STEP] <= step]
         self._file.close()
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.writelines(lines[i] for i in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_whole(self._path, b"".join(lines[i] for i in kept))
         self._earlier_s = rows[kept[-1]].get(_TIME, 0.0) if kept else 0.0
         self._started = time.monotonic()
         self._file = self._path.open("a", encoding="utf-8")
