@@ -14,6 +14,7 @@ from typing import Any
 from megatron_opd import __version__
 from megatron_opd.core import lifeline
 from megatron_opd.core.arguments import Parser, add_config
+from megatron_opd.launch import launchers
 from megatron_opd.planner import options as planner
 
 _GRACE_S = 10.0
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     launch = commands.add_parser("launch", help="train with restarts on this machine, or as a Slurm job (--slurm)")
-    _add_launch(launch)
+    launchers.add_options(launch)
     add_config(launch)
     launch.set_defaults(run=_launch)
 
@@ -97,22 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_launch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="print what would be started or submitted")
-    parser.add_argument("--slurm", action="store_true", help="write the script of a Slurm job, and submit it")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of the cluster (default 8)")
-    parser.add_argument("--nodes", type=int, metavar="N", help="fail unless the run takes so many")
-    parser.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="more of the header: --sbatch=--partition=h100; repeatable",
-    )
-    parser.add_argument("--setup", default="", metavar="CODE", help="shell code that makes the environment")
-    parser.add_argument("--steps", action="store_true", help="print the job's steps, as its script reads them")
-
-
 def _train(arguments: argparse.Namespace) -> int:
     from megatron_opd.launch import local
 
@@ -126,33 +111,21 @@ def _train(arguments: argparse.Namespace) -> int:
     return local.launch(config, [arguments.config, *arguments.overrides])
 
 
-_OF_JOBS = {"gpus_per_node": None, "nodes": None, "sbatch": [], "setup": "", "steps": False}
-
-
 def _refuse(arguments: argparse.Namespace, needed: str, defaults: Mapping[str, Any]) -> None:
     """Raises ValueError for options that do nothing without the option `needed`."""
-    given = [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(arguments, name) != default]
+    given = [f"--{name.replace('_', '-')}" for name, default in defaults.items() if vars(arguments)[name] != default]
     if given:
         raise ValueError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} of use with {needed} only")
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     from megatron_opd.config.file import load
-    from megatron_opd.launch import local
-    from megatron_opd.launch.slurm import submit
-    from megatron_opd.trainer.preflight import read_inputs
 
-    if not arguments.slurm:
-        _refuse(arguments, "--slurm", _OF_JOBS)
+    for name, launcher in launchers.LAUNCHERS.items():
+        if name != arguments.launcher:
+            _refuse(arguments, f"--{name}", launchers.defaults_of(launcher))
     config = load(arguments.config, arguments.overrides)
-    given = [arguments.config, *arguments.overrides]
-    if arguments.slurm:
-        return submit.slurm(config, given, arguments)
-    if arguments.dry_run:
-        print(*local.plan(config, given), sep="\n")
-        return 0
-    read_inputs(config)
-    return local.launch(config, given, max_restarts=config.run.max_restarts)
+    return launchers.LAUNCHERS[arguments.launcher].launch(config, [arguments.config, *arguments.overrides], arguments)
 
 
 def _work(arguments: argparse.Namespace) -> int:
@@ -217,13 +190,13 @@ def _check(arguments: argparse.Namespace) -> int:
 
     config = load(arguments.config, arguments.overrides)
     if arguments.settings_only:
-        print("# models, tokenizers and data were not looked at")
-        print(*local.plan(config, [arguments.config, *arguments.overrides]), sep="\n")
+        processes = local.plan(config, [arguments.config, *arguments.overrides])
+        print("# models, tokenizers and data were not looked at", *processes, sep="\n")
         return 0
     inputs = read_inputs(config)
     print(dump(config))
-    for kind in ("train", "eval"):
-        for source, prompts in getattr(inputs, kind):
+    for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
+        for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
     for note in inputs.notes:
         print(f"# {note}")

@@ -63,7 +63,8 @@ def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
 
     student, objective, pack = build(parallel, config, vocab_size)
     term = objective.distillation
-    objective = build_objective(config, term.vocab, [SimpleNamespace(head_LD=head) for head in term.heads])
+    teachers = [SimpleNamespace(head_LD=head, foreigner=None) for head in term.heads]
+    objective = build_objective(config, term.vocab, teachers)
     shaping = Shaping(config, parallel, objective.distillation)
     mine, metrics = rollouts[parallel.data_rank :: parallel.data_size], []
     for step in range(num_steps):

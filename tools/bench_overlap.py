@@ -21,7 +21,7 @@ from typing import Any
 from megatron_opd import config as c
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.prompts.mix import PromptMix
-from megatron_opd.rollout.answers import Answers
+from megatron_opd.rollout.answers import Answers, Choice
 from megatron_opd.student import cpu, groups
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.completions import Completions
@@ -82,7 +82,8 @@ class StubRun(Run):
         self.objective = SimpleNamespace(distillation=None)  # type: ignore[assignment]
         self.shaping = lambda rollouts, batches, step: ([batches], {})  # type: ignore[assignment]
         self.completions = Completions(config.log, config.run.dir, parallel, None, self.tracker)
-        answers = Answers(config, stages, {}, {}, eos_ids=())  # type: ignore[arg-type]
+        choice = Choice(answers=config.answers, teachers=[], seed=config.run.seed)
+        answers = Answers(choice, stages, {}, {}, eos_ids=())  # type: ignore[arg-type]
         leader = Leader(engine=stages, answers=answers, grader=None, tokenizer=None)  # type: ignore[arg-type]
         self.experience = StubExperience(config, parallel, [], leader)
         self.timed, self.trained = Stopwatch(), 0

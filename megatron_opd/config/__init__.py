@@ -88,7 +88,7 @@ class Config:
     @property
     def is_served(self) -> bool:
         """Whether the run depends on servers."""
-        return self.rollout.engine == "sglang" or any(t.backend == "sglang" for t in self.teachers)
+        return self.rollout.is_served or any(t.is_served for t in self.teachers)
 
     @property
     def crosses_tokenizers(self) -> bool:

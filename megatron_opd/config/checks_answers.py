@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jinja2
 
 from megatron_opd.config import AnswersConfig, Config, TeacherConfig
+from megatron_opd.config.rollout_engines import ENGINES
 
 
 def check_answers(config: Config) -> list[str]:
@@ -78,17 +79,17 @@ def _check_sampling_teachers(config: Config) -> list[str]:
     if answers.teacher and answers.teacher not in [t.name for t in config.teachers]:
         problems.append(f"answers.teacher: there is no teacher '{answers.teacher}'")
     mixes = answers.teacher_mixed_alpha > 0
-    if mixes and rollout.engine != "local":
+    if mixes and not ENGINES[rollout.engine].mixes:
         problems.append("answers.teacher_mixed_alpha needs rollout.engine: local, which runs both models side by side")
     for i, teacher in sampling_teachers(config):
-        if mixes and teacher.backend != "megatron":
+        if mixes and teacher.is_served:
             problems.append(f"answers.teacher_mixed_alpha needs teachers.{i}.backend: megatron, not {teacher.backend}")
         if mixes and (teacher.prompt_field or teacher.prompt_template):
             problems.append(
                 f"answers.teacher_mixed_alpha needs teacher and student to see one prompt, but teachers.{i} has one of"
                 " its own (prompt_field, prompt_template)"
             )
-        if answers.seq_kd and teacher.backend == "megatron" and (rollout.top_p != 1 or rollout.top_k != 0):
+        if answers.seq_kd and not teacher.is_served and (rollout.top_p != 1 or rollout.top_k != 0):
             problems.append(
                 f"answers.seq_kd: teachers.{i} samples in the embedded engine, which knows no rollout.top_p and"
                 f" rollout.top_k; unset these, or serve it (teachers.{i}.backend: sglang)"

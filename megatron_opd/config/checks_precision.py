@@ -100,6 +100,6 @@ def _check_real(config: Config) -> list[str]:
     if fp8.student != "off" and config.student.dtype != "bf16":
         problems.append(f"precision.fp8.student needs student.dtype=bf16, not {config.student.dtype}")
     for i, teacher in enumerate(config.teachers):
-        if is_named(teacher, fp8.teachers) and teacher.backend == "megatron" and teacher.dtype != "bf16":
+        if is_named(teacher, fp8.teachers) and not teacher.is_served and teacher.dtype != "bf16":
             problems.append(f"precision.fp8.teachers: '{teacher.name}' needs teachers.{i}.dtype=bf16")
     return problems

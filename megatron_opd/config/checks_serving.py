@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from megatron_opd.config import Config, RolloutConfig, ServersConfig, TeacherConfig
+from megatron_opd.config.rollout_engines import ENGINES, engines_that_take
 
 API_KEY = "MEGATRON_OPD_API_KEY"
 """Environment variable of the key that servers ask for."""
@@ -51,10 +52,10 @@ def check_vocabulary(config: Config, size: int) -> list[str]:
 
 def _served(config: Config) -> Iterator[tuple[str, ServersConfig]]:
     """The settings of servers that are used."""
-    if config.rollout.engine == "sglang":
+    if config.rollout.is_served:
         yield "rollout.servers", config.rollout.servers
     for i, teacher in enumerate(config.teachers):
-        if teacher.backend == "sglang":
+        if teacher.is_served:
             yield f"teachers.{i}.servers", teacher.servers
 
 
@@ -70,20 +71,19 @@ def _check_engine(rollout: RolloutConfig) -> list[str]:
         problems.append(f"rollout.sync_bucket_mb must be at least 1, not {rollout.sync_bucket_mb}")
     if rollout.partial and rollout.max_staleness < 1:
         problems.append("rollout.partial needs rollout.max_staleness of 1 or more: kept answers are stale")
-    if rollout.engine != "sglang":
-        only_servers = {
-            "top_p": rollout.top_p != 1,
-            "top_k": rollout.top_k != 0,
-            "max_staleness": rollout.max_staleness != 0,
-            "partial": rollout.partial,
-            "sync_verify": rollout.sync_verify,
-            "servers": rollout.servers != ServersConfig(),
-        }
-        problems += [
-            f"rollout.{name} needs rollout.engine: sglang, not {rollout.engine}"
-            for name, is_set in only_servers.items()
-            if is_set
-        ]
+    not_for_all = {
+        "top_p": rollout.top_p != 1,
+        "top_k": rollout.top_k != 0,
+        "max_staleness": rollout.max_staleness != 0,
+        "partial": rollout.partial,
+        "sync_verify": rollout.sync_verify,
+        "servers": rollout.servers != ServersConfig(),
+    }
+    problems += [
+        f"rollout.{name} needs rollout.engine: {engines_that_take(name)}, not {rollout.engine}"
+        for name, is_set in not_for_all.items()
+        if is_set and name not in ENGINES[rollout.engine].takes
+    ]
     return problems
 
 
@@ -91,7 +91,7 @@ def _check_teacher(what: str, teacher: TeacherConfig) -> list[str]:
     problems = []
     if teacher.top_k < 1:
         problems.append(f"{what}.top_k must be at least 1, not {teacher.top_k}")
-    if teacher.backend != "sglang":
+    if not teacher.is_served:
         if teacher.carrier != "hidden":
             problems.append(
                 f"{what}.carrier: {teacher.carrier} needs {what}.backend: sglang; a teacher on the trainer's ranks is"
@@ -120,11 +120,6 @@ def _check_colocated(config: Config) -> list[str]:
         problems.append(
             f"rollout.max_staleness ({rollout.max_staleness}) needs servers with GPUs of their own: those of {what}"
             " have no memory while the student trains"
-        )
-    if rollout.sync == "broadcast":
-        problems.append(
-            f"rollout.sync: broadcast is not for {what}, because NCCL takes a GPU into a group only once; choose tensor"
-            " (servers on one machine) or disk"
         )
     ranks, wanted = config.parallel.world_size, servers.tensor * servers.count
     if servers.urls:

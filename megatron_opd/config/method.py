@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from megatron_opd.config.models import ServersConfig
+from megatron_opd.config.rollout_engines import ENGINES, EngineName
 from megatron_opd.config.section import section
 
 
@@ -44,7 +45,7 @@ class LossConfig:
 class RolloutConfig:
     """How the student samples its own answers."""
 
-    engine: Literal["local", "sglang"] = "local"
+    engine: EngineName = "local"
     """local: the embedded engine, transformers with a KV cache inside the leader rank of each replica; sglang: the
     servers of `servers`."""
     servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
@@ -65,10 +66,21 @@ class RolloutConfig:
     """0: strictly on-policy; n: batches are sampled up to n steps ahead while the student trains (engine sglang)."""
     partial: bool = False
     """Answers that are unfinished when new weights arrive are kept and continued with those (needs max_staleness)."""
-    sync: Literal["broadcast", "tensor", "disk"] = "broadcast"
+    sync: str = "broadcast"
     """How new weights reach the servers: broadcast (process group: NCCL, gloo without GPUs), tensor (CUDA IPC on one
     machine; inline without GPUs), or disk (a directory that the servers see too)."""
     sync_bucket_mb: int = 256
     """Weights sent at a time, in MiB; bounds the memory that a sync takes on either side."""
     sync_verify: bool = False
     """Compare checksums of all servers with the student's weights after every sync."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the student samples behind servers."""
+        return ENGINES[self.engine].is_served
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether the engine computes on the trainer's GPUs, and gives their memory back while the student trains."""
+        traits = ENGINES[self.engine]
+        return traits.shares_gpus or (traits.is_served and self.servers.colocated)

@@ -135,6 +135,11 @@ class TeacherConfig:
     """The same, made from the row: a Jinja template of its fields, `prompt` and `answer` among them, e.g.
     "{{ prompt }} Reference: {{ answer }}". It stands in place of the row's prompt, or of its last message."""
 
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher is behind servers, and not on the trainer's ranks."""
+        return self.backend == "sglang"
+
     def weight_for(self, source: str) -> float:
         """Unnormalised ensemble weight of this teacher for prompts of `source`."""
         return self.sources.get(source, self.weight)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.protocols import Lost
 from megatron_opd.core.types import Foreign, Hidden, MicroBatch, Rollout, Sampled, TeacherScore, TopK
 
 EnsembleWeights = Sequence[Sequence[float]]
@@ -25,7 +26,7 @@ Packing = Literal["none", "own", "shared"]
 as long as the longest row of all micro-batches: pipeline stages exchange one shape."""
 
 
-class NoTeacherLeft(RuntimeError):
+class NoTeacherLeft(Lost):
     """No teacher answered about a rollout."""
 
 

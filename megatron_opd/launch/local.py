@@ -53,7 +53,7 @@ def plan(config: Config, arguments: Sequence[str]) -> list[Process]:
             ranks=served.servers.count * served.servers.tensor,
             served=served,
         )
-        for served in serve.to_start(config)
+        for served in serve.to_start(serve.needed(config))
     ]
     return [
         *servers,

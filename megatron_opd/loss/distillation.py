@@ -19,7 +19,8 @@ import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.core.batching import select
-from megatron_opd.core.types import Head, MicroBatch
+from megatron_opd.core.protocols import Head
+from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import divergence, importance, reverse_kl, sampled_reverse_kl
 from megatron_opd.loss.estimators import k2, k3

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from megatron_opd.config import LossConfig
-from megatron_opd.core.types import Head, Hidden, MicroBatch
+from megatron_opd.core.protocols import Head
+from megatron_opd.core.types import Hidden, MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.fused import FactoredLogits, Gradients, Logits, LossSpec, Problem, backends, run
 from megatron_opd.loss.fused.reference import Reference

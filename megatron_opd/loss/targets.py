@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_opd.config import LossConfig
-from megatron_opd.core.types import Head, Hidden, MicroBatch, Sampled, TeacherScore, TopK
+from megatron_opd.core.protocols import Head
+from megatron_opd.core.types import Hidden, MicroBatch, Sampled, TeacherScore, TopK
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import ensemble, told
 from megatron_opd.loss.fused import products

@@ -60,7 +60,7 @@ def model_training(job: Job) -> float:
 
 def scoring(job: Job, teacher: TeacherConfig, arch: Architecture) -> float:
     """A teacher's forward passes; one that is served and tells no hidden states computes its own head."""
-    length = job.through_trainer if teacher.backend == "megatron" else job.prompt + job.response
+    length = job.prompt + job.response if teacher.is_served else job.through_trainer
     made = body(arch, length)
     if teacher.carrier != "hidden":
         made += head(arch.hidden_size, arch.vocab_size, job.response)
@@ -69,8 +69,8 @@ def scoring(job: Job, teacher: TeacherConfig, arch: Architecture) -> float:
 
 def prefill(job: Job) -> float:
     """Reading the prompts; servers read a prompt once for all its samples, the embedded engine once for each."""
-    served = job.config.rollout.engine == "sglang"
-    return (job.config.rollout.prompts_per_step if served else job.sequences) * body(job.student, job.prompt)
+    rollout = job.config.rollout
+    return (rollout.prompts_per_step if rollout.is_served else job.sequences) * body(job.student, job.prompt)
 
 
 def decoding(job: Job) -> float:

@@ -58,7 +58,7 @@ class Job:
     def inside(self) -> list[tuple[TeacherConfig, Architecture]]:
         """The teachers on the trainer's ranks."""
         both = zip(self.config.teachers, self.teachers, strict=True)
-        return [(t, arch) for t, arch in both if t.backend == "megatron" and arch is not None]
+        return [(t, arch) for t, arch in both if not t.is_served and arch is not None]
 
     @property
     def telling_hidden(self) -> list[tuple[TeacherConfig, Architecture]]:
@@ -74,7 +74,7 @@ class Job:
             student=replace(self.config.student, recompute=recompute),
             train=replace(self.config.train, micro_batch_size=micro_batch_size),
         )
-        inside = [t.backend == "megatron" for t in config.teachers]
+        inside = [not t.is_served for t in config.teachers]
         both = zip(self.teachers, inside, strict=True)
         padded = tuple(_padded(arch, parallel.tensor) if arch and mine else arch for arch, mine in both)
         return replace(self, config=config, teachers=padded)
@@ -126,7 +126,7 @@ def build(config: Config, *, gpu: str, prompt: float | None = None, response: fl
 
 
 def _teacher(what: str, teacher: TeacherConfig, config: Config, problems: list[str]) -> Architecture | None:
-    inside = teacher.backend == "megatron"
+    inside = not teacher.is_served
     try:
         return read_architecture(teacher.model, vocab_multiple=config.parallel.tensor if inside else 1)
     except ValueError as error:

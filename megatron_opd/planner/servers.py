@@ -28,6 +28,8 @@ class Role:
     name: str
     setting: str
     """Where its servers are set; "" for the embedded engine."""
+    teacher: int | None = None
+    """Its place in the config's teachers; None for the student's engine."""
     gpus: int
     is_colocated: bool = False
     """Whether they are the trainer's."""
@@ -44,7 +46,7 @@ class Role:
 def rollout(job: Job) -> Role:
     """Where the student samples."""
     rollout, length = job.config.rollout, job.prompt + job.response
-    if rollout.engine == "local":
+    if not rollout.is_served:
         return _embedded(job)
     servers = rollout.servers
     dtype = _dtype(servers, job.config.student.dtype)
@@ -71,7 +73,7 @@ def teacher(job: Job, index: int) -> Role:
     setting = f"teachers.{index}.servers"
     if arch is None:
         nothing = {"weights": 0.0, "cache_tokens": 0, "concurrent": 0, "seconds": 0.0}
-        return Role(name=f"{name} (unknown family)", setting=setting, gpus=gpus_of(servers), **nothing)  # type: ignore[arg-type]
+        return Role(name=f"{name} (unknown family)", setting=setting, teacher=index, gpus=gpus_of(servers), **nothing)  # type: ignore[arg-type]
     dtype = _dtype(servers, "bf16")
     weights = sizes.numel(sizes.whole(arch)) * BYTES[dtype] / servers.tensor
     room = _room(job, weights, arch, BYTES[dtype], servers)
@@ -79,6 +81,7 @@ def teacher(job: Job, index: int) -> Role:
     return Role(
         name=name,
         setting=setting,
+        teacher=index,
         gpus=gpus_of(servers),
         weights=weights,
         cache_tokens=room,
@@ -174,7 +177,7 @@ def _reading(job: Job, asked: TeacherConfig, arch: Architecture, dtype: str) -> 
 
 def roles(job: Job) -> list[Role]:
     """The engine first, then every served teacher."""
-    served = [i for i, t in enumerate(job.config.teachers) if t.backend == "sglang"]
+    served = [i for i, t in enumerate(job.config.teachers) if t.is_served]
     return [rollout(job), *(teacher(job, i) for i in served)]
 
 
@@ -183,11 +186,11 @@ def keeping_pace(job: Job, role: Role, seconds: float) -> int | None:
 
     None where no number of servers is enough, because one sequence alone takes longer.
     """
-    index = None if role.setting == "rollout.servers" else int(role.setting.split(".")[1])
+    index = role.teacher
     servers = job.config.rollout.servers if index is None else job.config.teachers[index].servers
 
     def is_enough(count: int) -> bool:
-        other = _with_servers(job, role.setting, count)
+        other = _with_servers(job, index, count)
         return (rollout(other) if index is None else teacher(other, index)).seconds <= seconds
 
     most = 1
@@ -206,12 +209,11 @@ def _first(is_enough: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _with_servers(job: Job, setting: str, count: int) -> Job:
+def _with_servers(job: Job, index: int | None, count: int) -> Job:
     config = job.config
-    if setting == "rollout.servers":
+    if index is None:
         servers = replace(config.rollout.servers, count=count, urls=[])
         return replace(job, config=replace(config, rollout=replace(config.rollout, servers=servers)))
-    index = int(setting.split(".")[1])
     teachers = list(config.teachers)
     teachers[index] = replace(teachers[index], servers=replace(teachers[index].servers, count=count, urls=[]))
     return replace(job, config=replace(config, teachers=teachers))

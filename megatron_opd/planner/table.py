@@ -97,7 +97,7 @@ def _teachers(made: Plan) -> Table:
     for teacher, arch in zip(job.config.teachers, job.teachers, strict=True):
         sent = traffic.carrier_bytes(teacher, arch)
         carrier = f"{teacher.carrier} {teacher.top_k}" if teacher.carrier == "topk" else teacher.carrier
-        on_wire = f"{sent:,.0f}" if sent else "0 (on the ranks)" if teacher.backend == "megatron" else "?"
+        on_wire = f"{sent:,.0f}" if sent else "?" if teacher.is_served else "0 (on the ranks)"
         table.add_row(escape(teacher.name), carrier, f"{traffic.payload_bytes(teacher, arch):,.0f}", on_wire)
     return table
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_opd.planner import flops, memory, servers, sizes, traffic
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
+from megatron_opd.sglang.weights.transports import way_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +104,23 @@ def _served(job: Job, role: servers.Role, own_s: float) -> Stage:
     """A role as a stage."""
     scales = role.setting and not role.is_colocated and math.isfinite(role.seconds) and role.seconds
     pace = servers.keeping_pace(job, role, own_s) if scales else None
-    name = "sampling" if role.name.startswith("rollout") else role.name
+    name = "sampling" if role.teacher is None else role.name
     return Stage(name, role.seconds, _work(job, role), role.gpus, pace)
 
 
 def _work(job: Job, role: servers.Role) -> float:
-    if role.name.startswith("rollout"):
+    if role.teacher is None:
         return flops.prefill(job) + flops.decoding(job)
-    index = int(role.setting.split(".")[1])
-    arch = job.teachers[index]
-    return flops.scoring(job, job.config.teachers[index], arch) if arch is not None else 0.0
+    arch = job.teachers[role.teacher]
+    return flops.scoring(job, job.config.teachers[role.teacher], arch) if arch is not None else 0.0
 
 
 def _sync_seconds(job: Job) -> float:
     """One broadcast to all servers; the embedded engine is on a rank that gathers what it lacks."""
     gpu, rollout = job.gpu, job.config.rollout
     layout = job.config.parallel
-    if rollout.engine == "local":
+    if not rollout.is_served:
         missing = 1 - 1 / (layout.tensor * layout.pipeline)
         return traffic.weight_sync(job) * missing / (gpu.link * job.assumed.transfer)
-    rate = gpu.link if rollout.sync == "tensor" else gpu.network
+    rate = gpu.link if way_of(rollout).is_local else gpu.network
     return traffic.weight_sync(job) / (rate * job.assumed.transfer)

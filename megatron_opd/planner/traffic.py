@@ -31,7 +31,7 @@ class Traffic:
 
 def carrier_bytes(teacher: TeacherConfig, arch: Architecture | None) -> float:
     """Bytes of a teacher's answer about one token; 0 for one on the trainer's ranks, where it stays."""
-    if teacher.backend == "megatron":
+    if not teacher.is_served:
         return 0.0
     if teacher.carrier == "hidden":
         return _JSON_NUMBER * arch.hidden_size if arch else 0.0
@@ -52,7 +52,7 @@ def of_teachers(job: Job) -> dict[str, float]:
     return {
         teacher.name: tokens * flops.asked_share(job, teacher) * carrier_bytes(teacher, arch)
         for teacher, arch in both
-        if teacher.backend == "sglang"
+        if teacher.is_served
     }
 
 
@@ -125,7 +125,7 @@ def table(job: Job) -> list[Traffic]:
     ]
     for name, size in of_teachers(job).items():
         found.append(Traffic(f"teacher {name} to leaders", "network", size, size / layout.data))
-    if config.rollout.engine == "sglang":
+    if config.rollout.is_served:
         servers = config.rollout.servers
         copies = len(servers.urls) or servers.count
         found.append(Traffic("weights to servers", "network", weight_sync(job) * copies, weight_sync(job)))

@@ -44,7 +44,7 @@ def _attention(config: Config) -> list[str]:
     if unfit := installed.fused_attention_problem(is_deterministic=config.run.deterministic):
         return [f"{asked[0]}: {unfit}; set precision.layers=local"]
     dtypes = {"student.dtype": config.student.dtype}
-    dtypes |= {f"teachers.{i}.dtype": t.dtype for i, t in enumerate(config.teachers) if t.backend == "megatron"}
+    dtypes |= {f"teachers.{i}.dtype": t.dtype for i, t in enumerate(config.teachers) if not t.is_served}
     return [
         f"{asked[0]}: Transformer Engine's attention does that in 16 bits only, not in fp32; set {name}=bf16, or"
         " precision.layers=local"

@@ -116,7 +116,7 @@ def plans(config: Config, architectures: Mapping[str, Architecture]) -> list[Mod
         made.append(_plan(config, STUDENT, dtype, layers=fp8.student != "off", head=head))
     for teacher in config.teachers:
         if teacher.name in architectures:
-            layers = teacher.backend == "megatron" and is_named(teacher, fp8.teachers)
+            layers = not teacher.is_served and is_named(teacher, fp8.teachers)
             head = teacher.carrier == "hidden" and is_named(teacher, fp8.heads)
             made.append(_plan(config, teacher.name, teacher.dtype, layers=layers, head=head))
     return [

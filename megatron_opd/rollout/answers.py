@@ -6,15 +6,40 @@ Who answers follows from settings, seed and step alone, so it is the same on eve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
-from megatron_opd.config import Config, TeacherConfig
+from megatron_opd.config import AnswersConfig, TeacherConfig
+from megatron_opd.core.protocols import OnFinished, RolloutEngine
 from megatron_opd.core.seen import seen_by
-from megatron_opd.core.types import OnFinished, Prompt, Rollout, RolloutEngine, Sampling
+from megatron_opd.core.types import Prompt, Rollout, Sampling
 
 _Ask = Callable[[list[Prompt], Sampling, OnFinished], list[Rollout]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """Decides who answers a prompt."""
+
+    answers: AnswersConfig
+    teachers: Sequence[TeacherConfig]
+    seed: int
+    """`run.seed`."""
+
+    def is_for_student(self, prompt: Prompt, step: int) -> bool:
+        """Whether the student answers the prompt in this step, which it does with probability `answers.lmbda` (Agarwal
+        et al. 2024, arXiv:2306.13649, algorithm 1, where one number decides for a batch)."""
+        text = f"answers/{self.seed}/{step}/{prompt.source}/{prompt.index}"
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
+        return number < self.answers.lmbda * 2**48
+
+    def teacher(self, source: str) -> TeacherConfig:
+        """The teacher that samples answers to prompts of a source: the one named in `answers.teacher`, or else the one
+        with the largest weight for the source."""
+        if self.answers.teacher:
+            return next(t for t in self.teachers if t.name == self.answers.teacher)
+        return max(self.teachers, key=lambda t: t.weight_for(source))
 
 
 class Answers:
@@ -23,7 +48,7 @@ class Answers:
 
     def __init__(
         self,
-        config: Config,
+        choice: Choice,
         engine: RolloutEngine,
         teachers: Mapping[str, RolloutEngine],
         mixed: Mapping[str, RolloutEngine],
@@ -31,7 +56,7 @@ class Answers:
         eos_ids: tuple[int, ...],
     ) -> None:
         """`teachers` sample alone, `mixed` with the student; both by the teacher's name."""
-        self.config, self.engine, self.teachers, self.mixed = config, engine, teachers, mixed
+        self.choice, self.engine, self.teachers, self.mixed = choice, engine, teachers, mixed
         self.eos_ids = eos_ids
 
     def to(self, prompts: list[Prompt], sampling: Sampling, step: int, on_finished: OnFinished) -> list[Rollout]:
@@ -62,12 +87,12 @@ class Answers:
 
     def _who(self, prompt: Prompt, step: int) -> tuple[str, str]:
         """(kind of answer, name of the teacher that takes part in it)."""
-        if is_for_student(self.config, prompt, step):
+        if self.choice.is_for_student(prompt, step):
             return ("mixed", self._teacher(prompt)) if self.mixed else ("student", "")
-        return ("teacher", self._teacher(prompt)) if self.config.answers.seq_kd else ("dataset", "")
+        return ("teacher", self._teacher(prompt)) if self.choice.answers.seq_kd else ("dataset", "")
 
     def _teacher(self, prompt: Prompt) -> str:
-        return sampling_teacher(self.config, prompt.source).name
+        return self.choice.teacher(prompt.source).name
 
     def _ask(self, who: tuple[str, str]) -> _Ask:
         kind, name = who
@@ -109,19 +134,3 @@ class Answers:
             versions=(0,) * len(ids),
             origin="dataset",
         )
-
-
-def is_for_student(config: Config, prompt: Prompt, step: int) -> bool:
-    """Whether the student answers the prompt in this step, which it does with probability `answers.lmbda` (Agarwal et
-    al. 2024, arXiv:2306.13649, algorithm 1, where one number decides for a batch)."""
-    text = f"answers/{config.run.seed}/{step}/{prompt.source}/{prompt.index}"
-    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
-    return number < config.answers.lmbda * 2**48
-
-
-def sampling_teacher(config: Config, source: str) -> TeacherConfig:
-    """The teacher that samples answers to prompts of a source."""
-    if config.answers.teacher:
-        return next(t for t in config.teachers if t.name == config.answers.teacher)
-    weights = config.teacher_weights(source)
-    return config.teachers[weights.index(max(weights))]

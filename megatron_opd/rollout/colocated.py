@@ -14,37 +14,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_opd.config import Config, ServersConfig
+from megatron_opd.config import RolloutConfig, ServersConfig
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import RolloutEngine
 
 if TYPE_CHECKING:
     from megatron_opd.sglang.client import Client
 
 
-def clear_for_ranks(config: Config, parallel: Parallel) -> None:
+def clear_for_ranks(rollout: RolloutConfig, parallel: Parallel) -> None:
     """Servers come up before the ranks, with all their memory: have them give it back before a rank loads a model.
 
-    `config` has their urls. One that cannot be reached is left to the pool. Raises ValueError for one that was started
+    `rollout` has their urls. One that cannot be reached is left to the pool. Raises ValueError for one that was started
     without what it needs.
     """
-    if config.rollout.servers.colocated:
-        parallel.share_world(lambda: asyncio.run(_clear(config.rollout.servers)))
+    if rollout.shares_gpus:
+        parallel.share_world(lambda: asyncio.run(_clear(rollout.servers)))
 
 
-def release(engine: RolloutEngine | None) -> None:
-    """The engine's servers give their memory back, until new weights are loaded into it."""
-    from megatron_opd.rollout.served_engine import SGLangEngine
-
-    if isinstance(engine, SGLangEngine):
-        engine.release()
-
-
-def make_room(config: Config, parallel: Parallel) -> None:
+def make_room(parallel: Parallel) -> None:
     """What this rank's allocator keeps for later goes back to the GPU; returns when that is so on every rank."""
-    if config.rollout.servers.colocated:
-        torch.cuda.empty_cache()  # does nothing where there is no GPU
-        parallel.any_world(False)
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
+    parallel.any_world(False)
 
 
 async def _clear(servers: ServersConfig) -> None:

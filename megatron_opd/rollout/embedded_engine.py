@@ -83,6 +83,9 @@ class LocalEngine:
                     on_finished(done[i])
         return [done[i] for i in range(len(wanted))]
 
+    def release(self) -> None:
+        """Nothing: the model is small, and stays."""
+
     def metrics(self) -> dict[str, float]:
         """Nothing happens here that the loop does not see."""
         return {}

@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
 
-from megatron_opd.core.types import NamedWeights, OnFinished, Prompt, Rollout, Sampling
+from megatron_opd.core.named_weights import NamedWeights
+from megatron_opd.core.protocols import OnFinished
+from megatron_opd.core.types import Prompt, Rollout, Sampling
 from megatron_opd.rollout.seeds import seed_of
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Down

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_opd.core.protocols import Lost
 
-class SGLangError(RuntimeError):
+
+class SGLangError(Lost):
     """Any failure of a request. `kind` is its name in the metrics."""
 
     kind = "failed"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
-
+from megatron_opd.core.named_weights import NamedWeights, drain
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down
 
@@ -17,11 +15,9 @@ class Follow:
     def __init__(self) -> None:
         self._version = 0
 
-    def push(
-        self, clients: Sequence[Client], weights: Iterator[tuple[str, torch.Tensor]], version: int
-    ) -> dict[str, Exception]:
+    def push(self, clients: Sequence[Client], weights: NamedWeights, version: int) -> dict[str, Exception]:
         """Take part in gathering the weights. Which servers did not get them shows in what they answer."""
-        deque(weights, maxlen=0)
+        drain(weights)
         self._version = version
         return {}
 

@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from megatron_opd.config import Config, ServersConfig
 from megatron_opd.core import run_dir
+from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.architecture import read_limits
 from megatron_opd.sglang import process
 from megatron_opd.sglang.weights.group import LOOPBACK, own_address
+from megatron_opd.sglang.weights.transports import way_of
 
 ANYWHERE = "0.0.0.0"
 """The address of servers that other machines are to reach."""
@@ -44,6 +47,8 @@ class Served:
     """Longest prompt and answer together that the config allows."""
     arguments: tuple[str, ...]
     """Of sglang.launch_server, as this use of the model needs."""
+    is_local: bool = False
+    """Whether they must be on the machine of rank 0, because their weights come no further."""
 
     @property
     def context(self) -> int:
@@ -52,24 +57,28 @@ class Served:
 
 
 def needed(config: Config) -> list[Served]:
-    """Every model of the config that is behind servers, started by us or not."""
+    """Every model of the config that is behind servers, started by us or not.
+
+    Raises ValueError for a `rollout.sync` that cannot reach the servers.
+    """
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens + MARGIN
     found = []
-    if config.rollout.engine == "sglang":
+    if config.rollout.is_served:
         # A Megatron checkpoint has no weights that SGLang could read; the first sync brings them.
         has_weights = any(Path(config.student.model).glob("*.safetensors"))
         found.append(
             Served(
                 name="rollout",
                 setting="rollout.servers",
-                servers=_like_the_student(config),
+                servers=_like_the_student(config.rollout.servers, config.student.dtype),
                 model=config.student.model,
                 longest=longest,
                 arguments=() if has_weights else ("--load-format", "dummy"),
+                is_local=way_of(config.rollout).is_local,
             )
         )
     for i, teacher in enumerate(config.teachers):
-        if teacher.backend == "sglang":
+        if teacher.is_served:
             hidden = ("--enable-return-hidden-states",) if teacher.carrier == "hidden" else ()
             found.append(
                 Served(
@@ -84,15 +93,14 @@ def needed(config: Config) -> list[Served]:
     return found
 
 
-def _like_the_student(config: Config) -> ServersConfig:
+def _like_the_student(servers: ServersConfig, dtype: Literal["fp32", "bf16", "fp16"]) -> ServersConfig:
     """Samplers compute in the trainer's type: what differs between the two is noise in every loss."""
-    servers = config.rollout.servers
-    return dataclasses.replace(servers, dtype=config.student.dtype) if servers.dtype == "auto" else servers
+    return dataclasses.replace(servers, dtype=dtype) if servers.dtype == "auto" else servers
 
 
-def to_start(config: Config, only: Sequence[str] = ()) -> list[Served]:
+def to_start(found: Sequence[Served], only: Sequence[str] = ()) -> list[Served]:
     """Those without urls; with `only`, the named ones among them. Raises ValueError for an unknown name."""
-    ours = [served for served in needed(config) if not served.servers.urls]
+    ours = [served for served in found if not served.servers.urls]
     if unknown := sorted(set(only) - {served.name for served in ours}):
         names = ", ".join(served.name for served in ours) or "none"
         raise ValueError(f"--only: this config starts no servers named {', '.join(unknown)}; it starts: {names}")
@@ -107,7 +115,7 @@ def running(
 
     `beside_ranks`: the trainer's ranks run on this machine too. Raises ValueError for servers that do not get ready.
     """
-    ours = to_start(config, only)
+    ours = to_start(needed(config), only)
     _check_gpus(ours, is_shared=beside_ranks or len(ours) > 1)
     notes = run_dir.make(config.run.dir) / run_dir.SERVERS
     logs = Path(config.run.dir) / run_dir.LOGS
@@ -146,23 +154,28 @@ def with_urls(config: Config) -> Config:
 
     Raises ValueError when there are none for a model that needs some.
     """
-    rollout, teachers = config.rollout, list(config.teachers)
-    for served in needed(config):
-        if served.servers.urls:
-            continue
-        notes = sorted((Path(config.run.dir) / run_dir.SERVERS).glob(f"{served.name}@*"))
-        if not notes:
-            raise ValueError(
-                f"{served.setting}: no servers for {served.name} are running; start them with `megatron-opd serve` and"
-                f" the same config, or name yours in {served.setting}.urls"
-            )
-        servers = dataclasses.replace(served.servers, urls=[note.read_text().strip() for note in notes])
-        if served.name == "rollout":
-            rollout = dataclasses.replace(rollout, servers=servers)
-        else:
-            i = int(served.setting.split(".")[1])
-            teachers[i] = dataclasses.replace(teachers[i], servers=servers)
-    return dataclasses.replace(config, rollout=rollout, teachers=teachers)
+    notes = Path(config.run.dir) / run_dir.SERVERS
+    found = {served.setting: _noted(served, notes) for served in to_start(needed(config))}
+    rollout = config.rollout
+    return dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(rollout, servers=found.get("rollout.servers", rollout.servers)),
+        teachers=[
+            dataclasses.replace(teacher, servers=found.get(f"teachers.{i}.servers", teacher.servers))
+            for i, teacher in enumerate(config.teachers)
+        ],
+    )
+
+
+def _noted(served: Served, notes: Path) -> ServersConfig:
+    """The settings of its servers, with the urls that are noted."""
+    found = sorted(notes.glob(f"{served.name}@*"))
+    if not found:
+        raise ValueError(
+            f"{served.setting}: no servers for {served.name} are running; start them with `megatron-opd serve` and the"
+            f" same config, or name yours in {served.setting}.urls"
+        )
+    return dataclasses.replace(served.servers, urls=[note.read_text().strip() for note in found])
 
 
 def reaches_out(config: Config) -> bool:
@@ -199,7 +212,5 @@ def _note(notes: Path, name: str, i: int, url: str) -> Path:
     note = notes / f"{name}@{_machine()}-{i:03d}"
     for anywhere in (ANYWHERE, "[::]"):
         url = url.replace(f"//{anywhere}:", f"//{socket.gethostname()}:")
-    temporary = note.with_name(f".{note.name}")
-    temporary.write_text(url + "\n")
-    temporary.replace(note)
+    write_whole(note, url + "\n", durable=False)
     return note

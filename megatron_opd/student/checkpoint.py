@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import queue
 import shutil
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
+from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.lora_layout import facts
 from megatron_opd.student import optim
 from megatron_opd.student.student import Student
@@ -62,7 +62,7 @@ class Checkpoints:
                 dist_checkpointing.save(self._state(student, loading=False, with_rng=True), str(target))
             marker = {**loop, "student": _fingerprint(student), "layout": self._layout()}
             dist.barrier(group=self.parallel.world_group)
-            self.parallel.share_world(lambda: _write_json(target / MARKER, marker))
+            self.parallel.share_world(lambda: write_whole(target / MARKER, json.dumps(marker, indent=1)))
         except CheckpointException as error:  # on all ranks alike; only rank 0 is told what failed where
             failure = error
             self.parallel.share_world(lambda: self._give_up(target, _reason(failure)))
@@ -244,13 +244,3 @@ def _set_random_state(state: dict[str, Any]) -> None:
 def _make_empty(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Atomically: the file is whole or not there."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

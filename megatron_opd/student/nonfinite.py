@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_opd.core.types import Foreign, Head, Hidden, MicroBatch, Sampled, TeacherScore
+from megatron_opd.core.protocols import Head
+from megatron_opd.core.types import Foreign, Hidden, MicroBatch, Sampled, TeacherScore
 from megatron_opd.loss.fused import FactoredLogits, Logits
 from megatron_opd.loss.objective import Objective
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 
-from megatron_opd.config import Config, TeacherConfig
+from megatron_opd.config import Config, TeacherConfig, TrainConfig
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import Rollout, TeacherScore, TeacherScorer
+from megatron_opd.core.types import Rollout, TeacherScore
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
-from megatron_opd.teachers.offload import in_turn, offloaded_weights
+from megatron_opd.teachers.offload import in_turn
 from megatron_opd.teachers.rounded_head import RoundedHead
+from megatron_opd.teachers.scorer import TeacherScorer
 
 
 def build_teachers(config: Config, parallel: Parallel, vocab: VocabShard) -> list[TeacherScorer]:
@@ -23,16 +25,32 @@ def build_teacher(
     teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard, *, in_fp8: bool = True
 ) -> TeacherScorer:
     """One of them, or without FP8 what it would be without."""
+    build = partial(BUILDERS[teacher.backend], teacher, config.train, parallel)
     if teacher.tokenizer == "own":
-        return _build_foreign(teacher, config, parallel, vocab)
-    plan = _plan(teacher, config) if in_fp8 and config.precision.fp8.is_on else None
-    made = _build(teacher, config, parallel, vocab, plan)
+        return _foreign(teacher, config.student.model, build, parallel, vocab)
+    plan = fp8_plan(teacher, config) if in_fp8 else None
+    made = build(vocab, plan)
     if plan is None or plan.head_products is None or not plan.emulate:
         return made
     return RoundedHead(made, plan.head_products)
 
 
-def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> TeacherScorer:
+def fp8_plan(teacher: TeacherConfig, config: Config) -> ModelPlan | None:
+    """What of a teacher computes in FP8; None: nothing, because FP8 is off or its servers tell no hidden states."""
+    if teacher.carrier != "hidden" or not config.precision.fp8.is_on:
+        return None
+    from megatron_opd.models.architecture import read_architecture
+
+    return plan_of(config, teacher.name, read_architecture(teacher.model, vocab_multiple=config.parallel.tensor))
+
+
+_Build = Callable[[VocabShard, ModelPlan | None], TeacherScorer]
+"""(the shard along which its head is cut, what computes in FP8) -> the scorer of the teacher's own tokens."""
+
+
+def _foreign(
+    teacher: TeacherConfig, student_model: str, build: _Build, parallel: Parallel, vocab: VocabShard
+) -> TeacherScorer:
     """A teacher that reads the student's text in tokens of its own; its head is cut along its own vocabulary."""
     from megatron_opd.loss.crosstok.align import Translator
     from megatron_opd.loss.crosstok.matched import match
@@ -45,10 +63,10 @@ def _build_foreign(teacher: TeacherConfig, config: Config, parallel: Parallel, v
     columns = arch.padded_vocab_size // parallel.tensor_size
     start = columns * parallel.tensor_rank
     theirs = VocabShard(start, start + columns, arch.vocab_size, vocab.group)
-    tokenizers = load_tokenizer(config.student.model), load_tokenizer(teacher.model)
+    tokenizers = load_tokenizer(student_model), load_tokenizer(teacher.model)
     student, other = ((tokenizer, read_pieces(tokenizer)) for tokenizer in tokenizers)
     return ForeignTeacher(
-        _build(teacher, config, parallel, theirs, None),
+        build(theirs, None),
         Translator(*student, *other),
         vocab=theirs,
         matched=match(student, other, (vocab.size, arch.vocab_size)),
@@ -64,7 +82,7 @@ def ask_all(
     next one that is wanted come from host memory.
     """
     wanted = [[w[n] > 0 for w in weights] for n in range(len(teachers))]
-    fetched = [offloaded_weights(t) if any(w) else None for t, w in zip(teachers, wanted, strict=True)]
+    fetched = [t.offloaded if any(w) else None for t, w in zip(teachers, wanted, strict=True)]
     with closing(in_turn(fetched)) as turns:  # where one fails, the others' weights go back at once
         return [_ask(teachers[n], rollouts, wanted[n]) for n in turns]
 
@@ -74,28 +92,18 @@ def _ask(teacher: TeacherScorer, rollouts: list[Rollout], wanted: list[bool]) ->
     return [next(scores) if want else None for want in wanted]
 
 
-def is_in_fp8(teacher: TeacherConfig, config: Config) -> bool:
-    """Whether any of a teacher is."""
-    plan = _plan(teacher, config) if config.precision.fp8.is_on else None
-    return plan is not None and bool(plan.rules)
-
-
-def _plan(teacher: TeacherConfig, config: Config) -> ModelPlan | None:
-    if teacher.carrier != "hidden":
-        return None
-    from megatron_opd.models.architecture import read_architecture
-
-    return plan_of(config, teacher.name, read_architecture(teacher.model, vocab_multiple=config.parallel.tensor))
-
-
-def _build(
-    teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard, plan: ModelPlan | None
+def _in_process(
+    teacher: TeacherConfig, train: TrainConfig, parallel: Parallel, vocab: VocabShard, plan: ModelPlan | None
 ) -> TeacherScorer:
-    if teacher.backend == "megatron":
-        from megatron_opd.teachers.megatron_teacher import MegatronTeacher
+    from megatron_opd.teachers.megatron_teacher import MegatronTeacher
 
-        how = {"micro_batch_size": config.train.micro_batch_size, "packs": config.train.packing}
-        return MegatronTeacher(teacher, parallel, vocab, **how, plan=plan)
+    how = {"micro_batch_size": train.micro_batch_size, "packs": train.packing}
+    return MegatronTeacher(teacher, parallel, vocab, **how, plan=plan)
+
+
+def _served(
+    teacher: TeacherConfig, _: TrainConfig, parallel: Parallel, vocab: VocabShard, plan: ModelPlan | None
+) -> TeacherScorer:
     from megatron_opd.models.architecture import read_limits
     from megatron_opd.sglang.event_loop import Loop
     from megatron_opd.sglang.pool import connect
@@ -110,3 +118,7 @@ def _build(
     limits = ServerLimits(vocab_size=own, context=context)
     pool = connect(teacher.servers, limits, name=f"teacher '{teacher.name}'")
     return SGLangTeacher(teacher, parallel, pool, Loop(), head_LD=head_LD)
+
+
+BUILDERS: dict[str, Callable[..., TeacherScorer]] = {"megatron": _in_process, "sglang": _served}
+"""By the name in `teachers.N.backend`."""

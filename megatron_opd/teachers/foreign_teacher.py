@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_opd.core.types import Foreign, Hidden, Rollout, TeacherScorer
+from megatron_opd.core.types import Foreign, Hidden, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.align import Span, Translator
 from megatron_opd.loss.crosstok.distillation_in_bytes import Foreigner
 from megatron_opd.loss.crosstok.matched import Matched
-from megatron_opd.teachers.offload import OffloadedWeights, offloaded_weights
+from megatron_opd.teachers.offload import OffloadedWeights
+from megatron_opd.teachers.scorer import TeacherScorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class ForeignTeacher:
     def __init__(self, scorer: TeacherScorer, translator: Translator, *, vocab: VocabShard, matched: Matched) -> None:
         """`vocab` is this rank's shard of the teacher's vocabulary, whose rows `scorer.head_LD` has."""
         self.name, self.head_LD = scorer.name, scorer.head_LD
-        self.foreigner = None
+        self.foreigner: Foreigner | None = None
         if self.head_LD is not None:
             self.foreigner = Foreigner(self.head_LD, vocab, matched.to(self.head_LD.device))
         self._scorer, self._translator = scorer, translator
@@ -39,7 +40,7 @@ class ForeignTeacher:
     @property
     def offloaded(self) -> OffloadedWeights | None:
         """The scorer's."""
-        return offloaded_weights(self._scorer)
+        return self._scorer.offloaded
 
     def submit(self, rollout: Rollout) -> None:
         """Start scoring a rollout."""

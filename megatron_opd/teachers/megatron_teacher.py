@@ -33,6 +33,8 @@ from megatron_opd.teachers.pinned import offloaded
 class MegatronTeacher:
     """Scores rollouts with hidden states [R, D] in the teacher's dtype."""
 
+    foreigner = None  # its tokenizer is the student's
+
     def __init__(
         self,
         config: TeacherConfig,

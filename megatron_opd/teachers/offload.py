@@ -50,12 +50,6 @@ class OffloadedWeights:
                 self.release()
 
 
-def offloaded_weights(teacher: object) -> OffloadedWeights | None:
-    """A teacher's weights that are fetched before it scores; those of most are there already, or on servers."""
-    found = getattr(teacher, "offloaded", None)
-    return found if isinstance(found, OffloadedWeights) else None
-
-
 def in_turn(models: Sequence[OffloadedWeights | None]) -> Generator[int, None, None]:
     """The numbers of the models, each when it is to compute; None: one that needs nothing fetched.
 

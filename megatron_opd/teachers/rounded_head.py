@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opd.core.types import Hidden, Rollout, TeacherScore, TeacherScorer
+from megatron_opd.core.types import Hidden, Rollout, TeacherScore
 from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.quantize import Rounding
-from megatron_opd.teachers.offload import OffloadedWeights, offloaded_weights
+from megatron_opd.teachers.offload import OffloadedWeights
+from megatron_opd.teachers.scorer import TeacherScorer
 
 
 class RoundedHead:
     """A TeacherScorer around another one that tells hidden states."""
 
     def __init__(self, inner: TeacherScorer, products: Products) -> None:
-        self.inner, self.name = inner, inner.name
+        self.inner, self.name, self.foreigner = inner, inner.name, inner.foreigner
         self._hidden = Rounding(products.recipe.activations)
         head_LD = inner.head_LD
         self.head_LD = None if head_LD is None else Rounding(products.recipe.weights)(head_LD)
@@ -26,7 +27,7 @@ class RoundedHead:
     @property
     def offloaded(self) -> OffloadedWeights | None:
         """The other one's."""
-        return offloaded_weights(self.inner)
+        return self.inner.offloaded
 
     def submit(self, rollout: Rollout) -> None:
         """As the other one does."""

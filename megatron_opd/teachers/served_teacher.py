@@ -11,8 +11,9 @@ from concurrent.futures import Future
 
 from megatron_opd.config import TeacherConfig
 from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.protocols import Head
 from megatron_opd.core.seen import seen_by
-from megatron_opd.core.types import Head, Hidden, Rollout, TeacherScore
+from megatron_opd.core.types import Hidden, Rollout, TeacherScore
 from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.sglang.errors import RETRIED
 from megatron_opd.sglang.event_loop import Loop
@@ -22,6 +23,8 @@ from megatron_opd.sglang.wire import Ask
 
 class SGLangTeacher:
     """A TeacherScorer over the servers of `pool`, which only leaders have."""
+
+    offloaded, foreigner = None, None  # its weights are on the servers, its tokenizer is the student's
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_opd.config import Config
+from megatron_opd.core.whole_file import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
@@ -41,6 +42,10 @@ class Sink(Protocol):
     """One place that rows go to."""
 
     def log(self, row: Mapping[str, float], step: int) -> None: ...
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Show a table of equally keyed rows; most sinks show none."""
+        ...
 
     def rewind(self, step: int) -> None:
         """Forget every row after `step`."""
@@ -66,8 +71,7 @@ class Tracker:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """A table of equally keyed rows, where a sink shows tables (Weights & Biases)."""
         for sink in self._sinks:
-            if isinstance(sink, _Wandb):
-                sink.table(name, rows, step)
+            sink.table(name, rows, step)
 
     def message(self, text: str) -> None:
         """One line for people, on the console and in train.log."""
@@ -138,18 +142,16 @@ class _JsonLines:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Rows of numbers only; completions have a file of their own."""
+
     def rewind(self, step: int) -> None:
         """Keeps the bytes of the rows that stay, and makes `time_s` go on from the last of them."""
         rows = read_metrics(self._path)
         lines = self._path.read_bytes().splitlines(keepends=True)
         kept = [i for i, row in enumerate(rows) if row[_STEP] <= step]
         self._file.close()
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.writelines(lines[i] for i in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_whole(self._path, b"".join(lines[i] for i in kept))
         self._earlier_s = rows[kept[-1]].get(_TIME, 0.0) if kept else 0.0
         self._started = time.monotonic()
         self._file = self._path.open("a", encoding="utf-8")
@@ -187,6 +189,9 @@ class _Terminal:
             self._evaluation(row, step)
         if "loss" in row:
             self._training(row, step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Too wide for a log."""
 
     def message(self, text: str) -> None:
         self._write(text)
@@ -270,6 +275,9 @@ class _TensorBoard:
     def log(self, row: Mapping[str, float], step: int) -> None:
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """TensorBoard has no tables."""
 
     def rewind(self, step: int) -> None:
         self._writer.close()

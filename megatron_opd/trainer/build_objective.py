@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_opd.config import Config
-from megatron_opd.core.types import TeacherScorer
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.distillation_in_bytes import CrossTokenizer
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
-from megatron_opd.teachers.foreign_teacher import ForeignTeacher
+from megatron_opd.teachers.scorer import TeacherScorer
 
 
 def build_objective(
@@ -20,7 +19,7 @@ def build_objective(
     settings = config.loss, config.rollout.temperature, vocab, tuple(config.teachers)
     distillation: Distillation | CrossTokenizer
     if config.crosses_tokenizers:
-        foreigners = tuple(teacher.foreigner for teacher in teachers if isinstance(teacher, ForeignTeacher))
+        foreigners = tuple(teacher.foreigner for teacher in teachers)
         distillation = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
     else:
         distillation = Distillation(*settings, tuple(teacher.head_LD for teacher in teachers))

@@ -17,6 +17,7 @@ import torch
 from megatron_opd.config import LogConfig
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Rollout
+from megatron_opd.core.whole_file import write_whole
 from megatron_opd.loss.crosstok.distillation_in_bytes import CrossTokenizer
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.models.tokenizer import Tokenizer
@@ -68,9 +69,8 @@ class Completions:
             return
         # As bytes: in texts there are characters that end a line for str, and half a line may end with half of one.
         lines = self.path.read_bytes().splitlines(keepends=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step))
-        temporary.replace(self.path)
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        write_whole(self.path, b"".join(kept), durable=False)
 
 
 def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, step: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import Config
-from megatron_opd.core.types import Prompt, Rollout, RolloutEngine
+from megatron_opd.core.protocols import RolloutEngine
+from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.rewards.grading import Grader
 from megatron_opd.rollout import sampling

@@ -7,15 +7,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from megatron_opd.config import Config
 from megatron_opd.core.batching import pack, packing_for, renormalised
+from megatron_opd.core.named_weights import drain
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import MicroBatch, NamedWeights, Prompt, Rollout, RolloutEngine, TeacherScorer
+from megatron_opd.core.protocols import Part, RolloutEngine
+from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer, load_tokenizer
 from megatron_opd.precision.fp8_plan import length_multiple
 from megatron_opd.prompts.mix import PromptMix
@@ -27,6 +28,7 @@ from megatron_opd.rollout.engines import build_answers, build_engine
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import ask_all
+from megatron_opd.teachers.scorer import TeacherScorer
 from megatron_opd.trainer.origin_weights import teacher_weights, weighted
 from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.together import Together
@@ -87,7 +89,7 @@ class Experience:
         return self.ahead.cursor
 
     @property
-    def parts(self) -> list[Any]:
+    def parts(self) -> list[Part]:
         """The parts that count what happens and that are closed at the end."""
         return [*((self.leader.engine, self.leader.answers) if self.leader else ()), *self.teachers]
 
@@ -129,16 +131,29 @@ class Experience:
         )
         return weighted(self.config, batches, rollouts)
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether nobody can sample between `release` and `sync`, because the trainer has the engine's GPUs then."""
+        return self.config.rollout.shares_gpus
+
     def release(self) -> None:
-        """Servers on our GPUs give their memory back until the next `sync`; nobody samples any more."""
-        with self.together():
-            colocated.release(self.leader.engine if self.leader else None)
+        """An engine on our GPUs gives their memory back until the next `sync`; nobody samples any more. Does nothing
+        with any other engine. Collective over all ranks."""
+        if self.shares_gpus:
+            with self.together():
+                if self.leader is not None:
+                    self.leader.engine.release()
 
     def sync(self, student: Student, version: int) -> None:
         """The student's weights into the engine, which samples from them then. Collective over all ranks."""
-        colocated.make_room(self.config, self.parallel)
+        if self.shares_gpus:
+            colocated.make_room(self.parallel)
         with self.together():
-            load(student.export(), self.leader.engine if self.leader else None, version=version)
+            weights = student.export()
+            if self.leader is None:
+                drain(weights)
+            else:
+                self.leader.engine.load(weights, version)
 
     def settle(self) -> None:
         """Wait until nothing is being sampled."""
@@ -163,16 +178,3 @@ def packing_settings(config: Config, parallel: Parallel) -> dict[str, Any]:
         "length_multiple": length_multiple(config, shards=parallel.length_multiple),
         "packing": packing_for(config.train.packing, parallel),
     }
-
-
-def load(weights: NamedWeights, engine: RolloutEngine | None, *, version: int) -> None:
-    """Stream the student's export into this rank's engine; ranks without one only take part in the gathering."""
-    if engine is None:
-        drain(weights)
-    else:
-        engine.load(weights, version)
-
-
-def drain(weights: NamedWeights) -> None:
-    """Take part in gathering weights that another rank uses."""
-    deque(weights, maxlen=0)

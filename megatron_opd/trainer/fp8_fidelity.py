@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.core.parallel import Parallel, PeerError
-from megatron_opd.core.types import Head, MicroBatch, Prompt, Rollout, TeacherScore, TeacherScorer
+from megatron_opd.core.protocols import Head
+from megatron_opd.core.types import MicroBatch, Prompt, Rollout, TeacherScore
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import kl, reverse_kl
 from megatron_opd.loss.objective import Objective
@@ -27,7 +28,8 @@ from megatron_opd.loss.targets import Targets
 from megatron_opd.loss.told import Exact, Level, chunks
 from megatron_opd.precision.gate import Measured, Noise, too_coarse
 from megatron_opd.student.student import Student
-from megatron_opd.teachers import build_teacher, is_in_fp8
+from megatron_opd.teachers import build_teacher, fp8_plan
+from megatron_opd.teachers.scorer import TeacherScorer
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
@@ -85,8 +87,7 @@ def measure_held_out(experience: Experience, student: Student, objective: Object
     prompts = held_out(inputs, config.precision.fp8.check_prompts)
     with experience.together():
         rollouts = parallel.share(lambda: experience.answers_to(0, prompts))
-    if config.rollout.servers.colocated:
-        experience.release()
+    experience.release()
     with experience.together():
         return measure(config, student, experience.teachers, objective, rollouts, experience.score)
 
@@ -103,7 +104,9 @@ def measure(
     parallel = student.parallel
     with_fp8 = pack(rollouts, teachers) if rollouts else []
     plain = [
-        _Plain(asked, config, parallel, objective.distillation.vocab) if is_in_fp8(asked, config) else scorer
+        _Plain(asked, config, parallel, objective.distillation.vocab)
+        if (plan := fp8_plan(asked, config)) is not None and plan.rules
+        else scorer
         for asked, scorer in zip(config.teachers, teachers, strict=True)
     ]
     if rollouts:
@@ -126,6 +129,8 @@ def measure(
 
 class _Plain:
     """A teacher as it would be without FP8, which exists while it scores; its head stays."""
+
+    offloaded = None  # its model fetches its weights itself
 
     def __init__(self, teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> None:
         self.name = teacher.name

@@ -32,8 +32,7 @@ class HeldOut:
         with experience.together():
             rollouts, tally = parallel.share(lambda: self._answers(prompts))
         metrics = means(parallel.gather_leaders(tally), "eval")
-        if config.rollout.servers.colocated:
-            experience.release()
+        experience.release()
         with experience.together():
             batches = experience.score(rollouts) if rollouts else []
         found = student.evaluate(batches, objective)

@@ -69,7 +69,7 @@ class Run:
     def __init__(self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker) -> None:
         self.config, self.parallel, self.inputs, self.tracker = config, parallel, inputs, tracker
         served = parallel.share_world(lambda: serve.with_urls(config))
-        colocated.clear_for_ranks(served, parallel)
+        colocated.clear_for_ranks(served.rollout, parallel)
         self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
         teachers = build_teachers(served, parallel, vocab)
@@ -161,7 +161,7 @@ class Run:
         }
 
     def _release(self) -> None:
-        if self.config.rollout.servers.colocated:
+        if self.experience.shares_gpus:
             with self.timed("release"):
                 self.experience.release()
 
@@ -188,8 +188,8 @@ class Run:
         return measured
 
     def _back_to_sampling(self) -> None:
-        """Colocated servers, which have given their memory back, get it and the weights again."""
-        if self.config.rollout.servers.colocated:
+        """An engine that has given its memory back gets it and the weights again."""
+        if self.experience.shares_gpus:
             self.sync()
 
     def _save(self) -> None:

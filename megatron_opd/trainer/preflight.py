@@ -31,6 +31,7 @@ from megatron_opd.prompts.views import build_row_reader
 from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
 from megatron_opd.sglang import serve
+from megatron_opd.sglang.weights.transports import check_sync
 
 _T = TypeVar("_T")
 
@@ -64,6 +65,7 @@ def read_inputs(config: Config) -> Inputs:
             f" {vocab_size} entries in its vocabulary"
         )
     problems += check_vocabulary(config, vocab_size)
+    problems += check_sync(config.rollout)
     unfit, of_precision = precision.look(config)
     problems += unfit
     encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
@@ -107,7 +109,7 @@ def _limits(config: Config, problems: list[str]) -> list[tuple[int, int]]:
             )
         if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
             _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
-        elif teacher.backend == "megatron":
+        elif not teacher.is_served:
             # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
             found.append(_on_our_ranks(what, teacher.model, tensor, config, problems))
         elif teacher.carrier == "hidden":  # of which only the head is applied here

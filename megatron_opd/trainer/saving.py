@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from megatron_opd.config import Config
 from megatron_opd.config import file as config_file
 from megatron_opd.core import run_dir
+from megatron_opd.core.named_weights import drain
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.models import adapter_dir, hf_dir
 from megatron_opd.prompts.mix import PromptMix
@@ -17,7 +18,6 @@ from megatron_opd.student.checkpoint import Checkpoints
 from megatron_opd.student.student import Student
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.completions import Completions
-from megatron_opd.trainer.experience import drain
 
 
 class Saving:

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import MicroBatch, Rollout, RolloutEngine, TeacherScorer
-from megatron_opd.rollout.answers import Answers
+from megatron_opd.core.protocols import Part
+from megatron_opd.core.types import MicroBatch, Rollout
 
 
 def derived(metrics: dict[str, float]) -> dict[str, float]:
@@ -53,10 +53,10 @@ def of_batches(batches: Sequence[MicroBatch], parallel: Parallel) -> dict[str, f
     return {"batch/padding": 1 - real / seen}
 
 
-def of_parts(parts: Sequence[Answers | RolloutEngine | TeacherScorer | None], parallel: Parallel) -> dict[str, float]:
+def of_parts(parts: Sequence[Part], parallel: Parallel) -> dict[str, float]:
     """What engine and teachers counted on the leaders of all replicas since the last step. Collective."""
     totals: Counter[str] = Counter()
-    mine = [part.metrics() for part in parts if part is not None]
+    mine = [part.metrics() for part in parts]
     for replica in parallel.gather_leaders(mine):
         for counted in replica:
             totals.update(counted)

@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_opd.core.batching import NoTeacherLeft
 from megatron_opd.core.parallel import Parallel, PeerError
-from megatron_opd.sglang.errors import SGLangError
+from megatron_opd.core.protocols import Lost
 
 
 class ServersLost(ValueError):
@@ -24,19 +23,21 @@ class Together:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """A block that ends on all ranks together: when one rank loses its servers, every rank raises ServersLost.
+        """A block that ends on all ranks together: when one rank raises Lost, every rank raises ServersLost.
 
         So the end of the block is a barrier, and no rank waits for one that has stopped. Collective over all ranks.
         """
         if not self.is_served:
             yield
             return
-        error = None
+        error, is_lost = None, False
         try:
             yield
+        except Lost as caught:
+            error, is_lost = caught, True
         except Exception as caught:
             error = caught
-        said = None if error is None else (isinstance(error, SGLangError | NoTeacherLeft), str(error))
+        said = None if error is None else (is_lost, str(error))
         failures = [failure for failure in self.parallel.gather_world(said) if failure]
         if failures:
             is_lost, message = max(failures)

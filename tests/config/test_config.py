@@ -344,8 +344,6 @@ BESIDE = {"colocated": True, "args": ["--mem-fraction-static", "0.5"]}
          " teachers.0.backend: megatron"),
         (served(servers=BESIDE, sync="tensor", max_staleness=1),
          "rollout.max_staleness (1) needs servers with GPUs of their own"),
-        (served(servers=BESIDE), "rollout.sync: broadcast is not for rollout.servers.colocated"),
-        (served(servers={**BESIDE, "urls": ["http://a:1"]}), "rollout.sync: broadcast is not for"),
         (served(servers={"colocated": True}, sync="disk"), "rollout.servers.colocated needs --mem-fraction-static"),
         (served(servers={**BESIDE, "count": 2}, sync="disk"), "servers take 2 GPUs, but the trainer has 1"),
         (served(servers={**BESIDE, "gpus": [1]}, sync="disk"), "rollout.servers.gpus: [1] are not the trainer's"),

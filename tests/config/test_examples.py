@@ -9,6 +9,7 @@ import pytest
 
 from megatron_opd.__main__ import main
 from megatron_opd.config.file import load, to_dict
+from megatron_opd.launch.local import plan
 from megatron_opd.launch.slurm.layout import idle_gpus, num_nodes, place
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def test_the_job_of_the_cluster_form_fills_the_nodes_that_it_names(name, monkeyp
     path = f"examples/cluster/{name}"
     head = re.match(r"(?:#.*\n)+", Path(path).read_text())[0]
     assert head.startswith(f"# megatron-opd launch {path} --slurm\n")
-    steps = place(load(path), [path], gpus_per_node=8)
+    steps = place(plan(load(path), [path]), [path], gpus_per_node=8)
     assert idle_gpus(steps, 8) == {}
     said = re.search(r"(\d+) nodes? of 8\s+(?:# )?GPUs", head)
     assert int(said[1]) == num_nodes(steps)

@@ -112,7 +112,7 @@ def test_killed_in_the_middle_of_a_save(two_steps, tmp_path):
         assert "resuming" not in done.stderr if resumed is None else resumed in done.stderr
         assert checkpoints(run_dir) == ["step_00000001"]
         assert (run_dir / "checkpoints/step_00000002").is_dir()  # half of it
-    assert (run_dir / "checkpoints/step_00000002/loop.tmp").is_file()
+    assert (run_dir / "checkpoints/step_00000002/.loop.json.tmp").is_file()
     junk = run_dir / "checkpoints/step_00000099"  # half of one that no save will come back to
     junk.mkdir()
     done = train(run_dir, *TWO_STEPS)

@@ -31,7 +31,8 @@ def at_the_root(monkeypatch):
 def placed(path, *overrides, **how):
     """(config, steps) of a config on nodes of 8 GPUs."""
     config = load(path, overrides)
-    return config, place(config, [path, *overrides], **{"gpus_per_node": 8, **how})
+    given = [path, *overrides]
+    return config, place(plan(config, given), given, **{"gpus_per_node": 8, **how})
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_what_does_not_fit(overrides, how, problem):
 
 def test_the_steps_as_the_job_reads_them():
     config, steps = placed(MULTI, "run.max_restarts=5")
-    first, *rest = [line.split("\t") for line in script.table(config, steps).splitlines()]
+    first, *rest = [line.split("\t") for line in script.table(config.run, steps).splitlines()]
     assert first == ["run", str(ROOT / "runs/opd_multi_teacher"), "5"]
     for (kind, name, nodes, tasks, servers, run), step in zip(rest, steps, strict=True):
         assert (kind, name, int(tasks), int(servers)) == ("step", step.name, step.tasks, len(step.ports))
@@ -183,7 +184,7 @@ def options(text):
 def test_the_header_whatever_the_directory_is_called(run_dir, name, output):
     given = [QUICKSTART, f"run.dir={run_dir}"]
     config, steps = placed(*given)
-    text = script.script(config, given, steps, gpus_per_node=8, sbatch=["--comment=my job"])
+    text = script.script(config.run, given, steps, gpus_per_node=8, sbatch=["--comment=my job"])
     assert {"job-name": name, "output": output, "comment": "my job"}.items() <= dict(options(text)).items()
 
 
@@ -212,7 +213,8 @@ def test_options_of_a_job_start_nothing_here(option, capsys):
 def test_the_script_of_a_config():
     given = [QUICKSTART, "run.dir=runs/it is mine"]
     config, steps = placed(*given, gpus_per_node=2)
-    text = script.script(config, given, steps, gpus_per_node=2, sbatch=["--partition=h100"], setup="module load cuda")
+    how = {"sbatch": ["--partition=h100"], "setup": "module load cuda"}
+    text = script.script(config.run, given, steps, gpus_per_node=2, **how)
     header = options(text)
     assert {"job-name": "it is mine", "output": "it is mine-%j.out"}.items() <= dict(header).items()
     assert {"nodes": str(num_nodes(steps)), "gpus-per-node": "2", "partition": "h100"}.items() <= dict(header).items()

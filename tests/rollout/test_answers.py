@@ -10,7 +10,7 @@ import torch
 from megatron_opd import config as c
 from megatron_opd.core.batching import pack, renormalised
 from megatron_opd.core.types import Prompt, Rollout, Sampling
-from megatron_opd.rollout.answers import Answers, is_for_student, sampling_teacher
+from megatron_opd.rollout.answers import Answers, Choice
 from megatron_opd.rollout.embedded_engine import LocalEngine
 from megatron_opd.rollout.engines import build_answers
 from megatron_opd.rollout.mixed import MixedEngine
@@ -27,6 +27,10 @@ TEACHERS = (
 def config(teachers=TEACHERS, seed=7, **answers):
     made = tiny.config("s", teachers)
     return replace(made, run=c.RunConfig(dir="unused", seed=seed), answers=c.AnswersConfig(**answers))
+
+
+def choice(settings):
+    return Choice(answers=settings.answers, teachers=settings.teachers, seed=settings.run.seed)
 
 
 def prompts(count, source="a"):
@@ -63,15 +67,15 @@ class Engine:
 
 def answers(settings, mixed=()):
     teachers = {"x": Engine(101), "y": Engine(102)}
-    return Answers(settings, Engine(100), teachers, {name: Engine(200) for name in mixed}, eos_ids=EOS)
+    return Answers(choice(settings), Engine(100), teachers, {name: Engine(200) for name in mixed}, eos_ids=EOS)
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_fraction_of_the_students_answers(lmbda):
     """Of all, and of one prompt over the steps; four standard deviations."""
     settings, count = config(lmbda=lmbda), 4000
-    of_step = sum(is_for_student(settings, prompt, 3) for prompt in prompts(count))
-    of_prompt = sum(is_for_student(settings, prompts(1)[0], step) for step in range(count))
+    of_step = sum(choice(settings).is_for_student(prompt, 3) for prompt in prompts(count))
+    of_prompt = sum(choice(settings).is_for_student(prompts(1)[0], step) for step in range(count))
     width = 4 * (lmbda * (1 - lmbda) * count) ** 0.5
     assert abs(of_step - lmbda * count) <= width
     assert abs(of_prompt - lmbda * count) <= width
@@ -79,7 +83,7 @@ def test_fraction_of_the_students_answers(lmbda):
 
 def test_the_choice_follows_from_seed_step_and_prompt():
     def drawn(seed, step, source="a"):
-        return [is_for_student(config(lmbda=0.5, seed=seed), p, step) for p in prompts(64, source)]
+        return [choice(config(lmbda=0.5, seed=seed)).is_for_student(p, step) for p in prompts(64, source)]
 
     assert drawn(7, 3) == drawn(7, 3)
     others = [drawn(7, 4), drawn(8, 3), drawn(7, 3, source="b")]
@@ -87,9 +91,9 @@ def test_the_choice_follows_from_seed_step_and_prompt():
 
 
 def test_the_teacher_that_samples():
-    assert sampling_teacher(config(seq_kd=True), "a").name == "x"
-    assert sampling_teacher(config(seq_kd=True), "b").name == "y"
-    assert sampling_teacher(config(seq_kd=True, teacher="y"), "a").name == "y"
+    assert choice(config(seq_kd=True)).teacher("a").name == "x"
+    assert choice(config(seq_kd=True)).teacher("b").name == "y"
+    assert choice(config(seq_kd=True, teacher="y")).teacher("a").name == "y"
 
 
 @pytest.mark.parametrize("seq_kd", [False, True])
@@ -101,7 +105,7 @@ def test_answers_come_in_the_order_of_prompts_whoever_gives_them(seq_kd):
     assert [(r.prompt, r.sample) for r in given] == [(p, s) for p in asked for s in (0, 1)]
     assert sorted(map(repr, told)) == sorted(map(repr, given))
     for rollout in given:
-        if is_for_student(settings, rollout.prompt, 3):
+        if choice(settings).is_for_student(rollout.prompt, 3):
             assert (rollout.origin, rollout.response_ids[0]) == ("student", 100)
         elif seq_kd:
             teacher = {"a": 101, "b": 102}[rollout.prompt.source]

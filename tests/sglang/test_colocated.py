@@ -172,10 +172,9 @@ def test_one_replica_speaks_for_all(servers, make_engine):
 
 
 def alone(**settings_of_servers):
-    """(config, parallel) of one rank."""
-    servers = settings(**settings_of_servers)
-    rollout = SimpleNamespace(servers=servers)
-    return SimpleNamespace(rollout=rollout), SimpleNamespace(share_world=lambda compute: compute())
+    """(settings, parallel) of one rank."""
+    rollout = RolloutConfig(engine="sglang", servers=settings(**settings_of_servers))
+    return rollout, SimpleNamespace(share_world=lambda compute: compute())
 
 
 def test_servers_are_gone_before_the_first_model_is_loaded(servers, make_engine):

@@ -77,10 +77,10 @@ def test_a_student_without_hugging_face_weights_starts_with_dummies(tmp_path):
 
 
 def test_servers_with_urls_are_not_ours_to_start(tmp_path):
-    ours = serve.to_start(config(tmp_path, "rollout.servers.urls=[http://far:1]"))
+    ours = serve.to_start(serve.needed(config(tmp_path, "rollout.servers.urls=[http://far:1]")))
     assert [served.name for served in ours] == ["teacher-carry"]
     with pytest.raises(ValueError, match="no servers named rollout; it starts: teacher-carry"):
-        serve.to_start(config(tmp_path, "rollout.servers.urls=[http://far:1]"), only=["rollout"])
+        serve.to_start(serve.needed(config(tmp_path, "rollout.servers.urls=[http://far:1]")), only=["rollout"])
 
 
 def test_ranks_find_what_was_started_and_nothing_afterwards(tmp_path, fake):

@@ -6,12 +6,38 @@ import json
 import pytest
 import torch
 
+from megatron_opd.config import RolloutConfig, ServersConfig
 from megatron_opd.sglang.errors import BadAnswer
 from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.weights import hashes
 from megatron_opd.sglang.weights.buckets import buckets
 from megatron_opd.sglang.weights.expected import Expected
 from megatron_opd.sglang.weights.group import BroadcastGroup, own_address
+from megatron_opd.sglang.weights.transports import check_sync, way_of
+
+
+@pytest.mark.parametrize(
+    ("sync", "servers", "problem"),
+    [
+        ("pigeon", {}, "rollout.sync must be one of broadcast, tensor, disk, not 'pigeon'"),
+        ("broadcast", {"colocated": True}, "rollout.sync: broadcast is not for rollout.servers.colocated, because NCCL"
+         " takes a GPU into a group only once; choose tensor (servers on one machine) or disk"),
+        ("broadcast", {"colocated": True, "urls": ["http://a:1"]}, "rollout.sync: broadcast is not for rollout"),
+    ],
+)  # fmt: skip
+def test_a_way_that_does_not_reach_the_servers_is_refused(sync, servers, problem):
+    rollout = RolloutConfig(engine="sglang", sync=sync, servers=ServersConfig(**servers))
+    (found,) = check_sync(rollout)
+    assert found.startswith(problem)
+    with pytest.raises(ValueError, match=r"rollout\.sync"):
+        way_of(rollout)
+
+
+@pytest.mark.parametrize("sync", ["broadcast", "tensor", "disk"])
+def test_every_way_reaches_servers_with_gpus_of_their_own(sync):
+    assert check_sync(RolloutConfig(engine="sglang", sync=sync)) == []
+    beside = RolloutConfig(engine="sglang", sync=sync, servers=ServersConfig(colocated=True))
+    assert (check_sync(beside) == []) == (sync != "broadcast")
 
 
 def test_buckets_are_bounded_in_order_and_whole():

@@ -279,6 +279,30 @@ def test_options_that_would_do_nothing_are_refused(said, command, options, neede
     assert said(command, *options) == [f"error: {needed}"]
 
 
+BESIDE = ["rollout.engine=sglang", "rollout.servers.colocated=true", "rollout.servers.args=[--mem-fraction-static=0.5]"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["rollout.sync=pigeon"], "rollout.sync must be one of broadcast, tensor, disk, not 'pigeon'"),
+        (BESIDE, "rollout.sync: broadcast is not for rollout.servers.colocated, because NCCL takes a GPU into a group"),
+    ],
+    ids=["unknown", "colocated"],
+)
+@pytest.mark.parametrize("command", ["check", "train", "launch"])
+def test_a_way_of_weights_that_does_not_reach_the_servers(said, command, settings, problem):
+    _, listed, other = said(command, *settings, "data.train.0.path=nowhere.jsonl")
+    assert listed.startswith(f"  - {problem}")
+    assert "nowhere.jsonl" in other
+
+
+@pytest.mark.parametrize("command", [["check", "--settings-only"], ["launch", "--slurm", "--dry-run"], ["serve"]])
+def test_a_way_of_weights_is_known_without_models(said, command):
+    (line,) = said(*command, "rollout.engine=sglang", "rollout.sync=pigeon")
+    assert line == "error: rollout.sync must be one of broadcast, tensor, disk, not 'pigeon'"
+
+
 def test_teacher_with_another_tokenizer(said, tmp_path):
     teacher = Path(shutil.copytree(QUICKSTART / "models/teacher_carry", tmp_path / "teacher"))
     tokenizer = json.loads((teacher / "tokenizer.json").read_text())

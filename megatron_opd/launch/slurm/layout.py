@@ -11,8 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_opd.config import Config
-from megatron_opd.launch.local import Process, plan
+from megatron_opd.launch.local import Process
 from megatron_opd.sglang.serve import ANYWHERE, Served
 
 
@@ -41,19 +40,21 @@ class _Node:
     ports: set[int] = dataclasses.field(default_factory=set)
 
 
-def place(config: Config, arguments: Sequence[str], *, gpus_per_node: int, nodes: int | None = None) -> list[Step]:
-    """The job steps of a run: those of the servers and, last, the trainer's.
+def place(
+    processes: Sequence[Process], arguments: Sequence[str], *, gpus_per_node: int, nodes: int | None = None
+) -> list[Step]:
+    """The job steps of a run of these processes: those of the servers and, last, the trainer's.
 
     `arguments` are the config file and overrides as the user gave them; without GPUs, `gpus_per_node` is the number of
     ranks that a node takes. With `nodes`, raises ValueError when the run does not take exactly so many.
     """
-    *servers, trainer = plan(config, arguments)
+    *servers, trainer = processes
     free: list[_Node] = []
     last = _trainer(trainer, free, gpus_per_node)
     steps: list[Step] = []
     for process in sorted(servers, key=_tensor, reverse=True):  # which is stable: equals keep the config's order
         if process.is_colocated:
-            steps += _colocated(process, arguments, last, free, sync=config.rollout.sync)
+            steps += _colocated(process, arguments, last, free)
         else:
             steps += _servers(process, arguments, free, gpus_per_node)
     if nodes is not None and nodes != len(free):
@@ -93,9 +94,7 @@ def _trainer(trainer: Process, free: list[_Node], gpus_per_node: int) -> Step:
     )
 
 
-def _colocated(
-    process: Process, arguments: Sequence[str], trainer: Step, free: list[_Node], *, sync: str
-) -> list[Step]:
+def _colocated(process: Process, arguments: Sequence[str], trainer: Step, free: list[_Node]) -> list[Step]:
     """Steps of servers on the trainer's nodes and GPUs, where other servers may have ports."""
     theirs = [_Node(list(trainer.gpus), free[node].ports) for node in trainer.nodes]
     steps = _servers(process, arguments, theirs, len(trainer.gpus))
@@ -104,10 +103,11 @@ def _colocated(
             f"rollout.servers.colocated: {process.ranks} GPUs in servers of {_tensor(process)} do not fit on the"
             f" trainer's {len(trainer.nodes)} node(s) of {len(trainer.gpus)}; lower rollout.servers.count"
         )
-    if sync == "tensor" and any(step.nodes != (0,) for step in steps):
+    assert process.served is not None
+    if process.served.is_local and any(step.nodes != (0,) for step in steps):
         raise ValueError(
-            "rollout.sync: tensor reaches servers on the machine of rank 0 only, but colocated servers are on several;"
-            " choose disk, or a smaller rollout.servers.count"
+            "rollout.sync reaches servers on the machine of rank 0 only, but colocated servers are on several;"
+            " choose rollout.sync: disk, or a smaller rollout.servers.count"
         )
     return steps
 

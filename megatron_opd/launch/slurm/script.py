@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_opd.config import Config
+from megatron_opd.config import RunConfig
 from megatron_opd.launch.slurm.layout import Step, idle_gpus, num_nodes
 
 SUPERVISOR = Path(__file__).with_name("job.sh")
@@ -19,7 +19,7 @@ WARNING_S = 300
 
 
 def script(
-    config: Config,
+    run: RunConfig,
     arguments: Sequence[str],
     steps: Sequence[Step],
     *,
@@ -30,7 +30,7 @@ def script(
     """The whole batch script. `sbatch` are more options of the header, which win; `setup` replaces OPD_SETUP.
 
     sbatch reads quotes in its header as a shell does."""
-    name = Path(config.run.dir).resolve().name
+    name = Path(run.dir).resolve().name
     header = [
         f"--job-name={name}",
         f"--nodes={num_nodes(steps)}",
@@ -76,9 +76,9 @@ def describe(steps: Sequence[Step], gpus_per_node: int) -> list[str]:
     return [*lines, *(f"warning: node {node} has idle GPUs: {_numbers(gpus)}" for node, gpus in idle.items())]
 
 
-def table(config: Config, steps: Sequence[Step]) -> str:
+def table(run: RunConfig, steps: Sequence[Step]) -> str:
     """What `job.sh` reads: fields by tabs, the run first, then a line a step: name, nodes, tasks, servers, command."""
-    lines = [("run", str(Path(config.run.dir).absolute()), config.run.max_restarts)]
+    lines = [("run", str(Path(run.dir).absolute()), run.max_restarts)]
     lines += [
         ("step", s.name, ",".join(map(str, s.nodes)), s.tasks, len(s.ports), shlex.join(s.command)) for s in steps
     ]

@@ -1,6 +1,6 @@
 """Matrix products with output heads: all of the hidden-state form are made here, into memory that is there already.
 
-A teacher's head may be one that makes its product itself (`types.OwnHead`: FP8); the student's, which has gradients, is
+A teacher's head may be one that makes its product itself (`OwnHead`: FP8); the student's, which has gradients, is
 a tensor. Sums into a head's gradient are in that gradient's own type.
 
 Shape suffixes: C tokens of a chunk, L local columns, D hidden size.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opd.core.types import Head
+from megatron_opd.core.protocols import Head
 
 
 def logits(hidden_CD: torch.Tensor, head_LD: Head, out_CL: torch.Tensor) -> torch.Tensor:

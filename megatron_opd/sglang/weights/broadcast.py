@@ -17,6 +17,7 @@ from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, Refused, SGLangError
 from megatron_opd.sglang.weights.buckets import Bucket
 from megatron_opd.sglang.weights.group import BroadcastGroup
+from megatron_opd.sglang.weights.session import Failures, at_once
 
 GRACE_S = 10.0
 _ROUNDS = 3
@@ -25,11 +26,9 @@ _VICTIM = ("Failed to receive weights", "Failed to initialize custom process gro
 """What SGLang says when its part of a collective ended with an error: the cause is another member, or the network."""
 _DESTROY_S = 10.0
 
-Failures = dict[Client, SGLangError]
-
 
 class Broadcast:
-    """For one event loop, one update at a time."""
+    """A Sender, one update at a time."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -163,14 +162,10 @@ def _is_victim(error: SGLangError) -> bool:
 
 async def _ranks(clients: Sequence[Client]) -> tuple[list[int], Failures]:
     """Tensor-parallel size of each server; who did not say, or has another layout than a group can reach."""
-    infos = await asyncio.gather(*(client.server_info() for client in clients), return_exceptions=True)
-    sizes, failures = [], {}
-    for client, info in zip(clients, infos, strict=True):
-        if isinstance(info, SGLangError):
-            failures[client] = info
-        elif isinstance(info, BaseException):
-            raise info
-        elif any(info.get(name, 1) != 1 for name in ("dp_size", "pp_size")):
+    infos, failures = await at_once(clients, Client.server_info)
+    sizes = []
+    for client, info in infos.items():
+        if any(info.get(name, 1) != 1 for name in ("dp_size", "pp_size")):
             failures[client] = Refused(
                 f"{client.url}: runs with dp_size {info.get('dp_size')} and pp_size {info.get('pp_size')}; 0.5.23 takes"
                 " weights by broadcast only without either: use rollout.sync=disk, or more servers"

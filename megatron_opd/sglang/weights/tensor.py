@@ -6,7 +6,6 @@ GPU by its number, so the servers must see this process's GPU under the same num
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import pickle
@@ -14,24 +13,17 @@ from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.errors import SGLangError
-from megatron_opd.sglang.weights.broadcast import Failures
 from megatron_opd.sglang.weights.buckets import Bucket
+from megatron_opd.sglang.weights.session import Failures, at_once
 
 
 class Inline:
-    """Each server gets its own request, so one that fails concerns nobody else."""
+    """A Sender: each server gets its own request, so one that fails concerns nobody else."""
 
     async def send(self, clients: Sequence[Client], bucket: Bucket, label: str) -> Failures:
         """Give the bucket to all of them, whose weights are of version `label` then; those that did not take it, and
         why."""
-        results = await asyncio.gather(*(_send(c, bucket, label) for c in clients), return_exceptions=True)
-        failures: Failures = {}
-        for client, result in zip(clients, results, strict=True):
-            if isinstance(result, SGLangError):
-                failures[client] = result
-            elif isinstance(result, BaseException):
-                raise result
+        _, failures = await at_once(clients, lambda client: _send(client, bucket, label))
         return failures
 
     async def drop(self) -> None:
