@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 
 from megatron_opd.config import Config
-from megatron_opd.config.schema import section_of
+from megatron_opd.config.schema import bounds, section_of
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
@@ -40,14 +40,16 @@ def paths(root: Schema, section: Schema, prefix: str = "") -> list[tuple[str, Sc
 
 
 def type_text(setting: Schema) -> str:
-    """The type in words that do not need Python; choices one by one."""
+    """The type in words that do not need Python; choices one by one, numbers with their bounds."""
     if "enum" in setting:
         return " \\| ".join(f"`{choice}`" for choice in setting["enum"])
     if setting["type"] == "object":
-        return f"mapping of name to {WORDS.get(setting['additionalProperties'].get('type', ''), 'value')}"
+        value = setting["additionalProperties"]
+        return f"mapping of name to {type_text(value) if 'type' in value else 'value'}"
     if setting["type"] == "array":
-        return f"list of {WORDS[setting['items']['type']]}s".replace("texts", "text")
-    return WORDS[setting["type"]]
+        return f"list of {type_text(setting['items'])}".replace("number", "numbers")
+    allowed = bounds(setting)
+    return WORDS[setting["type"]] + (f", {allowed}" if allowed else "")
 
 
 def default_text(section: Schema, name: str) -> str:
