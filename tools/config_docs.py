@@ -23,6 +23,7 @@ A run is one YAML file with the sections below. On the command line every settin
 `section.key=value`, entries of a list by their index: `optim.lr=2e-5`, `teachers.0.weight=0.5`. Unknown names and
 values without meaning stop the run before anything is loaded, all of them listed at once.
 """
+TABLE = "| setting | type | default | meaning |\n|---|---|---|---|"
 
 WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` \\| `false`"}
 
@@ -93,10 +94,13 @@ def render(config: type) -> str:
         where.setdefault(section["title"], []).append(path)
         sections[section["title"]] = section
     parts = [HEAD]
+    plain = [row(root, name, "") for name, setting in root["properties"].items() if not section_of(root, setting)]
+    if plain:
+        parts += [f"## At the top\n\n{TABLE}", *plain, ""]
     for title, section in sections.items():
         at = where[title]
         parts.append(f"## {', '.join(f'`{path}`' for path in at)}\n\n{escaped(section.get('description', ''))}\n")
-        parts.append("| setting | type | default | meaning |\n|---|---|---|---|")
+        parts.append(TABLE)
         for name, setting in section["properties"].items():
             parts.append(row(section, name, f"{at[0]}.{name}" if section_of(root, setting) else ""))
         parts.append("")

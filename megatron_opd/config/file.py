@@ -18,7 +18,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, methods
 from megatron_opd.config.checks import check
 from megatron_opd.config.schema import adapter, bounds, setting_at
 
@@ -43,7 +43,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """What `load` makes a config of, not yet checked. Raises ConfigError for what is not a mapping of sections."""
+    """A config's own settings, without its method's, not yet checked. Raises ConfigError where they are no mapping."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError([f"there is no such file: {path}"], where="config")
@@ -62,7 +62,11 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
 
 
 def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
-    """Build and check a Config from plain dictionaries and lists. Raises ConfigError listing every problem."""
+    """Build and check a Config from plain dictionaries and lists, with the settings of its method beneath.
+
+    Raises ConfigError listing every problem.
+    """
+    tree = methods.overlaid(_preset(tree, where), tree)
     try:
         config = adapter().validate_python(tree)
         problems = check(config)
@@ -71,6 +75,21 @@ def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
     if problems:
         raise ConfigError(problems, where)
     return config
+
+
+def _preset(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return methods.preset(tree.get("method", methods.DEFAULT))
+    except ValueError as error:
+        raise ConfigError([f"method: {error}"], where) from None
+
+
+def method_in(tree: dict[str, Any]) -> list[str]:
+    """The method of a config's own settings, and which of its settings hold and which are replaced, a line each."""
+    taken, replaced = methods.taken_and_replaced(_preset(tree, "config"), tree)
+    lines = [f"method {tree.get('method', methods.DEFAULT)}"]
+    lines += [f"from the method: {', '.join(taken)}"] if taken else []
+    return lines + ([f"of the method, replaced here: {', '.join(replaced)}"] if replaced else [])
 
 
 def _further_problems(tree: dict[str, Any], errors: Sequence[Any]) -> list[str]:
