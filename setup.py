@@ -26,6 +26,7 @@ setup(
     package_data={
         "megatron_opd.loss.fused": ["*.cpp", "*.h"],  # compiled at first use
         "megatron_opd.launch.slurm": ["*.sh"],
+        "megatron_opd.methods": ["*.yaml"],
     },
     install_requires=[
         "torch>=2.6",

@@ -30,6 +30,7 @@ examples:
   torchrun --nproc-per-node 4 -m megatron_opd train examples/quickstart.yaml
   megatron-opd report runs/quickstart                          table and plot of a run
   megatron-opd eval examples/quickstart.yaml --model runs/quickstart/hf
+  megatron-opd methods gkd                                     the settings of a method; without a name, all methods
   megatron-opd serve my.yaml --only teacher-math               its SGLang servers, in a job step of their own
   megatron-opd launch my.yaml --slurm --dry-run                the Slurm job of a run; without --dry-run it is submitted
 
@@ -91,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_config(serve)
     serve.set_defaults(run=_serve)
+
+    methods = commands.add_parser("methods", help="list the methods that a config can name, or print one")
+    methods.add_argument("name", nargs="?", help="print the settings of this method, with their comments")
+    methods.set_defaults(run=_methods)
 
     report = commands.add_parser("report", help="table and plot of a run, finished or not")
     report.add_argument("run_dir", help="run.dir of the run")
@@ -184,17 +189,19 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return planner.run(arguments)
     _refuse(arguments, "--plan", planner.DEFAULTS)
-    from megatron_opd.config.file import dump, load
+    from megatron_opd.config.file import dump, load, method_in, read
     from megatron_opd.launch import local
     from megatron_opd.trainer.preflight import read_inputs
 
     config = load(arguments.config, arguments.overrides)
+    origins = [f"# {line}" for line in method_in(read(arguments.config, arguments.overrides))]
     if arguments.settings_only:
         processes = local.plan(config, [arguments.config, *arguments.overrides])
-        print("# models, tokenizers and data were not looked at", *processes, sep="\n")
+        print(*origins, "# models, tokenizers and data were not looked at", *processes, sep="\n")
         return 0
     inputs = read_inputs(config)
     print(dump(config))
+    print(*origins, sep="\n")
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
@@ -257,6 +264,18 @@ def _serve(arguments: argparse.Namespace) -> int:
             raise ValueError(f"no server is left for {', '.join(keeper.lost())}")
     except KeyboardInterrupt:
         return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from megatron_opd.config import methods
+
+    if arguments.name:
+        print(methods.text(arguments.name), end="")
+        return 0
+    for name in methods.names():
+        what, source = methods.about(name)
+        print(f"{name:20} {what}\n{'':20} {source}")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ ROOMS = {
     "launch": "starting a run: its processes on this machine, or a Slurm job",
 }
 AT_THE_ROOT = ["__init__.py", "__main__.py"]
+DATA = ["methods"]  # folders without code
 LEAVES = ["config/*", "core/*"]
 HTTP = ["aiohttp", "httpx", "requests", "urllib.request"]
 ONLY_IN = {
@@ -131,7 +132,8 @@ def test_rooms_import_downwards():
 
 def test_every_file_is_in_a_room():
     top = {path.name for path in (ROOT / PACKAGE).iterdir() if path.name != "__pycache__"}
-    assert top == {*ROOMS, *AT_THE_ROOT}
+    assert top == {*ROOMS, *AT_THE_ROOT, *DATA}
+    assert {path.suffix for name in DATA for path in (ROOT / PACKAGE / name).iterdir()} == {".yaml"}
     assert all((ROOT / PACKAGE / name / "__init__.py").is_file() for name in ROOMS)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 
 from megatron_opd.config import Config
-from megatron_opd.config.schema import section_of
+from megatron_opd.config.schema import bounds, section_of
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
@@ -23,6 +23,7 @@ A run is one YAML file with the sections below. On the command line every settin
 `section.key=value`, entries of a list by their index: `optim.lr=2e-5`, `teachers.0.weight=0.5`. Unknown names and
 values without meaning stop the run before anything is loaded, all of them listed at once.
 """
+TABLE = "| setting | type | default | meaning |\n|---|---|---|---|"
 
 WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` \\| `false`"}
 
@@ -40,14 +41,16 @@ def paths(root: Schema, section: Schema, prefix: str = "") -> list[tuple[str, Sc
 
 
 def type_text(setting: Schema) -> str:
-    """The type in words that do not need Python; choices one by one."""
+    """The type in words that do not need Python; choices one by one, numbers with their bounds."""
     if "enum" in setting:
         return " \\| ".join(f"`{choice}`" for choice in setting["enum"])
     if setting["type"] == "object":
-        return f"mapping of name to {WORDS.get(setting['additionalProperties'].get('type', ''), 'value')}"
+        value = setting["additionalProperties"]
+        return f"mapping of name to {type_text(value) if 'type' in value else 'value'}"
     if setting["type"] == "array":
-        return f"list of {WORDS[setting['items']['type']]}s".replace("texts", "text")
-    return WORDS[setting["type"]]
+        return f"list of {type_text(setting['items'])}".replace("number", "numbers")
+    allowed = bounds(setting)
+    return WORDS[setting["type"]] + (f", {allowed}" if allowed else "")
 
 
 def default_text(section: Schema, name: str) -> str:
@@ -91,10 +94,13 @@ def render(config: type) -> str:
         where.setdefault(section["title"], []).append(path)
         sections[section["title"]] = section
     parts = [HEAD]
+    plain = [row(root, name, "") for name, setting in root["properties"].items() if not section_of(root, setting)]
+    if plain:
+        parts += [f"## At the top\n\n{TABLE}", *plain, ""]
     for title, section in sections.items():
         at = where[title]
         parts.append(f"## {', '.join(f'`{path}`' for path in at)}\n\n{escaped(section.get('description', ''))}\n")
-        parts.append("| setting | type | default | meaning |\n|---|---|---|---|")
+        parts.append(TABLE)
         for name, setting in section["properties"].items():
             parts.append(row(section, name, f"{at[0]}.{name}" if section_of(root, setting) else ""))
         parts.append("")

@@ -50,6 +50,9 @@ __all__ = [
 class Config:
     """A whole run."""
 
+    method: str = "opd"
+    """Name of the method, a preset of settings: `megatron-opd methods` lists them. Settings given beside it replace its
+    own."""
     run: RunConfig
     """Where the run lives and what makes it repeatable."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import jinja2
 
-from megatron_opd.config import AnswersConfig, Config, TeacherConfig
+from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.config.rollout_engines import ENGINES
 
 
 def check_answers(config: Config) -> list[str]:
     """Every such problem."""
-    problems = [*_check_numbers(config.answers), *_check_off_policy(config), *_check_sampling_teachers(config)]
+    problems = [*_check_off_policy(config), *_check_sampling_teachers(config)]
     for i, teacher in enumerate(config.teachers):
         problems += _check_prompt(f"teachers.{i}", teacher)
     return problems
@@ -33,18 +33,6 @@ def sampling_teachers(config: Config) -> Iterator[tuple[int, TeacherConfig]]:
         for i, teacher in enumerate(config.teachers):
             if answers.teacher in ("", teacher.name):
                 yield i, teacher
-
-
-def _check_numbers(answers: AnswersConfig) -> list[str]:
-    problems = []
-    if not 0 <= answers.lmbda <= 1:
-        problems.append(f"answers.lmbda must lie between 0 (off-policy) and 1 (on-policy), not {answers.lmbda}")
-    for name in ("sft_alpha", "distill_alpha"):
-        if getattr(answers, name) < 0:
-            problems.append(f"answers.{name} must not be negative, but is {getattr(answers, name)}")
-    if not 0 <= answers.teacher_mixed_alpha < 1:
-        problems.append(f"answers.teacher_mixed_alpha must lie in [0, 1), not {answers.teacher_mixed_alpha}")
-    return problems
 
 
 def _check_off_policy(config: Config) -> list[str]:

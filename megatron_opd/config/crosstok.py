@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_opd.config.section import section
+from megatron_opd.config.section import Fraction, section
 
 
 @section
@@ -19,5 +19,5 @@ class CrossTokenizerConfig:
     false: all are compared as sorted probabilities (plain ULD)."""
     adaptive: bool = True
     """Weigh the part of the matched tokens by their share in the teacher's vocabulary (hybrid)."""
-    matched_weight: float = 1.0
+    matched_weight: Fraction = 1.0
     """Weight of the part of the matched tokens where it is not adaptive; the other part has the rest to 1."""

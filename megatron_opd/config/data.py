@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Literal
 
-from megatron_opd.config.section import section
+from megatron_opd.config.section import AtLeastOne, Positive, section
 
 HUB = "hf:"
 """Begins the path of a prompt source that is a data set of the Hugging Face hub."""
@@ -20,7 +20,7 @@ class SourceConfig:
     """Name of the source: the key for teacher routing and the column in evaluation tables."""
     path: str
     """A file, .jsonl (or .jsonl.gz), .json or .parquet, or `hf:` and the name of a data set of the Hugging Face hub."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Share of this source in a batch, relative to the other sources."""
     prompt_field: str = "prompt"
     """Field of a row that holds the prompt: a text, or messages (`role` and `content`); a.b is field b of field a. A
@@ -45,7 +45,7 @@ class DataConfig:
     """Sources to sample training prompts from."""
     eval: list[SourceConfig] = dataclasses.field(default_factory=list)
     """Sources to evaluate on, each by its `reward`."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: AtLeastOne = 1024
     """Longest prompt in tokens, the chat template's included."""
     on_too_long: Literal["error", "drop"] = "error"
     """A longer prompt is an error that names its line (error), or is left out and counted (drop)."""
@@ -62,11 +62,11 @@ class DataConfig:
 class RewardsConfig:
     """How answers are graded, where a source's reward has a choice."""
 
-    code_timeout_s: float = 10.0
+    code_timeout_s: Positive = 10.0
     """Seconds in which an answer of the reward code must have passed its tests."""
-    code_memory_mb: int = 512
+    code_memory_mb: AtLeastOne = 512
     """Largest address space of a process that runs an answer, in MiB."""
-    code_workers: int = 4
+    code_workers: AtLeastOne = 4
     """Answers of the reward code that one replica tests at a time; each takes up to two processes."""
     ifeval: Literal["prompt", "instruction"] = "prompt"
     """What the reward ifeval is: 1 for an answer that follows every instruction of its prompt, else 0 (prompt), or the

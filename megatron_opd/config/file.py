@@ -5,17 +5,24 @@ An unknown setting is answered with the nearest known one. The way back, `dump`,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
+import operator
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import yaml
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, methods
 from megatron_opd.config.checks import check
-from megatron_opd.config.schema import adapter, settings_in
+from megatron_opd.config.schema import adapter, bounds, setting_at
+
+_OUT_OF_BOUNDS = ("greater_than_equal", "greater_than", "less_than_equal", "less_than")
 
 
 class ConfigError(ValueError):
@@ -36,7 +43,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """What `load` makes a config of, not yet checked. Raises ConfigError for what is not a mapping of sections."""
+    """A config's own settings, without its method's, not yet checked. Raises ConfigError where they are no mapping."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError([f"there is no such file: {path}"], where="config")
@@ -55,15 +62,54 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
 
 
 def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
-    """Build and check a Config from plain dictionaries and lists. Raises ConfigError listing every problem."""
+    """Build and check a Config from plain dictionaries and lists, with the settings of its method beneath.
+
+    Raises ConfigError listing every problem.
+    """
+    tree = methods.overlaid(_preset(tree, where), tree)
     try:
         config = adapter().validate_python(tree)
+        problems = check(config)
     except pydantic.ValidationError as error:
-        raise ConfigError([_explain(e) for e in error.errors()], where) from None
-    problems = check(config)
+        problems = [_explain(e) for e in error.errors()] + _further_problems(tree, error.errors())
     if problems:
         raise ConfigError(problems, where)
     return config
+
+
+def _preset(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return methods.preset(tree.get("method", methods.DEFAULT))
+    except ValueError as error:
+        raise ConfigError([f"method: {error}"], where) from None
+
+
+def method_in(tree: dict[str, Any]) -> list[str]:
+    """The method of a config's own settings, and which of its settings hold and which are replaced, a line each."""
+    taken, replaced = methods.taken_and_replaced(_preset(tree, "config"), tree)
+    lines = [f"method {tree.get('method', methods.DEFAULT)}"]
+    lines += [f"from the method: {', '.join(taken)}"] if taken else []
+    return lines + ([f"of the method, replaced here: {', '.join(replaced)}"] if replaced else [])
+
+
+def _further_problems(tree: dict[str, Any], errors: Sequence[Any]) -> list[str]:
+    """What `check` finds where all that is wrong so far is numbers out of their bounds.
+
+    It looks at the config with the default in place of such a number, or the nearest that is allowed where there is no
+    default. Problems that name a setting which is out of bounds are left out.
+    """
+    if any(error["type"] not in _OUT_OF_BOUNDS for error in errors):
+        return []
+    tree = copy.deepcopy(tree)
+    for error in errors:
+        *parents, last = error["loc"]
+        node = functools.reduce(operator.getitem, parents, tree)
+        if isinstance(node, list) or last in setting_at(parents).get("required", []):
+            node[last] = error["ctx"].get("ge", error["ctx"].get("le"))
+        else:
+            del node[last]
+    names = "|".join(re.escape(".".join(map(str, error["loc"]))) for error in errors)
+    return [problem for problem in check(adapter().validate_python(tree)) if not re.search(rf"({names})\b", problem)]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -135,11 +181,22 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
-            *parents, name = [str(part) for part in error["loc"]]
-            near = difflib.get_close_matches(name, list(settings_in(parents)), n=1, cutoff=0.5)
-            hint = f"; did you mean {'.'.join([*parents, near[0]])}?" if near else ""
+            *parents, name = error["loc"]
+            near = difflib.get_close_matches(name, list(setting_at(parents).get("properties", {})), n=1, cutoff=0.5)
+            hint = f"; did you mean {'.'.join(map(str, [*parents, near[0]]))}?" if near else ""
             return f"{where}: unknown setting{hint}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: required, but not set"
+        case kind if kind in _OUT_OF_BOUNDS:
+            setting = setting_at(error["loc"])
+            why = f": {setting['why']}" if "why" in setting else ""
+            return f"{where} {_refusal(bounds(setting))} {error['input']}{why}"
         case _:
             return f"{where}: {error['msg']} (got {error['input']!r})"
+
+
+def _refusal(allowed: str) -> str:
+    """Bounds as the words between a setting's name and its value."""
+    if allowed == "at least 0":
+        return "must not be negative, but is"
+    return f"must {'lie' if allowed.startswith(('between', 'in')) else 'be'} {allowed}, not"

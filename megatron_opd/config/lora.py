@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_opd.config.section import section
+from megatron_opd.config.section import Count, Positive, section
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What can be adapted, by Hugging Face's names."""
@@ -17,9 +17,9 @@ GROUPS = {"qkv": LORA_MODULES[:3], "all-linear": LORA_MODULES}
 class LoraConfig:
     """Low-rank adapters in place of training the whole student (docs/lora.md)."""
 
-    rank: int = 0
+    rank: Count = 0
     """Rows of A and columns of B in W + alpha / rank * B A; 0: no adapters, every weight is trained."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """Scale of what is added, divided by the rank."""
     targets: list[str] = dataclasses.field(default_factory=list)
     """Modules with adapters: q_proj, k_proj, v_proj (together qkv), o_proj, gate_proj, up_proj, down_proj, or

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_opd.config.models import ServersConfig
 from megatron_opd.config.rollout_engines import ENGINES, EngineName
-from megatron_opd.config.section import section
+from megatron_opd.config.section import AtLeastOne, Count, NotNegative, Positive, bound, section
 
 
 @section
 class LossConfig:
     """What the student minimises on its own tokens: D(teachers, student), averaged over response tokens."""
 
-    beta: float = 1.0
+    beta: Annotated[float, bound(ge=0, le=1, why="0 is forward KL, 1 is reverse KL")] = 1.0
     """0: forward KL(teacher||student); 1: reverse KL(student||teacher); between: generalized JSD(beta) of GKD."""
     ensemble: Literal["logits", "probs"] = "logits"
     """How several teachers become one target: average of logits (geometric) or of probabilities (arithmetic)."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Both student and teacher logits are divided by this in the loss; independent of rollout.temperature."""
-    chunk_tokens: int = 1024
+    chunk_tokens: AtLeastOne = 1024
     """Tokens whose teacher distribution exists at one time; bounds the memory of the loss."""
     kind: Literal["distribution", "sampled"] = "distribution"
     """distribution: a divergence over the vocabulary (beta); sampled: reverse KL on the sampled token alone, as a
     policy gradient, which is all that teachers with the carrier sampled allow."""
-    importance_cap: float = 2.0
+    importance_cap: Annotated[float, bound(ge=1, why="fresh samples have weight 1")] = 2.0
     """Largest importance weight q/μ of student over sampler on a token of the kind sampled; larger ones are cut."""
     estimator: Literal["policy_gradient", "k1", "k2", "k3"] = "policy_gradient"
     """The loss of kind sampled: policy_gradient; k2: ½ (log p - log q)², which has the same gradient; k3: p/q - 1 -
     log p/q, which has that of forward KL. k1, log q - log p, is refused: its gradient does not know the teacher."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Factor of the distillation term, next to rl.weight and policy.kl_coef; 0: it is measured only."""
-    anneal: float = 0.0
+    anneal: NotNegative = 0.0
     """The weight falls by this much every step, down to weight_min; 0: it stays."""
-    weight_min: float = 0.0
+    weight_min: NotNegative = 0.0
     """Least weight of a distillation term that is annealed."""
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"] = "token-mean"
     """How tokens make one number: the mean over all tokens of the step; over answers, of the means or of the sums over
@@ -50,26 +50,26 @@ class RolloutConfig:
     servers of `servers`."""
     servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
     """Where the student samples (engine sglang)."""
-    prompts_per_step: int = 16
+    prompts_per_step: AtLeastOne = 16
     """Prompts sampled in one step, over all data-parallel replicas."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: AtLeastOne = 1
     """Answers sampled for each prompt."""
-    max_new_tokens: int = 128
+    max_new_tokens: AtLeastOne = 128
     """Longest answer in tokens, the end-of-sequence token included."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature during training and of train.eval_samples; evaluation is greedy besides."""
-    top_p: float = 1.0
+    top_p: Annotated[float, bound(gt=0, le=1)] = 1.0
     """Sample from the fewest tokens with this probability, of the 4,096 likeliest; 1: from all (engine sglang)."""
-    top_k: int = 0
+    top_k: Annotated[int, bound(ge=0, why="0 means all tokens")] = 0
     """Sample from the this many likeliest tokens; 0: from all (engine sglang)."""
-    max_staleness: int = 0
+    max_staleness: Count = 0
     """0: strictly on-policy; n: batches are sampled up to n steps ahead while the student trains (engine sglang)."""
     partial: bool = False
     """Answers that are unfinished when new weights arrive are kept and continued with those (needs max_staleness)."""
     sync: str = "broadcast"
     """How new weights reach the servers: broadcast (process group: NCCL, gloo without GPUs), tensor (CUDA IPC on one
     machine; inline without GPUs), or disk (a directory that the servers see too)."""
-    sync_bucket_mb: int = 256
+    sync_bucket_mb: AtLeastOne = 256
     """Weights sent at a time, in MiB; bounds the memory that a sync takes on either side."""
     sync_verify: bool = False
     """Compare checksums of all servers with the student's weights after every sync."""

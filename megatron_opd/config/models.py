@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_opd.config.section import section
+from megatron_opd.config.section import AtLeastOne, Count, NotNegative, Positive, bound, section
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -15,16 +15,16 @@ class ParallelConfig:
     """How the student (and the in-process teachers) are spread over ranks; ranks = tensor x pipeline x
     context x data."""
 
-    tensor: int = 1
+    tensor: AtLeastOne = 1
     """Tensor-parallel size: every matrix and the vocabulary are split this many ways."""
-    pipeline: int = 1
+    pipeline: AtLeastOne = 1
     """Pipeline-parallel size: the layers are split into this many stages."""
-    context: int = 1
+    context: AtLeastOne = 1
     """Context-parallel size: every sequence is split over this many ranks, for answers too long for one; the ranks of a
     part exchange keys and values in attention."""
-    data: int = 1
+    data: AtLeastOne = 1
     """Data-parallel size: replicas, each with its own slice of the prompts."""
-    expert: int = 1
+    expert: AtLeastOne = 1
     """Expert-parallel size: the experts of a mixture are spread over this many of the tensor-parallel ranks; it must
     divide `tensor`."""
     sequence: bool = False
@@ -52,7 +52,7 @@ class StudentConfig:
     loss is scaled (optim.initial_loss_scale)."""
     recompute: Recompute = "none"
     """Activation recompute: none, only attention (selective), or every layer (full)."""
-    vocab_multiple: int = 1
+    vocab_multiple: AtLeastOne = 1
     """Pad the vocabulary to a multiple of this; it must make the vocabulary divisible by parallel.tensor."""
 
 
@@ -62,18 +62,18 @@ class ServersConfig:
 
     urls: list[str] = dataclasses.field(default_factory=list)
     """Addresses of servers that run already, e.g. [http://node7:30000]; empty: start `count` on this machine."""
-    count: int = 1
+    count: AtLeastOne = 1
     """Servers to start."""
-    tensor: int = 1
+    tensor: AtLeastOne = 1
     """Tensor-parallel size of a server (its --tp-size), which is also the GPUs that a started one takes."""
-    gpus: list[int] = dataclasses.field(default_factory=list)
+    gpus: list[Count] = dataclasses.field(default_factory=list)
     """GPUs of started servers, tensor x count of them, in order; empty: all that are visible, counted from 0."""
     colocated: bool = False
     """The servers are on the trainer's GPUs, and give their memory back while it scores and trains. For the student's
     servers only, with rollout.sync tensor (one machine) or disk; running ones need --enable-memory-saver."""
     host: str = "127.0.0.1"
     """Address that started servers bind to; anything but loopback needs a key in MEGATRON_OPD_API_KEY."""
-    port: int = 30000
+    port: Annotated[int, bound(ge=1, le=65535)] = 30000
     """First port of started servers; each next one takes the next free port."""
     python: str = ".venv-sglang/bin/python"
     """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
@@ -81,17 +81,17 @@ class ServersConfig:
     """Type in which started servers compute; auto: student.dtype for the student's, config.json's for a teacher's."""
     args: list[str] = dataclasses.field(default_factory=list)
     """More arguments of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
-    start_timeout_s: float = 1800.0
+    start_timeout_s: Positive = 1800.0
     """Seconds in which a started server must be ready."""
-    request_timeout_s: float = 600.0
+    request_timeout_s: Positive = 600.0
     """Seconds in which a server must answer a request; one that does not counts as failed."""
-    retries: int = 3
+    retries: Count = 3
     """Times that a failed request is sent again, to another server where there is one, with growing pauses."""
-    max_in_flight: int = 256
+    max_in_flight: AtLeastOne = 256
     """Requests that are with one server at a time; the rest wait here."""
-    probe_s: float = 5.0
+    probe_s: Positive = 5.0
     """Seconds between looks at a server that failed; when it answers again, it gets the current weights and work."""
-    patience_s: float = 60.0
+    patience_s: Positive = 60.0
     """Seconds to wait for one of the servers to come back when none is left; then requests fail at once."""
 
 
@@ -106,9 +106,9 @@ class TeacherConfig:
     tokenizer: Literal["student", "own"] = "student"
     """student: the teacher's tokenizer must be the student's; own: it reads the same text in its own tokens, and the
     section cross_tokenizer says how the two are compared."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Weight in the ensemble for every prompt source not listed in `sources`; weights are normalised per source."""
-    sources: dict[str, float] = dataclasses.field(default_factory=dict)
+    sources: dict[str, NotNegative] = dataclasses.field(default_factory=dict)
     """Weight by prompt source (routing): 0 means that this teacher is never asked about that source."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the teacher's weights and activations."""
@@ -124,7 +124,7 @@ class TeacherConfig:
     carrier: Literal["hidden", "topk", "sampled"] = "hidden"
     """What a teacher tells about a token: hidden states (exact), its top_k with their log-probabilities, or the sampled
     token's alone; megatron teachers are always exact, so they have hidden."""
-    top_k: int = 64
+    top_k: AtLeastOne = 64
     """Log-probabilities a token of the carrier topk; the sampled token is always one of them."""
     on_failure: Literal["fail", "renormalise"] = "fail"
     """When no server of it answers: save and stop, or go on with the other teachers, weights raised to sum to 1."""

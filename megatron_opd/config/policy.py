@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_opd.config.section import section
+from megatron_opd.config.section import Fraction, NotNegative, bound, section
 
 
 @section
@@ -15,21 +15,21 @@ class PolicyConfig:
     loss: Literal["importance", "ppo", "cispo"] = "importance"
     """With r = q(y) / μ(y), μ the sampler at rollout.temperature. importance: -w A log q, w = min(r, importance_cap)
     held fixed; cispo: the same with w = clip(r); ppo: -min(r A, clip(r) A), and dual_clip."""
-    importance_cap: float = 10.0
+    importance_cap: Annotated[float, bound(ge=1, why="fresh samples have ratio 1")] = 10.0
     """Largest ratio r of the loss importance; larger ones are cut."""
-    clip_low: float = 0.2
+    clip_low: Fraction = 0.2
     """Ratios are clipped at 1 - clip_low from below (ppo, cispo)."""
-    clip_high: float = 0.2
+    clip_high: NotNegative = 0.2
     """Ratios are clipped at 1 + clip_high from above (ppo, cispo)."""
     dual_clip: float = 0.0
     """Tokens with A < 0 lose at most dual_clip x |A| (ppo); 0: no such limit, else above 1, usually 3."""
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"] = "token-mean"
     """How tokens make one number; as loss.aggregation, for this term."""
-    kl_coef: float = 0.0
+    kl_coef: NotNegative = 0.0
     """Factor of the teachers' advantage, made of x = log p(y) - log μ(y); 0: none. What follows is about x."""
-    kl_clip: float = 0.0
+    kl_clip: NotNegative = 0.0
     """x is clipped to [-kl_clip, kl_clip] first; 0: not clipped."""
-    kl_discount: float = 0.0
+    kl_discount: Fraction = 0.0
     """Discount γ of the sum over the rest of the answer, Σ_k γ^k x_(t+k); 0: the token's own x alone; 1: all alike."""
     kl_from: Literal["token", "next"] = "token"
     """Where that sum begins: at the token itself, or at the next one, which leaves the token's own x to the exact
@@ -44,7 +44,7 @@ class PolicyConfig:
 class RLConfig:
     """Reinforcement learning from the rewards of data.train. Advantages are relative to the answers of one prompt."""
 
-    weight: float = 0.0
+    weight: NotNegative = 0.0
     """Factor of the rewards' advantage; 0: no reinforcement learning."""
     baseline: Literal["group", "none"] = "group"
     """Subtract the mean reward of the prompt's answers (group), or nothing (none)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from megatron_opd.config.section import section
+from megatron_opd.config.section import AtLeastOne, Count, Positive, section
 
 
 @section
@@ -23,20 +23,20 @@ class Fp8Config:
     recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """Scales: tensorwise, one a tensor from its own values; delayed, one from earlier passes; blockwise, one for
     1x128 activations and 128x128 weights; mxfp8, a power of two for 1x32 (Blackwell)."""
-    first_layers_bf16: int = 0
+    first_layers_bf16: Count = 0
     """Layers at the start of each model that stay in its dtype (not with delayed)."""
-    last_layers_bf16: int = 0
+    last_layers_bf16: Count = 0
     """Layers at the end of each model that stay in its dtype (not with delayed)."""
     resident: bool = False
     """Keep the matrices of FP8 teachers in FP8 between passes too: half the memory of bf16."""
     emulate: bool = False
     """Round operands to FP8 and back, and multiply in the model's dtype: FP8's effect on any device, slowly."""
-    max_kl_ratio: float = 0.1
+    max_kl_ratio: Positive = 0.1
     """Largest KL(without FP8||with FP8) of a teacher, the ensemble or the student, as a share of the KL between
     student and teachers that is to be learned, measured on held-out answers before the first step."""
     on_exceed: Literal["refuse", "warn"] = "refuse"
     """What happens above max_kl_ratio: the run stops before it trains, or says so and goes on."""
-    check_prompts: int = 32
+    check_prompts: AtLeastOne = 32
     """Prompts answered for that measurement, from data.eval, or data.train where there is none."""
 
     @property

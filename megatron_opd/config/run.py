@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_opd.config.section import section
+from megatron_opd.config.section import AtLeastOne, Count, NotNegative, Positive, bound, section
 
 
 @section
@@ -15,14 +15,14 @@ class RunConfig:
     """Directory of the run: checkpoints, metrics, logs, export. The same command on the same directory resumes.
     Settings may change then, and train.log says which did, but not the student (student.model, student.dtype, lora) nor
     optim.distributed."""
-    seed: int = 1234
+    seed: Annotated[int, bound(gt=-(2**62), lt=2**62)] = 1234
     """Seeds the order of prompts, every sampled token and dropout: same seed, same numbers."""
     deterministic: bool = False
     """The same numbers bit for bit on GPUs too, from the same seed in the same layout, with slower kernels there; on a
     CPU they always are. Servers need --enable-deterministic-inference in servers.args for it."""
-    timeout_s: float = 1800.0
+    timeout_s: Positive = 1800.0
     """Seconds a rank waits for another one in a collective before the run stops with an error."""
-    max_restarts: int = 0
+    max_restarts: Count = 0
     """Times that `megatron-opd launch` and Slurm jobs start the run again from its newest checkpoint after a failure;
     `train` never does. `launch` and `serve` start servers that have ended again as often, while the others go on."""
 
@@ -31,33 +31,33 @@ class RunConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int
+    steps: AtLeastOne
     """Steps of the whole run: answers are sampled, scored and trained on, in minibatches x epochs updates."""
-    micro_batch_size: int = 8
+    micro_batch_size: AtLeastOne = 8
     """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
     packing: bool = False
     """Let the sequences of a micro-batch go through student and in-process teachers as one row, without padding between
     them; the share of padding that goes through the student is `batch/padding` in the metrics."""
-    minibatches: int = 1
+    minibatches: AtLeastOne = 1
     """Parts into which the answers of a step are cut, in order, with an update of the weights for each."""
-    epochs: int = 1
+    epochs: AtLeastOne = 1
     """Times that the answers of a step are trained on."""
     measure_after: bool = False
     """Also measure the divergences on the step's answers after the update (one more forward pass)."""
-    eval_every: int = 0
+    eval_every: Count = 0
     """Evaluate every this many steps, and before the first and after the last; 0: never."""
-    eval_samples: int = 1
+    eval_samples: AtLeastOne = 1
     """Above 1: also draw this many answers to each evaluation prompt at rollout.temperature, for avg@k and pass@k."""
     eval_nll: bool = False
     """Also measure the cross-entropy of the reference answers of data.eval under the student, where rows have one; what
     is longer than rollout.max_new_tokens is cut there."""
     eval_teachers: bool = False
     """Also measure each teacher's own accuracy once, before the first step (loads it whole on one rank)."""
-    save_every: int = 0
+    save_every: Count = 0
     """Save a checkpoint every this many steps and after the last; 0: only after the last."""
-    keep_last: int = 2
+    keep_last: AtLeastOne = 2
     """Complete checkpoints kept; older ones are removed after a newer one is complete."""
-    max_skipped: int = 10
+    max_skipped: Count = 10
     """Steps in a row that are skipped where loss or gradient is not finite; one more ends the run (0: the first)."""
     export: bool = True
     """Write the final student as a Hugging Face directory, <run.dir>/hf."""
@@ -72,25 +72,25 @@ class TrainConfig:
 class OptimConfig:
     """Adam, its schedule and gradient clipping."""
 
-    lr: float = 1e-5
+    lr: NotNegative = 1e-5
     """Peak learning rate."""
-    min_lr: float = 0.0
+    min_lr: NotNegative = 0.0
     """Learning rate at the end of the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay from lr to min_lr over train.steps, an update at a time."""
-    warmup_steps: int = 0
+    warmup_steps: Count = 0
     """Steps of linear warm-up; as the decay, counted in updates where a step has several."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
-    beta1: float = 0.9
+    beta1: Annotated[float, bound(ge=0, lt=1)] = 0.9
     """Adam's first moment decay."""
-    beta2: float = 0.95
+    beta2: Annotated[float, bound(ge=0, lt=1)] = 0.95
     """Adam's second moment decay."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Adam's epsilon."""
-    clip_grad: float = 1.0
+    clip_grad: NotNegative = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    initial_loss_scale: float = 4096.0
+    initial_loss_scale: Annotated[float, bound(ge=1)] = 4096.0
     """Factor of the loss in the backward pass of an fp16 student, at first: halved, and the step skipped, where a
     gradient overflows, doubled after 1,000 steps without. The norm is logged, and clipped, without it."""
     distributed: bool = True
@@ -107,8 +107,8 @@ class LogConfig:
     """Also log to Weights & Biases; offline writes to <run.dir>/wandb."""
     wandb_project: str = "megatron-opd"
     """Project name for Weights & Biases."""
-    completions_every: int = 0
+    completions_every: Count = 0
     """Write answers of a training step to <run.dir>/completions.jsonl (and a table of W&B) every this many steps; 0:
     never."""
-    completions: int = 32
+    completions: AtLeastOne = 32
     """Answers that are written then, the first ones of the step."""

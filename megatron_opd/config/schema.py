@@ -29,10 +29,34 @@ def section_of(root: dict[str, Any], node: dict[str, Any]) -> dict[str, Any] | N
     return root["$defs"][reference.rpartition("/")[2]] if reference else None
 
 
-def settings_in(path: Iterable[str]) -> dict[str, Any]:
-    """The settings of the section at `path` (indices of lists are skipped), by name; empty for a plain value."""
-    section: dict[str, Any] | None = schema()
+def setting_at(path: Iterable[str | int]) -> dict[str, Any]:
+    """The schema of what `path` leads to: a section, a setting, or a value in one; empty where there is none."""
+    node = schema()
     for part in path:
-        if not part.isdigit():
-            section = section_of(schema(), (section or {}).get("properties", {}).get(part, {}))
-    return (section or {}).get("properties", {})
+        if isinstance(part, int):
+            node = node.get("items", {})
+        else:
+            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        node = section_of(schema(), node) if "$ref" in node else node
+    return node
+
+
+def bounds(setting: dict[str, Any]) -> str:
+    """The numbers that a setting can have: `at least 1`, `between 0 and 1`; empty where it can have any."""
+    low, above, high, below = (
+        _number(setting[key]) if key in setting else ""
+        for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+    )
+    if low and high:
+        return f"between {low} and {high}"
+    if low and below:
+        return f"in [{low}, {below})"
+    ends = {"at least": low, "above": above, "at most": high, "below": below}
+    return " and ".join(f"{words} {end}" for words, end in ends.items() if end)
+
+
+def _number(value: float) -> str:
+    exponent = abs(int(value)).bit_length() - 1
+    if exponent > 30 and abs(value) == 2**exponent:
+        return f"{'-' if value < 0 else ''}2^{exponent}"
+    return f"{value:g}"

@@ -1,13 +1,25 @@
-"""What makes a class a section of the config."""
+"""What makes a class a section of the config, and the bounds that its settings can have."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 
 _T = TypeVar("_T")
+
+
+def bound(*, why: str = "", **bounds: Any) -> Any:
+    """Bounds of a setting for Annotated: `ge`, `gt`, `le`, `lt`, and what the error says beside them."""
+    return pydantic.Field(**bounds, json_schema_extra={"why": why} if why else None)
+
+
+AtLeastOne = Annotated[int, bound(ge=1)]
+Count = Annotated[int, bound(ge=0)]
+NotNegative = Annotated[float, bound(ge=0)]
+Positive = Annotated[float, bound(gt=0)]
+Fraction = Annotated[float, bound(ge=0, le=1)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -49,10 +49,13 @@ def test_methods(sections):
 @pytest.mark.parametrize(
     ("sections", "wrong"),
     [
-        ({"answers": {"lmbda": 1.2}}, "answers.lmbda must lie between 0 (off-policy) and 1 (on-policy), not 1.2"),
-        ({"answers": {"lmbda": 0.5, "sft_alpha": -1}}, "answers.sft_alpha must not be negative, but is -1.0"),
+        (
+            {"answers": {"lmbda": 1.2}},
+            "answers.lmbda must lie between 0 and 1, not 1.2: 0 is off-policy, 1 is on-policy",
+        ),
+        ({"answers": {"lmbda": 0.5, "sft_alpha": -1}}, "answers.sft_alpha must not be negative, but is -1"),
         ({"answers": {"lmbda": 0.5, "distill_alpha": -1}}, "answers.distill_alpha must not be negative"),
-        ({"answers": {"teacher_mixed_alpha": 1}}, "answers.teacher_mixed_alpha must lie in [0, 1), not 1.0"),
+        ({"answers": {"teacher_mixed_alpha": 1}}, "answers.teacher_mixed_alpha must lie in [0, 1), not 1"),
         ({"answers": {"sft_alpha": 0.1}}, "answers.sft_alpha has no effect while answers.lmbda is 1"),
         ({"answers": {"seq_kd": True}}, "answers.seq_kd has no effect while answers.lmbda is 1"),
         ({"answers": {"distill_alpha": 0.5}}, "answers.distill_alpha has no effect while answers.lmbda is 1"),

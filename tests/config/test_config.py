@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from megatron_opd.config import file as cfg
+from megatron_opd.config import schema
 from megatron_opd.config.checks_serving import check_vocabulary
 
 MINIMAL = {
@@ -220,7 +221,7 @@ def test_the_ends_of_the_ranges_are_allowed(setting, value):
         ({**MINIMAL, "teachers": []}, ["teachers: at least one"]),
         ({**MINIMAL, "teachers": [{"name": "a", "model": "t"}] * 2}, ["teachers: the name 'a' is used twice"]),
         ({**MINIMAL, "teachers": [{"name": "a", "model": "t", "weight": -1}, {"name": "b", "model": "t", "weight": 2}]},
-         ["teachers.0 (a): weights must not be negative"]),
+         ["teachers.0.weight must not be negative, but is -1"]),
         ({**MINIMAL, "teachers": [{"name": "a", "model": "t", "sources": {"cod": 1}}]},
          ["teachers.0.sources", "no prompt source 'cod'", "did you mean 'code'?"]),
         ({**MINIMAL, "teachers": [{"name": "a", "model": "t", "sources": {"code": 0}}]},
@@ -228,12 +229,42 @@ def test_the_ends_of_the_ranges_are_allowed(setting, value):
         (tree_with(data__train=[]), ["data.train: at least one source"]),
         (tree_with(data__eval=[{"name": "math", "path": "p"}] * 2), ["data.eval: the name 'math' is used twice"]),
         (tree_with(data__train=[{"name": n, "path": "p"} for n in ("code", "code")]), ["data.train: the name 'code'"]),
-        (tree_with(data__train=[{"name": "code", "path": "p", "weight": 0}]), ["data.train: weight of 'code'"]),
+        (tree_with(data__train=[{"name": "code", "path": "p", "weight": 0}]),
+         ["data.train.0.weight must be above 0, not 0"]),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(tree, fragments):
     text = " ".join(problems_of(tree))
     assert [f for f in fragments if f not in text] == []
+
+
+def test_numbers_out_of_bounds_and_settings_that_contradict_each_other_are_listed_together():
+    tree = tree_with(train__steps=0, optim__eps=0, loss__beta=1.5, optim__beta2=1, parallel__sequence=True)
+    tree["teachers"][0]["sources"] = {"code": -2}
+    assert sorted(problems_of(tree)) == [
+        "loss.beta must lie between 0 and 1, not 1.5: 0 is forward KL, 1 is reverse KL",
+        "optim.beta2 must lie in [0, 1), not 1",
+        "optim.eps must be above 0, not 0",
+        "parallel.sequence needs parallel.tensor > 1",
+        "teachers.0.sources.code must not be negative, but is -2",
+        "train.steps must be at least 1, not 0",
+    ]
+
+
+def test_nothing_more_is_said_about_a_setting_that_is_out_of_bounds():
+    tree = tree_with(rollout__prompts_per_step=0, parallel__data=3, optim__warmup_steps=5, train__steps=-1)
+    assert sorted(problems_of(tree)) == [
+        "rollout.prompts_per_step must be at least 1, not 0",
+        "train.steps must be at least 1, not -1",
+    ]
+
+
+def test_a_number_without_a_default_has_a_nearest_one_that_is_allowed():
+    """`_further_problems` goes on with it."""
+    for section in [schema.schema(), *schema.schema()["$defs"].values()]:
+        for name, setting in section["properties"].items():
+            if name in section.get("required", []) or "items" in setting:
+                assert not {"exclusiveMinimum", "exclusiveMaximum"} & {*setting, *setting.get("items", {})}, name
 
 
 def test_an_eval_only_source_needs_a_teacher_too():
@@ -306,10 +337,11 @@ TOPK, SAMPLED = {**SERVED, "carrier": "topk"}, {**SERVED, "carrier": "sampled"}
         (served({}, SAMPLED, loss={"kind": "sampled"}),
          ["teachers.1.carrier: sampled with several", "loss.ensemble: probs"]),
         (tree_with(loss__kind="sampled", loss__beta=0.5), ["loss.kind: sampled is reverse KL, so loss.beta must be 1"]),
-        (tree_with(loss__importance_cap=0.5), ["loss.importance_cap must be at least 1, not 0.5"]),
+        (tree_with(loss__importance_cap=0.5),
+         ["loss.importance_cap must be at least 1, not 0.5: fresh samples have weight 1"]),
         (served(top_p=0.0), ["rollout.top_p must be above 0 and at most 1"]),
         (served(top_p=1.5), ["rollout.top_p must be above 0 and at most 1"]),
-        (served(top_k=-1), ["rollout.top_k must not be negative"]),
+        (served(top_k=-1), ["rollout.top_k must not be negative, but is -1: 0 means all tokens"]),
         (served(max_staleness=-1), ["rollout.max_staleness must not be negative"]),
         (served(sync_bucket_mb=0), ["rollout.sync_bucket_mb must be at least 1"]),
         (served(partial=True), ["rollout.partial needs rollout.max_staleness"]),
@@ -398,15 +430,15 @@ def test_servers_on_the_trainers_gpus():
         ({"urls": ["http://node7:1/?a=b"]}, "http://node7:1/?a=b must have nothing after ? or #"),
         ({"tensor": 0}, "tensor must be at least 1, not 0"),
         ({"max_in_flight": 0}, "max_in_flight must be at least 1, not 0"),
-        ({"retries": -1}, "retries must be at least 0, not -1"),
+        ({"retries": -1}, "retries must not be negative, but is -1"),
         ({"start_timeout_s": 0}, "start_timeout_s must be above 0"),
         ({"request_timeout_s": -1}, "request_timeout_s must be above 0"),
         ({"probe_s": 0}, "probe_s must be above 0"),
         ({"port": 70000}, "port must lie between 1 and 65535"),
         ({"python": ""}, "python must not be empty"),
         ({"gpus": [0, 1, 2], "count": 1, "tensor": 2}, "gpus names 3, but"),
-        ({"gpus": [0, 0], "tensor": 2}, "gpus must be different numbers from 0 up, not [0, 0]"),
-        ({"gpus": [-1]}, "gpus must be different numbers from 0 up"),
+        ({"gpus": [0, 0], "tensor": 2}, "gpus must be different numbers, not [0, 0]"),
+        ({"gpus": [-1]}, "gpus.0 must not be negative, but is -1"),
     ],
 )
 def test_servers_that_cannot_be(settings, message):

@@ -1,7 +1,7 @@
 """A launcher of one's own: two files, tests and docs apart.
 
-    launch/queue/launcher.py         the launcher: `QueueLauncher` below
-    launch/launchers.py              a line of LAUNCHERS
+launch/queue/launcher.py         the launcher: `QueueLauncher` below
+launch/launchers.py              a line of LAUNCHERS
 """
 
 from pathlib import Path

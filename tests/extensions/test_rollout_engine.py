@@ -1,8 +1,8 @@
 """A rollout engine of one's own: three files, tests and docs apart.
 
-    rollout/parrot_engine.py         the engine: `Parrot` below
-    rollout/engines.py               a line of BUILDERS
-    config/rollout_engines.py        its name and a line of ENGINES: what it needs and can do
+rollout/parrot_engine.py         the engine: `Parrot` below
+rollout/engines.py               a line of BUILDERS
+config/rollout_engines.py        its name and a line of ENGINES: what it needs and can do
 """
 
 from dataclasses import replace

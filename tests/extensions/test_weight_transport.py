@@ -1,7 +1,7 @@
 """A way of weights to servers of one's own: two files, tests and docs apart.
 
-    sglang/weights/kept.py           the transport: `Kept` below
-    sglang/weights/transports.py     a line of WAYS: how it is built, and what it reaches
+sglang/weights/kept.py           the transport: `Kept` below
+sglang/weights/transports.py     a line of WAYS: how it is built, and what it reaches
 """
 
 from pathlib import Path

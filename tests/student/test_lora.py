@@ -1,10 +1,12 @@
 """Which modules get adapters, how their rows lie in Megatron's, and how wrong settings are answered."""
 
+import pytest
 import tiny
 import torch
 
 from megatron_opd import config as c
 from megatron_opd.config.checks_lora import check_lora
+from megatron_opd.config.file import ConfigError, from_dict, to_dict
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.models.lora_layout import check_targets, merged, places
 from megatron_opd.models.weight_map import all_rules
@@ -30,7 +32,11 @@ def test_targets_mean_modules():
 
 def test_wrong_settings_are_answered_by_name():
     assert problems(rank=4, alpha=1.0, targets=["qkv", "o_proj", "all-linear"]) == []
-    assert problems(rank=-1, alpha=0.0) == [
+    tree = to_dict(tiny.config("unused", [{"name": "t", "model": "unused"}]))
+    tree["data"]["train"] = [{"name": "x", "path": "unused"}]
+    with pytest.raises(ConfigError) as refused:
+        from_dict({**tree, "lora": {"rank": -1, "alpha": 0.0}})
+    assert refused.value.problems == [
         "lora.rank must not be negative, but is -1",
         "lora.alpha must be above 0, not 0.0",
     ]
