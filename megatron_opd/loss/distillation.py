@@ -137,7 +137,7 @@ class Distillation:
             weights = [weight_C, cut_C.to(weight_C.dtype)]
             loss_C = _SAMPLED[self.config.estimator](student.sampled_C, target.sampled_C, weight_C)
         else:
-            loss_C = divergence(*self._compared(student, target), self.config.beta)
+            loss_C = divergence(*self._compared(student, target), self.config.beta, self.config.divergence)
         if batch.distill_T is not None:
             loss_C = loss_C * batch.distill_T[rows]
         grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if torch.is_grad_enabled() else None

@@ -23,7 +23,8 @@ from megatron_opd.core.types import Foreign, MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.matched import Matched
 from megatron_opd.loss.crosstok.uld import Spans, other_tokens, uld
-from megatron_opd.loss.term import Term, WithGradient, sums
+from megatron_opd.loss.node import with_gradient
+from megatron_opd.loss.term import Term, sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class CrossTokenizer:
                     self._at_spans(n, score, spans_G4, batch, (logits_TL, grad_TL), told)
         loss = told.loss_T.sum().float()
         if grad_TL is not None:
-            loss = WithGradient.apply(logits_TL, loss, grad_TL)
+            loss = with_gradient(loss, logits_TL, grad_TL)
         return Term(loss, told.loss_T, sums(told.columns(sampled, batch)))
 
     @torch.no_grad()
@@ -137,7 +138,8 @@ class CrossTokenizer:
             hidden_QD = score.hidden_QD[t_first:t_stop].to(foreigner.head_LD.dtype)
             logits_QL = hidden_QD @ foreigner.head_LD.T
             theirs = self._spans(foreigner.vocab, logits_QL, score.ids_Q[t_first:t_stop], spans_G4[:, 2:] - t_first)
-        parts = uld(ours, theirs, foreigner.matched, self.how, beta=self.config.beta)
+        config = self.config
+        parts = uld(ours, theirs, foreigner.matched, self.how, beta=config.beta, name=config.divergence)
         last_G = spans_G4[:, 1] - 1
         weight_G = batch.weights_TN[last_G, n]
         if batch.distill_T is not None:
