@@ -21,7 +21,9 @@ def build(parallel, config, vocab_size):
     teachers = build_teachers(config, parallel, vocab)
     heads = tuple(t.head_LD for t in teachers)
     term = Distillation(config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads)
-    objective = Objective(term, has_answers_of_others=config.answers.lmbda < 1)
+    is_mixed = config.answers.lmbda < 1
+    has_cross_entropy = is_mixed and config.answers.sft_alpha > 0
+    objective = Objective(term, has_answers_of_others=is_mixed, has_cross_entropy=has_cross_entropy)
     experience = Experience(config, parallel, teachers, None)
     return student, objective, lambda rollouts: experience.score(rollouts) if rollouts else []
 

@@ -5,7 +5,7 @@ import random
 import torch
 
 from megatron_opd import config as c
-from megatron_opd.core.types import Prompt, Rollout
+from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -92,6 +92,25 @@ def rollout(prompt, response, *, source="a", index=0, draw=None):
         finish="stop",
         versions=(0,) * len(response),
     )
+
+
+def micro_batch(targets, behaviour_logp, weights, teachers, **changes):
+    """A micro-batch of one sequence, for tests of the loss: neutral weights, and position t predicts token t."""
+    num_tokens = len(targets)
+    neutral = {
+        "tokens_BS": torch.zeros(1, num_tokens, dtype=torch.long),
+        "lengths": (num_tokens,),
+        "is_packed": False,
+        "row_length": num_tokens,
+        "sequence_T": torch.zeros(num_tokens, dtype=torch.long),
+        "predicted_at_T": torch.arange(num_tokens),
+        "distill_T": torch.ones(num_tokens),
+        "advantage_T": torch.zeros(num_tokens),
+        "sft_T": torch.zeros(num_tokens),
+        "on_policy_T": torch.ones(num_tokens, dtype=torch.bool),
+    }
+    told = {"targets_T": targets, "behaviour_logp_T": behaviour_logp, "weights_TN": weights, "teachers": teachers}
+    return MicroBatch(**{**neutral, **told, **changes})
 
 
 def config(student_dir, teachers, **sections):

@@ -71,23 +71,46 @@ def pack(
     Rows, where there are some, are a multiple of `length_multiple` too.
     """
     length = padded_length(rollouts, length_multiple)
-    batches = []
     parts = [slice(start, start + micro_batch_size) for start in range(0, len(rollouts), micro_batch_size)]
     totals = [_rounded_up(sum(_lengths(rollouts[part])), length_multiple) for part in parts]
+    batches = []
     for part, total in zip(parts, totals, strict=True):
-        batches.append(
-            MicroBatch(
-                tokens_BS=_tokens(rollouts[part], length).to(device),
-                rows_T=_rows(rollouts[part], length).to(device),
-                targets_T=torch.tensor([t for r in rollouts[part] for t in r.response_ids], device=device),
-                behaviour_logp_T=torch.tensor([x for r in rollouts[part] for x in r.logps], device=device),
-                weights_TN=_weights(rollouts[part], weights[part]).to(device),
-                teachers=tuple(_told(rollouts[part], per_teacher[part], device) for per_teacher in scores),
-                lengths=_lengths(rollouts[part]),
-                row={"none": None, "own": total, "shared": max(totals)}[packing],
-            )
-        )
+        told = tuple(_told(rollouts[part], per_teacher[part], device) for per_teacher in scores)
+        row_length = {"none": length, "own": total, "shared": max(totals)}[packing]
+        its = _weights(rollouts[part], weights[part]).to(device), told
+        batches.append(_packed(rollouts[part], its, (length, row_length), is_packed=packing != "none"))
     return batches
+
+
+def _packed(
+    rollouts: Sequence[Rollout],
+    teachers: tuple[torch.Tensor, tuple[TeacherScore | None, ...]],
+    lengths: tuple[int, int],
+    *,
+    is_packed: bool,
+) -> MicroBatch:
+    """The micro-batch of some rollouts with the `teachers`' weights and scores; `lengths` are (S, the row's)."""
+    weights_TN, told = teachers
+    length, row_length = lengths
+    device = weights_TN.device
+    counts = torch.tensor([len(r.response_ids) for r in rollouts])
+    logp_T = torch.tensor([x for r in rollouts for x in r.logps], dtype=torch.float32, device=device)
+    return MicroBatch(
+        tokens_BS=_tokens(rollouts, length).to(device),
+        lengths=_lengths(rollouts),
+        is_packed=is_packed,
+        row_length=row_length,
+        sequence_T=torch.arange(len(rollouts)).repeat_interleave(counts).to(device),
+        predicted_at_T=_predicted_at(rollouts, length).to(device),
+        targets_T=torch.tensor([t for r in rollouts for t in r.response_ids], device=device),
+        behaviour_logp_T=logp_T,
+        weights_TN=weights_TN,
+        teachers=told,
+        distill_T=torch.ones_like(logp_T),
+        advantage_T=torch.zeros_like(logp_T),
+        sft_T=torch.zeros_like(logp_T),
+        on_policy_T=torch.ones_like(logp_T, dtype=torch.bool),
+    )
 
 
 def _lengths(rollouts: Sequence[Rollout]) -> tuple[int, ...]:
@@ -106,7 +129,7 @@ def _tokens(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
     return tokens_BS
 
 
-def _rows(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
+def _predicted_at(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
     starts = [b * length + len(r.prompt.token_ids) - 1 for b, r in enumerate(rollouts)]
     return torch.cat([torch.arange(s, s + len(r.response_ids)) for s, r in zip(starts, rollouts, strict=True)])
 
@@ -171,22 +194,10 @@ def _joined(rows: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torc
 
 def select(batch: MicroBatch, keep_T: torch.Tensor) -> MicroBatch:
     """The micro-batch with some of its response tokens (bool) only."""
-
-    def of(x_T: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x_T is None else x_T[keep_T]
-
-    return replace(
-        batch,
-        rows_T=batch.rows_T[keep_T],
-        targets_T=batch.targets_T[keep_T],
-        behaviour_logp_T=batch.behaviour_logp_T[keep_T],
-        weights_TN=batch.weights_TN[keep_T],
-        teachers=tuple(_score_at(score, keep_T) for score in batch.teachers),
-        distill_T=of(batch.distill_T),
-        advantage_T=of(batch.advantage_T),
-        sft_T=of(batch.sft_T),
-        on_policy_T=of(batch.on_policy_T),
-    )
+    by_token = ("sequence_T", "predicted_at_T", "targets_T", "behaviour_logp_T", "weights_TN")
+    by_token += ("distill_T", "advantage_T", "sft_T", "on_policy_T")
+    kept = {name: getattr(batch, name)[keep_T] for name in by_token}
+    return replace(batch, teachers=tuple(_score_at(score, keep_T) for score in batch.teachers), **kept)
 
 
 def _score_at(score: TeacherScore | None, keep_T: torch.Tensor) -> TeacherScore | None:

@@ -129,11 +129,23 @@ TeacherScore: TypeAlias = Hidden | TopK | Sampled | Foreign
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Right-padded sequences for one forward pass, and everything the loss needs about their T response tokens."""
+    """Right-padded sequences for one forward pass, and everything the loss needs about their T response tokens.
+
+    Every field is filled. Neutral values (weights of 1, advantages of 0) stand where nothing special is wanted; which
+    terms a loss has is the objective's matter.
+    """
 
     tokens_BS: torch.Tensor
     """int64; prompt, response, padding."""
-    rows_T: torch.Tensor
+    lengths: tuple[int, ...]
+    """Tokens of each sequence; padding has the id of a real token, so `tokens_BS` does not tell."""
+    is_packed: bool
+    """Whether a model sees the sequences concatenated in one row; otherwise as they are here, a padded row each."""
+    row_length: int
+    """Tokens of a row that a model sees: S, or packed, the sum of `lengths` or more."""
+    sequence_T: torch.Tensor
+    """int64; the number of each response token's sequence in the micro-batch, never falling."""
+    predicted_at_T: torch.Tensor
     """int64; flat position b * S + s whose output predicts the response token (the next-token shift is done here)."""
     targets_T: torch.Tensor
     """int64; the response tokens."""
@@ -144,19 +156,19 @@ class MicroBatch:
     teachers: tuple[TeacherScore | None, ...]
     """What each of the N teachers says about the T tokens, fillers where its weight is 0; None for a teacher that was
     asked about none of them, and for hidden states on ranks that do not compute the loss."""
-    distill_T: torch.Tensor | None = None
-    """float32; weight of the distillation term at each token; None: 1."""
-    advantage_T: torch.Tensor | None = None
-    """float32; advantage of each token, its share in the mean included; None: no policy gradient."""
-    sft_T: torch.Tensor | None = None
-    """float32; weight of the cross-entropy -log q(y) at each token; None: none."""
-    on_policy_T: torch.Tensor | None = None
-    """bool; whether the student sampled the token; None: all."""
-    lengths: tuple[int, ...] = ()
-    """Tokens of each sequence; padding has the id of a real token, so `tokens_BS` does not tell."""
-    row: int | None = None
-    """Models see the sequences behind each other in one row of this length, a sum of `lengths` or more; None: as they
-    are here, padded."""
+    distill_T: torch.Tensor
+    """float32; weight of the distillation term at each token."""
+    advantage_T: torch.Tensor
+    """float32; advantage of each token, its share in the mean included."""
+    sft_T: torch.Tensor
+    """float32; weight of the cross-entropy -log q(y) at each token."""
+    on_policy_T: torch.Tensor
+    """bool; whether the student sampled the token."""
+
+    @property
+    def model_shape(self) -> tuple[int, int]:
+        """(rows, tokens of each) that a model sees."""
+        return (1 if self.is_packed else len(self.tokens_BS)), self.row_length
 
 
 OnFinished: TypeAlias = Callable[[Rollout], None]

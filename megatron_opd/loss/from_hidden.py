@@ -72,9 +72,7 @@ def exact_loss(
     values = _detached(student, copies=wants_gradient)
     teachers = tuple(_linear(score, head) for score, head in zip(batch.teachers, heads, strict=True))
     first = values.hidden_TD if isinstance(values, FactoredLogits) else values
-    share_T = torch.ones(len(first), dtype=torch.float64, device=first.device)
-    if batch.distill_T is not None:
-        share_T = batch.distill_T.double()
+    share_T = batch.distill_T.double()
     upstream = student.upstream if isinstance(student, FactoredLogits) else 1.0
     problem = Problem(
         student=values,
@@ -94,14 +92,13 @@ def exact_loss(
     found = run(problem, gradients).outcome
     student_T, target_T, sampler_T = found.sampled()
     assert found.teachers_RN is not None
-    loss_T = found.loss_R if batch.distill_T is None else found.loss_R * share_T
+    loss_T = found.loss_R * share_T
     loss = loss_T.sum().float()
     if wants_gradient:
         loss = _with_gradient(loss, problem, student, gradients)
     asked_TN = batch.weights_TN > 0
     by_teacher = [found.teachers_RN[asked_TN[:, n], n] for n in range(len(teachers))]
-    lag_T = sampler_T - batch.behaviour_logp_T
-    lag_T = lag_T if batch.on_policy_T is None else lag_T[batch.on_policy_T]
+    lag_T = (sampler_T - batch.behaviour_logp_T)[batch.on_policy_T]
     columns = [loss_T, found.reverse_kl_R, *by_teacher, student_T, target_T]
     return loss, [*columns, lag_T.exp() - 1 - lag_T]
 

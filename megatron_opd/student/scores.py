@@ -89,7 +89,7 @@ def _by_megatron(
     return pipeline.forward(
         model.eval(),
         batches,
-        lambda batch, logits_BSL: collect(batch, logits_BSL.flatten(0, 1)[batch.rows_T], vocab),
+        lambda batch, logits_BSL: collect(batch, logits_BSL.flatten(0, 1)[batch.predicted_at_T], vocab),
     )
 
 

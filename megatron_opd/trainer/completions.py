@@ -109,7 +109,7 @@ def answer_logps(
 def _sums(distillation: Distillation | CrossTokenizer, batch: MicroBatch) -> list[list[float | None]]:
     """By answer, then by teacher."""
     logp_TN = distillation.each_teachers_logp(batch).double()
-    answer_T = batch.rows_T // batch.tokens_BS.shape[1]
+    answer_T = batch.sequence_T
     sums_BN = logp_TN.new_zeros(len(batch.tokens_BS), logp_TN.shape[1]).index_add(0, answer_T, logp_TN)
     asked_BN = torch.zeros_like(sums_BN).index_add(0, answer_T, (batch.weights_TN > 0).double()) > 0
     both = zip(sums_BN.tolist(), asked_BN.tolist(), strict=True)

@@ -33,7 +33,7 @@ def weighted(config: Config, batches: Sequence[MicroBatch], rollouts: Sequence[R
             replace(
                 batch,
                 distill_T=_by_token(part, [_distilled(config, r) for r in part], batch),
-                sft_T=_by_token(part, sft, batch) if config.answers.sft_alpha else None,
+                sft_T=_by_token(part, sft, batch),
                 on_policy_T=_by_token(part, [float(ours) for ours in is_ours], batch) > 0,
             )
         )

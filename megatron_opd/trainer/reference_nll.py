@@ -35,7 +35,7 @@ def nll(
     if not config.train.eval_nll:
         return {}
     no_teacher = Distillation(config.loss, config.rollout.temperature, vocab, (), ())
-    objective = Objective(no_teacher, has_answers_of_others=True)
+    objective = Objective(no_teacher, has_answers_of_others=True, has_cross_entropy=True)
     metrics, total, tokens = {}, 0.0, 0.0
     for source, prompts in sources:
         answers = [_as_rollout(prompt) for prompt in prompts if prompt.answer_ids]

@@ -112,9 +112,9 @@ class Shaping:
         found, counted = [], []
         for batch in batches:
             logp_T = self.distillation.teachers_logp(batch)
-            counted.append(_on_policy(batch) & (batch.weights_TN > 0).any(-1))
+            counted.append(batch.on_policy_T & (batch.weights_TN > 0).any(-1))
             logp_T = torch.where(counted[-1], logp_T, batch.behaviour_logp_T)
-            found.append(advantages.from_teachers(logp_T, batch.behaviour_logp_T, _answers(batch), how))
+            found.append(advantages.from_teachers(logp_T, batch.behaviour_logp_T, batch.sequence_T, how))
             totals.add_teachers((logp_T - batch.behaviour_logp_T)[counted[-1]])
         if how.kl_whiten:
             mean, deviation = self._moments([x_T[own_T] for x_T, own_T in zip(found, counted, strict=True)])
@@ -139,17 +139,13 @@ class Shaping:
         device = batch.targets_T.device
         loss_T = share.of(self.config.loss.aggregation, device)
         distill_T = loss_T * share.spread(shaped.distill_R, device)
-        before_T = batch.distill_T
-        changes = {
-            "distill_T": (distill_T if before_T is None else before_T * distill_T).float(),
-            "sft_T": None if batch.sft_T is None else (batch.sft_T * loss_T).float(),
-        }
+        weights = {"distill_T": (batch.distill_T * distill_T).float(), "sft_T": (batch.sft_T * loss_T).float()}
         if self.config.has_policy_gradient:
-            advantage_T = share.spread(shaped.rewarded_R, device) * _on_policy(batch)
+            advantage_T = share.spread(shaped.rewarded_R, device) * batch.on_policy_T
             advantage_T = advantage_T if taught_T is None else advantage_T + taught_T
-            totals.add_advantages(advantage_T[_on_policy(batch)])
-            changes["advantage_T"] = (advantage_T * share.of(self.config.policy.aggregation, device)).float()
-        return replace(batch, **changes)
+            totals.add_advantages(advantage_T[batch.on_policy_T])
+            weights["advantage_T"] = (advantage_T * share.of(self.config.policy.aggregation, device)).float()
+        return replace(batch, **weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +169,3 @@ class _Share:
 
 def _of(shaped: _Shaped, its: slice) -> _Shaped:
     return _Shaped(shaped.distill_R[its], shaped.rewarded_R[its])
-
-
-def _on_policy(batch: MicroBatch) -> torch.Tensor:
-    return torch.ones_like(batch.targets_T, dtype=torch.bool) if batch.on_policy_T is None else batch.on_policy_T
-
-
-def _answers(batch: MicroBatch) -> torch.Tensor:
-    """The number of each token's answer in the micro-batch, [T]."""
-    return batch.rows_T // batch.tokens_BS.shape[1]

@@ -25,7 +25,7 @@ def marked(rollout, teacher):
 def test_rows_are_the_positions_before_the_response_tokens():
     (batch,) = pack_all([tiny.rollout((5, 6, 7), (8, 9)), tiny.rollout((4,), (3, 2, 1, 9))])
     assert batch.tokens_BS.tolist() == [[5, 6, 7, 8, 9], [4, 3, 2, 1, 9]]
-    assert batch.rows_T.tolist() == [2, 3, 5, 6, 7, 8]
+    assert batch.predicted_at_T.tolist() == [2, 3, 5, 6, 7, 8]
     assert batch.targets_T.tolist() == [8, 9, 3, 2, 1, 9]
     assert batch.targets_T.dtype == batch.tokens_BS.dtype == torch.int64
 
@@ -44,7 +44,7 @@ def test_every_response_token_is_predicted_by_its_prefix(micro_batch_size, multi
         assert batch.tokens_BS.shape[1] == padded_length(rollouts, multiple)
         assert batch.tokens_BS.shape[1] % multiple == 0
         following = batch.tokens_BS.roll(-1, dims=1).flatten()
-        assert torch.equal(following[batch.rows_T], batch.targets_T)
+        assert torch.equal(following[batch.predicted_at_T], batch.targets_T)
         seen += batch.targets_T.tolist()
     assert seen == [t for r in rollouts for t in r.response_ids]
     logps = torch.cat([b.behaviour_logp_T for b in batches])
@@ -56,7 +56,7 @@ def test_eos_that_is_also_padding_is_trained_on_once():
         [tiny.rollout((5, EOS), (7, EOS)), tiny.rollout((5, 6), (EOS,)), tiny.rollout((1, 2, 3), (4, 5, 6))]
     )
     assert batch.targets_T.tolist() == [7, EOS, EOS, 4, 5, 6]
-    assert batch.rows_T.tolist() == [1, 2, 7, 14, 15, 16]
+    assert batch.predicted_at_T.tolist() == [1, 2, 7, 14, 15, 16]
 
 
 def test_padded_length_is_the_next_multiple():

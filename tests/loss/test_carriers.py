@@ -108,14 +108,8 @@ def made(index):
         heads.append(head if carrier == "hidden" else None)
         told.append(silent(tell(carrier, hidden, logp, targets, TOP_K[n]), weights[:, n] > 0))
     logq = oracle.log_softmax(logits, SIZE).gather(-1, targets[:, None])[:, 0]
-    batch = MicroBatch(
-        tokens_BS=torch.zeros(1, NUM_TOKENS, dtype=torch.long),
-        rows_T=torch.arange(NUM_TOKENS),
-        targets_T=targets,
-        behaviour_logp_T=(logq + 0.5 * torch.randn(NUM_TOKENS, generator=generator)).float(),
-        weights_TN=weights,
-        teachers=tuple(told),
-    )
+    behaviour = (logq + 0.5 * torch.randn(NUM_TOKENS, generator=generator)).float()
+    batch = tiny.micro_batch(targets, behaviour, weights, tuple(told))
     return Case(kind, carriers, beta, logits, heads, batch)
 
 

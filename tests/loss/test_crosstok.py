@@ -94,7 +94,7 @@ def spoilt_step(parallel, config, rollouts):
     if score is not None:
         score.hidden_QD[-2] = float("nan")
         (ends,) = [stop - 1 for _, stop, first, last in score.spans_G4.tolist() if first <= len(score.ids_Q) - 2 < last]
-        at = divmod(batches[1].rows_T[ends].item() + 1, batches[1].tokens_BS.shape[1])
+        at = divmod(batches[1].predicted_at_T[ends].item() + 1, batches[1].tokens_BS.shape[1])
     student.step(batches, objective)
     return student.skipped, at
 

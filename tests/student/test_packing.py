@@ -33,7 +33,7 @@ def seen(parallel, cases):
             tokens, positions, described = packing.inputs(batch)
             made.append(
                 {
-                    "shape": packing.shape(batch),
+                    "shape": batch.model_shape,
                     "tokens": tokens,
                     "positions": positions,
                     "rows": packing.rows(batch),
