@@ -82,15 +82,16 @@ def rollouts(*, count=8, vocab_size=90, seed=0, sources=("a", "b"), longest_prom
     return made
 
 
-def rollout(prompt, response, *, source="a", index=0, draw=None):
-    draw = draw or random.Random(0)
+def rollout(prompt, response, *, learnt=None, source="a", index=0, draw=None, **changes):
+    """One trajectory, all of whose tokens behind the prompt are learnt where `learnt` does not say which."""
+    draw, learnt = draw or random.Random(0), tuple(bool(x) for x in learnt or [1] * len(response))
     return Rollout(
         prompt=Prompt(source=source, index=index, text="", token_ids=tuple(prompt)),
-        sample=0,
-        response_ids=tuple(response),
-        logps=tuple(-draw.random() * 5 for _ in response),
-        finish="stop",
-        versions=(0,) * len(response),
+        token_ids=tuple(response),
+        learnt=learnt,
+        logps=tuple(-draw.random() * 5 for _ in range(sum(learnt))),
+        versions=(0,) * sum(learnt),
+        **{"sample": 0, "finish": "stop", **changes},
     )
 
 

@@ -1,8 +1,9 @@
 """Rollouts and teacher scores -> micro-batches. The one place where the next-token shift happens.
 
-A sequence is prompt + response, padded on the right. The output at position i predicts token i + 1, so response token
-r of a prompt of P tokens is predicted at position P - 1 + r. Only those positions are listed, so the prompt and the
-padding are out of the loss by construction, whatever ids they carry (pad == eos is safe).
+A sequence is a prompt and all tokens behind it, padded on the right. The output at position i predicts token i + 1, so
+token i behind a prompt of P tokens is predicted at position P - 1 + i. Only the positions that predict learnt tokens
+are listed. So the prompt, what something else wrote, and the padding are out of the loss by construction, whatever ids
+they carry (pad == eos is safe); a position that predicts a learnt token may itself hold one that is not.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _packed(
     weights_TN, told = teachers
     length, row_length = lengths
     device = weights_TN.device
-    counts = torch.tensor([len(r.response_ids) for r in rollouts])
+    counts = torch.tensor([r.num_learnt for r in rollouts])
     logp_T = torch.tensor([x for r in rollouts for x in r.logps], dtype=torch.float32, device=device)
     return MicroBatch(
         tokens_BS=_tokens(rollouts, length).to(device),
@@ -102,7 +103,7 @@ def _packed(
         row_length=row_length,
         sequence_T=torch.arange(len(rollouts)).repeat_interleave(counts).to(device),
         predicted_at_T=_predicted_at(rollouts, length).to(device),
-        targets_T=torch.tensor([t for r in rollouts for t in r.response_ids], device=device),
+        targets_T=torch.tensor([t for r in rollouts for t in r.learnt_ids], dtype=torch.long, device=device),
         behaviour_logp_T=logp_T,
         weights_TN=weights_TN,
         teachers=told,
@@ -114,7 +115,7 @@ def _packed(
 
 
 def _lengths(rollouts: Sequence[Rollout]) -> tuple[int, ...]:
-    return tuple(len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts)
+    return tuple(len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts)
 
 
 def _rounded_up(length: int, multiple: int) -> int:
@@ -124,30 +125,31 @@ def _rounded_up(length: int, multiple: int) -> int:
 def _tokens(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
     tokens_BS = torch.zeros(len(rollouts), length, dtype=torch.long)
     for row_S, rollout in zip(tokens_BS, rollouts, strict=True):
-        ids = (*rollout.prompt.token_ids, *rollout.response_ids)
+        ids = (*rollout.prompt.token_ids, *rollout.token_ids)
         row_S[: len(ids)] = torch.tensor(ids)
     return tokens_BS
 
 
 def _predicted_at(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
     starts = [b * length + len(r.prompt.token_ids) - 1 for b, r in enumerate(rollouts)]
-    return torch.cat([torch.arange(s, s + len(r.response_ids)) for s, r in zip(starts, rollouts, strict=True)])
+    learnt = [torch.tensor(r.learnt, dtype=torch.bool).nonzero()[:, 0] for r in rollouts]
+    return torch.cat([start + at_R for start, at_R in zip(starts, learnt, strict=True)])
 
 
 def _weights(rollouts: Sequence[Rollout], weights: EnsembleWeights) -> torch.Tensor:
-    rows = [w for r, w in zip(rollouts, weights, strict=True) for _ in r.response_ids] if weights else []
-    return torch.tensor(rows, dtype=torch.float32).reshape(sum(len(r.response_ids) for r in rollouts), -1)
+    rows = [w for r, w in zip(rollouts, weights, strict=True) for _ in r.logps] if weights else []
+    return torch.tensor(rows, dtype=torch.float32).reshape(sum(r.num_learnt for r in rollouts), -1)
 
 
 def _told(
     rollouts: Sequence[Rollout], scores: Sequence[TeacherScore | None], device: torch.device
 ) -> TeacherScore | None:
-    """A teacher's scores as one about all response tokens; zeros for rollouts that it says nothing about.
+    """A teacher's scores as one about all learnt tokens; zeros for rollouts that it says nothing about.
 
     None when it says nothing about all of them, or on a rank that does not compute the loss. Raises ValueError for a
     list without the sampled token, whose log-probability would then be another token's.
     """
-    lengths = [len(r.response_ids) for r in rollouts]
+    lengths = [r.num_learnt for r in rollouts]
     known = next((s for s in scores if s is not None), None)
     if isinstance(known, TopK):
         for rollout, score in zip(rollouts, scores, strict=True):
@@ -181,7 +183,7 @@ def _foreign(scores: Sequence[TeacherScore | None], lengths: Sequence[int], devi
 
 
 def _lists_sampled(score: TopK, rollout: Rollout) -> bool:
-    return bool((score.ids_RK == torch.tensor(rollout.response_ids)[:, None]).any(-1).all())
+    return bool((score.ids_RK == torch.tensor(rollout.learnt_ids)[:, None]).any(-1).all())
 
 
 def _joined(rows: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torch.Tensor:
@@ -193,14 +195,15 @@ def _joined(rows: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torc
 
 
 def select(batch: MicroBatch, keep_T: torch.Tensor) -> MicroBatch:
-    """The micro-batch with some of its response tokens (bool) only."""
+    """The micro-batch with some of its learnt tokens (bool) only."""
     by_token = ("sequence_T", "predicted_at_T", "targets_T", "behaviour_logp_T", "weights_TN")
     by_token += ("distill_T", "advantage_T", "sft_T", "on_policy_T")
     kept = {name: getattr(batch, name)[keep_T] for name in by_token}
-    return replace(batch, teachers=tuple(_score_at(score, keep_T) for score in batch.teachers), **kept)
+    return replace(batch, teachers=tuple(score_at(score, keep_T) for score in batch.teachers), **kept)
 
 
-def _score_at(score: TeacherScore | None, keep_T: torch.Tensor) -> TeacherScore | None:
+def score_at(score: TeacherScore | None, keep_T: torch.Tensor) -> TeacherScore | None:
+    """What is said about some of the tokens (bool) only; None of a teacher with tokens of its own."""
     if isinstance(score, Hidden):
         return Hidden(None if score.hidden_RD is None else score.hidden_RD[keep_T])
     if isinstance(score, TopK):

@@ -47,5 +47,5 @@ def _distilled(config: Config, rollout: Rollout) -> float:
 
 
 def _by_token(rollouts: Sequence[Rollout], values: Sequence[float], batch: MicroBatch) -> torch.Tensor:
-    per_token = [value for rollout, value in zip(rollouts, values, strict=True) for _ in rollout.response_ids]
+    per_token = [value for rollout, value in zip(rollouts, values, strict=True) for _ in rollout.logps]
     return torch.tensor(per_token, dtype=torch.float32, device=batch.targets_T.device)

@@ -52,7 +52,8 @@ def _as_rollout(prompt: Prompt) -> Rollout:
     return Rollout(
         prompt=prompt,
         sample=0,
-        response_ids=prompt.answer_ids,
+        token_ids=prompt.answer_ids,
+        learnt=(True,) * size,
         logps=(0.0,) * size,
         finish="stop",
         versions=(0,) * size,

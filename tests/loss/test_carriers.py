@@ -288,7 +288,7 @@ class Reference(steps.Reference):
 
     def loss(self, rollout):
         start = len(rollout.prompt.token_ids)
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         rows = slice(start - 1, ids.shape[1] - 1)
         student = self.logp(self.student, ids, rows)
         with torch.no_grad():
@@ -296,7 +296,7 @@ class Reference(steps.Reference):
         weights = self.config.teacher_weights(rollout.prompt.source)
         score = list_of(lister, rollout, self.config.teachers[0].top_k)
         values = []
-        for t in range(len(rollout.response_ids)):
+        for t in range(len(rollout.token_ids)):
             known = known_at(score, t)
             listed = sorted(known)
             over = [oracle.list_over_listed(known, listed, VOCAB_SIZE), oracle.over_listed(exact[t], listed)]
@@ -306,7 +306,7 @@ class Reference(steps.Reference):
 
 
 def list_of(logp, rollout, k):
-    score = as_list(logp, torch.tensor(rollout.response_ids), k)
+    score = as_list(logp, torch.tensor(rollout.token_ids), k)
     return TopK(score.ids_RK[:, :k], score.logp_RK[:, :k])
 
 
@@ -328,7 +328,7 @@ def test_a_step_on_four_ranks_is_transformers_and_torch(ranks, tmp_path):
     lists = []
     for rollout in rollouts:
         start = len(rollout.prompt.token_ids)
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         with torch.no_grad():
             logp = reference.logp(reference.teachers[0], ids, slice(start - 1, ids.shape[1] - 1))
         lists.append(list_of(logp, rollout, 7))
