@@ -49,17 +49,13 @@ def exact_loss(
         ids_R=batch.targets_T,
         chunk_tokens=config.chunk_tokens,
     )
-    share_T = torch.ones(len(first), dtype=torch.float64, device=first.device)
-    if batch.distill_T is not None:
-        share_T = batch.distill_T.double()
-    loss, found = loss_of(problem, WeightedSum(share_T))
+    loss, found = loss_of(problem, WeightedSum(batch.distill_T))
     student_T, target_T, sampler_T = found.sampled()
     assert found.teachers_RN is not None
-    loss_T = found.loss_R if batch.distill_T is None else found.loss_R * share_T
+    loss_T = found.loss_R * batch.distill_T.double()
     asked_TN = batch.weights_TN > 0
     by_teacher = [found.teachers_RN[asked_TN[:, n], n] for n in range(len(teachers))]
-    lag_T = sampler_T - batch.behaviour_logp_T
-    lag_T = lag_T if batch.on_policy_T is None else lag_T[batch.on_policy_T]
+    lag_T = (sampler_T - batch.behaviour_logp_T)[batch.on_policy_T]
     columns = [loss_T, found.reverse_kl_R, *by_teacher, student_T, target_T]
     return loss, [*columns, lag_T.exp() - 1 - lag_T]
 

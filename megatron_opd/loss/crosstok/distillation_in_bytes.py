@@ -141,9 +141,7 @@ class CrossTokenizer:
         config = self.config
         parts = uld(ours, theirs, foreigner.matched, self.how, beta=config.beta, name=config.divergence)
         last_G = spans_G4[:, 1] - 1
-        weight_G = batch.weights_TN[last_G, n]
-        if batch.distill_T is not None:
-            weight_G = weight_G * batch.distill_T[last_G]
+        weight_G = batch.weights_TN[last_G, n] * batch.distill_T[last_G]
         loss_G = weight_G * (parts[0] + parts[1])
         if grad_TL is not None:
             grad_TL[first:stop] += torch.autograd.grad(loss_G.sum(), logits_CL)[0]
@@ -187,10 +185,8 @@ class _Told:
     def columns(self, sampled: list[torch.Tensor], batch: MicroBatch) -> list[torch.Tensor]:
         """In the order of `CrossTokenizer.metric_names`; `sampled`: the student's own at both temperatures, [T]."""
         weights_TN = batch.weights_TN
-        lag_T = sampled[1] - batch.behaviour_logp_T
+        lag_T = (sampled[1] - batch.behaviour_logp_T)[batch.on_policy_T]
         mismatch_T = lag_T.exp() - 1 - lag_T
-        if batch.on_policy_T is not None:
-            mismatch_T = mismatch_T[batch.on_policy_T]
         ends = [told[4] > 0 for told in self.by_teacher]
         kls = [told[2][end_T] for told, end_T in zip(self.by_teacher, ends, strict=True)]
         weighted = [weights_TN[:, n] * told[2] for n, told in enumerate(self.by_teacher)]
