@@ -21,7 +21,9 @@ def build(parallel, config, vocab_size):
     teachers = build_teachers(config, parallel, vocab)
     heads = tuple(t.head_LD for t in teachers)
     term = Distillation(config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads)
-    objective = Objective(term, has_answers_of_others=config.answers.lmbda < 1)
+    is_mixed = config.answers.lmbda < 1
+    has_cross_entropy = is_mixed and config.answers.sft_alpha > 0
+    objective = Objective(term, has_answers_of_others=is_mixed, has_cross_entropy=has_cross_entropy)
     experience = Experience(config, parallel, teachers, None)
     return student, objective, lambda rollouts: experience.score(rollouts) if rollouts else []
 
@@ -121,7 +123,7 @@ class Reference:
         self.adam.zero_grad()
         total, count = 0.0, 0
         for rollout in rollouts:
-            total, count = total + self.loss(rollout).sum(), count + len(rollout.response_ids)
+            total, count = total + self.loss(rollout).sum(), count + len(rollout.token_ids)
         (total / count).backward()
         gradients = [p.grad for p in self.student.parameters()]
         norm = torch.stack([g.norm() for g in gradients]).norm().item()
@@ -139,10 +141,10 @@ class Reference:
         """Nats for each response token of one rollout: no padding, no batch."""
         config = self.config
         start = len(rollout.prompt.token_ids)
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         rows = slice(start - 1, ids.shape[1] - 1)
         raw = [t.sources.get(rollout.prompt.source, t.weight) for t in config.teachers]
-        weights = torch.tensor([[w / sum(raw) for w in raw]] * len(rollout.response_ids), dtype=torch.float64)
+        weights = torch.tensor([[w / sum(raw) for w in raw]] * len(rollout.token_ids), dtype=torch.float64)
         with torch.no_grad():
             teachers = [self.logp(teacher, ids, rows) for teacher in self.teachers]
             target = oracle.ensemble(teachers, weights, config.loss.ensemble)

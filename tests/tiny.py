@@ -5,7 +5,7 @@ import random
 import torch
 
 from megatron_opd import config as c
-from megatron_opd.core.types import Prompt, Rollout
+from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -82,16 +82,36 @@ def rollouts(*, count=8, vocab_size=90, seed=0, sources=("a", "b"), longest_prom
     return made
 
 
-def rollout(prompt, response, *, source="a", index=0, draw=None):
-    draw = draw or random.Random(0)
+def rollout(prompt, response, *, learnt=None, source="a", index=0, draw=None, **changes):
+    """One trajectory, all of whose tokens behind the prompt are learnt where `learnt` does not say which."""
+    draw, learnt = draw or random.Random(0), tuple(bool(x) for x in learnt or [1] * len(response))
     return Rollout(
         prompt=Prompt(source=source, index=index, text="", token_ids=tuple(prompt)),
-        sample=0,
-        response_ids=tuple(response),
-        logps=tuple(-draw.random() * 5 for _ in response),
-        finish="stop",
-        versions=(0,) * len(response),
+        token_ids=tuple(response),
+        learnt=learnt,
+        logps=tuple(-draw.random() * 5 for _ in range(sum(learnt))),
+        versions=(0,) * sum(learnt),
+        **{"sample": 0, "finish": "stop", **changes},
     )
+
+
+def micro_batch(targets, behaviour_logp, weights, teachers, **changes):
+    """A micro-batch of one sequence, for tests of the loss: neutral weights, and position t predicts token t."""
+    num_tokens = len(targets)
+    neutral = {
+        "tokens_BS": torch.zeros(1, num_tokens, dtype=torch.long),
+        "lengths": (num_tokens,),
+        "is_packed": False,
+        "row_length": num_tokens,
+        "sequence_T": torch.zeros(num_tokens, dtype=torch.long),
+        "predicted_at_T": torch.arange(num_tokens),
+        "distill_T": torch.ones(num_tokens),
+        "advantage_T": torch.zeros(num_tokens),
+        "sft_T": torch.zeros(num_tokens),
+        "on_policy_T": torch.ones(num_tokens, dtype=torch.bool),
+    }
+    told = {"targets_T": targets, "behaviour_logp_T": behaviour_logp, "weights_TN": weights, "teachers": teachers}
+    return MicroBatch(**{**neutral, **told, **changes})
 
 
 def config(student_dir, teachers, **sections):

@@ -43,7 +43,13 @@ class Stages:
     def generate(self, prompts: list[Prompt], sampling: Any, on_finished: Any = None) -> list[Rollout]:
         version = self.version
         time.sleep(self.seconds.generate)
-        answer = {"response_ids": (3, 4), "logps": (0.0, 0.0), "finish": "stop", "versions": (version, version)}
+        answer = {
+            "token_ids": (3, 4),
+            "learnt": (True, True),
+            "logps": (0.0, 0.0),
+            "finish": "stop",
+            "versions": (version, version),
+        }
         return [Rollout(prompt=prompt, sample=0, **answer) for prompt in prompts]
 
     skipped = ""

@@ -91,7 +91,8 @@ def _rollouts(arguments: argparse.Namespace) -> list[Rollout]:
             Rollout(
                 prompt=Prompt(source="a", index=i, text="", token_ids=prompt),
                 sample=0,
-                response_ids=response,
+                token_ids=response,
+                learnt=(True,) * len(response),
                 logps=(0.0,) * size,
                 finish="stop",
                 versions=(0,) * size,

@@ -16,6 +16,8 @@ class LossConfig:
 
     beta: Annotated[float, bound(ge=0, le=1, why="0 is forward KL, 1 is reverse KL")] = 1.0
     """0: forward KL(teacher||student); 1: reverse KL(student||teacher); between: generalized JSD(beta) of GKD."""
+    divergence: str = "gkd"
+    """Name of the divergence D (`loss/divergences.py`): gkd, the family that `beta` is about."""
     ensemble: Literal["logits", "probs"] = "logits"
     """How several teachers become one target: average of logits (geometric) or of probabilities (arithmetic)."""
     temperature: Positive = 1.0

@@ -1,8 +1,9 @@
 """Rollouts and teacher scores -> micro-batches. The one place where the next-token shift happens.
 
-A sequence is prompt + response, padded on the right. The output at position i predicts token i + 1, so response token
-r of a prompt of P tokens is predicted at position P - 1 + r. Only those positions are listed, so the prompt and the
-padding are out of the loss by construction, whatever ids they carry (pad == eos is safe).
+A sequence is a prompt and all tokens behind it, padded on the right. The output at position i predicts token i + 1, so
+token i behind a prompt of P tokens is predicted at position P - 1 + i. Only the positions that predict learnt tokens
+are listed. So the prompt, what something else wrote, and the padding are out of the loss by construction, whatever ids
+they carry (pad == eos is safe); a position that predicts a learnt token may itself hold one that is not.
 """
 
 from __future__ import annotations
@@ -72,27 +73,50 @@ def pack(
     Rows, where there are some, are a multiple of `length_multiple` too.
     """
     length = padded_length(rollouts, length_multiple)
-    batches = []
     parts = [slice(start, start + micro_batch_size) for start in range(0, len(rollouts), micro_batch_size)]
     totals = [_rounded_up(sum(_lengths(rollouts[part])), length_multiple) for part in parts]
+    batches = []
     for part, total in zip(parts, totals, strict=True):
-        batches.append(
-            MicroBatch(
-                tokens_BS=_tokens(rollouts[part], length).to(device),
-                rows_T=_rows(rollouts[part], length).to(device),
-                targets_T=torch.tensor([t for r in rollouts[part] for t in r.response_ids], device=device),
-                behaviour_logp_T=torch.tensor([x for r in rollouts[part] for x in r.logps], device=device),
-                weights_TN=_weights(rollouts[part], weights[part]).to(device),
-                teachers=tuple(_told(rollouts[part], per_teacher[part], device) for per_teacher in scores),
-                lengths=_lengths(rollouts[part]),
-                row={"none": None, "own": total, "shared": max(totals)}[packing],
-            )
-        )
+        told = tuple(_told(rollouts[part], per_teacher[part], device) for per_teacher in scores)
+        row_length = {"none": length, "own": total, "shared": max(totals)}[packing]
+        its = _weights(rollouts[part], weights[part]).to(device), told
+        batches.append(_packed(rollouts[part], its, (length, row_length), is_packed=packing != "none"))
     return batches
 
 
+def _packed(
+    rollouts: Sequence[Rollout],
+    teachers: tuple[torch.Tensor, tuple[TeacherScore | None, ...]],
+    lengths: tuple[int, int],
+    *,
+    is_packed: bool,
+) -> MicroBatch:
+    """The micro-batch of some rollouts with the `teachers`' weights and scores; `lengths` are (S, the row's)."""
+    weights_TN, told = teachers
+    length, row_length = lengths
+    device = weights_TN.device
+    counts = torch.tensor([r.num_learnt for r in rollouts])
+    logp_T = torch.tensor([x for r in rollouts for x in r.logps], dtype=torch.float32, device=device)
+    return MicroBatch(
+        tokens_BS=_tokens(rollouts, length).to(device),
+        lengths=_lengths(rollouts),
+        is_packed=is_packed,
+        row_length=row_length,
+        sequence_T=torch.arange(len(rollouts)).repeat_interleave(counts).to(device),
+        predicted_at_T=_predicted_at(rollouts, length).to(device),
+        targets_T=torch.tensor([t for r in rollouts for t in r.learnt_ids], dtype=torch.long, device=device),
+        behaviour_logp_T=logp_T,
+        weights_TN=weights_TN,
+        teachers=told,
+        distill_T=torch.ones_like(logp_T),
+        advantage_T=torch.zeros_like(logp_T),
+        sft_T=torch.zeros_like(logp_T),
+        on_policy_T=torch.ones_like(logp_T, dtype=torch.bool),
+    )
+
+
 def _lengths(rollouts: Sequence[Rollout]) -> tuple[int, ...]:
-    return tuple(len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts)
+    return tuple(len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts)
 
 
 def _rounded_up(length: int, multiple: int) -> int:
@@ -102,30 +126,31 @@ def _rounded_up(length: int, multiple: int) -> int:
 def _tokens(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
     tokens_BS = torch.zeros(len(rollouts), length, dtype=torch.long)
     for row_S, rollout in zip(tokens_BS, rollouts, strict=True):
-        ids = (*rollout.prompt.token_ids, *rollout.response_ids)
+        ids = (*rollout.prompt.token_ids, *rollout.token_ids)
         row_S[: len(ids)] = torch.tensor(ids)
     return tokens_BS
 
 
-def _rows(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
+def _predicted_at(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
     starts = [b * length + len(r.prompt.token_ids) - 1 for b, r in enumerate(rollouts)]
-    return torch.cat([torch.arange(s, s + len(r.response_ids)) for s, r in zip(starts, rollouts, strict=True)])
+    learnt = [torch.tensor(r.learnt, dtype=torch.bool).nonzero()[:, 0] for r in rollouts]
+    return torch.cat([start + at_R for start, at_R in zip(starts, learnt, strict=True)])
 
 
 def _weights(rollouts: Sequence[Rollout], weights: EnsembleWeights) -> torch.Tensor:
-    rows = [w for r, w in zip(rollouts, weights, strict=True) for _ in r.response_ids] if weights else []
-    return torch.tensor(rows, dtype=torch.float32).reshape(sum(len(r.response_ids) for r in rollouts), -1)
+    rows = [w for r, w in zip(rollouts, weights, strict=True) for _ in r.logps] if weights else []
+    return torch.tensor(rows, dtype=torch.float32).reshape(sum(r.num_learnt for r in rollouts), -1)
 
 
 def _told(
     rollouts: Sequence[Rollout], scores: Sequence[TeacherScore | None], device: torch.device
 ) -> TeacherScore | None:
-    """A teacher's scores as one about all response tokens; zeros for rollouts that it says nothing about.
+    """A teacher's scores as one about all learnt tokens; zeros for rollouts that it says nothing about.
 
     None when it says nothing about all of them, or on a rank that does not compute the loss. Raises ValueError for a
     list without the sampled token, whose log-probability would then be another token's.
     """
-    lengths = [len(r.response_ids) for r in rollouts]
+    lengths = [r.num_learnt for r in rollouts]
     known = next((s for s in scores if s is not None), None)
     if isinstance(known, TopK):
         for rollout, score in zip(rollouts, scores, strict=True):
@@ -159,7 +184,7 @@ def _foreign(scores: Sequence[TeacherScore | None], lengths: Sequence[int], devi
 
 
 def _lists_sampled(score: TopK, rollout: Rollout) -> bool:
-    return bool((score.ids_RK == torch.tensor(rollout.response_ids)[:, None]).any(-1).all())
+    return bool((score.ids_RK == torch.tensor(rollout.learnt_ids)[:, None]).any(-1).all())
 
 
 def _joined(rows: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torch.Tensor:
@@ -171,26 +196,15 @@ def _joined(rows: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torc
 
 
 def select(batch: MicroBatch, keep_T: torch.Tensor) -> MicroBatch:
-    """The micro-batch with some of its response tokens (bool) only."""
-
-    def of(x_T: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x_T is None else x_T[keep_T]
-
-    return replace(
-        batch,
-        rows_T=batch.rows_T[keep_T],
-        targets_T=batch.targets_T[keep_T],
-        behaviour_logp_T=batch.behaviour_logp_T[keep_T],
-        weights_TN=batch.weights_TN[keep_T],
-        teachers=tuple(_score_at(score, keep_T) for score in batch.teachers),
-        distill_T=of(batch.distill_T),
-        advantage_T=of(batch.advantage_T),
-        sft_T=of(batch.sft_T),
-        on_policy_T=of(batch.on_policy_T),
-    )
+    """The micro-batch with some of its learnt tokens (bool) only."""
+    by_token = ("sequence_T", "predicted_at_T", "targets_T", "behaviour_logp_T", "weights_TN")
+    by_token += ("distill_T", "advantage_T", "sft_T", "on_policy_T")
+    kept = {name: getattr(batch, name)[keep_T] for name in by_token}
+    return replace(batch, teachers=tuple(score_at(score, keep_T) for score in batch.teachers), **kept)
 
 
-def _score_at(score: TeacherScore | None, keep_T: torch.Tensor) -> TeacherScore | None:
+def score_at(score: TeacherScore | None, keep_T: torch.Tensor) -> TeacherScore | None:
+    """What is said about some of the tokens (bool) only; None of a teacher with tokens of its own."""
     if isinstance(score, Hidden):
         return Hidden(None if score.hidden_RD is None else score.hidden_RD[keep_T])
     if isinstance(score, TopK):

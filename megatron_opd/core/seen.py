@@ -1,7 +1,8 @@
 """What a teacher sees: the student's prompt, or one of its own (`teachers.N.prompt_field`, `prompt_template`).
 
-With its own, the teacher's sequence is that prompt and the student's response (self-distillation with privileged
-information; Snell et al. 2022, arXiv:2209.15189, call it context distillation). Row r still predicts `response_ids[r]`.
+With its own, the teacher's sequence is that prompt and all tokens behind the student's (self-distillation with
+privileged information; Snell et al. 2022, arXiv:2209.15189, call it context distillation). Row r still predicts
+`learnt_ids[r]`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What travels between the parts: prompts, rollouts, teacher scores and micro-batches. Data only, no behaviour.
 
-Shapes: R response tokens of one rollout, T response tokens of a micro-batch, B sequences, S padded length,
+Shapes: R learnt tokens of one rollout, T learnt tokens of a micro-batch, B sequences, S padded length,
 D teacher hidden size, K ids that a teacher lists for a token, N teachers.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -59,28 +60,60 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One sampled answer. The end-of-sequence token, when it was sampled, is the last of `response_ids`."""
+    """One trajectory: a prompt and all tokens behind it, which a model reads as one sequence.
+
+    The tokens of `origin` are learnt. Between them there may be tokens that something else wrote, such as a tool or an
+    environment: models see those, and nothing is learnt on them. A plain answer has learnt tokens only; its
+    end-of-sequence token, when it was sampled, is the last.
+
+    An episode is one trajectory or several, all of the same sample of the same prompt. A further one begins where a
+    chat template rewrites what came before, so its `prompt` has other `token_ids`. They share the reward, the group of
+    the advantage, and one weight in means over answers. In lists they follow each other in order. No sampled token is
+    learnt twice: what one trajectory learns is context in the later ones.
+    """
 
     prompt: Prompt
     sample: int
     """Which of the prompt's samples this is, from 0."""
-    response_ids: tuple[int, ...]
+    part: int = 0
+    """Which of its episode's trajectories this is, from 0."""
+    token_ids: tuple[int, ...]
+    """All tokens behind the prompt."""
+    learnt: tuple[bool, ...]
+    """Whether each of `token_ids` is learnt. `logps` and `versions` have an entry for each one that is, in order."""
     logps: tuple[float, ...]
-    """Behaviour log-probability of each response token under the sampler's own (tempered) distribution, in nats."""
+    """Behaviour log-probability of each learnt token under the sampler's own (tempered) distribution, in nats."""
     finish: str
     """"stop": ended by end-of-sequence; "length": cut at max_new_tokens."""
     versions: tuple[int, ...]
-    """For each response token the version of the weights that sampled it (the step that produced them)."""
+    """Version of the weights that sampled each learnt token (the step that produced them)."""
     origin: Literal["student", "teacher", "dataset"] = "student"
-    """Who answered. Of others than the student `logps` and `versions` mean nothing to it."""
+    """Who wrote the learnt tokens. Of others than the student `logps` and `versions` mean nothing to it."""
     reward: float | None = field(default=None, compare=False)
-    """How good the answer is, from 0 to 1; None where it was not graded. It comes later than the rest, and a graded
+    """How good the episode is, from 0 to 1; None where it was not graded. It comes later than the rest, and a graded
     rollout is still the one that teachers were asked about."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the numbers of tokens disagree."""
+        counts = len(self.token_ids), len(self.learnt), sum(self.learnt), len(self.logps), len(self.versions)
+        if counts[0] != counts[1] or len(set(counts[2:])) > 1:
+            what = "{} tokens with {} entries of the mask; {} learnt tokens with {} log-probabilities and {} versions"
+            raise ValueError(what.format(*counts))
+
+    @property
+    def learnt_ids(self) -> tuple[int, ...]:
+        """The learnt tokens, [R]."""
+        return tuple(compress(self.token_ids, self.learnt))
+
+    @property
+    def num_learnt(self) -> int:
+        """R."""
+        return len(self.logps)
 
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """A teacher's final hidden states for one rollout: row r predicts `response_ids[r]`.
+    """A teacher's final hidden states for one rollout: row r predicts `learnt_ids[r]`.
 
     `hidden_RD` is None on ranks that do not compute the loss (all but the last pipeline stage): what is dense stays
     where it is used.
@@ -93,7 +126,7 @@ class Hidden:
 class TopK:
     """A teacher's K log-probabilities for each token of one rollout, over its full vocabulary at temperature 1.
 
-    Row r holds `response_ids[r]` always: where it is not among the K likeliest it stands in place of the K-th. Order is
+    Row r holds `learnt_ids[r]` always: where it is not among the K likeliest it stands in place of the K-th. Order is
     free. An id that is listed twice counts once; ids outside the vocabulary are fillers.
     """
 
@@ -105,7 +138,7 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A teacher's log-probability of each `response_ids[r]` of one rollout, at temperature 1."""
+    """A teacher's log-probability of each `learnt_ids[r]` of one rollout, at temperature 1."""
 
     logp_R: torch.Tensor
     """float32, nats."""
@@ -113,14 +146,15 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A teacher's final hidden states at its own tokens of one rollout's text, and where the two cuts meet."""
+    """A teacher's final hidden states at its own tokens of one rollout's learnt text, and where the two cuts meet."""
 
     hidden_QD: torch.Tensor | None
     """Row q predicts `ids_Q[q]`; None on ranks that do not compute the loss."""
     ids_Q: torch.Tensor
     """int64, of the teacher's vocabulary."""
     spans_G4: torch.Tensor
-    """int64; student tokens [first, stop) and teacher tokens [first, stop) that are the same bytes."""
+    """int64; student tokens [first, stop), counted among the learnt ones, and rows [first, stop) of `hidden_QD` of the
+    same bytes."""
 
 
 TeacherScore: TypeAlias = Hidden | TopK | Sampled | Foreign
@@ -129,14 +163,26 @@ TeacherScore: TypeAlias = Hidden | TopK | Sampled | Foreign
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Right-padded sequences for one forward pass, and everything the loss needs about their T response tokens."""
+    """Right-padded sequences for one forward pass, and everything the loss needs about their T learnt tokens.
+
+    Every field is filled. Neutral values (weights of 1, advantages of 0) stand where nothing special is wanted; which
+    terms a loss has is the objective's matter.
+    """
 
     tokens_BS: torch.Tensor
-    """int64; prompt, response, padding."""
-    rows_T: torch.Tensor
-    """int64; flat position b * S + s whose output predicts the response token (the next-token shift is done here)."""
+    """int64; prompt, all tokens behind it, padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence; padding has the id of a real token, so `tokens_BS` does not tell."""
+    is_packed: bool
+    """Whether a model sees the sequences concatenated in one row; otherwise as they are here, a padded row each."""
+    row_length: int
+    """Tokens of a row that a model sees: S, or packed, the sum of `lengths` or more."""
+    sequence_T: torch.Tensor
+    """int64; the number of each learnt token's sequence in the micro-batch, never falling."""
+    predicted_at_T: torch.Tensor
+    """int64; flat position b * S + s whose output predicts the token (the next-token shift is done here)."""
     targets_T: torch.Tensor
-    """int64; the response tokens."""
+    """int64; the learnt tokens."""
     behaviour_logp_T: torch.Tensor
     """float32; the sampler's log-probability of each."""
     weights_TN: torch.Tensor
@@ -144,16 +190,16 @@ class MicroBatch:
     teachers: tuple[TeacherScore | None, ...]
     """What each of the N teachers says about the T tokens, fillers where its weight is 0; None for a teacher that was
     asked about none of them, and for hidden states on ranks that do not compute the loss."""
-    distill_T: torch.Tensor | None = None
-    """float32; weight of the distillation term at each token; None: 1."""
-    advantage_T: torch.Tensor | None = None
-    """float32; advantage of each token, its share in the mean included; None: no policy gradient."""
-    sft_T: torch.Tensor | None = None
-    """float32; weight of the cross-entropy -log q(y) at each token; None: none."""
-    on_policy_T: torch.Tensor | None = None
-    """bool; whether the student sampled the token; None: all."""
-    lengths: tuple[int, ...] = ()
-    """Tokens of each sequence; padding has the id of a real token, so `tokens_BS` does not tell."""
-    row: int | None = None
-    """Models see the sequences behind each other in one row of this length, a sum of `lengths` or more; None: as they
-    are here, padded."""
+    distill_T: torch.Tensor
+    """float32; weight of the distillation term at each token."""
+    advantage_T: torch.Tensor
+    """float32; advantage of each token, its share in the mean included."""
+    sft_T: torch.Tensor
+    """float32; weight of the cross-entropy -log q(y) at each token."""
+    on_policy_T: torch.Tensor
+    """bool; whether the student sampled the token."""
+
+    @property
+    def model_shape(self) -> tuple[int, int]:
+        """(rows, tokens of each) that a model sees."""
+        return (1 if self.is_packed else len(self.tokens_BS)), self.row_length

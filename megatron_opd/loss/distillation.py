@@ -65,11 +65,9 @@ class Distillation:
     def __call__(self, batch: MicroBatch, student: Logits) -> Term:
         """The term at all tokens; those that no teacher is asked about, whose `distill_T` is 0, have no part in it.
 
-        `student` are the student's logits at `batch.rows_T`, or what they are the product of; with gradients on, logits
-        may be overwritten. The metrics are those of `metric_names`.
+        `student` are the student's logits at `batch.predicted_at_T`, or their factors; with gradients on,
+        logits may be overwritten. The metrics are those of `metric_names`.
         """
-        if batch.distill_T is None and self.teachers:
-            return self._at_all(batch, student)
         asked_T = (batch.weights_TN > 0).any(-1)
         if bool(asked_T.all()):
             return self._at_all(batch, student)
@@ -138,9 +136,8 @@ class Distillation:
             weights = [weight_C, cut_C.to(weight_C.dtype)]
             loss_C = _SAMPLED[self.config.estimator](student.sampled_C, target.sampled_C, weight_C)
         else:
-            loss_C = divergence(*self._compared(student, target), self.config.beta)
-        if batch.distill_T is not None:
-            loss_C = loss_C * batch.distill_T[rows]
+            loss_C = divergence(*self._compared(student, target), self.config.beta, self.config.divergence)
+        loss_C = loss_C * batch.distill_T[rows]
         grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if torch.is_grad_enabled() else None
         with torch.no_grad():
             columns = [loss_C, *self._divergences(batch, student, target, rows), student.sampled_C, target.sampled_C]
@@ -179,8 +176,7 @@ class Distillation:
         else:
             sampler_CL = self.vocab.log_softmax(logits_CL, self.sampling_temperature)
             sampler_C = self.vocab.gather(sampler_CL, batch.targets_T[rows, None])[:, 0]
-        lag_C = sampler_C - batch.behaviour_logp_T[rows]
-        lag_C = lag_C if batch.on_policy_T is None else lag_C[batch.on_policy_T[rows]]
+        lag_C = (sampler_C - batch.behaviour_logp_T[rows])[batch.on_policy_T[rows]]
         return lag_C.exp() - 1 - lag_C
 
     def _lists(self, batch: MicroBatch, student: StudentLogps, target: Target, rows: ChunkRows) -> list[torch.Tensor]:

@@ -9,6 +9,8 @@ vocabulary columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
@@ -40,13 +42,30 @@ def jsd(student_TL: torch.Tensor, target_TL: torch.Tensor, vocab: VocabShard, be
     return beta * kl(target_TL, mix_TL, vocab) + (1 - beta) * kl(student_TL, mix_TL, vocab)
 
 
-def divergence(student_TL: torch.Tensor, target_TL: torch.Tensor, vocab: VocabShard, beta: float) -> torch.Tensor:
+def gkd(student_TL: torch.Tensor, target_TL: torch.Tensor, vocab: VocabShard, beta: float) -> torch.Tensor:
     """One knob from forward KL (beta 0) over JSD(beta) to reverse KL (beta 1), as in GKD and TRL."""
     if beta == 0:
         return forward_kl(student_TL, target_TL, vocab)
     if beta == 1:
         return reverse_kl(student_TL, target_TL, vocab)
     return jsd(student_TL, target_TL, vocab, beta)
+
+
+Formula: TypeAlias = Callable[[torch.Tensor, torch.Tensor, VocabShard, float], torch.Tensor]
+"""(student [T, L], target [T, L], vocab, beta) -> nats [T]; autograd differentiates it."""
+GKD = "gkd"
+DIVERGENCES: dict[str, Formula] = {GKD: gkd}
+"""By the name that `loss.divergence` gives. One line here makes a divergence run everywhere; the fused kernels know the
+first one, and the others are computed by their formula (`fused/readable.py`)."""
+
+
+def divergence(
+    student_TL: torch.Tensor, target_TL: torch.Tensor, vocab: VocabShard, beta: float, name: str = GKD
+) -> torch.Tensor:
+    """The divergence of that name. Raises ValueError for one that there is not."""
+    if name not in DIVERGENCES:
+        raise ValueError(f"there is no divergence '{name}'; there are {', '.join(sorted(DIVERGENCES))}")
+    return DIVERGENCES[name](student_TL, target_TL, vocab, beta)
 
 
 def importance(student_T: torch.Tensor, behaviour_T: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """The loss of a run: the sum of its terms at the response tokens of a micro-batch.
 
     loss = Σ_tokens   w D(teachers, student)       `distillation.py`, always
-                    - A log q(y), by ratios        `policy_gradient.py`, where there are advantages
-                    - v log q(y)                   `sampled_tokens.py`, where there are weights
+                    - A log q(y), by ratios        `policy_gradient.py`, with `policy`
+                    - v log q(y)                   `sampled_tokens.py`, with `has_cross_entropy`
 
 Each term makes its gradient with respect to the logits in the forward pass; adding them up is autograd's work. The
 weights w and v and the advantages A travel in the micro-batch, shares of means included (`trainer/shaping.py`). Masking
@@ -34,9 +34,11 @@ class Objective:
     distillation: Distillation | CrossTokenizer
     """Its settings of the loss, sampling temperature and vocabulary are those of the other terms too."""
     policy: PolicyConfig | None = None
-    """None: no token ever has an advantage."""
+    """Settings of the policy gradient; None: advantages are not looked at."""
     has_answers_of_others: bool = False
-    """Whether there may be tokens that the student did not sample, or with a weight of the cross-entropy."""
+    """Whether there may be tokens that the student did not sample."""
+    has_cross_entropy: bool = False
+    """Whether there is a cross-entropy of such tokens; otherwise its weights are not looked at."""
 
     def metric_names(self) -> list[str]:
         """Names of the per-token sums that a call returns, in order."""
@@ -55,8 +57,8 @@ class Objective:
     def __call__(self, batch: MicroBatch, student: Logits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sum of the loss over tokens, number of tokens as int32, metrics [M, 2] float64).
 
-        `student` are the student's logits at `batch.rows_T`, or what they are the product of; with gradients on, logits
-        may be overwritten. The metrics are the sum over tokens, and the number of tokens summed, of each of
+        `student` are the student's logits at `batch.predicted_at_T`, or their factors; with gradients on,
+        logits may be overwritten. The metrics are the sum over tokens, and the number of tokens summed, of each of
         `metric_names`.
         """
         term = self._total(batch, student)
@@ -88,12 +90,11 @@ class Objective:
         """The loss at the student's own tokens and at those of others."""
         if not self.has_answers_of_others:
             return []
-        if batch.on_policy_T is None:
-            return [loss_T, loss_T[:0]]
         return [loss_T[batch.on_policy_T], loss_T[~batch.on_policy_T]]
 
     def _sampled(self) -> SampledTokens | None:
         if self.policy is None and not self.has_answers_of_others:
             return None
-        policy, base = self.policy or PolicyConfig(), self.distillation
-        return SampledTokens(policy, base.sampling_temperature, base.vocab, base.config.chunk_tokens)
+        base = self.distillation
+        terms = self.policy, self.has_cross_entropy
+        return SampledTokens(*terms, base.sampling_temperature, base.vocab, base.config.chunk_tokens)

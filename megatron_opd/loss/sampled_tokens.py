@@ -24,9 +24,11 @@ _METRICS = ("loss", "loss/policy", "loss/sft", "policy/ratio", "policy/clip_frac
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Both terms, each where the micro-batch has advantages or weights for it."""
+    """Both terms, each where the run has it; their metrics are there in any case."""
 
-    policy: PolicyConfig
+    policy: PolicyConfig | None
+    """None: no policy gradient."""
+    has_cross_entropy: bool
     temperature: float
     """Of the sampler."""
     vocab: VocabShard
@@ -53,19 +55,18 @@ class SampledTokens:
         nothing = logp_C.detach()[:0]
         policy_C = sft_C = torch.zeros_like(logp_C)
         ratio_C = cut_C = nll_C = nothing
-        if batch.advantage_T is not None:
-            advantage_C = batch.advantage_T[rows]
+        if self.policy is not None:
+            advantage_C, own_C = batch.advantage_T[rows], batch.on_policy_T[rows]
             policy_C, ratio_C, cut_C = policy_gradient(logp_C, behaviour_C, advantage_C, self.policy)
-            own_C = slice(None) if batch.on_policy_T is None else batch.on_policy_T[rows]
             ratio_C, cut_C = ratio_C[own_C], cut_C[own_C]
-        if batch.sft_T is not None:
+        if self.has_cross_entropy:
             own_CL = logp_CL if self.temperature == 1 else self.vocab.log_softmax(logits_CL)
             own_logp_C = self.vocab.gather(own_CL, ids_C1)[:, 0]
             sft_C = cross_entropy(own_logp_C, batch.sft_T[rows])
             nll_C = -own_logp_C.detach()[batch.sft_T[rows] > 0]
         loss_C = policy_C + sft_C
         grad_CL = None
-        if torch.is_grad_enabled():  # without advantages and weights the loss is a constant
+        if torch.is_grad_enabled():  # without both terms the loss is a constant
             has_gradient = loss_C.requires_grad
             grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if has_gradient else torch.zeros_like(logits_CL)
         with torch.no_grad():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
+
+from megatron_opd.loss.node import with_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +24,6 @@ class Term:
     """By token, float64, without."""
     metrics_M2: torch.Tensor
     """float64; of each metric the sum over tokens, and the number of tokens summed."""
-
-
-class WithGradient(torch.autograd.Function):
-    """A scalar whose gradient is already known: backward multiplies it by the upstream scalar."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_TL: torch.Tensor, loss: torch.Tensor, grad_TL: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(grad_TL)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad_TL,) = ctx.saved_tensors
-        return grad_TL * upstream.to(grad_TL.dtype), None, None
 
 
 Chunk: TypeAlias = tuple[slice | torch.Tensor, torch.Tensor | None, Sequence[torch.Tensor]]
@@ -55,7 +43,7 @@ def of_chunks(logits_TL: torch.Tensor, chunks: Iterable[Chunk], num_metrics: int
             grad_TL[rows] = grad_CL
     loss = metrics_M2[0, 0].float()
     if grad_TL is not None:
-        loss = WithGradient.apply(logits_TL, loss, grad_TL)
+        loss = with_gradient(loss, logits_TL, grad_TL)
     return Term(loss, loss_T, metrics_M2)
 
 

@@ -1,4 +1,4 @@
-"""Grades answers by the reward of their prompts' source."""
+"""Grades episodes by the reward of their prompts' source."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from megatron_opd.config import RewardsConfig, SourceConfig
+from megatron_opd.core.episodes import episodes, last_turn
 from megatron_opd.core.types import Rollout
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.rewards import build_reward
@@ -20,12 +21,17 @@ class Grader:
         self.rewards = {source.name: build_reward(source.reward, settings) for source in sources}
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """The reward of each rollout, in order. Raises ValueError when a reward fails."""
-        by_source: dict[str, list[int]] = defaultdict(list)
-        for i, rollout in enumerate(rollouts):
-            by_source[rollout.prompt.source].append(i)
+        """The reward of each rollout, in order: its episode's. Raises ValueError when a reward fails.
+
+        The answer of an episode is the text of its last turn.
+        """
+        by_source: dict[str, list[list[int]]] = defaultdict(list)
+        for its in episodes(rollouts):
+            by_source[rollouts[its[0]].prompt.source].append(its)
         graded: dict[int, float] = {}
-        for source, indices in by_source.items():
-            answers = [(rollouts[i].prompt, self.tokenizer.decode(rollouts[i].response_ids)) for i in indices]
-            graded |= zip(indices, self.rewards[source].grade(answers), strict=True)
+        for source, found in by_source.items():
+            ends = [rollouts[its[-1]] for its in found]
+            answers = [(rollout.prompt, self.tokenizer.decode(last_turn(rollout))) for rollout in ends]
+            for its, reward in zip(found, self.rewards[source].grade(answers), strict=True):
+                graded |= dict.fromkeys(its, reward)
         return [graded[i] for i in range(len(rollouts))]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_opd.config import AnswersConfig, TeacherConfig
+from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import OnFinished, RolloutEngine
 from megatron_opd.core.seen import seen_by
 from megatron_opd.core.types import Prompt, Rollout, Sampling
@@ -69,7 +70,9 @@ class Answers:
         count = sampling.samples_per_prompt
         for who, indices in groups.items():
             found = self._ask(who)([prompts[i] for i in indices], sampling, on_finished)
-            answers |= {i: found[at * count : (at + 1) * count] for at, i in enumerate(indices)}
+            its = [[found[j] for j in episode] for episode in episodes(found)]
+            for at, i in enumerate(indices):
+                answers[i] = [rollout for episode in its[at * count : (at + 1) * count] for rollout in episode]
         return [rollout for i in range(len(prompts)) for rollout in answers[i]]
 
     def metrics(self) -> dict[str, float]:
@@ -110,7 +113,7 @@ class Answers:
 
         def as_ours(rollout: Rollout) -> Rollout:
             prompt = own[rollout.prompt.source, rollout.prompt.index, rollout.prompt.repeat]
-            return replace(rollout, prompt=prompt, origin="teacher", versions=(0,) * len(rollout.response_ids))
+            return replace(rollout, prompt=prompt, origin="teacher", versions=(0,) * rollout.num_learnt)
 
         seen = [seen_by(name, prompt) for prompt in prompts]
         found = self.teachers[name].generate(seen, sampling, lambda rollout: on_finished(as_ours(rollout)))
@@ -128,7 +131,8 @@ class Answers:
         return Rollout(
             prompt=prompt,
             sample=sample,
-            response_ids=ids,
+            token_ids=ids,
+            learnt=(True,) * len(ids),
             logps=(0.0,) * len(ids),
             finish="stop" if ids[-1] in self.eos_ids else "length",
             versions=(0,) * len(ids),

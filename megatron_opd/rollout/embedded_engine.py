@@ -132,7 +132,8 @@ class LocalEngine:
         return Rollout(
             prompt=prompt,
             sample=sample,
-            response_ids=tuple(answer.ids),
+            token_ids=tuple(answer.ids),
+            learnt=(True,) * len(answer.ids),
             logps=tuple(answer.logps),
             finish="stop" if answer.ended else "length",
             versions=(self.version,) * len(answer.ids),

@@ -153,7 +153,8 @@ class SGLangEngine:
         rollout = Rollout(
             prompt=prompt,
             sample=sample,
-            response_ids=drawn.ids,
+            token_ids=drawn.ids,
+            learnt=(True,) * len(drawn.ids),
             logps=drawn.logps,
             finish=drawn.finish,
             versions=drawn.versions,

@@ -41,22 +41,23 @@ class Split:
 
     def has(self, batch: MicroBatch) -> torch.Tensor:
         """Which response tokens are predicted in this rank's part, bool [T]."""
-        return torch.isin(self._chunk(batch), torch.tensor(self.chunks, device=batch.rows_T.device))
+        return torch.isin(self._chunk(batch), torch.tensor(self.chunks, device=batch.predicted_at_T.device))
 
     def part(self, batch: MicroBatch) -> MicroBatch:
-        """This rank's part, whose `tokens_BS` are as long as it is and whose `rows_T` count in it. It may have no
-        response token at all."""
+        """This rank's part: its `tokens_BS` and `row_length` are as long as it is, its `predicted_at_T` count in it. It
+        may have no response token at all."""
         length = batch.tokens_BS.shape[1]
         width = length // (2 * self.size)
         mine = select(batch, self.has(batch))
-        row_P, second_P = mine.rows_T // length, (self._chunk(mine) == self.chunks[1]).long()
-        rows_P = row_P * 2 * width + second_P * width + mine.rows_T % width
-        return replace(mine, tokens_BS=batch.tokens_BS[:, self.positions(length).to(rows_P.device)], rows_T=rows_P)
+        second_P = (self._chunk(mine) == self.chunks[1]).long()
+        here_P = mine.sequence_T * 2 * width + second_P * width + mine.predicted_at_T % width
+        tokens_BS = batch.tokens_BS[:, self.positions(length).to(here_P.device)]
+        return replace(mine, tokens_BS=tokens_BS, row_length=2 * width, predicted_at_T=here_P)
 
     def whole(self, mine_PX: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """What each rank has of its part's response tokens -> of all response tokens of the whole micro-batch, [T, X],
         on every rank. Collective."""
-        whole_TX = mine_PX.new_zeros(len(batch.rows_T), *mine_PX.shape[1:])
+        whole_TX = mine_PX.new_zeros(len(batch.predicted_at_T), *mine_PX.shape[1:])
         whole_TX[self.has(batch)] = mine_PX
         dist.all_reduce(whole_TX, group=self.group)  # every row is one rank's, the others add 0
         return whole_TX
@@ -64,7 +65,7 @@ class Split:
     def _chunk(self, batch: MicroBatch) -> torch.Tensor:
         """The number of the chunk that each response token of a whole micro-batch is predicted in, [T]."""
         length = batch.tokens_BS.shape[1]
-        return batch.rows_T % length // (length // (2 * self.size))
+        return batch.predicted_at_T % length // (length // (2 * self.size))
 
 
 def split_of(parallel: Parallel) -> Split | None:

@@ -35,13 +35,14 @@ class Token:
 
 def tokens(objective: Objective, batch: MicroBatch, student: Logits, place: tuple[int, int]) -> list[Token]:
     """Those of a micro-batch; `place` is (replica, micro-batch)."""
-    if not len(batch.rows_T):
+    if not len(batch.predicted_at_T):
         return []
     wrong_T = ~objective.by_token(batch, student).isfinite()
     found = []
     for t in wrong_T.nonzero()[:, 0].tolist():
-        row, predicts = divmod(int(batch.rows_T[t]), batch.tokens_BS.shape[1])
-        found.append(Token(*place, row, predicts + 1, tuple(_causes(objective, batch, student, t))))
+        predicts = int(batch.predicted_at_T[t]) % batch.tokens_BS.shape[1]
+        causes = tuple(_causes(objective, batch, student, t))
+        found.append(Token(*place, int(batch.sequence_T[t]), predicts + 1, causes))
     return found
 
 

@@ -1,7 +1,7 @@
 """Packed sequences: what a model sees of a micro-batch that goes through it as one row without padding in between.
 
-Outside of `student/` a micro-batch is [B, S]. Where it has the length of a row (`MicroBatch.row`), its sequences lie
-behind each other in that row here, and Megatron is told where each one begins (its "thd" format), so that positions
+Outside of `student/` a micro-batch is [B, S]. Where it is packed (`MicroBatch.is_packed`), its sequences lie
+behind each other in one row here, and Megatron is told where each one begins (its "thd" format), so that positions
 start anew and attention stays within a sequence. What is left of the row is filled up with sequences of padding that
 nothing looks at, none longer than the longest real one: rotary embeddings are made for its positions only.
 
@@ -29,21 +29,15 @@ class Sequences(PackedSeqParams):
     """Of all sequences of the row, padding included; they add up to P."""
 
 
-def shape(batch: MicroBatch) -> tuple[int, int]:
-    """(rows, tokens of each) that go through a model: what pipeline stages exchange."""
-    size, length = batch.tokens_BS.shape
-    return (size, length) if batch.row is None else (1, batch.row)
-
-
 def inputs(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Tokens and positions as `shape` says, and what else the model is to be called with."""
+    """Tokens and positions in the shape `MicroBatch.model_shape`, and what else the model is to be called with."""
     size, length = batch.tokens_BS.shape
     device = batch.tokens_BS.device
-    if batch.row is None:
+    if not batch.is_packed:
         return batch.tokens_BS, torch.arange(length, device=device).expand(size, length), {}
     real = [row_S[:n] for row_S, n in zip(batch.tokens_BS, batch.lengths, strict=True)]
-    tokens_P = F.pad(torch.cat(real), (0, batch.row - sum(batch.lengths)))
-    lengths = _with_padding(batch.lengths, batch.row)
+    tokens_P = F.pad(torch.cat(real), (0, batch.row_length - sum(batch.lengths)))
+    lengths = _with_padding(batch.lengths, batch.row_length)
     positions_P = torch.cat([torch.arange(n, device=device) for n in lengths])
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     described = Sequences(
@@ -58,14 +52,14 @@ def inputs(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any
 
 
 def rows(batch: MicroBatch) -> torch.Tensor:
-    """`batch.rows_T` in the flat output of a model that saw `inputs`, [T]."""
-    if batch.row is None:
-        return batch.rows_T
+    """`batch.predicted_at_T` in the flat output of a model that saw `inputs`, [T]."""
+    if not batch.is_packed:
+        return batch.predicted_at_T
     length = batch.tokens_BS.shape[1]
     # By how much each sequence begins earlier in the row than it does with padding before it.
     starts = [0, *accumulate(batch.lengths)][:-1]
-    earlier_B = torch.tensor([b * length - start for b, start in enumerate(starts)], device=batch.rows_T.device)
-    return batch.rows_T - earlier_B[batch.rows_T // length]
+    earlier_B = torch.tensor([b * length - start for b, start in enumerate(starts)], device=batch.predicted_at_T.device)
+    return batch.predicted_at_T - earlier_B[batch.sequence_T]
 
 
 def _with_padding(lengths: tuple[int, ...], row: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ def train(
     divided by the global number of tokens. Returns the extras of the last stage, in order; [] on other stages. With a
     `split`, ranks and `loss` have parts of the micro-batches.
     """
-    shapes = {packing.shape(b) for b in batches}
+    shapes = {b.model_shape for b in batches}
     is_piped = get_model_config(model).pipeline_model_parallel_size > 1
     assert len(shapes) == 1 or not is_piped, f"micro-batches of one step must have one shape, not {shapes}"
     return _schedule(model, batches, lambda batch, output: loss(batch, output), split, forward_only=False)
@@ -42,7 +42,7 @@ def forward(
     `split`, ranks and `collect` have parts of the micro-batches."""
     results: list[Any] = []
     # Stages exchange activations of one agreed shape, so a smaller last micro-batch is a pass of its own.
-    for _, same in groupby(batches, key=packing.shape):
+    for _, same in groupby(batches, key=lambda b: b.model_shape):
         results += _schedule(
             model, list(same), lambda batch, output, non_loss_data: collect(batch, output), split, forward_only=True
         )
@@ -57,7 +57,7 @@ def _schedule(
     *,
     forward_only: bool,
 ) -> list[Any]:
-    size, length = packing.shape(batches[0])
+    size, length = batches[0].model_shape
 
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(iterator)

@@ -85,7 +85,7 @@ def _by_megatron(
     return pipeline.forward(
         model.eval(),
         batches,
-        lambda batch, logits_BSL: collect(batch, logits_BSL.flatten(0, 1)[batch.rows_T], vocab),
+        lambda batch, logits_BSL: collect(batch, logits_BSL.flatten(0, 1)[batch.predicted_at_T], vocab),
     )
 
 
@@ -94,7 +94,8 @@ def _as_rollout(index: int, ids: Sequence[int]) -> Rollout:
     prompt = Prompt(source="", index=index, text="", token_ids=(ids[0],))
     rest = tuple(ids[1:])
     zeros = (0,) * len(rest)
-    return Rollout(prompt=prompt, sample=0, response_ids=rest, logps=zeros, finish="length", versions=zeros)
+    learnt = (True,) * len(rest)
+    return Rollout(prompt=prompt, sample=0, token_ids=rest, learnt=learnt, logps=zeros, finish="length", versions=zeros)
 
 
 def logps_by_transformers(model_dir: str | Path, ids: Ids, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -187,7 +187,7 @@ class Student:
         return at_rows
 
     def _output(self, objective: Objective, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Logits:
-        if objective.takes_hidden and len(batch.rows_T) and not self.fp8.head:
+        if objective.takes_hidden and len(batch.predicted_at_T) and not self.fp8.head:
             return replace(head.at_rows(self.gpt, batch, hidden_BSD), upstream=optim.loss_scale(self.optimizer) or 1.0)
         return self._logits(batch, hidden_BSD)
 

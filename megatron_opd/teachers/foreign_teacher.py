@@ -1,6 +1,6 @@
 """A teacher with a tokenizer of its own: the student's answers in its tokens, scored by whatever scores it.
 
-The prompt is the teacher's own (`Prompt.teacher_ids`), the response is the student's text. `crosstok/` compares what
+The prompt is the teacher's own (`Prompt.teacher_ids`), what follows it is the student's text. `crosstok/` compares what
 comes back with the student.
 """
 
@@ -22,7 +22,13 @@ from megatron_opd.teachers.scorer import TeacherScorer
 @dataclass(frozen=True, slots=True)
 class _Translated:
     rollout: Rollout
-    spans: list[Span]
+    """The same trajectory in the teacher's tokens."""
+    spans: tuple[Span, ...]
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the teacher has anything to say about it."""
+        return self.rollout.num_learnt > 0
 
 
 class ForeignTeacher:
@@ -45,7 +51,7 @@ class ForeignTeacher:
     def submit(self, rollout: Rollout) -> None:
         """Start scoring a rollout."""
         theirs = self._submitted[rollout] = self._translated(rollout)
-        if theirs.rollout.response_ids:
+        if theirs.is_asked:
             self._scorer.submit(theirs.rollout)
 
     def score(self, rollouts: list[Rollout]) -> list[Foreign | None]:
@@ -53,9 +59,8 @@ class ForeignTeacher:
         theirs = [self._submitted.get(rollout) or self._translated(rollout) for rollout in rollouts]
         for rollout in rollouts:  # one may be there twice
             self._submitted.pop(rollout, None)
-        asked = [t.rollout for t in theirs if t.rollout.response_ids]
-        answers = iter(self._scorer.score(asked))
-        return [self._score(t, next(answers) if t.rollout.response_ids else None) for t in theirs]
+        answers = iter(self._scorer.score([t.rollout for t in theirs if t.is_asked]))
+        return [self._score(t, next(answers) if t.is_asked else None) for t in theirs]
 
     def metrics(self) -> dict[str, float]:
         """The scorer's."""
@@ -66,17 +71,14 @@ class ForeignTeacher:
         self._scorer.close()
 
     def _translated(self, rollout: Rollout) -> _Translated:
-        ids, spans = self._translator.response(rollout.response_ids)
-        theirs = replace(
-            rollout,
-            response_ids=tuple(ids),
-            logps=(0.0,) * len(ids),
-            versions=(rollout.versions[-1],) * len(ids),
-        )
-        return _Translated(theirs, spans)
+        said = self._translator.translate(rollout.token_ids, rollout.learnt)
+        count = sum(said.learnt)
+        unknown = {"logps": (0.0,) * count, "versions": (0,) * count}
+        theirs = replace(rollout, token_ids=said.ids, learnt=said.learnt, **unknown)
+        return _Translated(theirs, said.spans)
 
     def _score(self, theirs: _Translated, answer: Hidden | None) -> Foreign | None:
-        ids_Q = torch.tensor(theirs.rollout.response_ids, dtype=torch.long)
+        ids_Q = torch.tensor(theirs.rollout.learnt_ids, dtype=torch.long)
         spans_G4 = torch.tensor(theirs.spans, dtype=torch.long).reshape(-1, 4)
         if len(ids_Q) == 0:
             hidden_QD = None if self.head_LD is None else self.head_LD.new_zeros(0, self.head_LD.shape[1])

@@ -74,7 +74,7 @@ class MegatronTeacher:
         """Nothing: its ranks are busy with the student until `score`."""
 
     def score(self, rollouts: list[Rollout]) -> list[Hidden]:
-        """Hidden states that predict each response token; None inside on all but the last stage. Collective."""
+        """Hidden states that predict each learnt token; None inside on all but the last stage. Collective."""
         if not rollouts:
             return []
         batches = batching.pack(
@@ -85,12 +85,12 @@ class MegatronTeacher:
             packing=self.packing,
         )
         with self.offloaded.there() if self.offloaded else nullcontext():
-            rows = pipeline.forward(self.model, batches, self._response_rows, self.split)
+            rows = pipeline.forward(self.model, batches, self._learnt_rows, self.split)
         if not self.parallel.is_last_stage:
             return [Hidden(None) for _ in rollouts]
         if self.split is not None:
             rows = [self.split.whole(mine, batch) for mine, batch in zip(rows, batches, strict=True)]
-        lengths = [len(r.response_ids) for r in rollouts]
+        lengths = [r.num_learnt for r in rollouts]
         return [Hidden(hidden_RD) for hidden_RD in torch.cat(rows).split(lengths)]
 
     def metrics(self) -> dict[str, float]:
@@ -100,7 +100,7 @@ class MegatronTeacher:
     def close(self) -> None:
         """Nothing runs beside the caller."""
 
-    def _response_rows(self, batch: MicroBatch, hidden_SBD: torch.Tensor) -> torch.Tensor:
+    def _learnt_rows(self, batch: MicroBatch, hidden_SBD: torch.Tensor) -> torch.Tensor:
         if self.parallel.sequence:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD)
         return hidden_SBD.transpose(0, 1).flatten(0, 1)[packing.rows(batch)]

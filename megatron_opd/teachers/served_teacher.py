@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import Future
 
+import torch
+
 from megatron_opd.config import TeacherConfig
+from megatron_opd.core.batching import score_at
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.protocols import Head
 from megatron_opd.core.seen import seen_by
@@ -104,13 +107,18 @@ class SGLangTeacher:
     async def _ask(self, rollout: Rollout) -> TeacherScore:
         assert self._pool is not None
         prompt_ids = seen_by(self.name, rollout.prompt).token_ids
-        ids = prompt_ids + rollout.response_ids
-        first, carrier, top_k = len(prompt_ids), self.config.carrier, self.config.top_k
-        return await self._pool.run(
+        # Servers tell about every token from a first one on: ask from the first learnt one to the last.
+        learnt_at = [i for i, is_learnt in enumerate(rollout.learnt) if is_learnt] or [0]
+        within = slice(learnt_at[0], learnt_at[-1] + 1)
+        ids = prompt_ids + rollout.token_ids[: within.stop]
+        first, carrier, top_k = len(prompt_ids) + within.start, self.config.carrier, self.config.top_k
+        score = await self._pool.run(
             lambda client, rid: client.score(Ask(rid=rid, ids=ids, first=first, carrier=carrier, top_k=top_k)),
             group=ServerGroup(),
             tokens=len(ids),
         )
+        keep = rollout.learnt[within]
+        return score if all(keep) else score_at(score, torch.tensor(keep))
 
     def _as_head(self, score: TeacherScore) -> Hidden:
         assert isinstance(score, Hidden)

@@ -1,10 +1,11 @@
 """Advantages of sampled tokens, from the teachers' log-probabilities and from rewards. Pure functions, no gradients.
 
-Tokens come flat, the answers behind each other, with the number of each token's answer: prompt and padding are not
-there, so nothing can land on them. The advantage from teachers begins with x = log p(y) - log mu(y), mu the sampler:
-minus the k1 estimate of the reverse KL (Lu and Thinking Machines Lab, "On-Policy Distillation", 2025).
+Learnt tokens come flat, one sequence behind the other, with the number of each token's sequence: prompt, padding and
+what something else wrote are not there, so nothing can land on them, and "the next token" is the next learnt one. The
+advantage from teachers begins with x = log p(y) - log mu(y), mu the sampler: minus the k1 estimate of the reverse KL
+(Lu and Thinking Machines Lab, "On-Policy Distillation", 2025).
 
-Shape suffixes: T tokens, R rollouts, B answers, S longest answer.
+Shape suffixes: T learnt tokens, R episodes, B sequences, S most learnt tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ import torch
 from megatron_opd.config import PolicyConfig, RLConfig
 
 
-def returns(x_T: torch.Tensor, answer_T: torch.Tensor, discount: float) -> torch.Tensor:
-    """G_t = sum_k discount^k x_(t+k) to the end of the token's answer. The power counts from the token."""
+def returns(x_T: torch.Tensor, sequence_T: torch.Tensor, discount: float) -> torch.Tensor:
+    """G_t = sum_k discount^k x_(t+k) to the end of the token's sequence. The power counts from the token."""
     if discount == 0:
         return x_T
-    x_BS, here_BS = _by_answer(x_T, answer_T)
+    x_BS, here_BS = _by_sequence(x_T, sequence_T)
     rest_B = x_BS.new_zeros(len(x_BS))
     for s in reversed(range(x_BS.shape[1])):
         rest_B = x_BS[:, s] = x_BS[:, s] + discount * rest_B
     return x_BS[here_BS]
 
 
-def remaining(answer_T: torch.Tensor) -> torch.Tensor:
-    """How many tokens of its answer there are from each token on, itself included."""
-    ones_T = torch.ones_like(answer_T, dtype=torch.float64)
-    return returns(ones_T, answer_T, 1.0)
+def remaining(sequence_T: torch.Tensor) -> torch.Tensor:
+    """How many tokens of its sequence there are from each token on, itself included."""
+    ones_T = torch.ones_like(sequence_T, dtype=torch.float64)
+    return returns(ones_T, sequence_T, 1.0)
 
 
-def next_in_answer(x_T: torch.Tensor, answer_T: torch.Tensor) -> torch.Tensor:
-    """The value at the next token of the answer; 0 at its last."""
+def next_in_sequence(x_T: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
+    """The value at the next token of the sequence; 0 at its last."""
     following_T = torch.zeros_like(x_T)
-    following_T[:-1] = x_T[1:] * (answer_T[1:] == answer_T[:-1])
+    following_T[:-1] = x_T[1:] * (sequence_T[1:] == sequence_T[:-1])
     return following_T
 
 
 def from_teachers(
-    logp_T: torch.Tensor, behaviour_T: torch.Tensor, answer_T: torch.Tensor, how: PolicyConfig
+    logp_T: torch.Tensor, behaviour_T: torch.Tensor, sequence_T: torch.Tensor, how: PolicyConfig
 ) -> torch.Tensor:
     """The advantages that `policy.kl_…` describe, but for `kl_whiten` and `kl_coef`; float64.
 
@@ -52,14 +53,14 @@ def from_teachers(
     x_T = logp_T.double() - behaviour_T.double()
     if how.kl_clip:
         x_T = x_T.clamp(-how.kl_clip, how.kl_clip)
-    advantage_T = returns(x_T, answer_T, how.kl_discount)
+    advantage_T = returns(x_T, sequence_T, how.kl_discount)
     if how.kl_length_norm:
-        advantage_T = advantage_T / remaining(answer_T)
-    return next_in_answer(advantage_T, answer_T) if how.kl_from == "next" else advantage_T
+        advantage_T = advantage_T / remaining(sequence_T)
+    return next_in_sequence(advantage_T, sequence_T) if how.kl_from == "next" else advantage_T
 
 
 def from_rewards(rewards_R: Sequence[float], groups_R: Sequence[Hashable], how: RLConfig) -> list[float]:
-    """The advantage of each rollout among those of its group, which are the answers to one prompt.
+    """The advantage of each episode among those of its group, which have the same prompt.
 
     r - mean(r), over the sample standard deviation with `normalise`: GRPO (Shao et al., arXiv:2402.03300); without it,
     Dr. GRPO (Liu et al., arXiv:2503.20783). Groups of equal rewards get 0.
@@ -77,7 +78,7 @@ def from_rewards(rewards_R: Sequence[float], groups_R: Sequence[Hashable], how: 
 
 
 def distills(rewards_R: Sequence[float], groups_R: Sequence[Hashable], how: RLConfig) -> list[bool]:
-    """Whether the distillation term is on the rollout, by `rl.distill_on`: the masks of KDRL (arXiv:2506.02208) by
+    """Whether the distillation term is on the episode, by `rl.distill_on`: the masks of KDRL (arXiv:2506.02208) by
     response (wrong) and by group (unsolved)."""
     wrong = [reward < 1 for reward in rewards_R]
     if how.distill_on == "wrong":
@@ -103,20 +104,20 @@ def annealed(weight: float, *, by: float, least: float, step: int) -> float:
     return max(weight - by * step, least) if by else weight
 
 
-def shares(lengths_R: Sequence[int], *, how: str, tokens: int, answers: int) -> list[float]:
-    """The factor of each rollout's tokens with which a sum over tokens, divided by `tokens`, is what `how` says.
+def shares(lengths_R: Sequence[int], *, how: str, tokens: int, episodes: int) -> list[float]:
+    """The factor of an episode's tokens with which a sum over tokens, divided by `tokens`, is what `how` says.
 
-    `tokens` and `answers` are the numbers of an update on all replicas.
+    `lengths_R` are the tokens of episodes; `tokens` and `episodes` are the numbers of an update on all replicas.
     """
     if how == "seq-mean-token-mean":
-        return [tokens / (answers * max(length, 1)) for length in lengths_R]
-    factor = {"token-mean": 1.0, "seq-mean-token-sum": tokens / max(answers, 1), "sum": float(tokens)}[how]
+        return [tokens / (episodes * max(length, 1)) for length in lengths_R]
+    factor = {"token-mean": 1.0, "seq-mean-token-sum": tokens / max(episodes, 1), "sum": float(tokens)}[how]
     return [factor] * len(lengths_R)
 
 
-def _by_answer(x_T: torch.Tensor, answer_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([B, S] with zeros behind the answers, where they are)."""
-    lengths_B = torch.unique_consecutive(answer_T, return_counts=True)[1]
+def _by_sequence(x_T: torch.Tensor, sequence_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B, S] with zeros behind the sequences, where they are)."""
+    lengths_B = torch.unique_consecutive(sequence_T, return_counts=True)[1]
     longest = int(lengths_B.max()) if len(lengths_B) else 0
     here_BS = torch.arange(longest, device=x_T.device) < lengths_B[:, None]
     x_BS = x_T.new_zeros(here_BS.shape)

@@ -23,4 +23,9 @@ def build_objective(
         distillation = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
     else:
         distillation = Distillation(*settings, tuple(teacher.head_LD for teacher in teachers))
-    return Objective(distillation, config.policy if config.has_policy_gradient else None, has_answers_of_others)
+    return Objective(
+        distillation,
+        config.policy if config.has_policy_gradient else None,
+        has_answers_of_others=has_answers_of_others,
+        has_cross_entropy=has_answers_of_others and config.answers.sft_alpha > 0,
+    )

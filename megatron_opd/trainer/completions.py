@@ -82,8 +82,8 @@ def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, 
         "sample": rollout.sample,
         "origin": rollout.origin,
         "prompt": rollout.prompt.text,
-        "response": tokenizer.decode(rollout.response_ids),
-        "length": len(rollout.response_ids),
+        "response": tokenizer.decode(rollout.token_ids),
+        "length": rollout.num_learnt,
         "finish": rollout.finish,
         "logprob": sum(rollout.logps) if ours else None,
         **{f"logprob/{teacher}": logp for teacher, logp in told.items()},
@@ -109,8 +109,7 @@ def answer_logps(
 def _sums(distillation: Distillation | CrossTokenizer, batch: MicroBatch) -> list[list[float | None]]:
     """By answer, then by teacher."""
     logp_TN = distillation.each_teachers_logp(batch).double()
-    answer_T = batch.rows_T // batch.tokens_BS.shape[1]
-    sums_BN = logp_TN.new_zeros(len(batch.tokens_BS), logp_TN.shape[1]).index_add(0, answer_T, logp_TN)
-    asked_BN = torch.zeros_like(sums_BN).index_add(0, answer_T, (batch.weights_TN > 0).double()) > 0
+    sums_BN = logp_TN.new_zeros(len(batch.tokens_BS), logp_TN.shape[1]).index_add(0, batch.sequence_T, logp_TN)
+    asked_BN = torch.zeros_like(sums_BN).index_add(0, batch.sequence_T, (batch.weights_TN > 0).double()) > 0
     both = zip(sums_BN.tolist(), asked_BN.tolist(), strict=True)
     return [[x if is_asked else None for x, is_asked in zip(*row, strict=True)] for row in both]

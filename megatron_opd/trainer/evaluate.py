@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import Config
+from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import RolloutEngine
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer
@@ -44,12 +45,17 @@ class Evaluator:
             return [], {}
         rollout = self.config.rollout
         greedy = engine.generate(prompts, sampling.greedy(rollout))
-        totals = dict(tally_greedy(greedy, self.grader.grade(greedy)))
+        totals = dict(tally_greedy(*self._graded(greedy)))
         if samples > 1:
             how = sampling.drawn(rollout, samples=samples, seed=self.config.run.seed)
             drawn = engine.generate(prompts, how)
-            totals |= tally_samples(drawn, self.grader.grade(drawn), samples=samples)
+            totals |= tally_samples(*self._graded(drawn), samples=samples)
         return greedy, totals
+
+    def _graded(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[float]]:
+        """(the first trajectory of each episode, the episodes' rewards)."""
+        rewards, first = self.grader.grade(rollouts), [its[0] for its in episodes(rollouts)]
+        return [rollouts[i] for i in first], [rewards[i] for i in first]
 
 
 def teacher_accuracies(evaluator: Evaluator, inputs: Inputs) -> dict[str, float]:

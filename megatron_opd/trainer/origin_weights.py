@@ -33,7 +33,7 @@ def weighted(config: Config, batches: Sequence[MicroBatch], rollouts: Sequence[R
             replace(
                 batch,
                 distill_T=_by_token(part, [_distilled(config, r) for r in part], batch),
-                sft_T=_by_token(part, sft, batch) if config.answers.sft_alpha else None,
+                sft_T=_by_token(part, sft, batch),
                 on_policy_T=_by_token(part, [float(ours) for ours in is_ours], batch) > 0,
             )
         )
@@ -47,5 +47,5 @@ def _distilled(config: Config, rollout: Rollout) -> float:
 
 
 def _by_token(rollouts: Sequence[Rollout], values: Sequence[float], batch: MicroBatch) -> torch.Tensor:
-    per_token = [value for rollout, value in zip(rollouts, values, strict=True) for _ in rollout.response_ids]
+    per_token = [value for rollout, value in zip(rollouts, values, strict=True) for _ in rollout.logps]
     return torch.tensor(per_token, dtype=torch.float32, device=batch.targets_T.device)

@@ -35,7 +35,7 @@ def nll(
     if not config.train.eval_nll:
         return {}
     no_teacher = Distillation(config.loss, config.rollout.temperature, vocab, (), ())
-    objective = Objective(no_teacher, has_answers_of_others=True)
+    objective = Objective(no_teacher, has_answers_of_others=True, has_cross_entropy=True)
     metrics, total, tokens = {}, 0.0, 0.0
     for source, prompts in sources:
         answers = [_as_rollout(prompt) for prompt in prompts if prompt.answer_ids]
@@ -52,7 +52,8 @@ def _as_rollout(prompt: Prompt) -> Rollout:
     return Rollout(
         prompt=prompt,
         sample=0,
-        response_ids=prompt.answer_ids,
+        token_ids=prompt.answer_ids,
+        learnt=(True,) * size,
         logps=(0.0,) * size,
         finish="stop",
         versions=(0,) * size,

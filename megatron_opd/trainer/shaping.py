@@ -1,7 +1,7 @@
 """From the scored micro-batches of a step to what is trained on: parts for its updates, weights, and advantages.
 
-Everything that concerns more than one micro-batch happens here, before the first forward pass: which answers belong to
-one prompt, means and deviations over the step, and shares in means that count answers. Sums over replicas make these
+Everything that concerns more than one micro-batch happens here, before the first forward pass: which episodes belong to
+one prompt, means and deviations over the step, and shares in means that count episodes. Sums over replicas make these
 the same numbers in every layout. With the defaults micro-batches stay as they are.
 
 Shape suffixes: T tokens of a micro-batch, R rollouts of this replica, N teachers.
@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 
 from megatron_opd.config import Config
+from megatron_opd.core.episodes import episodes
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.loss.distillation import Distillation
@@ -48,24 +50,22 @@ class Shaping:
 
         `batches` hold `rollouts` in order; `step` counts from 0.
         """
-        size = len(batches) // self.config.train.minibatches
-        parts = [list(batches[i : i + size]) for i in range(0, len(batches), size)]
+        parts = _parts(batches, self.config.train.minibatches)
         if not self._is_needed(step):
             return parts, {}
         shaped = self._of_rollouts(rollouts, step)
         totals = Totals(self.config)
         count_rewards(totals, rollouts)
-        counts = self._counts(parts)
+        lengths_R, counts = self._episodes(rollouts, parts)
         if self.parallel.is_last_stage:
-            taught = self._from_teachers(batches, totals)
-            i, at = 0, 0
-            for part, (tokens, answers) in zip(parts, counts, strict=True):
+            taught = iter(self._from_teachers(batches, totals))
+            at = 0
+            for part, count in zip(parts, counts, strict=True):
                 for j, batch in enumerate(part):
                     its = slice(at, at + len(batch.tokens_BS))
-                    lengths_R = [len(r.response_ids) for r in rollouts[its]]
-                    how = _Share(lengths_R, tokens, answers)
-                    part[j] = self._weighted(batch, _of(shaped, its), taught[i], how, totals)
-                    i, at = i + 1, its.stop
+                    share = _Share(batch.sequence_T, lengths_R[its], *count)
+                    part[j] = self._weighted(batch, _of(shaped, its), next(taught), share, totals)
+                    at = its.stop
         return parts, totals.means(self.parallel)
 
     def _is_needed(self, step: int) -> bool:
@@ -83,26 +83,39 @@ class Shaping:
         return advantages.annealed(loss.weight, by=loss.anneal, least=loss.weight_min, step=step)
 
     def _of_rollouts(self, rollouts: Sequence[Rollout], step: int) -> _Shaped:
-        """Only the student's own, graded answers are compared with each other; others get no advantage, no mask."""
+        """Only the student's own, graded episodes are compared with each other; others get no advantage, no mask."""
         distill_R, rewarded_R = [self._weight(step)] * len(rollouts), [0.0] * len(rollouts)
-        graded = [i for i, r in enumerate(rollouts) if r.origin == "student" and r.reward is not None]
+        graded = [its for its in episodes(rollouts) if _is_graded(rollouts[its[0]])]
         if graded:
-            rewards = [rollouts[i].reward or 0.0 for i in graded]
-            groups = [rollouts[i].prompt.group for i in graded]
+            rewards = [rollouts[its[0]].reward or 0.0 for its in graded]
+            groups = [rollouts[its[0]].prompt.group for its in graded]
             found = advantages.from_rewards(rewards, groups, self.config.rl)
             keeps = advantages.distills(rewards, groups, self.config.rl)
-            for i, advantage, keep in zip(graded, found, keeps, strict=True):
-                rewarded_R[i] = self.config.rl.weight * advantage
-                distill_R[i] *= keep
+            for its, advantage, keep in zip(graded, found, keeps, strict=True):
+                for i in its:
+                    rewarded_R[i] = self.config.rl.weight * advantage
+                    distill_R[i] *= keep
         return _Shaped(distill_R, rewarded_R)
 
-    def _counts(self, parts: Sequence[Sequence[MicroBatch]]) -> list[tuple[int, int]]:
-        """(tokens, answers) of every part, over all replicas."""
-        device = parts[0][0].targets_T.device
-        mine = [[sum(len(b.targets_T) for b in part), sum(len(b.tokens_BS) for b in part)] for part in parts]
-        counts = torch.tensor(mine, device=device)
+    def _episodes(
+        self, rollouts: Sequence[Rollout], parts: Sequence[Sequence[MicroBatch]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """(the learnt tokens of each rollout's episode [R]; of every part the (tokens, episodes) over all replicas).
+
+        An episode whose trajectories lie in two parts counts in both, in each with the tokens that it has there.
+        """
+        lengths_R: list[int] = []
+        mine, at = [], 0
+        for part in parts:
+            here = rollouts[at : at + sum(len(batch.tokens_BS) for batch in part)]
+            at += len(here)
+            found = episodes(here)
+            for its in found:
+                lengths_R += [sum(here[i].num_learnt for i in its)] * len(its)
+            mine.append([sum(r.num_learnt for r in here), len(found)])
+        counts = torch.tensor(mine, device=parts[0][0].targets_T.device)
         dist.all_reduce(counts, group=self.parallel.data_group)
-        return [(tokens, answers) for tokens, answers in counts.tolist()]
+        return lengths_R, [(tokens, count) for tokens, count in counts.tolist()]
 
     def _from_teachers(self, batches: Sequence[MicroBatch], totals: Totals) -> list[torch.Tensor | None]:
         """The teachers' advantage of every token by micro-batch, float64, 0 where none was asked; None: not wanted."""
@@ -112,9 +125,9 @@ class Shaping:
         found, counted = [], []
         for batch in batches:
             logp_T = self.distillation.teachers_logp(batch)
-            counted.append(_on_policy(batch) & (batch.weights_TN > 0).any(-1))
+            counted.append(batch.on_policy_T & (batch.weights_TN > 0).any(-1))
             logp_T = torch.where(counted[-1], logp_T, batch.behaviour_logp_T)
-            found.append(advantages.from_teachers(logp_T, batch.behaviour_logp_T, _answers(batch), how))
+            found.append(advantages.from_teachers(logp_T, batch.behaviour_logp_T, batch.sequence_T, how))
             totals.add_teachers((logp_T - batch.behaviour_logp_T)[counted[-1]])
         if how.kl_whiten:
             mean, deviation = self._moments([x_T[own_T] for x_T, own_T in zip(found, counted, strict=True)])
@@ -136,49 +149,47 @@ class Shaping:
         self, batch: MicroBatch, shaped: _Shaped, taught_T: torch.Tensor | None, share: _Share, totals: Totals
     ) -> MicroBatch:
         """The micro-batch with its weights and advantages."""
-        device = batch.targets_T.device
-        loss_T = share.of(self.config.loss.aggregation, device)
-        distill_T = loss_T * share.spread(shaped.distill_R, device)
-        before_T = batch.distill_T
-        changes = {
-            "distill_T": (distill_T if before_T is None else before_T * distill_T).float(),
-            "sft_T": None if batch.sft_T is None else (batch.sft_T * loss_T).float(),
-        }
+        loss_T = share.of(self.config.loss.aggregation)
+        distill_T = loss_T * share.spread(shaped.distill_R)
+        weights = {"distill_T": (batch.distill_T * distill_T).float(), "sft_T": (batch.sft_T * loss_T).float()}
         if self.config.has_policy_gradient:
-            advantage_T = share.spread(shaped.rewarded_R, device) * _on_policy(batch)
+            advantage_T = share.spread(shaped.rewarded_R) * batch.on_policy_T
             advantage_T = advantage_T if taught_T is None else advantage_T + taught_T
-            totals.add_advantages(advantage_T[_on_policy(batch)])
-            changes["advantage_T"] = (advantage_T * share.of(self.config.policy.aggregation, device)).float()
-        return replace(batch, **changes)
+            totals.add_advantages(advantage_T[batch.on_policy_T])
+            weights["advantage_T"] = (advantage_T * share.of(self.config.policy.aggregation)).float()
+        return replace(batch, **weights)
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """The answers of a micro-batch among those of an update."""
+    """The rollouts of a micro-batch among those of an update."""
 
+    sequence_T: torch.Tensor
+    """Which of the R rollouts each token is of."""
     lengths_R: list[int]
+    """Learnt tokens of the rollouts' episodes."""
     tokens: int
-    """Of the update, over all replicas; as are `answers`."""
-    answers: int
+    """Learnt tokens of the update, over all replicas; as are `episodes`."""
+    episodes: int
 
-    def of(self, how: str, device: torch.device) -> torch.Tensor:
+    def of(self, how: str) -> torch.Tensor:
         """The factor of each token for an aggregation, [T] float64."""
-        return self.spread(advantages.shares(self.lengths_R, how=how, tokens=self.tokens, answers=self.answers), device)
+        return self.spread(advantages.shares(self.lengths_R, how=how, tokens=self.tokens, episodes=self.episodes))
 
-    def spread(self, values_R: Sequence[float], device: torch.device) -> torch.Tensor:
-        """From rollouts to their tokens."""
-        lengths = torch.tensor(self.lengths_R, device=device)
-        return torch.tensor(values_R, dtype=torch.float64, device=device).repeat_interleave(lengths)
+    def spread(self, values_R: Sequence[float]) -> torch.Tensor:
+        """From rollouts to their tokens, [T] float64."""
+        return torch.tensor(values_R, dtype=torch.float64, device=self.sequence_T.device)[self.sequence_T]
+
+
+def _parts(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatch]]:
+    """`count` runs of micro-batches, as equal as they can be."""
+    ends = [len(batches) * i // count for i in range(count + 1)]
+    return [list(batches[start:end]) for start, end in pairwise(ends)]
+
+
+def _is_graded(rollout: Rollout) -> bool:
+    return rollout.origin == "student" and rollout.reward is not None
 
 
 def _of(shaped: _Shaped, its: slice) -> _Shaped:
     return _Shaped(shaped.distill_R[its], shaped.rewarded_R[its])
-
-
-def _on_policy(batch: MicroBatch) -> torch.Tensor:
-    return torch.ones_like(batch.targets_T, dtype=torch.bool) if batch.on_policy_T is None else batch.on_policy_T
-
-
-def _answers(batch: MicroBatch) -> torch.Tensor:
-    """The number of each token's answer in the micro-batch, [T]."""
-    return batch.rows_T // batch.tokens_BS.shape[1]

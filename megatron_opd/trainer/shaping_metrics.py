@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import Config
+from megatron_opd.core.episodes import episodes
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import Rollout
 from megatron_opd.trainer.advantages import members_by_group
@@ -58,8 +59,9 @@ class Totals:
 
 
 def count_rewards(totals: Totals, rollouts: Sequence[Rollout]) -> None:
-    """Rewards of the student's answers, by source, and how many prompts have answers of different rewards."""
-    graded = [r for r in rollouts if r.reward is not None and r.origin == "student"]
+    """Rewards of the student's episodes, by source, and how many prompts have episodes of different rewards."""
+    first = [rollouts[its[0]] for its in episodes(rollouts)]
+    graded = [r for r in first if r.reward is not None and r.origin == "student"]
     for rollout in graded:
         totals.add("reward/mean", [rollout.reward or 0.0])
         totals.add(f"reward/{rollout.prompt.source}", [rollout.reward or 0.0])

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_opd.core.episodes import episodes
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.protocols import Part
 from megatron_opd.core.types import MicroBatch, Rollout
@@ -29,26 +30,31 @@ def derived(metrics: dict[str, float]) -> dict[str, float]:
 def of_rollouts(
     rollouts: Sequence[Rollout], parallel: Parallel, *, version: int, is_mixed: bool = False
 ) -> dict[str, float]:
-    """Means over the student's own rollouts of all replicas; with `is_mixed` also how many those are, and how long the
-    others. Collective."""
-    own = [r for r in rollouts if r.origin == "student"]
-    others = [r for r in rollouts if r.origin != "student"]
+    """Means over the student's own episodes of all replicas; with `is_mixed` also how many those are, and how long the
+    others. Lengths are in learnt tokens. Collective."""
+    every = [[rollouts[i] for i in its] for its in episodes(rollouts)]
+    own = [episode for episode in every if episode[0].origin == "student"]
+    others = [episode for episode in every if episode[0].origin != "student"]
     mine = {
-        "rollout/length": [float(len(r.response_ids)) for r in own],
-        "rollout/truncated_frac": [float(r.finish == "length") for r in own],
-        "rollout/version_lag": [float(version - v) for r in own for v in r.versions],
+        "rollout/length": [_length(episode) for episode in own],
+        "rollout/truncated_frac": [float(episode[-1].finish == "length") for episode in own],
+        "rollout/version_lag": [float(version - v) for episode in own for r in episode for v in r.versions],
     }
     if is_mixed:
-        mine["answers/student_frac"] = [float(r.origin == "student") for r in rollouts]
-        mine["answers/length_others"] = [float(len(r.response_ids)) for r in others]
+        mine["answers/student_frac"] = [float(episode[0].origin == "student") for episode in every]
+        mine["answers/length_others"] = [_length(episode) for episode in others]
     replicas = parallel.gather_leaders({name: (math.fsum(values), len(values)) for name, values in mine.items()})
     totals = {name: [sum(column) for column in zip(*(r[name] for r in replicas), strict=True)] for name in mine}
     return {name: total / count for name, (total, count) in totals.items() if count}
 
 
+def _length(episode: Sequence[Rollout]) -> float:
+    return float(sum(r.num_learnt for r in episode))
+
+
 def of_batches(batches: Sequence[MicroBatch], parallel: Parallel) -> dict[str, float]:
     """The share of padding in what goes through the student, over all replicas. Collective."""
-    mine = sum(sum(batch.lengths) for batch in batches), sum(batch.row or batch.tokens_BS.numel() for batch in batches)
+    mine = sum(sum(batch.lengths) for batch in batches), sum(math.prod(batch.model_shape) for batch in batches)
     real, seen = (sum(column) for column in zip(*parallel.gather_leaders(mine), strict=True))
     return {"batch/padding": 1 - real / seen}
 

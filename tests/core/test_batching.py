@@ -18,14 +18,14 @@ def pack_all(rollouts, **kwargs):
 
 def marked(rollout, teacher):
     """Scores whose rows say whose they are: [100 x teacher + index of the rollout, row]."""
-    rows = [[100.0 * teacher + rollout.prompt.index, r] for r in range(len(rollout.response_ids))]
+    rows = [[100.0 * teacher + rollout.prompt.index, r] for r in range(len(rollout.token_ids))]
     return Hidden(torch.tensor(rows))
 
 
 def test_rows_are_the_positions_before_the_response_tokens():
     (batch,) = pack_all([tiny.rollout((5, 6, 7), (8, 9)), tiny.rollout((4,), (3, 2, 1, 9))])
     assert batch.tokens_BS.tolist() == [[5, 6, 7, 8, 9], [4, 3, 2, 1, 9]]
-    assert batch.rows_T.tolist() == [2, 3, 5, 6, 7, 8]
+    assert batch.predicted_at_T.tolist() == [2, 3, 5, 6, 7, 8]
     assert batch.targets_T.tolist() == [8, 9, 3, 2, 1, 9]
     assert batch.targets_T.dtype == batch.tokens_BS.dtype == torch.int64
 
@@ -44,9 +44,9 @@ def test_every_response_token_is_predicted_by_its_prefix(micro_batch_size, multi
         assert batch.tokens_BS.shape[1] == padded_length(rollouts, multiple)
         assert batch.tokens_BS.shape[1] % multiple == 0
         following = batch.tokens_BS.roll(-1, dims=1).flatten()
-        assert torch.equal(following[batch.rows_T], batch.targets_T)
+        assert torch.equal(following[batch.predicted_at_T], batch.targets_T)
         seen += batch.targets_T.tolist()
-    assert seen == [t for r in rollouts for t in r.response_ids]
+    assert seen == [t for r in rollouts for t in r.token_ids]
     logps = torch.cat([b.behaviour_logp_T for b in batches])
     torch.testing.assert_close(logps, torch.tensor([x for r in rollouts for x in r.logps]))
 
@@ -56,7 +56,7 @@ def test_eos_that_is_also_padding_is_trained_on_once():
         [tiny.rollout((5, EOS), (7, EOS)), tiny.rollout((5, 6), (EOS,)), tiny.rollout((1, 2, 3), (4, 5, 6))]
     )
     assert batch.targets_T.tolist() == [7, EOS, EOS, 4, 5, 6]
-    assert batch.rows_T.tolist() == [1, 2, 7, 14, 15, 16]
+    assert batch.predicted_at_T.tolist() == [1, 2, 7, 14, 15, 16]
 
 
 def test_padded_length_is_the_next_multiple():
@@ -71,7 +71,7 @@ def test_weights_and_scores_follow_their_rollouts():
     batches = pack_all(rollouts, micro_batch_size=2, scores=scores, weights=weights)
     for start, batch in zip((0, 2, 4), batches, strict=True):
         part = list(range(start, min(start + 2, 5)))
-        tokens = [(i, r) for i in part for r in range(len(rollouts[i].response_ids))]
+        tokens = [(i, r) for i in part for r in range(len(rollouts[i].token_ids))]
         torch.testing.assert_close(batch.weights_TN, torch.tensor([weights[i] for i, _ in tokens]))
         for n, hidden in enumerate(batch.teachers):
             if not any(weights[i][n] for i in part):

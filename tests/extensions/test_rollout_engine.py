@@ -42,7 +42,7 @@ class Parrot:
     def _answer(self, prompt, sample):
         ids = (*prompt.token_ids, self.eos)
         return Rollout(
-            prompt=prompt, sample=sample, response_ids=ids, logps=(0.0,) * len(ids), finish="stop",
+            prompt=prompt, sample=sample, token_ids=ids, logps=(0.0,) * len(ids), finish="stop",
             versions=(self.version,) * len(ids),
         )  # fmt: skip
 
@@ -102,7 +102,7 @@ def test_it_answers_in_the_loop_and_gives_its_memory_back(ranks):
     answers, metrics, log = leader
     assert peer == (answers, metrics, None)
     for version, rollouts in enumerate(answers):
-        assert [r.response_ids for r in rollouts] == [(*r.prompt.token_ids, 2) for r in rollouts]
+        assert [r.token_ids for r in rollouts] == [(*r.prompt.token_ids, 2) for r in rollouts]
         assert [set(r.versions) for r in rollouts] == [{version}] * 2
     step = ["load ['w']", "generate", "release"]
     assert log == [*step, *step, "close"]

@@ -108,14 +108,8 @@ def made(index):
         heads.append(head if carrier == "hidden" else None)
         told.append(silent(tell(carrier, hidden, logp, targets, TOP_K[n]), weights[:, n] > 0))
     logq = oracle.log_softmax(logits, SIZE).gather(-1, targets[:, None])[:, 0]
-    batch = MicroBatch(
-        tokens_BS=torch.zeros(1, NUM_TOKENS, dtype=torch.long),
-        rows_T=torch.arange(NUM_TOKENS),
-        targets_T=targets,
-        behaviour_logp_T=(logq + 0.5 * torch.randn(NUM_TOKENS, generator=generator)).float(),
-        weights_TN=weights,
-        teachers=tuple(told),
-    )
+    behaviour = (logq + 0.5 * torch.randn(NUM_TOKENS, generator=generator)).float()
+    batch = tiny.micro_batch(targets, behaviour, weights, tuple(told))
     return Case(kind, carriers, beta, logits, heads, batch)
 
 
@@ -294,7 +288,7 @@ class Reference(steps.Reference):
 
     def loss(self, rollout):
         start = len(rollout.prompt.token_ids)
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         rows = slice(start - 1, ids.shape[1] - 1)
         student = self.logp(self.student, ids, rows)
         with torch.no_grad():
@@ -302,7 +296,7 @@ class Reference(steps.Reference):
         weights = self.config.teacher_weights(rollout.prompt.source)
         score = list_of(lister, rollout, self.config.teachers[0].top_k)
         values = []
-        for t in range(len(rollout.response_ids)):
+        for t in range(len(rollout.token_ids)):
             known = known_at(score, t)
             listed = sorted(known)
             over = [oracle.list_over_listed(known, listed, VOCAB_SIZE), oracle.over_listed(exact[t], listed)]
@@ -312,7 +306,7 @@ class Reference(steps.Reference):
 
 
 def list_of(logp, rollout, k):
-    score = as_list(logp, torch.tensor(rollout.response_ids), k)
+    score = as_list(logp, torch.tensor(rollout.token_ids), k)
     return TopK(score.ids_RK[:, :k], score.logp_RK[:, :k])
 
 
@@ -334,7 +328,7 @@ def test_a_step_on_four_ranks_is_transformers_and_torch(ranks, tmp_path):
     lists = []
     for rollout in rollouts:
         start = len(rollout.prompt.token_ids)
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         with torch.no_grad():
             logp = reference.logp(reference.teachers[0], ids, slice(start - 1, ids.shape[1] - 1))
         lists.append(list_of(logp, rollout, 7))

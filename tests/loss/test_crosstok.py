@@ -94,7 +94,7 @@ def spoilt_step(parallel, config, rollouts):
     if score is not None:
         score.hidden_QD[-2] = float("nan")
         (ends,) = [stop - 1 for _, stop, first, last in score.spans_G4.tolist() if first <= len(score.ids_Q) - 2 < last]
-        at = divmod(batches[1].rows_T[ends].item() + 1, batches[1].tokens_BS.shape[1])
+        at = divmod(batches[1].predicted_at_T[ends].item() + 1, batches[1].tokens_BS.shape[1])
     student.step(batches, objective)
     return student.skipped, at
 
@@ -127,8 +127,9 @@ class Dense:
         return (logits / self.loss.temperature).softmax(-1)
 
     def __call__(self, rollout):
-        ids = list(rollout.response_ids)
-        theirs, spans = self.translator.response(ids)
+        ids = list(rollout.token_ids)
+        said = self.translator.translate(ids, (True,) * len(ids))
+        theirs, spans = said.ids, said.spans
         their_prompt = self.tokenizers[1].encode(rollout.prompt.text)
         q_RV = self.rows(self.models[0], rollout.prompt.token_ids, ids)
         with torch.no_grad():
@@ -174,7 +175,7 @@ def expected(paths, loss, how, made):
     dense = Dense(paths, loss, how)
     student = dense.models[0]
     adam = torch.optim.AdamW(student.parameters(), lr=1e-2, eps=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-    total = sum(dense(rollout) for rollout in made) / sum(len(r.response_ids) for r in made)
+    total = sum(dense(rollout) for rollout in made) / sum(len(r.token_ids) for r in made)
     total.backward()
     norm = torch.stack([p.grad.norm() for p in student.parameters()]).norm()
     adam.step()
@@ -202,7 +203,8 @@ def test_its_log_probabilities_of_whole_answers(ranks, paths, layout):
     loss, how = CASES["jsd_first"]
     dense, wanted = Dense(paths, loss, how), []
     for rollout in rollouts(paths):
-        ids, spans = dense.translator.response(list(rollout.response_ids))
+        said = dense.translator.translate(rollout.token_ids, rollout.learnt)
+        ids, spans = said.ids, said.spans
         with torch.no_grad():
             p_QV = dense.rows(dense.models[1], dense.tokenizers[1].encode(rollout.prompt.text), ids)
         assert spans[-1][3] == len(ids)  # nothing of the answer is outside of spans

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import oracle
 import pytest
+import tiny
 import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
@@ -49,15 +50,8 @@ def made():
     hidden, theirs = (torch.randn(NUM_TOKENS, D, generator=generator).half() for _ in range(2))
     head, their_head = (torch.randn(COLUMNS, D, generator=generator).mul(0.5).half() for _ in range(2))
     ids = torch.randint(0, COLUMNS, (NUM_TOKENS,), generator=generator)
-    batch = MicroBatch(
-        tokens_BS=torch.zeros(1, NUM_TOKENS, dtype=torch.long),
-        rows_T=torch.arange(NUM_TOKENS),
-        targets_T=ids,
-        behaviour_logp_T=torch.zeros(NUM_TOKENS),
-        weights_TN=torch.ones(NUM_TOKENS, 1),
-        teachers=(Hidden(theirs),),
-        distill_T=torch.full((NUM_TOKENS,), SHARE),
-    )
+    weights, share = torch.ones(NUM_TOKENS, 1), torch.full((NUM_TOKENS,), SHARE)
+    batch = tiny.micro_batch(ids, torch.zeros(NUM_TOKENS), weights, (Hidden(theirs),), distill_T=share)
     vocab = VocabShard(0, COLUMNS, COLUMNS)
     term = Distillation(LossConfig(beta=1.0), 1.0, vocab, (TeacherConfig(name="t", model="m"),), (their_head,))
     target = oracle.log_softmax(theirs.double() @ their_head.double().T, COLUMNS)

@@ -5,10 +5,11 @@ from itertools import product
 
 import oracle
 import pytest
+import tiny
 import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.core.types import Hidden, MicroBatch
+from megatron_opd.core.types import Hidden
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
@@ -38,14 +39,9 @@ def teachers_and_batch(sampling_temperature=1.0):
     hidden[1][3:5] = 0.0
     targets = torch.randint(0, SIZE, (NUM_TOKENS,), generator=generator)
     logp = oracle.log_softmax(student_logits(), SIZE, sampling_temperature)
-    batch = MicroBatch(
-        tokens_BS=torch.zeros(1, NUM_TOKENS, dtype=torch.long),
-        rows_T=torch.arange(NUM_TOKENS),
-        targets_T=targets,
-        behaviour_logp_T=logp.gather(-1, targets[:, None])[:, 0].float(),
-        weights_TN=weights / weights.sum(-1, keepdim=True),
-        teachers=tuple(Hidden(h) for h in hidden),
-    )
+    behaviour = logp.gather(-1, targets[:, None])[:, 0].float()
+    told = tuple(Hidden(h) for h in hidden)
+    batch = tiny.micro_batch(targets, behaviour, weights / weights.sum(-1, keepdim=True), told)
     return hidden, heads, batch
 
 

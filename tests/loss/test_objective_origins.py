@@ -32,7 +32,7 @@ def mixed_batch(sampling_temperature=1.0):
 
 
 def objective(parallel, heads, config):
-    return replace(one.objective_on(parallel, heads, config), has_answers_of_others=True)
+    return replace(one.objective_on(parallel, heads, config), has_answers_of_others=True, has_cross_entropy=True)
 
 
 def dense(beta, how, temperature):
@@ -91,7 +91,7 @@ def test_answers_that_nobody_is_asked_about():
     """Fine-tuning without teachers."""
     _, _, batch = mixed_batch()
     term = Distillation(LossConfig(), 1.0, VocabShard(0, one.COLUMNS, SIZE), (), ())
-    alone = Objective(term, has_answers_of_others=True)
+    alone = Objective(term, has_answers_of_others=True, has_cross_entropy=True)
     batch = replace(
         batch, weights_TN=torch.zeros(T, 0), teachers=(), distill_T=torch.zeros(T), sft_T=torch.full((T,), 0.5)
     )
@@ -114,7 +114,7 @@ def test_sampled_teachers_have_no_part_in_others_answers():
     told = torch.linspace(-3, -1, T)
     batch = replace(batch, teachers=(Sampled(told),), weights_TN=OURS[:, None].float(), distill_T=OURS.float())
     term = Distillation(LossConfig(kind="sampled"), 1.0, VocabShard(0, one.COLUMNS, SIZE), teachers, (None,))
-    made = Objective(term, has_answers_of_others=True)
+    made = Objective(term, has_answers_of_others=True, has_cross_entropy=True)
     changed = replace(batch, teachers=(Sampled(torch.where(OURS, told, -50.0)),))
     found = [one.loss_gradient_metrics(made, b, one.student_logits()) for b in (batch, changed)]
     torch.testing.assert_close(found[0][1], found[1][1])

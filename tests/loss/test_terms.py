@@ -170,7 +170,7 @@ def summed(parallel):
     for name, config in LOSSES.items():
         heads, batch = everything(config)
         objective = objective_on(parallel, heads, config, SAMPLING)
-        objective = replace(objective, policy=POLICY, has_answers_of_others=True)
+        objective = replace(objective, policy=POLICY, has_answers_of_others=True, has_cross_entropy=True)
         answers[name] = loss_gradient_metrics(objective, batch, student_logits())
     return answers
 
@@ -264,7 +264,7 @@ def test_micro_batch_without_any_teacher():
     assert (gradient == 0).all()
     assert means["kl/ensemble"] is None
     assert means["loss"] == 0
-    objective = replace(objective, policy=POLICY, has_answers_of_others=True)
+    objective = replace(objective, policy=POLICY, has_answers_of_others=True, has_cross_entropy=True)
     loss, _, _, means = loss_gradient_metrics(objective, batch, student_logits())
     _, policy, sft = dense("distribution")[1]
     assert loss == pytest.approx(float((policy + sft).sum()), rel=1e-5)
@@ -272,12 +272,12 @@ def test_micro_batch_without_any_teacher():
 
 
 @pytest.mark.parametrize("kind", ["distribution", "sampled"])
-def test_weights_of_one_are_no_weights_bit_by_bit(kind):
+def test_what_the_objective_has_no_term_for_changes_no_bit(kind):
     _, heads, batch = teachers_and_batch()
     config = LossConfig(kind=kind, chunk_tokens=4)
     plain = loss_gradient_metrics(alone(config, heads), batch, student_logits())
-    ones = replace(batch, distill_T=torch.ones(NUM_TOKENS), on_policy_T=torch.ones(NUM_TOKENS, dtype=torch.bool))
-    weighted = loss_gradient_metrics(alone(config, heads), ones, student_logits())
+    more = replace(batch, advantage_T=torch.randn(NUM_TOKENS), sft_T=torch.ones(NUM_TOKENS))
+    weighted = loss_gradient_metrics(alone(config, heads), more, student_logits())
     assert (plain[0], plain[3]) == (weighted[0], weighted[3])
     assert torch.equal(plain[1], weighted[1])
 

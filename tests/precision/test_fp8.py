@@ -89,7 +89,7 @@ def test_a_teacher_is_transformers_model_rounded_by_hand(ranks, paths, kept):
     plain = tiny.build("qwen3", seed=1, **SIZES)
     model = rounded_model(tiny.build("qwen3", seed=1, **SIZES), kept=kept)
     for rollout, found_RD in zip(rollouts, scores, strict=True):
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         rows = slice(len(rollout.prompt.token_ids) - 1, -1)
         with torch.no_grad():
             expected, other = (m.model(ids).last_hidden_state[0, rows] for m in (model, plain))
@@ -186,7 +186,7 @@ def trained(ranks, paths):
         settings = config(paths, layout=LAYOUTS[layout], recipe=recipe, student=student)
         # Padded to 32 on every layout: what is padded takes part in a tensor's scale.
         rollouts = tiny.rollouts(count=8, vocab_size=VOCAB_SIZE, longest_prompt=20, longest_response=10)
-        assert 16 < max(len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts) <= 32
+        assert 16 < max(len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts) <= 32
         answers = ranks.run(settings.parallel.world_size, train, settings, rollouts, **LAYOUTS[layout])
         assert all(same for _, same, _ in answers)
         assert all(metrics == answers[0][0] for metrics, _, _ in answers)
@@ -434,7 +434,7 @@ def test_measured_by_hand(ranks, paths, emulate):
     model = tiny.build("qwen3", seed=1, **SIZES)
     hidden = []
     for rollout in rollouts:
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         with torch.no_grad():
             hidden.append(model.model(ids).last_hidden_state[0, len(rollout.prompt.token_ids) - 1 : -1])
     hidden_TD, head_LD = torch.cat(hidden), model.lm_head.weight.detach()

@@ -98,7 +98,7 @@ def test_a_server_killed_in_the_middle_of_answers_and_of_an_update(models, fleet
     kill(servers[1])
     rollouts = future.result(120)
     assert [(r.prompt.index, r.sample) for r in rollouts] == [(i, s) for i in range(8) for s in range(4)]
-    assert all(len(r.response_ids) == 250 for r in rollouts)
+    assert all(len(r.token_ids) == 250 for r in rollouts)
     metrics = engine.metrics()
     assert metrics["rollout/losses"] == 1
     assert metrics["rollout/servers_down"] == 1

@@ -49,8 +49,8 @@ class Engine:
     def generate(self, prompts, sampling, on_finished=None):
         made = [
             Rollout(
-                prompt=p, sample=s, response_ids=(self.who, p.token_ids[0]), logps=(-1.0, -1.0), finish="stop",
-                versions=(5, 5),
+                prompt=p, sample=s, token_ids=(self.who, p.token_ids[0]), learnt=(True, True), logps=(-1.0, -1.0),
+                finish="stop", versions=(5, 5),
             )
             for p in prompts for s in range(sampling.samples_per_prompt)
         ]  # fmt: skip
@@ -106,13 +106,13 @@ def test_answers_come_in_the_order_of_prompts_whoever_gives_them(seq_kd):
     assert sorted(map(repr, told)) == sorted(map(repr, given))
     for rollout in given:
         if choice(settings).is_for_student(rollout.prompt, 3):
-            assert (rollout.origin, rollout.response_ids[0]) == ("student", 100)
+            assert (rollout.origin, rollout.token_ids[0]) == ("student", 100)
         elif seq_kd:
             teacher = {"a": 101, "b": 102}[rollout.prompt.source]
-            assert (rollout.origin, rollout.response_ids[0]) == ("teacher", teacher)
+            assert (rollout.origin, rollout.token_ids[0]) == ("teacher", teacher)
         else:
-            assert (rollout.origin, rollout.response_ids) == ("dataset", rollout.prompt.answer_ids)
-            assert len(rollout.logps) == len(rollout.versions) == len(rollout.response_ids)
+            assert (rollout.origin, rollout.token_ids) == ("dataset", rollout.prompt.answer_ids)
+            assert len(rollout.logps) == len(rollout.versions) == len(rollout.token_ids)
     assert {r.origin for r in given} == {"student", "teacher" if seq_kd else "dataset"}
 
 
@@ -132,14 +132,14 @@ def test_a_sampling_teacher_sees_its_own_prompt_and_the_rollout_has_the_students
     asked.append(replace(asked[1], repeat=1))
     told = []
     given = answers(settings).to(asked, SAMPLING, 0, told.append)
-    assert {r.response_ids for r in given} == {(101, 77)}
+    assert {r.token_ids for r in given} == {(101, 77)}
     assert [r.prompt for r in given] == [r.prompt for r in told] == [p for p in asked for _ in (0, 1)]
 
 
 def test_mixed_sampling_is_by_the_teacher_of_the_source():
     settings = config(teacher_mixed_alpha=0.2)
     given = answers(settings, mixed=("x",)).to(prompts(2), SAMPLING, 0, lambda _: None)
-    assert {(r.origin, r.response_ids[0]) for r in given} == {("student", 200)}
+    assert {(r.origin, r.token_ids[0]) for r in given} == {("student", 200)}
 
 
 def test_metrics_and_the_end_of_teachers():
@@ -224,8 +224,8 @@ def test_mixed_answers_have_the_mixtures_log_probabilities(models, temperature):
     sampling = Sampling(max_new_tokens=7, temperature=temperature, samples_per_prompt=3, seed=1)
     for answer in mixed_engine(models).generate(asked, sampling):
         start = len(answer.prompt.token_ids)
-        logp = mixture(models, [*answer.prompt.token_ids, *answer.response_ids], temperature)
-        expected = [logp[start - 1 + r, token].item() for r, token in enumerate(answer.response_ids)]
+        logp = mixture(models, [*answer.prompt.token_ids, *answer.token_ids], temperature)
+        expected = [logp[start - 1 + r, token].item() for r, token in enumerate(answer.token_ids)]
         assert answer.logps == pytest.approx(expected, abs=2e-4)
 
 
@@ -234,7 +234,7 @@ def test_mixed_answers_are_drawn_from_the_mixture(models):
     prompt = Prompt(source="a", index=0, text="", token_ids=(7, 8, 9))
     count = 20_000
     sampling = Sampling(max_new_tokens=1, temperature=1.0, samples_per_prompt=count, seed=11)
-    drawn = torch.tensor([a.response_ids[0] for a in mixed_engine(models).generate([prompt], sampling)])
+    drawn = torch.tensor([a.token_ids[0] for a in mixed_engine(models).generate([prompt], sampling)])
     p = mixture(models, prompt.token_ids, 1.0)[-1].exp()
     seen = torch.bincount(drawn, minlength=VOCAB_SIZE) / count
     top = p.topk(10).indices
@@ -248,7 +248,7 @@ def test_the_student_in_the_mixture_is_the_one_that_learns(models):
     prompt = Prompt(source="a", index=0, text="", token_ids=(7, 8, 9))
     (answer,) = engine.generate([prompt], Sampling(max_new_tokens=1, temperature=1.0))
     logp = mixture({"s": (other, ""), "x": models["x"]}, prompt.token_ids, 1.0)[-1]
-    assert answer.logps[0] == pytest.approx(logp[answer.response_ids[0]].item(), abs=1e-4)
+    assert answer.logps[0] == pytest.approx(logp[answer.token_ids[0]].item(), abs=1e-4)
     assert answer.versions == (4,)
 
 

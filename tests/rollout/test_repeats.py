@@ -22,7 +22,7 @@ CONFIG = c.Config(
 
 def answered(repeat, *rewards):
     prompt = Prompt(source="sums", index=7, text="", token_ids=(1,), repeat=repeat)
-    said = {"response_ids": (2,), "logps": (-1.0,), "finish": "stop", "versions": (0,)}
+    said = {"token_ids": (2,), "learnt": (True,), "logps": (-1.0,), "finish": "stop", "versions": (0,)}
     return [Rollout(prompt=prompt, sample=i, reward=reward, **said) for i, reward in enumerate(rewards)]
 
 

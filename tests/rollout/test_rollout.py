@@ -51,7 +51,7 @@ def test_greedy_is_transformers_greedy(engine, model, prompts):
         out = model.generate(
             ids, max_new_tokens=12, do_sample=False, eos_token_id=list(EOS), pad_token_id=0, suppress_tokens=suppressed
         )
-        assert answer.response_ids == tuple(out[0, ids.shape[1] :].tolist())
+        assert answer.token_ids == tuple(out[0, ids.shape[1] :].tolist())
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0, 1.8])
@@ -59,8 +59,8 @@ def test_behaviour_logps_are_those_of_a_full_forward(engine, model, prompts, tem
     sampling = Sampling(max_new_tokens=9, temperature=temperature, samples_per_prompt=2, seed=3)
     for answer in engine.generate(prompts, sampling):
         start = len(answer.prompt.token_ids)
-        logp = next_logp(model, [*answer.prompt.token_ids, *answer.response_ids], temperature or 1.0)
-        expected = [logp[start - 1 + r, token].item() for r, token in enumerate(answer.response_ids)]
+        logp = next_logp(model, [*answer.prompt.token_ids, *answer.token_ids], temperature or 1.0)
+        expected = [logp[start - 1 + r, token].item() for r, token in enumerate(answer.token_ids)]
         assert answer.logps == pytest.approx(expected, abs=2e-5)
 
 
@@ -83,7 +83,7 @@ def test_frequencies_follow_the_distribution(engine, model, temperature):
     """Of first tokens, and of second tokens after the most frequent first one: positions are independent draws."""
     prompt = Prompt(source="a", index=0, text="", token_ids=(7, 8, 9))
     sampling = Sampling(max_new_tokens=2, temperature=temperature, samples_per_prompt=20_000, seed=11)
-    answers = [a.response_ids for a in engine.generate([prompt], sampling)]
+    answers = [a.token_ids for a in engine.generate([prompt], sampling)]
     assert_drawn_from([ids[0] for ids in answers], next_logp(model, prompt.token_ids, temperature)[-1])
     first = mode(ids[0] for ids in answers if len(ids) == 2)
     after = next_logp(model, [*prompt.token_ids, first], temperature)[-1]
@@ -96,7 +96,7 @@ def test_random_numbers_differ_by_seed_prompt_and_sample(engine):
     for seed in (0, 1):
         sampling = Sampling(max_new_tokens=6, temperature=3.0, samples_per_prompt=3, seed=seed)
         answers += engine.generate(prompts, sampling)
-    assert len({a.response_ids for a in answers}) == 24
+    assert len({a.token_ids for a in answers}) == 24
 
 
 def test_a_prompt_that_is_drawn_again_gets_other_answers(engine):
@@ -104,10 +104,10 @@ def test_a_prompt_that_is_drawn_again_gets_other_answers(engine):
     sampling = Sampling(max_new_tokens=6, temperature=3.0, samples_per_prompt=3, seed=1)
     thrice = [replace(prompt, repeat=n) for n in range(3)]
     answers = engine.generate(thrice, sampling)
-    assert len({a.response_ids for a in answers}) == 9
+    assert len({a.token_ids for a in answers}) == 9
     assert [a.prompt for a in answers] == [p for p in thrice for _ in range(3)]
     alone = engine.generate([prompt], sampling)
-    assert [a.response_ids for a in answers[:3]] == [a.response_ids for a in alone]
+    assert [a.token_ids for a in answers[:3]] == [a.token_ids for a in alone]
 
 
 def test_seeds_are_those_of_runs_without_repeats():
@@ -127,7 +127,7 @@ def test_a_rollout_does_not_depend_on_its_company(engine, prompts):
     by_key = {(r.prompt, r.sample): r for r in backwards}
     for one, other in zip(together, alone, strict=True):
         for same in (other, by_key[one.prompt, one.sample]):
-            assert one.response_ids == same.response_ids
+            assert one.token_ids == same.token_ids
             assert one.logps == pytest.approx(same.logps, abs=1e-5)
 
 
@@ -135,11 +135,11 @@ def test_first_eos_is_kept_and_ends_the_answer(engine, prompts):
     answers = engine.generate(prompts, Sampling(max_new_tokens=40, temperature=2.0, samples_per_prompt=20, seed=1))
     assert {a.finish for a in answers} == {"stop", "length"}
     for answer in answers:
-        assert len(answer.logps) == len(answer.response_ids)
-        assert not set(EOS) & set(answer.response_ids[:-1])
-        assert (answer.response_ids[-1] in EOS) == (answer.finish == "stop")
-        assert answer.finish == "stop" or len(answer.response_ids) == 40
-    assert {a.response_ids[-1] for a in answers if a.finish == "stop"} == set(EOS)
+        assert len(answer.logps) == len(answer.token_ids)
+        assert not set(EOS) & set(answer.token_ids[:-1])
+        assert (answer.token_ids[-1] in EOS) == (answer.finish == "stop")
+        assert answer.finish == "stop" or len(answer.token_ids) == 40
+    assert {a.token_ids[-1] for a in answers if a.finish == "stop"} == set(EOS)
 
 
 def test_ids_beyond_the_vocabulary_are_never_sampled(engine, model):
@@ -151,7 +151,7 @@ def test_ids_beyond_the_vocabulary_are_never_sampled(engine, model):
     prompts = [Prompt(source="a", index=i, text="", token_ids=(i + 10, 3)) for i in range(8)]
     for temperature in (0, 1.0, 4.0):
         for answer in engine.generate(prompts, Sampling(max_new_tokens=10, temperature=temperature)):
-            assert max(answer.response_ids) < VOCAB_SIZE
+            assert max(answer.token_ids) < VOCAB_SIZE
             assert min(answer.logps) > -60
 
 
@@ -163,9 +163,9 @@ def test_load_replaces_weights_and_version(engine, prompts):
     answers = engine.generate(prompts, greedy)
     assert {v for r in answers for v in r.versions} == {7}
     for answer in answers:
-        logp = next_logp(other, [*answer.prompt.token_ids, *answer.response_ids], 1.0)
+        logp = next_logp(other, [*answer.prompt.token_ids, *answer.token_ids], 1.0)
         start = len(answer.prompt.token_ids) - 1
-        assert logp[start : start + len(answer.response_ids)].argmax(-1).tolist() == list(answer.response_ids)
+        assert logp[start : start + len(answer.token_ids)].argmax(-1).tolist() == list(answer.token_ids)
 
 
 def test_load_of_half_precision_weights(engine, model):

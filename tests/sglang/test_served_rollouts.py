@@ -68,7 +68,7 @@ def assert_right(rollouts, sampling=SAMPLING, prompts=PROMPTS):
     wanted = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples_per_prompt)]
     assert [(r.prompt, r.sample) for r in rollouts] == wanted
     for rollout in rollouts:
-        ids = rollout.response_ids
+        ids = rollout.token_ids
         assert END not in ids[:-1]
         assert rollout.finish == ("stop" if ids[-1] == END else "length")
         assert len(ids) == sampling.max_new_tokens or rollout.finish == "stop"
@@ -99,7 +99,7 @@ def test_rollouts(servers, make_engine, changes):
     assert sorted(finished, key=rollouts.index) == rollouts
     assert rollouts == make_engine(servers(1)).generate(PROMPTS, sampling)  # which server does not matter
     if sampling.temperature and sampling.max_new_tokens > 1:
-        assert len({r.response_ids for r in rollouts}) > 2 * len(PROMPTS)
+        assert len({r.token_ids for r in rollouts}) > 2 * len(PROMPTS)
     assert engine.generate([], sampling) == []
 
 
@@ -108,7 +108,7 @@ def test_a_prompt_that_is_drawn_again_gets_other_answers(servers, make_engine):
     engine = make_engine(servers(2))
     rollouts = engine.generate(thrice, SAMPLING)
     assert_right(rollouts, prompts=thrice)
-    assert len({r.response_ids for r in rollouts}) == len(rollouts)
+    assert len({r.token_ids for r in rollouts}) == len(rollouts)
     assert rollouts[: SAMPLING.samples_per_prompt] == engine.generate(PROMPTS[:1], SAMPLING)
 
 
@@ -118,17 +118,17 @@ def test_finished_rollouts_are_told_at_once(servers, make_engine):
     started = time.monotonic()
     engine = make_engine([server])
     rollouts = engine.generate(PROMPTS, SAMPLING, lambda r: times.setdefault(r, time.monotonic() - started))
-    shortest, longest = (pick(rollouts, key=lambda r: len(r.response_ids)) for pick in (min, max))
-    assert len(shortest.response_ids) < len(longest.response_ids)
+    shortest, longest = (pick(rollouts, key=lambda r: len(r.token_ids)) for pick in (min, max))
+    assert len(shortest.token_ids) < len(longest.token_ids)
     assert times[shortest] < times[longest] - 0.02
 
 
 def test_only_ids_that_every_model_has_are_sampled(servers, make_engine):
     rollouts = make_engine(servers(1), vocab_size=20).generate(PROMPTS, SAMPLING)
-    assert max(max(r.response_ids) for r in rollouts) == 19
+    assert max(max(r.token_ids) for r in rollouts) == 19
     for r in rollouts:
         bias = dict.fromkeys(range(20, VOCAB_SIZE), -1e4)
-        first = logps(r.prompt.token_ids, bias=bias)[r.response_ids[0]]
+        first = logps(r.prompt.token_ids, bias=bias)[r.token_ids[0]]
         assert r.logps[0] == pytest.approx(first)
 
 
@@ -156,7 +156,7 @@ def test_aborted_answers_are_continued_or_begun_again(servers, loop, make_engine
     rollouts = started.result(20)
     assert_right(rollouts)
     # Sampling in the stand-in depends on the position alone, so an interrupted answer is the same answer.
-    assert [r.response_ids for r in rollouts] == [r.response_ids for r in undisturbed]
+    assert [r.token_ids for r in rollouts] == [r.token_ids for r in undisturbed]
     mixed = [r for r in rollouts if set(r.versions) == {0, 1}]
     assert all(list(r.versions) == sorted(r.versions) for r in rollouts)
     counted = engine.metrics()

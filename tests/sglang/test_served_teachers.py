@@ -50,12 +50,12 @@ def make_teacher():
 
 def before(rollout):
     """The tokens before each response token."""
-    ids = rollout.prompt.token_ids + rollout.response_ids
+    ids = rollout.prompt.token_ids + rollout.token_ids
     return [ids[:i] for i in range(len(rollout.prompt.token_ids), len(ids))]
 
 
 def right_logps(rollout):
-    return np.array([logps(b)[i] for b, i in zip(before(rollout), rollout.response_ids, strict=True)])
+    return np.array([logps(b)[i] for b, i in zip(before(rollout), rollout.token_ids, strict=True)])
 
 
 def assert_right(scores, rollouts, *, carrier, top_k=4):
@@ -65,10 +65,10 @@ def assert_right(scores, rollouts, *, carrier, top_k=4):
             np.testing.assert_allclose(score.logp_R, right_logps(rollout), rtol=1e-5)
         elif carrier == "topk":
             assert isinstance(score, TopK)
-            assert score.ids_RK.shape == (len(rollout.response_ids), top_k)
+            assert score.ids_RK.shape == (len(rollout.token_ids), top_k)
             rows = np.stack([logps(b) for b in before(rollout)])
             np.testing.assert_allclose(score.logp_RK, np.take_along_axis(rows, score.ids_RK.numpy(), -1), rtol=1e-5)
-            assert (score.ids_RK == torch.tensor(rollout.response_ids)[:, None]).any(-1).all()
+            assert (score.ids_RK == torch.tensor(rollout.token_ids)[:, None]).any(-1).all()
         else:
             assert isinstance(score, Hidden)
             np.testing.assert_array_equal(score.hidden_RD, np.stack([hidden(b) for b in before(rollout)]))
@@ -220,7 +220,7 @@ def test_metrics(servers, make_teacher):
     teacher = make_teacher(servers(1))
     teacher.score(ROLLOUTS)
     counted = teacher.metrics()
-    assert counted["teacher/t/http/tokens"] == sum(len(r.response_ids) for r in ROLLOUTS)
+    assert counted["teacher/t/http/tokens"] == sum(len(r.token_ids) for r in ROLLOUTS)
     assert counted["teacher/t/http/bytes_received"] > 0
     assert counted["teacher/t/http/seconds"] > 0
     assert not any(teacher.metrics().values())

@@ -13,7 +13,7 @@ from megatron_opd.student.context import Split, in_order
 def whole(size, seed, micro_batch_size=4):
     """A micro-batch whose every token has values of its own."""
     rollouts = tiny.rollouts(count=micro_batch_size, vocab_size=90, seed=seed)
-    lengths = [len(r.response_ids) for r in rollouts]
+    lengths = [len(r.token_ids) for r in rollouts]
     scores = [[Sampled(torch.arange(n) + 100.0 * i) for i, n in enumerate(lengths)]]
     [batch] = pack(
         rollouts, micro_batch_size=micro_batch_size, length_multiple=2 * size, device=torch.device("cpu"),
@@ -53,15 +53,15 @@ def test_every_response_token_is_in_one_part_with_all_that_is_its(size, seed):
         length, split = part.tokens_BS.shape[1], Split(rank, size, None)
         positions = split.positions(batch.tokens_BS.shape[1])
         assert torch.equal(part.tokens_BS, batch.tokens_BS[:, positions])
-        for t, row in enumerate(part.rows_T.tolist()):
+        for t, row in enumerate(part.predicted_at_T.tolist()):
             at = row // length * batch.tokens_BS.shape[1] + positions[row % length].item()
             of_teacher = part.teachers[0].logp_R[t].item()
             told[at] = (part.targets_T[t], part.behaviour_logp_T[t], part.weights_TN[t, 0], of_teacher)
         assert torch.equal(batch.targets_T[split.has(batch)], part.targets_T)  # in the same order
     logp_T = batch.teachers[0].logp_R
     its = zip(batch.targets_T, batch.behaviour_logp_T, batch.weights_TN[:, 0], logp_T.tolist(), strict=True)
-    assert sum(len(part.rows_T) for part in parts(size, batch)) == len(batch.rows_T)
-    assert told == dict(zip(batch.rows_T.tolist(), its, strict=True))
+    assert sum(len(part.predicted_at_T) for part in parts(size, batch)) == len(batch.predicted_at_T)
+    assert told == dict(zip(batch.predicted_at_T.tolist(), its, strict=True))
 
 
 @pytest.mark.parametrize(

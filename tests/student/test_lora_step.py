@@ -87,7 +87,7 @@ def config(paths, family, targets=(), *, dtype="fp32", recompute="none", micro_b
 
 def rollouts():
     made = tiny.rollouts(count=8, vocab_size=VOCAB_SIZE)
-    made.sort(key=lambda r: len(r.response_ids))  # replicas get unequal numbers of tokens
+    made.sort(key=lambda r: len(r.token_ids))  # replicas get unequal numbers of tokens
     return made
 
 

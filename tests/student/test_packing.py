@@ -33,7 +33,7 @@ def seen(parallel, cases):
             tokens, positions, described = packing.inputs(batch)
             made.append(
                 {
-                    "shape": packing.shape(batch),
+                    "shape": batch.model_shape,
                     "tokens": tokens,
                     "positions": positions,
                     "rows": packing.rows(batch),
@@ -88,14 +88,14 @@ def test_rows_predict_the_response_wherever_sequences_lie(ranks):
             assert batch["shape"][1] % settings["length_multiple"] == 0
             rows, targets = batch["rows"], batch["targets"].tolist()
             assert batch["tokens"].flatten().roll(-1)[rows].tolist() == targets
-            assert targets == [t for r in part for t in r.response_ids]
-            before = [len(r.prompt.token_ids) - 1 + t for r in part for t in range(len(r.response_ids))]
+            assert targets == [t for r in part for t in r.token_ids]
+            before = [len(r.prompt.token_ids) - 1 + t for r in part for t in range(len(r.token_ids))]
             assert batch["positions"].flatten()[rows].tolist() == before
             if settings["packing"] != "none":
                 lengths = batch["described"].lengths
                 assert sum(lengths) == batch["shape"][1]
                 assert max(lengths) == batch["described"].max_seqlen_q
-                assert lengths[: len(part)] == tuple(len(r.prompt.token_ids) + len(r.response_ids) for r in part)
+                assert lengths[: len(part)] == tuple(len(r.prompt.token_ids) + len(r.token_ids) for r in part)
 
 
 def attended(parallel, lengths):
@@ -172,10 +172,10 @@ def test_logits_are_transformers_and_sequences_do_not_see_each_other(ranks, tmp_
     found, again = (
         torch.cat([torch.cat(shards, -1) for shards in zip(*case, strict=True)]) for case in zip(*last, strict=True)
     )
-    lengths = [len(r.response_ids) for r in rollouts]
+    lengths = [len(r.token_ids) for r in rollouts]
     with torch.no_grad():
         for rollout, mine, after in zip(rollouts, found.split(lengths), again.split(lengths), strict=True):
             start = len(rollout.prompt.token_ids)
-            ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+            ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
             torch.testing.assert_close(mine, model(ids).logits[0, start - 1 : -1], atol=2e-5, rtol=1e-5)
             assert torch.equal(mine, after) == (rollout is not long)

@@ -71,7 +71,7 @@ def bad_loss(parallel, made, rollouts):
         finals.append(state(student))
         if has_bad_step:
             answer = told, unchanged
-    token = batches[1].rows_T[3].item(), batches[1].tokens_BS.shape[1]
+    token = batches[1].predicted_at_T[3].item(), batches[1].tokens_BS.shape[1]
     return *answer, same(*finals), token
 
 

@@ -53,7 +53,7 @@ def paths(tmp_path_factory):
 def rollouts():
     """Eight, of two sources, in an order that gives replicas unequal token counts and one-source micro-batches."""
     made = tiny.rollouts(count=8, vocab_size=VOCAB_SIZE)
-    made.sort(key=lambda r: (r.prompt.source, len(r.response_ids)))
+    made.sort(key=lambda r: (r.prompt.source, len(r.token_ids)))
     return made
 
 
@@ -191,7 +191,7 @@ def test_layouts_do_not_change_the_step(ranks, alone, paths, student, loss, layo
         assert evaluation == answers[0][1]
         for name, tensor in weights.items():  # and replicas stay bitwise equal
             assert torch.equal(tensor, answers[0][2][name])
-    counts = [sum(len(r.response_ids) for r in rollouts()[d :: layout.get("data", 1)]) for d in (0, 1)]
+    counts = [sum(len(r.token_ids) for r in rollouts()[d :: layout.get("data", 1)]) for d in (0, 1)]
     assert layout.get("data", 1) == 1 or counts[0] != counts[1]
 
 

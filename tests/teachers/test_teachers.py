@@ -46,7 +46,7 @@ def score(parallel, model_dir, rollouts, micro_batch_size, dtype):
 @torch.no_grad()
 def logits_at_responses(model, rollout):
     start = len(rollout.prompt.token_ids)
-    ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+    ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
     return model(ids).logits[0, start - 1 : -1]
 
 

@@ -57,7 +57,7 @@ def test_nothing_crosses_from_one_answer_into_another():
     x = torch.zeros(sum(LENGTHS))
     x[-1] = 1.0
     assert advantages.returns(x, ANSWERS, 1.0).tolist() == [0.0] * 12 + [1.0, 1.0]
-    assert advantages.next_in_answer(torch.ones(sum(LENGTHS)), ANSWERS).tolist() == [
+    assert advantages.next_in_sequence(torch.ones(sum(LENGTHS)), ANSWERS).tolist() == [
         *([1.0] * 3 + [0.0]),
         0.0,
         *([1.0] * 6 + [0.0]),
@@ -114,7 +114,7 @@ def test_annealing():
 def test_shares_make_the_aggregation_of_the_mean_over_tokens(how):
     x = values()
     tokens, answers = sum(LENGTHS), len(LENGTHS)
-    factors = advantages.shares(LENGTHS, how=how, tokens=tokens, answers=answers)
+    factors = advantages.shares(LENGTHS, how=how, tokens=tokens, episodes=answers)
     found = sum(f * sum(part) for f, part in zip(factors, by_answer(x), strict=True)) / tokens
     wanted = {
         "token-mean": math.fsum(x.tolist()) / tokens,

@@ -24,7 +24,7 @@ def wanted(config, rollout):
     found = {}
     for settings, (family, changes) in zip(config.teachers, invariance.TEACHERS, strict=True):
         model = copy.deepcopy(invariance.model(family, tuple(changes.items()))).double()
-        start, ids = len(rollout.prompt.token_ids), torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        start, ids = len(rollout.prompt.token_ids), torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         with torch.no_grad():
             logits = model(ids).logits[0, start - 1 : -1]
         logp = oracle.log_softmax(logits, invariance.VOCAB_SIZE, config.loss.temperature)

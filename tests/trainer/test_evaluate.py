@@ -17,7 +17,8 @@ WORDS = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
 def answered(source, answer, said):
     prompt = Prompt(source=source, index=0, text="?", token_ids=(1,), answer=answer)
     ids, zeros = tuple(map(ord, said)), (0,) * len(said)
-    return Rollout(prompt=prompt, sample=0, response_ids=ids, logps=zeros, finish="stop", versions=zeros)
+    learnt = (True,) * len(said)
+    return Rollout(prompt=prompt, sample=0, token_ids=ids, learnt=learnt, logps=zeros, finish="stop", versions=zeros)
 
 
 def evaluator(**rewards):

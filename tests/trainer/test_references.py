@@ -23,7 +23,7 @@ def student(tmp_path_factory):
 def prompts(source, count):
     """With answers but for every third one."""
     made = tiny.rollouts(count=count, vocab_size=invariance.VOCAB_SIZE, sources=(source,), seed=count)
-    return [replace(r.prompt, answer_ids=r.response_ids if i % 3 else ()) for i, r in enumerate(made)]
+    return [replace(r.prompt, answer_ids=r.token_ids if i % 3 else ()) for i, r in enumerate(made)]
 
 
 SOURCES = [

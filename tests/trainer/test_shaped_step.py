@@ -110,14 +110,14 @@ class Reference(steps.Reference):
     def prepare(self, made, number):
         """What depends on all answers: kept by position."""
         method, policy = self.config, self.config.policy
-        self.answers, self.tokens = len(made), sum(len(r.response_ids) for r in made)
+        self.answers, self.tokens = len(made), sum(len(r.token_ids) for r in made)
         self.distill_weight = max(method.loss.weight - method.loss.anneal * (number - 1), 0.0)
         self.advantages, self.distilled = [], []
         for i, r in enumerate(made):
             pair = [r.reward, made[i - 2 if i % 4 > 1 else i + 2].reward]
             scale = stdev(pair) or 1.0 if method.rl.normalise else 1.0
             reward = method.rl.weight * (r.reward - fmean(pair)) / scale
-            self.advantages.append(torch.full((len(r.response_ids),), reward, dtype=torch.float64))
+            self.advantages.append(torch.full((len(r.token_ids),), reward, dtype=torch.float64))
             self.distilled.append(r.reward < 1 if method.rl.distill_on == "wrong" else max(pair) < 1)
         if policy.kl_coef:
             x = [self.long_horizon(r) for r in made]
@@ -138,22 +138,22 @@ class Reference(steps.Reference):
         """(combined teachers [R, V], their log-probabilities of the response [R]), float64."""
         ids, rows = self.place(rollout)
         raw = [t.sources.get(rollout.prompt.source, t.weight) for t in self.config.teachers]
-        weights = torch.tensor([[w / sum(raw) for w in raw]] * len(rollout.response_ids), dtype=torch.float64)
+        weights = torch.tensor([[w / sum(raw) for w in raw]] * len(rollout.token_ids), dtype=torch.float64)
         with torch.no_grad():
             teachers = [self.logp(teacher, ids, rows) for teacher in self.teachers]
         target = oracle.ensemble(teachers, weights, self.config.loss.ensemble)
         return target, self.sampled(target, rollout)
 
     def place(self, rollout):
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         return ids, slice(len(rollout.prompt.token_ids) - 1, ids.shape[1] - 1)
 
     def sampled(self, logp, rollout):
-        return logp.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        return logp.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
 
     def share(self, how, rollout):
         """What makes a sum over tokens, divided by their number, the aggregation."""
-        length = len(rollout.response_ids)
+        length = len(rollout.token_ids)
         over = {"seq-mean-token-mean": self.answers * length, "seq-mean-token-sum": self.answers, "sum": 1}
         return self.tokens / over.get(how, self.tokens)
 
@@ -249,9 +249,9 @@ def test_answers_of_others_have_no_advantage_and_their_share_of_the_cross_entrop
     others = [replace(r, origin="dataset", reward=None) if i % 2 else r for i, r in enumerate(graded())]
     made = config(paths, "hybrid", micro_batch_size=1)
     found, metrics = ranks.run(1, shaped_beside_answers_of_others, made, others, VOCAB_SIZE)[0]
-    tokens = sum(len(r.response_ids) for r in others)
+    tokens = sum(len(r.token_ids) for r in others)
     for r, (distill, sft, advantage) in zip(others, found, strict=True):
-        share = tokens / len(others) / len(r.response_ids)
+        share = tokens / len(others) / len(r.token_ids)
         if r.origin == "student":
             assert (sft == 0).all()
             assert advantage.abs().max() > 0

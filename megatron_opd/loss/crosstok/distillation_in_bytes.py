@@ -23,7 +23,8 @@ from megatron_opd.core.types import Foreign, MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.matched import Matched
 from megatron_opd.loss.crosstok.uld import Spans, other_tokens, uld
-from megatron_opd.loss.term import Term, WithGradient, sums
+from megatron_opd.loss.node import with_gradient
+from megatron_opd.loss.term import Term, sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class CrossTokenizer:
                     self._at_spans(n, score, spans_G4, batch, (logits_TL, grad_TL), told)
         loss = told.loss_T.sum().float()
         if grad_TL is not None:
-            loss = WithGradient.apply(logits_TL, loss, grad_TL)
+            loss = with_gradient(loss, logits_TL, grad_TL)
         return Term(loss, told.loss_T, sums(told.columns(sampled, batch)))
 
     @torch.no_grad()
@@ -137,11 +138,10 @@ class CrossTokenizer:
             hidden_QD = score.hidden_QD[t_first:t_stop].to(foreigner.head_LD.dtype)
             logits_QL = hidden_QD @ foreigner.head_LD.T
             theirs = self._spans(foreigner.vocab, logits_QL, score.ids_Q[t_first:t_stop], spans_G4[:, 2:] - t_first)
-        parts = uld(ours, theirs, foreigner.matched, self.how, beta=self.config.beta)
+        config = self.config
+        parts = uld(ours, theirs, foreigner.matched, self.how, beta=config.beta, name=config.divergence)
         last_G = spans_G4[:, 1] - 1
-        weight_G = batch.weights_TN[last_G, n]
-        if batch.distill_T is not None:
-            weight_G = weight_G * batch.distill_T[last_G]
+        weight_G = batch.weights_TN[last_G, n] * batch.distill_T[last_G]
         loss_G = weight_G * (parts[0] + parts[1])
         if grad_TL is not None:
             grad_TL[first:stop] += torch.autograd.grad(loss_G.sum(), logits_CL)[0]
@@ -185,10 +185,8 @@ class _Told:
     def columns(self, sampled: list[torch.Tensor], batch: MicroBatch) -> list[torch.Tensor]:
         """In the order of `CrossTokenizer.metric_names`; `sampled`: the student's own at both temperatures, [T]."""
         weights_TN = batch.weights_TN
-        lag_T = sampled[1] - batch.behaviour_logp_T
+        lag_T = (sampled[1] - batch.behaviour_logp_T)[batch.on_policy_T]
         mismatch_T = lag_T.exp() - 1 - lag_T
-        if batch.on_policy_T is not None:
-            mismatch_T = mismatch_T[batch.on_policy_T]
         ends = [told[4] > 0 for told in self.by_teacher]
         kls = [told[2][end_T] for told, end_T in zip(self.by_teacher, ends, strict=True)]
         weighted = [weights_TN[:, n] * told[2] for n, told in enumerate(self.by_teacher)]

@@ -27,6 +27,7 @@ from megatron_opd.config import CrossTokenizerConfig
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import divergence, reverse_kl
 from megatron_opd.loss.crosstok.matched import Matched
+from megatron_opd.loss.divergences import GKD
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,10 @@ class Spans:
 
 
 def uld(
-    student: Spans, teacher: Spans, matched: Matched, how: CrossTokenizerConfig, *, beta: float
+    student: Spans, teacher: Spans, matched: Matched, how: CrossTokenizerConfig, *, beta: float, name: str = GKD
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(matched, unmatched) parts of the loss by span, with their weights, and KL(Q || P) over the outcomes of the
-    matched part, without a gradient; [G] each."""
+    matched part, without a gradient; [G] each. `name`: of the divergence."""
     student_GO = student.with_rest(matched.student_M, matched.student_only_A)
     teacher_GO = teacher.with_rest(matched.teacher_M, matched.teacher_only_B)
     space = VocabShard.whole(student_GO.shape[-1])
@@ -74,7 +75,7 @@ def uld(
     if not how.hybrid:
         return torch.zeros_like(kl_G), unmatched_G, kl_G
     w = len(matched.teacher_M) / teacher.logp_GV.shape[-1] if how.adaptive else how.matched_weight
-    return w * divergence(student_GO, teacher_GO, space, beta), (1 - w) * unmatched_G, kl_G
+    return w * divergence(student_GO, teacher_GO, space, beta, name), (1 - w) * unmatched_G, kl_G
 
 
 def sorted_l1(student_GA: torch.Tensor, teacher_GB: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """The fused distillation loss: value, gradient and metrics of every token in as few looks at memory as there can be.
 
-`distillation_loss` (logits) and `linear_distillation_loss` (hidden states and heads) are for anybody; `run` on a
-`Problem` is what they, and the student's step, stand on.
+`distillation_loss` (logits) and `linear_distillation_loss` (hidden states and heads) are for anybody; `loss_of` is what
+they and the student's step call.
 """
 
 from megatron_opd.loss.fused import backends
 from megatron_opd.loss.fused.api import NonFiniteLogits, distillation_loss, linear_distillation_loss
 from megatron_opd.loss.fused.chunks import FactoredLogits, Gradients, Logits, Problem, run
+from megatron_opd.loss.fused.differentiable import WeightedSum, loss_of
 from megatron_opd.loss.fused.statistics import LossSpec
 from megatron_opd.loss.fused.token_results import TokenResults
 
@@ -18,8 +19,10 @@ __all__ = [
     "NonFiniteLogits",
     "Problem",
     "TokenResults",
+    "WeightedSum",
     "backends",
     "distillation_loss",
     "linear_distillation_loss",
+    "loss_of",
     "run",
 ]

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 
 from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.divergences import GKD
 from megatron_opd.loss.fused import backends, validated
-from megatron_opd.loss.fused.chunks import FactoredLogits, Gradients, Logits, Problem, Result, run
+from megatron_opd.loss.fused.chunks import FactoredLogits, Logits, Problem
+from megatron_opd.loss.fused.differentiable import ByToken, Mean, loss_of
 from megatron_opd.loss.fused.statistics import LossSpec
 
 
@@ -36,6 +37,8 @@ class Settings(TypedDict, total=False):
     """Nonzero: the token counts. The others cost nothing and have gradient 0. None: all count."""
     beta: float
     """0: forward KL(teachers||student); 1 (default): reverse KL(student||teachers); between: JSD(beta) as in GKD."""
+    divergence: str
+    """A name of `loss.divergences.DIVERGENCES`; default gkd, which `beta` is about. Others run by their formula."""
     temperature: float
     """Both sides' logits are divided by it. Default 1."""
     ensemble: Literal["logits", "probs"]
@@ -50,8 +53,8 @@ class Settings(TypedDict, total=False):
     keep_logits: bool
     """Make the gradient in memory of its own. By default it overwrites the student's logits, unless they are a leaf of
     the graph: who reads them afterwards sees the gradient, and autograd refuses to."""
-    backend: Literal["auto", "torch", "native", "triton"]
-    """What does the work; auto (default) goes by device and type."""
+    backend: Literal["auto", "torch", "native", "triton", "readable"]
+    """What does the work; auto (default) goes by device, type and divergence."""
     chunk_tokens: int
     """Hidden-state form: tokens whose logits exist at one time; 0 (default): as many as suit the device."""
     upstream: float
@@ -77,9 +80,7 @@ def distillation_loss(
     gradient of its own columns. Raises ValueError for wrong arguments, NonFiniteLogits for wrong logits.
     """
     flat = [_matrix(x) for x in (student_logits, *teacher_logits)]
-    problem, how = _problem(flat[0], flat[1:], settings)
-    loss = _Loss.apply(_OfLogits(problem, how), flat[0])
-    return loss if how.is_mean else loss.view(student_logits.shape[:-1])
+    return _computed(flat[0], flat[1:], settings, student_logits.shape[:-1])
 
 
 def linear_distillation_loss(
@@ -98,36 +99,24 @@ def linear_distillation_loss(
     sum over shards is for what made them whole (Megatron's copy to, or gather from, the tensor-parallel region).
     With reduction "none" the backward pass computes the chunks' logits again, without any exchange.
     """
-    student = FactoredLogits(_matrix(student_hidden), student_head)
-    problem, how = _problem(student, [FactoredLogits(_matrix(h), w) for h, w in teachers], settings)
-    loss = _Loss.apply(_OfHidden(problem, how), student.hidden_TD, student.head_LD)
-    return loss if how.is_mean else loss.view(student_hidden.shape[:-1])
+    student = FactoredLogits(_matrix(student_hidden), student_head, float(settings.get("upstream", 1.0)))
+    models = [FactoredLogits(_matrix(h), w) for h, w in teachers]
+    return _computed(student, models, settings, student_hidden.shape[:-1])
 
 
-@dataclass(frozen=True, slots=True)
-class _How:
-    """What of the settings is not part of the problem."""
-
-    num_tokens: int
-    is_mean: bool
-    raises: bool
-    keep_logits: bool
-    upstream: float
-
-    def value(self, result: Result, keep_R: torch.Tensor | None) -> torch.Tensor:
-        """The loss, float32. Raises NonFiniteLogits."""
-        found = result.outcome
-        if self.raises and bool(found.is_bad_R.any()):
-            bad_R = found.is_bad_R.nonzero()[:, 0]
-            raise NonFiniteLogits((bad_R if keep_R is None else keep_R[bad_R]).tolist())
-        if self.is_mean:
-            return found.loss_R.mean().float()
-        if keep_R is None:
-            return found.loss_R.float()
-        return found.loss_R.new_zeros(self.num_tokens).index_copy_(0, keep_R, found.loss_R).float()
+def _computed(student: Logits, teachers: Sequence[Logits], settings: Settings, shape: Sequence[int]) -> torch.Tensor:
+    """The loss; by token in the given shape. Raises ValueError, TypeError, NonFiniteLogits."""
+    problem = _problem(student, teachers, settings)
+    is_mean = settings.get("reduction", "mean") == "mean"
+    reduction = Mean() if is_mean else ByToken(validated.num_tokens(student), problem.keep_R)
+    loss, found = loss_of(problem, reduction, keep_logits=settings.get("keep_logits", False))
+    if settings.get("on_nonfinite", "raise") == "raise" and bool(found.is_bad_R.any()):
+        bad_R = found.is_bad_R.nonzero()[:, 0]
+        raise NonFiniteLogits((bad_R if problem.keep_R is None else problem.keep_R[bad_R]).tolist())
+    return loss if is_mean else loss.view(*shape)
 
 
-def _problem(student: Logits, teachers: Sequence[Logits], settings: Settings) -> tuple[Problem, _How]:
+def _problem(student: Logits, teachers: Sequence[Logits], settings: Settings) -> Problem:
     """Everything checked. Raises ValueError, and TypeError for settings that there are not."""
     unknown = set(settings) - set(Settings.__annotations__)
     if unknown:
@@ -137,7 +126,8 @@ def _problem(student: Logits, teachers: Sequence[Logits], settings: Settings) ->
     beta, temperature = float(settings.get("beta", 1.0)), float(settings.get("temperature", 1.0))
     ensemble, reduction = settings.get("ensemble", "logits"), settings.get("reduction", "mean")
     on_nonfinite = settings.get("on_nonfinite", "raise")
-    validated.check_settings(beta, temperature, ensemble)
+    spec = LossSpec(beta, temperature, ensemble, len(teachers), divergence=settings.get("divergence", GKD))
+    validated.check_spec(spec)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', not '{reduction}'")
     if on_nonfinite not in ("raise", "nan"):
@@ -146,140 +136,16 @@ def _problem(student: Logits, teachers: Sequence[Logits], settings: Settings) ->
     values = [x.hidden_TD if isinstance(x, FactoredLogits) else x for x in (student, *teachers)]
     keep_R = validated.kept_tokens(settings.get("mask"), values[0])
     weights_TN = validated.normalised_weights(settings.get("weights"), values[0], len(teachers))
-    problem = Problem(
+    return Problem(
         student=student,
         teachers=tuple(teachers),
         weights_RN=validated.checked_rows(weights_TN, keep_R),
-        asked=LossSpec(beta, temperature, ensemble, len(teachers)),
+        asked=spec,
         vocab=vocab,
-        backend=backends.choose(values, settings.get("backend", "auto")),
+        backend=backends.choose(values, settings.get("backend", "auto"), spec),
         keep_R=keep_R,
         chunk_tokens=settings.get("chunk_tokens", 0),
     )
-    keep_logits, upstream = settings.get("keep_logits", False), float(settings.get("upstream", 1.0))
-    return problem, _How(len(values[0]), reduction == "mean", on_nonfinite == "raise", keep_logits, upstream)
-
-
-class _Loss(torch.autograd.Function):
-    """A value whose gradient is known, or nearly: what `_OfLogits` and `_OfHidden` say."""
-
-    @staticmethod
-    def forward(ctx: Any, of: _OfLogits | _OfHidden, *students: torch.Tensor) -> torch.Tensor:
-        ctx.of = of
-        return of.forward(list(ctx.needs_input_grad[1:]))
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of, ctx.of = ctx.of, None
-        if of is None:
-            raise RuntimeError("the loss gave its gradient away in the first backward pass; compute the loss again")
-        return None, *of.backward(upstream)
-
-
-class _OfLogits:
-    """The loss of materialised logits."""
-
-    def __init__(self, problem: Problem, how: _How) -> None:
-        self.problem, self.how = problem, how
-        self.grad_TL: torch.Tensor | None = None
-
-    def forward(self, needs: list[bool]) -> torch.Tensor:
-        problem = self.problem
-        assert isinstance(problem.student, torch.Tensor)
-        student_TL = problem.student.detach()
-        if needs[0]:
-            if self.how.keep_logits or _belongs_to_leaf(problem.student):
-                student_TL = student_TL.clone()
-            self.grad_TL = student_TL
-            problem = replace(problem, scale_R=_scale(problem, self.how))
-        problem = replace(problem, student=student_TL, teachers=tuple(_detached(t) for t in problem.teachers))
-        result = run(problem)
-        if needs[0]:
-            if problem.keep_R is not None:
-                counts_T = torch.zeros(len(student_TL), dtype=torch.bool, device=student_TL.device)
-                student_TL[~counts_T.index_fill_(0, problem.keep_R, True)] = 0
-            torch.autograd.graph.increment_version(student_TL)  # compiled kernels write behind autograd's back
-        return self.how.value(result, problem.keep_R)
-
-    def backward(self, upstream: torch.Tensor) -> tuple[torch.Tensor | None]:
-        assert self.grad_TL is not None
-        return (self.problem.backend.scale(self.grad_TL, upstream),)
-
-
-class _OfHidden:
-    """The loss of hidden states and heads."""
-
-    def __init__(self, problem: Problem, how: _How) -> None:
-        self.problem, self.how = problem, how
-        student = problem.student
-        assert isinstance(student, FactoredLogits)
-        self.head = student.head_LD
-        self.main_grad: torch.Tensor | None = getattr(student.head_LD, "main_grad", None) if how.is_mean else None
-        self.problem = replace(
-            problem,
-            student=FactoredLogits(student.hidden_TD.detach(), student.head_LD.detach()),
-            teachers=tuple(_detached(t) for t in problem.teachers),
-        )
-
-    def forward(self, needs: list[bool]) -> torch.Tensor:
-        self.needs = needs
-        self.gradients, problem = None, self.problem
-        if self.how.is_mean and any(needs):
-            self.gradients = self._room()
-            problem = replace(problem, scale_R=_scale(problem, self.how) * self.how.upstream)
-        self.result = run(problem, self.gradients)
-        return self.how.value(self.result, problem.keep_R)
-
-    def backward(self, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        gradients, backend = self.gradients, self.problem.backend
-        if gradients is None:
-            gradients, keep_R = self._room(), self.problem.keep_R
-            scale_R = (upstream if keep_R is None else upstream[keep_R]).double()
-            run(replace(self.problem, scale_R=scale_R), gradients, self.result.known)
-            factor = None
-        else:
-            factor = upstream / self.how.upstream
-        hidden_TD, head_LD = gradients.hidden_TD, gradients.head_LD
-        if factor is not None and hidden_TD is not None:
-            hidden_TD = backend.scale(hidden_TD, factor)
-        if self.main_grad is not None:
-            if factor is not None:
-                torch._assert_async((factor == 1).all(), "main_grad was added to for another upstream factor")
-            return hidden_TD, None
-        if factor is not None and head_LD is not None:
-            head_LD = backend.scale(head_LD, factor)
-        return hidden_TD, None if head_LD is None else head_LD.to(self.head.dtype)
-
-    def _room(self) -> Gradients:
-        student, keep_R = self.problem.student, self.problem.keep_R
-        assert isinstance(student, FactoredLogits)
-        hidden_TD = head_LD = None
-        if self.needs[0]:
-            hidden_TD = (torch.empty_like if keep_R is None else torch.zeros_like)(student.hidden_TD)
-        if self.needs[1]:
-            wide = torch.float64 if self.head.dtype == torch.float64 else torch.float32
-            head_LD = self.main_grad
-            if head_LD is None:
-                head_LD = torch.zeros(self.head.shape, dtype=wide, device=self.head.device)
-        return Gradients(hidden_TD, head_LD)
-
-
-def _scale(problem: Problem, how: _How) -> torch.Tensor:
-    """Factor of every token's gradient: that of the mean, or 1."""
-    rows = problem.weights_RN.shape[0]
-    return problem.weights_RN.new_full((rows,), 1 / rows if how.is_mean else 1.0, dtype=torch.float64)
-
-
-def _detached(model: Logits | None) -> Logits | None:
-    if isinstance(model, FactoredLogits):
-        return FactoredLogits(model.hidden_TD.detach(), model.head_LD.detach())
-    return None if model is None else model.detach()
-
-
-def _belongs_to_leaf(x: torch.Tensor) -> bool:
-    """Whether writing to it would change a leaf of the graph: it is one, or a view of one, as flattened logits are."""
-    base = x._base
-    return x.is_leaf or (base is not None and base.is_leaf)
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ import torch
 from megatron_opd.core.protocols import Head
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.fused import products
-from megatron_opd.loss.fused.passes import Known, Pass
-from megatron_opd.loss.fused.reference import Reference
+from megatron_opd.loss.fused.backend import Backend, RowsPass
+from megatron_opd.loss.fused.passes import Known, PassInputs
 from megatron_opd.loss.fused.statistics import LogitRows, LossSpec
 from megatron_opd.loss.fused.token_results import TokenResults
 
@@ -53,7 +53,7 @@ class Problem:
     weights_RN: torch.Tensor
     asked: LossSpec
     vocab: VocabShard
-    backend: Reference
+    backend: Backend
     keep_R: torch.Tensor | None = None
     """The tokens that count; None: all. With some left out, student and teachers must be of one form."""
     ids_R: torch.Tensor | None = None
@@ -82,10 +82,10 @@ class Result:
     """What came of it, and what a gradient later on needs."""
 
     outcome: TokenResults
-    known: list[Known]
+    known: list[Known | None]
 
 
-def run(problem: Problem, gradients: Gradients | None = None, known: list[Known] | None = None) -> Result:
+def run(problem: Problem, gradients: Gradients | None = None, known: list[Known | None] | None = None) -> Result:
     """Loss and metrics of the tokens that count; with `scale_R` the gradient overwrites materialised student logits, or
     goes into `gradients`. With what an earlier run has `known`, only that gradient is made, without any exchange."""
     if all(not isinstance(x, FactoredLogits) for x in (problem.student, *problem.teachers)):
@@ -96,10 +96,10 @@ def run(problem: Problem, gradients: Gradients | None = None, known: list[Known]
     return _Chunks(problem, gradients, known).run()
 
 
-def _pass(problem: Problem, at: slice, rows: LogitRows, asked: LossSpec, known: Known | None) -> Pass:
+def _pass(problem: Problem, at: slice, rows: LogitRows, asked: LossSpec, known: Known | None) -> RowsPass:
     ids_C = None if problem.ids_R is None else problem.ids_R[at]
     scale_C = None if problem.scale_R is None else problem.scale_R[at]
-    return Pass(rows, asked, problem.vocab, problem.backend, scale_R=scale_C, ids_R=ids_C, known=known)
+    return problem.backend.begin(PassInputs(rows, asked, problem.vocab, scale_C, ids_C, known))
 
 
 def _rows_of_logits(problem: Problem) -> LogitRows:
@@ -112,7 +112,7 @@ def _rows_of_logits(problem: Problem) -> LogitRows:
 class _Chunks:
     """One run over tokens with matrix products."""
 
-    def __init__(self, problem: Problem, gradients: Gradients | None, known: list[Known] | None) -> None:
+    def __init__(self, problem: Problem, gradients: Gradients | None, known: list[Known | None] | None) -> None:
         self.problem, self.gradients, self.known = problem, gradients, known
         self.overlaps = problem.vocab.group is not None
         self.is_summed = self._can_sum()
@@ -125,8 +125,8 @@ class _Chunks:
 
     def run(self) -> Result:
         outcomes: list[TokenResults] = []
-        seen: list[Known] = []
-        running: tuple[slice, Pass] | None = None
+        seen: list[Known | None] = []
+        running: tuple[slice, RowsPass] | None = None
         for at in self._ranges():
             if running is not None and not self.overlaps:
                 outcomes.append(self._end(*running))
@@ -146,7 +146,7 @@ class _Chunks:
         for start in range(0, self.num_tokens, self.size):
             yield slice(start, min(start + self.size, self.num_tokens))
 
-    def _begin(self, at: slice) -> Pass:
+    def _begin(self, at: slice) -> RowsPass:
         """The chunk's logits, and its pass over them, not yet started."""
         problem, number = self.problem, at.start // self.size
         student_CL = self._project(problem.student, at, number, 0)
@@ -162,12 +162,12 @@ class _Chunks:
         rows = LogitRows(student_CL, teachers, weights_CN.contiguous(), problem.width)
         return _pass(problem, at, rows, asked, self.known and self.known[number])
 
-    def _end(self, at: slice, running: Pass) -> TokenResults:
+    def _end(self, at: slice, running: RowsPass) -> TokenResults:
         """The chunk's gradient, and what follows from it."""
         running.middle()
         found = running.finish()
         if (
-            running.scale_R is not None
+            self.problem.scale_R is not None
             and isinstance(self.problem.student, FactoredLogits)
             and self.gradients is not None
         ):

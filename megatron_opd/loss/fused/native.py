@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_opd.loss.divergences import GKD
+from megatron_opd.loss.fused.backend import Wanted
 from megatron_opd.loss.fused.reference import Reference
 from megatron_opd.loss.fused.statistics import LogitRows, LossSpec
 
@@ -75,6 +77,11 @@ class Native(Reference):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+
+    @staticmethod
+    def supports(wanted: Wanted) -> bool:
+        """As `Backend.supports`."""
+        return wanted.device == "cpu" and wanted.dtypes <= set(DTYPES) and wanted.spec.divergence == GKD
 
     def whole(
         self, rows: LogitRows, asked: LossSpec, scale_R: torch.Tensor | None

@@ -9,13 +9,13 @@ Shape suffixes: R rows, L local columns, N teachers, K statistics.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.fused import exchange
-from megatron_opd.loss.fused.reference import Reference, centers
-from megatron_opd.loss.fused.statistics import LogitRows, LossSpec
+from megatron_opd.loss.fused.statistics import LogitRows, LossSpec, centers
 from megatron_opd.loss.fused.token_results import SampledLogits, TokenResults, outcome
 
 
@@ -28,25 +28,45 @@ class Known:
     sampled_RM: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PassInputs:
+    """What a pass is about."""
+
+    rows: LogitRows
+    asked: LossSpec
+    vocab: VocabShard
+    scale_R: torch.Tensor | None
+    """float64 factor of each row's gradient; None without gradients."""
+    ids_R: torch.Tensor | None
+    """Sampled tokens, for metrics about them."""
+    known: Known | None = None
+    """What an earlier pass over the same rows found out; then only the gradient is made."""
+
+
+class Kernels(Protocol):
+    """The arithmetic of rows; `reference.py` has the formulas, and says what each method does."""
+
+    def whole(
+        self, rows: LogitRows, asked: LossSpec, scale_R: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+    def stats(self, rows: LogitRows, asked: LossSpec) -> torch.Tensor: ...
+
+    def sums(self, rows: LogitRows, asked: LossSpec, stats_RK: torch.Tensor) -> torch.Tensor: ...
+
+    def gradient(
+        self, rows: LogitRows, asked: LossSpec, stats_RK: torch.Tensor, center_scale: tuple[torch.Tensor, torch.Tensor]
+    ) -> None: ...
+
+
 class Pass:
     """`start`, `middle`, `finish`, in this order, on every shard alike."""
 
-    def __init__(
-        self,
-        rows: LogitRows,
-        asked: LossSpec,
-        vocab: VocabShard,
-        backend: Reference,
-        *,
-        scale_R: torch.Tensor | None,
-        ids_R: torch.Tensor | None,
-        known: Known | None = None,
-    ) -> None:
-        """`scale_R`: factor of each row's gradient, None without gradients. `ids_R`: sampled tokens, for metrics."""
-        self.rows, self.asked, self.vocab, self.backend = rows, asked, vocab, backend
-        self.scale_R, self.ids_R = scale_R, ids_R
-        self._known = known
-        self._is_known = known is not None
+    def __init__(self, inputs: PassInputs, kernels: Kernels) -> None:
+        self.rows, self.asked, self.vocab, self.backend = inputs.rows, inputs.asked, inputs.vocab, kernels
+        self.scale_R, self.ids_R = inputs.scale_R, inputs.ids_R
+        self._known = inputs.known
+        self._is_known = inputs.known is not None
         self._gathered: exchange.Pending | None = None
         self._sums: exchange.Pending | None = None
 

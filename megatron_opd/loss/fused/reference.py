@@ -1,7 +1,7 @@
 """The rows' statistics, sums and gradient in plain PyTorch: the formulas, for any device and floating-point type.
 
 Arithmetic is in float64, a few rows at a time, so that what is made on the way stays small. The other backends do the
-same in fewer looks at the memory, and in float32; `layout.py` says what the columns of statistics and sums are.
+same in fewer looks at the memory, and in float32; `statistics.py` says what the columns of statistics and sums are.
 
 Shape suffixes: R rows, C rows of a part, L local columns, N teachers, K statistics.
 """
@@ -13,7 +13,10 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_opd.loss.fused.statistics import FIRST, GAP_S, NOTHING, S_MAX, S_SUM, T_MAX, T_SUM, LogitRows, LossSpec
+from megatron_opd.loss.divergences import GKD
+from megatron_opd.loss.fused.backend import Wanted
+from megatron_opd.loss.fused.passes import Pass, PassInputs
+from megatron_opd.loss.fused.statistics import NOTHING, S_MAX, S_SUM, T_MAX, T_SUM, LogitRows, LossSpec, centers
 
 _VALUES_AT_A_TIME = 1 << 18
 
@@ -22,6 +25,15 @@ class Reference:
     """The plain backend."""
 
     name = "torch"
+
+    @staticmethod
+    def supports(wanted: Wanted) -> bool:
+        """As `Backend.supports`."""
+        return wanted.spec.divergence == GKD
+
+    def begin(self, inputs: PassInputs) -> Pass:
+        """A pass over rows, not yet started."""
+        return Pass(inputs, self)
 
     def whole(
         self, rows: LogitRows, asked: LossSpec, scale_R: torch.Tensor | None
@@ -57,21 +69,13 @@ class Reference:
                 grad_CL = q_CL * (logq_CL - logp_CL - center_C1)
             else:
                 grad_CL = (1 - asked.beta) * q_CL * (logq_CL - _mixture(logq_CL, logp_CL, asked.beta) - center_C1)
-            _store(part, grad_CL * (scale_R[at, None] / asked.temperature))
+            part.replace_student(grad_CL * (scale_R[at, None] / asked.temperature))
 
     def scale(self, grad_TL: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """`grad_TL` times a number, or one a row, in place."""
         if grad_TL.device.type == "cpu" and bool((factor == 1).all()):
             return grad_TL
         return grad_TL.mul_(factor if factor.dim() == 0 else factor[:, None])
-
-
-def centers(stats_RK: torch.Tensor, sums_R3: torch.Tensor | None) -> torch.Tensor:
-    """Expectation under q of log q - log p, or log q - log m: without it a row's gradient would not sum to 0; [R]."""
-    if sums_R3 is not None:
-        return sums_R3[:, FIRST]
-    s_sum_R = stats_RK[:, S_SUM]
-    return stats_RK[:, GAP_S] / s_sum_R - s_sum_R.log() + stats_RK[:, T_SUM].log()
 
 
 def _stats(rows: LogitRows, asked: LossSpec) -> torch.Tensor:
@@ -125,8 +129,7 @@ def _parts(rows: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
 
 def _scaled(rows: LogitRows, logits: torch.Tensor, asked: LossSpec) -> torch.Tensor:
     """Chosen rows and real columns of logits / τ, [C, L]."""
-    chosen = logits[:, : rows.width] if rows.index_R is None else logits[rows.index_R, : rows.width]
-    return chosen.double() / asked.temperature
+    return rows.chosen(logits).double() / asked.temperature
 
 
 def _mean_logits(rows: LogitRows, asked: LossSpec) -> torch.Tensor:
@@ -156,10 +159,3 @@ def _logp(rows: LogitRows, asked: LossSpec, stats_CK: torch.Tensor) -> torch.Ten
 def _mixture(logq_CL: torch.Tensor, logp_CL: torch.Tensor, beta: float) -> torch.Tensor:
     """log m of m = βp + (1-β)q."""
     return torch.logaddexp(logp_CL + math.log(beta), logq_CL + math.log1p(-beta))
-
-
-def _store(rows: LogitRows, grad_CL: torch.Tensor) -> None:
-    grad_CL = grad_CL.to(rows.student_RL.dtype)
-    chosen = slice(None) if rows.index_R is None else rows.index_R
-    rows.student_RL[chosen, : rows.width] = grad_CL
-    rows.student_RL[chosen, rows.width :] = 0

@@ -22,6 +22,8 @@ from typing import Literal
 
 import torch
 
+from megatron_opd.loss.divergences import GKD
+
 NOTHING = -1e30
 """The maximum of no columns; finite, so that differences are."""
 
@@ -41,6 +43,8 @@ class LossSpec:
     """Whether reverse KL to each teacher is wanted."""
     sampling_temperature: float | None = None
     """Where the student's log-probability of the sampled token is wanted at another temperature than the loss's."""
+    divergence: str = GKD
+    """A name of `DIVERGENCES`; kernels know only the default, which interpolates between the two KLs."""
 
     @property
     def kind(self) -> Kind:
@@ -99,6 +103,14 @@ FIRST, SECOND, REVERSE = range(3)
 """Columns of the sums: a KL's value and 0, or with JSD KL(q||m) and KL(p||m); then KL(q||p)."""
 
 
+def centers(stats_RK: torch.Tensor, sums_R3: torch.Tensor | None) -> torch.Tensor:
+    """Expectation under q of log q - log p, or log q - log m: without it a row's gradient would not sum to 0; [R]."""
+    if sums_R3 is not None:
+        return sums_R3[:, FIRST]
+    s_sum_R = stats_RK[:, S_SUM]
+    return stats_RK[:, GAP_S] / s_sum_R - s_sum_R.log() + stats_RK[:, T_SUM].log()
+
+
 @dataclass(frozen=True, slots=True)
 class LogitRows:
     """Rows of logits on one shard. The student's are overwritten by the gradient where one is asked for."""
@@ -124,3 +136,13 @@ class LogitRows:
             return LogitRows(self.student_RL, self.teachers, weights_RN, self.width, self.index_R[start:stop])
         teachers = tuple(t[start:stop] for t in self.teachers)
         return LogitRows(self.student_RL[start:stop], teachers, weights_RN, self.width)
+
+    def chosen(self, logits: torch.Tensor) -> torch.Tensor:
+        """The rows and the real columns of a model's logits, [R, width]."""
+        return logits[:, : self.width] if self.index_R is None else logits[self.index_R, : self.width]
+
+    def replace_student(self, grad_RL: torch.Tensor) -> None:
+        """Put a gradient [R, width] in place of the student's rows, and 0 into their padding."""
+        rows = slice(None) if self.index_R is None else self.index_R
+        self.student_RL[rows, : self.width] = grad_RL.to(self.student_RL.dtype)
+        self.student_RL[rows, self.width :] = 0

@@ -11,9 +11,11 @@ import math
 import torch
 import triton
 
+from megatron_opd.loss.divergences import GKD
 from megatron_opd.loss.fused import triton_kernels as kernels
-from megatron_opd.loss.fused.reference import Reference, centers
-from megatron_opd.loss.fused.statistics import GAP_S, S_MAX, S_SUM, T_MAX, T_SUM, LogitRows, LossSpec
+from megatron_opd.loss.fused.backend import Wanted
+from megatron_opd.loss.fused.reference import Reference
+from megatron_opd.loss.fused.statistics import GAP_S, S_MAX, S_SUM, T_MAX, T_SUM, LogitRows, LossSpec, centers
 
 _BLOCK = 4096
 _WARPS = 8
@@ -28,6 +30,11 @@ class TritonRows(Reference):
     """The Triton backend, for float32, bfloat16 and float16."""
 
     name = "triton"
+
+    @staticmethod
+    def supports(wanted: Wanted) -> bool:
+        """As `Backend.supports`."""
+        return wanted.dtypes <= {torch.float32, torch.bfloat16, torch.float16} and wanted.spec.divergence == GKD
 
     def whole(
         self, rows: LogitRows, asked: LossSpec, scale_R: torch.Tensor | None

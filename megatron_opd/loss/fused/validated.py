@@ -7,18 +7,22 @@ from collections.abc import Sequence
 import torch
 
 from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.divergences import DIVERGENCES
 from megatron_opd.loss.fused.chunks import FactoredLogits, Logits
+from megatron_opd.loss.fused.statistics import LossSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_settings(beta: float, temperature: float, ensemble: str) -> None:
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie between 0 (forward KL) and 1 (reverse KL), not {beta}")
-    if not temperature > 0 or temperature == float("inf"):
-        raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
-    if ensemble not in ("logits", "probs"):
-        raise ValueError(f"ensemble must be 'logits' or 'probs', not '{ensemble}'")
+def check_spec(spec: LossSpec) -> None:
+    if not 0 <= spec.beta <= 1:
+        raise ValueError(f"beta must lie between 0 (forward KL) and 1 (reverse KL), not {spec.beta}")
+    if not spec.temperature > 0 or spec.temperature == float("inf"):
+        raise ValueError(f"temperature must be above 0 and finite, not {spec.temperature}")
+    if spec.ensemble not in ("logits", "probs"):
+        raise ValueError(f"ensemble must be 'logits' or 'probs', not '{spec.ensemble}'")
+    if spec.divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(sorted(DIVERGENCES))}, not '{spec.divergence}'")
 
 
 def check_models(student: Logits, teachers: Sequence[Logits], vocab: VocabShard | None) -> VocabShard:

@@ -30,6 +30,13 @@ def translator(kinds, student, teacher):
     return Translator(*kinds[student], *kinds[teacher])
 
 
+def response(translator, ids):
+    """(the teacher's tokens, the spans) of tokens that are all learnt."""
+    made = translator.translate(ids, (True,) * len(ids))
+    assert all(made.learnt)
+    return list(made.ids), list(made.spans)
+
+
 def written(pieces, ids):
     return b"".join(pieces.of_id[i] or b"" for i in ids)
 
@@ -50,7 +57,7 @@ def test_spans_cover_the_same_bytes(kinds, student, teacher, text):
     ours, our_pieces = kinds[student]
     _, their_pieces = kinds[teacher]
     [ids] = ours.encode_all([text], add_special_tokens=False)
-    theirs, spans = translator(kinds, student, teacher).response([*ids, ours.eos_ids[0]])
+    theirs, spans = response(translator(kinds, student, teacher), [*ids, ours.eos_ids[0]])
     covered = b""
     for first, stop, their_first, their_stop in spans[:-1]:
         ours_bytes = written(our_pieces, ids[first:stop])
@@ -66,7 +73,7 @@ def test_spans_are_the_shortest(kinds):
     ours, our_pieces = kinds["byte"]
     _, their_pieces = kinds["byte_large"]
     [ids] = ours.encode_all([made.TEXT[0]], add_special_tokens=False)
-    theirs, spans = translator(kinds, "byte", "byte_large").response(ids)
+    theirs, spans = response(translator(kinds, "byte", "byte_large"), ids)
     assert max(stop - first for first, stop, *_ in spans) > 1, "the tokenizers cut alike: nothing is tested"
     for first, stop, their_first, their_stop in spans:
         inside = {len(written(our_pieces, ids[first:i])) for i in range(first + 1, stop)}
@@ -79,7 +86,7 @@ def test_a_response_cut_inside_a_character_is_aligned_up_to_it(kinds):
     [ids] = ours.encode_all(["ok 漢"], add_special_tokens=False)
     cut = ids[:-1]
     assert written(our_pieces, cut).decode(errors="replace").endswith("�")
-    theirs, spans = translator(kinds, "byte", "piece").response(cut)
+    theirs, spans = response(translator(kinds, "byte", "piece"), cut)
     last = spans[-1][1]
     assert written(our_pieces, cut[:last]).decode() == "ok "
     assert last < len(cut)
@@ -89,7 +96,7 @@ def test_a_response_cut_inside_a_character_is_aligned_up_to_it(kinds):
 def test_no_end_after_bytes_that_are_no_text(kinds):
     ours, _ = kinds["byte"]
     [ids] = ours.encode_all(["漢 ok"], add_special_tokens=False)
-    _, spans = translator(kinds, "byte", "piece").response([*ids[1:], ours.eos_ids[0]])
+    _, spans = response(translator(kinds, "byte", "piece"), [*ids[1:], ours.eos_ids[0]])
     assert spans == []
 
 

@@ -6,6 +6,7 @@ import torch
 
 from megatron_opd.core.types import Hidden
 from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.crosstok.align import Translation
 from megatron_opd.loss.crosstok.matched import Matched
 from megatron_opd.teachers.foreign_teacher import ForeignTeacher
 
@@ -25,7 +26,7 @@ class Scorer:
         self.submitted.append(rollout)
 
     def score(self, rollouts):
-        return [Hidden(torch.tensor(r.response_ids, dtype=torch.float32)[:, None]) for r in rollouts]
+        return [Hidden(torch.tensor(r.learnt_ids, dtype=torch.float32)[:, None]) for r in rollouts]
 
 
 class Translator:
@@ -34,11 +35,12 @@ class Translator:
     def __init__(self):
         self.asked = []
 
-    def response(self, ids):
+    def translate(self, ids, learnt):
         self.asked.append(ids)
         if 9 in ids:
-            return [], []
-        return [i + 1 for i in ids], [(i, i + 1, i, i + 1) for i in range(len(ids))]
+            return Translation((), (), ())
+        spans = tuple((i, i + 1, i, i + 1) for i in range(sum(learnt)))
+        return Translation(tuple(i + 1 for i in ids), learnt, spans)
 
 
 @pytest.fixture
@@ -60,9 +62,9 @@ def test_a_response_is_translated_once(teacher, submitted):
     everything = [*ROLLOUTS, UNSAID]
     for rollout in submitted:
         teacher.submit(rollout)
-    assert [r.response_ids for r in teacher._scorer.submitted] == [(4, 5), (6,), (7, 8, 9)][: len(submitted)]
+    assert [r.token_ids for r in teacher._scorer.submitted] == [(4, 5), (6,), (7, 8, 9)][: len(submitted)]
     scores = teacher.score(everything)
-    assert sorted(teacher._translator.asked) == sorted(r.response_ids for r in everything)
+    assert sorted(teacher._translator.asked) == sorted(r.token_ids for r in everything)
     assert [len(score.ids_Q) for score in scores] == [2, 1, 3, 0]
     teacher.score(everything)
     assert len(teacher._translator.asked) == 2 * len(everything)  # nothing is kept for longer than it is needed

@@ -1,0 +1,63 @@
+"""What a backend of the loss is: it says what it supports, and makes passes over rows of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_opd.loss.fused.passes import Known, PassInputs
+from megatron_opd.loss.fused.statistics import LogitRows, LossSpec
+from megatron_opd.loss.fused.token_results import TokenResults
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a backend is asked to compute, and on what."""
+
+    spec: LossSpec
+    device: str
+    """Its type: cpu, cuda."""
+    dtypes: frozenset[torch.dtype]
+    """Of all models' hidden states or logits."""
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor], spec: LossSpec) -> Wanted:
+        tensors = list(tensors)
+        return cls(spec, tensors[0].device.type, frozenset(x.dtype for x in tensors))
+
+
+class RowsPass(Protocol):
+    """One pass over rows: `start`, `middle`, `finish`, in this order, on every shard; other work may lie between."""
+
+    rows: LogitRows
+
+    def start(self) -> None:
+        """Look at the rows; send what other shards need."""
+
+    def middle(self) -> None:
+        """Receive that, and send what needs it. Once, however often it is called."""
+
+    def finish(self) -> TokenResults:
+        """The results, with the gradient in place of the student's logits where one is wanted."""
+
+    def known(self) -> Known | None:
+        """What another pass over the same rows can be spared; None: nothing."""
+
+
+class Backend(Protocol):
+    """Computes losses and gradients of rows."""
+
+    name: str
+
+    @staticmethod
+    def supports(wanted: Wanted) -> bool:
+        """Whether it can compute this; what no fused backend supports runs on `readable.py`."""
+
+    def begin(self, inputs: PassInputs) -> RowsPass:
+        """A pass, not yet started."""
+
+    def scale(self, grad_TL: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """`grad_TL` times a number, or one a row, in place."""
