@@ -7,7 +7,8 @@ from contextlib import closing
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import Rollout, TeacherScore, TeacherScorer
+from megatron_opd.core.scores import TeacherScore
+from megatron_opd.core.types import Rollout, TeacherScorer
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
 from megatron_opd.teachers.offload import in_turn, offloaded_weights
