@@ -14,6 +14,7 @@ def build(parallel, config, vocab_size):
     from megatron_opd.loss.objective import Objective
     from megatron_opd.student.student import Student
     from megatron_opd.teachers import build_teachers
+    from megatron_opd.trainer.build_objective import sampled_terms
     from megatron_opd.trainer.experience import Experience
 
     student = Student(config, parallel)
@@ -22,8 +23,7 @@ def build(parallel, config, vocab_size):
     heads = tuple(t.head_LD for t in teachers)
     term = Distillation(config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads)
     is_mixed = config.answers.lmbda < 1
-    has_cross_entropy = is_mixed and config.answers.sft_alpha > 0
-    objective = Objective(term, has_answers_of_others=is_mixed, has_cross_entropy=has_cross_entropy)
+    objective = Objective(term, sampled_terms(config, is_mixed), is_mixed)
     experience = Experience(config, parallel, teachers, None)
     return student, objective, lambda rollouts: experience.score(rollouts) if rollouts else []
 

@@ -16,7 +16,8 @@ import torch
 
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.protocols import Lost
-from megatron_opd.core.types import Foreign, Hidden, MicroBatch, Rollout, Sampled, TeacherScore, TopK
+from megatron_opd.core.scores import TeacherScore, joined
+from megatron_opd.core.types import MicroBatch, Rollout
 
 EnsembleWeights = Sequence[Sequence[float]]
 """Ensemble weights by rollout, then by teacher."""
@@ -77,7 +78,8 @@ def pack(
     totals = [_rounded_up(sum(_lengths(rollouts[part])), length_multiple) for part in parts]
     batches = []
     for part, total in zip(parts, totals, strict=True):
-        told = tuple(_told(rollouts[part], per_teacher[part], device) for per_teacher in scores)
+        learnt = [rollout.learnt_ids for rollout in rollouts[part]]
+        told = tuple(joined(per_teacher[part], learnt, device) for per_teacher in scores)
         row_length = {"none": length, "own": total, "shared": max(totals)}[packing]
         its = _weights(rollouts[part], weights[part]).to(device), told
         batches.append(_packed(rollouts[part], its, (length, row_length), is_packed=packing != "none"))
@@ -142,71 +144,10 @@ def _weights(rollouts: Sequence[Rollout], weights: EnsembleWeights) -> torch.Ten
     return torch.tensor(rows, dtype=torch.float32).reshape(sum(r.num_learnt for r in rollouts), -1)
 
 
-def _told(
-    rollouts: Sequence[Rollout], scores: Sequence[TeacherScore | None], device: torch.device
-) -> TeacherScore | None:
-    """A teacher's scores as one about all learnt tokens; zeros for rollouts that it says nothing about.
-
-    None when it says nothing about all of them, or on a rank that does not compute the loss. Raises ValueError for a
-    list without the sampled token, whose log-probability would then be another token's.
-    """
-    lengths = [r.num_learnt for r in rollouts]
-    known = next((s for s in scores if s is not None), None)
-    if isinstance(known, TopK):
-        for rollout, score in zip(rollouts, scores, strict=True):
-            if isinstance(score, TopK) and not _lists_sampled(score, rollout):
-                raise ValueError("a teacher's list of a token lacks the token that was sampled")
-        ids_TK = _joined([s.ids_RK if isinstance(s, TopK) else None for s in scores], lengths)
-        logp_TK = _joined([s.logp_RK if isinstance(s, TopK) else None for s in scores], lengths)
-        return TopK(ids_TK.to(device), logp_TK.to(device))
-    if isinstance(known, Sampled):
-        return Sampled(_joined([s.logp_R if isinstance(s, Sampled) else None for s in scores], lengths).to(device))
-    if isinstance(known, Foreign):
-        return _foreign(scores, lengths, device)
-    if known is None or known.hidden_RD is None:
-        return None
-    return Hidden(_joined([s.hidden_RD if isinstance(s, Hidden) else None for s in scores], lengths))
-
-
-def _foreign(scores: Sequence[TeacherScore | None], lengths: Sequence[int], device: torch.device) -> Foreign | None:
-    """A teacher's own tokens of all rollouts behind each other, and the spans counted along with them."""
-    hidden, ids, spans, at, their_at = [], [], [], 0, 0
-    for score, length in zip(scores, lengths, strict=True):
-        if isinstance(score, Foreign):
-            if score.hidden_QD is None:
-                return None
-            hidden.append(score.hidden_QD)
-            ids.append(score.ids_Q)
-            spans.append(score.spans_G4 + torch.tensor([at, at, their_at, their_at]))
-            their_at += len(score.ids_Q)
-        at += length
-    return Foreign(torch.cat(hidden), torch.cat(ids).to(device), torch.cat(spans).to(device))
-
-
-def _lists_sampled(score: TopK, rollout: Rollout) -> bool:
-    return bool((score.ids_RK == torch.tensor(rollout.learnt_ids)[:, None]).any(-1).all())
-
-
-def _joined(rows: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> torch.Tensor:
-    """The rollouts' rows behind each other, with zeros for those that are not there (one at least is)."""
-    known = next(x for x in rows if x is not None)
-    return torch.cat(
-        [known.new_zeros(n, *known.shape[1:]) if x is None else x for n, x in zip(lengths, rows, strict=True)]
-    )
-
-
 def select(batch: MicroBatch, keep_T: torch.Tensor) -> MicroBatch:
     """The micro-batch with some of its learnt tokens (bool) only."""
     by_token = ("sequence_T", "predicted_at_T", "targets_T", "behaviour_logp_T", "weights_TN")
     by_token += ("distill_T", "advantage_T", "sft_T", "on_policy_T")
     kept = {name: getattr(batch, name)[keep_T] for name in by_token}
-    return replace(batch, teachers=tuple(score_at(score, keep_T) for score in batch.teachers), **kept)
-
-
-def score_at(score: TeacherScore | None, keep_T: torch.Tensor) -> TeacherScore | None:
-    """What is said about some of the tokens (bool) only; None of a teacher with tokens of its own."""
-    if isinstance(score, Hidden):
-        return Hidden(None if score.hidden_RD is None else score.hidden_RD[keep_T])
-    if isinstance(score, TopK):
-        return TopK(score.ids_RK[keep_T], score.logp_RK[keep_T])
-    return Sampled(score.logp_R[keep_T]) if isinstance(score, Sampled) else None
+    teachers = tuple(None if score is None else score.at(keep_T) for score in batch.teachers)
+    return replace(batch, teachers=teachers, **kept)

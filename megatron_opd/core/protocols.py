@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-import torch
-
 from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.core.types import Prompt, Rollout, Sampling
 
@@ -47,26 +45,3 @@ class RolloutEngine(Part, Protocol):
     def release(self) -> None:
         """Give back GPU memory that the trainer needs, until the next `load`. Nobody samples meanwhile. Engines that
         hold no such memory do nothing."""
-
-
-class OwnHead(Protocol):
-    """A teacher's output head that makes its product itself, because that is not the plain one of two tensors.
-
-    Shape letters: C tokens, L rows (columns of the logits), D hidden size.
-    """
-
-    shape: torch.Size
-    """[L, D]."""
-    dtype: torch.dtype
-    """Of hidden states and logits."""
-    device: torch.device
-
-    def logits(self, hidden_CD: torch.Tensor, out_CL: torch.Tensor | None = None) -> torch.Tensor:
-        """h Wᵀ without a gradient, [C, L], where there is an `out_CL` into that."""
-
-    def is_finite(self) -> bool:
-        """Whether all of its numbers are."""
-
-
-Head: TypeAlias = torch.Tensor | OwnHead
-"""Rows of an output head, [L, D]."""

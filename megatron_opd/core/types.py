@@ -1,7 +1,7 @@
-"""What travels between the parts: prompts, rollouts, teacher scores and micro-batches. Data only, no behaviour.
+"""What travels between the parts: prompts, rollouts and micro-batches; `scores.py` has what teachers say.
 
 Shapes: R learnt tokens of one rollout, T learnt tokens of a micro-batch, B sequences, S padded length,
-D teacher hidden size, K ids that a teacher lists for a token, N teachers.
+N teachers.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
+
+from megatron_opd.core.scores import TeacherScore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,56 +111,6 @@ class Rollout:
     def num_learnt(self) -> int:
         """R."""
         return len(self.logps)
-
-
-@dataclass(frozen=True, slots=True)
-class Hidden:
-    """A teacher's final hidden states for one rollout: row r predicts `learnt_ids[r]`.
-
-    `hidden_RD` is None on ranks that do not compute the loss (all but the last pipeline stage): what is dense stays
-    where it is used.
-    """
-
-    hidden_RD: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class TopK:
-    """A teacher's K log-probabilities for each token of one rollout, over its full vocabulary at temperature 1.
-
-    Row r holds `learnt_ids[r]` always: where it is not among the K likeliest it stands in place of the K-th. Order is
-    free. An id that is listed twice counts once; ids outside the vocabulary are fillers.
-    """
-
-    ids_RK: torch.Tensor
-    """int64."""
-    logp_RK: torch.Tensor
-    """float32, nats."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A teacher's log-probability of each `learnt_ids[r]` of one rollout, at temperature 1."""
-
-    logp_R: torch.Tensor
-    """float32, nats."""
-
-
-@dataclass(frozen=True, slots=True)
-class Foreign:
-    """A teacher's final hidden states at its own tokens of one rollout's learnt text, and where the two cuts meet."""
-
-    hidden_QD: torch.Tensor | None
-    """Row q predicts `ids_Q[q]`; None on ranks that do not compute the loss."""
-    ids_Q: torch.Tensor
-    """int64, of the teacher's vocabulary."""
-    spans_G4: torch.Tensor
-    """int64; student tokens [first, stop), counted among the learnt ones, and rows [first, stop) of `hidden_QD` of the
-    same bytes."""
-
-
-TeacherScore: TypeAlias = Hidden | TopK | Sampled | Foreign
-"""What a teacher says about one rollout, by its carrier; in a micro-batch about all its tokens, so R is T there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,16 +19,18 @@ import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.core.batching import select
-from megatron_opd.core.protocols import Head
+from megatron_opd.core.scores import CARRIERS, Head, Level, TokenRows
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss import divergence, importance, reverse_kl, sampled_reverse_kl
+from megatron_opd.loss import compared, divergence, importance, reverse_kl, sampled_reverse_kl
+from megatron_opd.loss.compared import Compared
 from megatron_opd.loss.estimators import k2, k3
 from megatron_opd.loss.from_hidden import exact_loss
 from megatron_opd.loss.fused import FactoredLogits, Logits
+from megatron_opd.loss.metrics import Columns, sums
 from megatron_opd.loss.targets import Target, Targets
-from megatron_opd.loss.term import Term, of_chunks, sums
-from megatron_opd.loss.told import ChunkRows, Level, Listed, StudentLogps, chunks
+from megatron_opd.loss.term import Chunk, TermResult, of_chunks
+from megatron_opd.loss.told import StudentLogps, chunks
 
 _SAMPLED = {"policy_gradient": sampled_reverse_kl, "k2": k2, "k3": k3}
 """Losses of the sampled token by the name of their estimator."""
@@ -48,39 +50,44 @@ class Distillation:
     hidden states, and on ranks that do not compute the loss."""
 
     def metric_names(self) -> list[str]:
-        """Names of the per-token sums that a call returns, in order."""
-        lists = [teacher.name for teacher in self.teachers if teacher.carrier == "topk"]
+        """As `TeacherTerm`."""
         return [
-            *("loss", "kl/ensemble", *(f"kl/{teacher.name}" for teacher in self.teachers)),
-            *("logprob/student", "logprob/teacher", "mismatch/kl"),
-            *(f"topk/{name}/{what}" for name in lists for what in ("mass_outside", "overlap")),
+            *compared.metric_names(self._names),
+            *(f"topk/{name}/{what}" for name in self._list_sizes for what in ("mass_outside", "overlap")),
             *(("importance/mean", "importance/capped_frac") if self.config.kind == "sampled" else ()),
         ]
 
     @property
+    def _names(self) -> list[str]:
+        return [teacher.name for teacher in self.teachers]
+
+    @property
+    def _list_sizes(self) -> dict[str, int]:
+        """By the name of a teacher that lists ids, how many."""
+        return {t.name: t.top_k for t in self.teachers if CARRIERS[t.carrier].level is Level.LISTED}
+
+    @property
     def takes_hidden(self) -> bool:
         """Whether a call may be given the student's hidden states and head in place of its logits."""
-        return self.config.kind == "distribution" and all(t.carrier == "hidden" for t in self.teachers)
+        return self.config.kind == "distribution" and all(CARRIERS[t.carrier].is_hidden for t in self.teachers)
 
-    def __call__(self, batch: MicroBatch, student: Logits) -> Term:
+    def __call__(self, batch: MicroBatch, student: Logits) -> TermResult:
         """The term at all tokens; those that no teacher is asked about, whose `distill_T` is 0, have no part in it.
 
-        `student` are the student's logits at `batch.predicted_at_T`, or their factors; with gradients on,
-        logits may be overwritten. The metrics are those of `metric_names`.
+        `student` are the student's logits at `batch.predicted_at_T`, or their factors; with gradients on, logits may be
+        overwritten.
         """
         asked_T = (batch.weights_TN > 0).any(-1)
         if bool(asked_T.all()):
             return self._at_all(batch, student)
         loss_T = torch.zeros(len(asked_T), dtype=torch.float64, device=asked_T.device)
         if not bool(asked_T.any()):
-            metrics_M2 = torch.zeros(len(self.metric_names()), 2, dtype=torch.float64, device=asked_T.device)
-            metrics_M2[0, 1] = len(asked_T)
             rows = student.hidden_TD if isinstance(student, FactoredLogits) else student
-            return Term(rows[:0].sum().float(), loss_T, metrics_M2)
+            return TermResult(rows[:0].sum().float(), loss_T, sums({"loss": loss_T}))
         term = self._at_all(select(batch, asked_T), _rows_of(student, asked_T))
         loss_T[asked_T] = term.loss_T
-        term.metrics_M2[0, 1] = len(asked_T)
-        return Term(term.loss, loss_T, term.metrics_M2)
+        of_all = torch.stack([term.metrics["loss"][0], loss_T.new_tensor(len(loss_T))])
+        return TermResult(term.loss, loss_T, {**term.metrics, "loss": of_all})
 
     @torch.no_grad()
     def teachers_logp(self, batch: MicroBatch) -> torch.Tensor:
@@ -89,7 +96,7 @@ class Distillation:
         logp_T = torch.zeros(len(asked_T), device=asked_T.device)
         asked = select(batch, asked_T)
         known_T = asked.targets_T.new_zeros(len(asked.targets_T), dtype=torch.float32)
-        for level, rows in chunks(asked, self.teachers, self.config.chunk_tokens):
+        for level, rows in chunks(asked, self.config.chunk_tokens):
             known_T[rows] = Targets(self.config, self.vocab, self.heads).at(asked, rows, level).sampled_C.float()
         logp_T[asked_T] = known_T
         return logp_T
@@ -101,7 +108,7 @@ class Distillation:
         asked_T = asked_TN.any(-1)
         asked = select(batch, asked_T)
         known_TN = torch.zeros_like(asked.weights_TN)
-        for level, rows in chunks(asked, self.teachers, self.config.chunk_tokens):
+        for level, rows in chunks(asked, self.config.chunk_tokens):
             for n, told in enumerate(Targets(self.config, self.vocab, self.heads).at(asked, rows, level).told):
                 if told is not None:
                     known_TN[rows, n] = told.sampled_C.float()
@@ -109,40 +116,47 @@ class Distillation:
         logp_TN[asked_T] = known_TN
         return torch.where(asked_TN, logp_TN, 0.0)
 
-    def _at_all(self, batch: MicroBatch, student: Logits) -> Term:
+    def _at_all(self, batch: MicroBatch, student: Logits) -> TermResult:
         """The term where teachers are asked about every token."""
         if len(batch.targets_T) and self.takes_hidden:
             settings = self.config, self.sampling_temperature, self.vocab, self.heads
-            loss, columns = exact_loss(*settings, batch, student)
-            return Term(loss, columns[0], sums(columns))
+            loss, found = exact_loss(*settings, batch, student)
+            return TermResult(loss, found.loss_C, sums(compared.columns(found, self._names, batch)))
         assert isinstance(student, torch.Tensor), "logits are needed where a teacher tells less than hidden states"
-        parts = chunks(batch, self.teachers, self.config.chunk_tokens)
-        made = ((rows, *self._chunk(batch, student[rows].detach(), rows, level)) for level, rows in parts)
-        return of_chunks(student, made, len(self.metric_names()))
+        parts = chunks(batch, self.config.chunk_tokens)
+        return of_chunks(student, (self._chunk(batch, student[rows].detach(), rows, level) for level, rows in parts))
 
-    def _chunk(
-        self, batch: MicroBatch, logits_CL: torch.Tensor, rows: ChunkRows, level: Level
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradient of the chunk's loss with respect to its logits (None without grad mode), and the metrics by token,
-        each over the tokens that it has."""
+    def _chunk(self, batch: MicroBatch, logits_CL: torch.Tensor, rows: TokenRows, level: Level) -> Chunk:
+        """The gradient of a chunk's loss with respect to its logits, made with the loss."""
         logits_CL.requires_grad_(torch.is_grad_enabled())
         student_CL = self.vocab.log_softmax(logits_CL, self.config.temperature)
         targets = Targets(self.config, self.vocab, self.heads)
         target = targets.at(batch, rows, level)
         student = targets.student(student_CL, batch.targets_T[rows], target)
-        weights: list[torch.Tensor] = []
-        if self.config.kind == "sampled":
-            weight_C, cut_C = importance(student.sampled_C, batch.behaviour_logp_T[rows], self.config.importance_cap)
-            weights = [weight_C, cut_C.to(weight_C.dtype)]
-            loss_C = _SAMPLED[self.config.estimator](student.sampled_C, target.sampled_C, weight_C)
-        else:
-            loss_C = divergence(*self._compared(student, target), self.config.beta, self.config.divergence)
+        loss_C, weights = self._loss(batch, student, target, rows)
         loss_C = loss_C * batch.distill_T[rows]
         grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if torch.is_grad_enabled() else None
         with torch.no_grad():
-            columns = [loss_C, *self._divergences(batch, student, target, rows), student.sampled_C, target.sampled_C]
-            columns += [self._mismatch(batch, logits_CL, student, rows), *self._lists(batch, student, target, rows)]
-        return grad_CL, [*columns, *weights]
+            found = Compared(
+                loss_C,
+                *self._divergences(batch, student, target, rows),
+                student.sampled_C,
+                target.sampled_C,
+                self._at_sampling_temperature(batch, logits_CL, student, rows),
+            )
+            its = compared.columns(found, self._names, batch, rows)
+            return rows, grad_CL, loss_C, {**its, **self._lists(batch, student, target, rows), **weights}
+
+    def _loss(
+        self, batch: MicroBatch, student: StudentLogps, target: Target, rows: TokenRows
+    ) -> tuple[torch.Tensor, Columns]:
+        """(the loss by token without its weight, metrics of importance weights where there are some)."""
+        if self.config.kind == "distribution":
+            space = self._compared(student, target)
+            return divergence(*space, self.config.beta, self.config.divergence), {}
+        weight_C, cut_C = importance(student.sampled_C, batch.behaviour_logp_T[rows], self.config.importance_cap)
+        loss_C = _SAMPLED[self.config.estimator](student.sampled_C, target.sampled_C, weight_C)
+        return loss_C, {"importance/mean": weight_C, "importance/capped_frac": cut_C.to(weight_C.dtype)}
 
     def _compared(self, student: StudentLogps, target: Target) -> tuple[torch.Tensor, torch.Tensor, VocabShard]:
         """Student and target over what both are known on."""
@@ -153,46 +167,41 @@ class Distillation:
         return student.logp_CO, target.logp, target.outcomes.space
 
     def _divergences(
-        self, batch: MicroBatch, student: StudentLogps, target: Target, rows: ChunkRows
-    ) -> list[torch.Tensor]:
-        """kl/ensemble, and kl of each teacher over the tokens it was asked about."""
+        self, batch: MicroBatch, student: StudentLogps, target: Target, rows: TokenRows
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(KL to the target, KL to each teacher over the tokens it was asked about)."""
         if target.logp is None:
-            columns = [student.sampled_C - target.sampled_C]
+            ensemble_C = student.sampled_C - target.sampled_C
         else:
-            columns = [reverse_kl(*self._compared(student, target))]
+            ensemble_C = reverse_kl(*self._compared(student, target))
         asked_CN = batch.weights_TN[rows] > 0
-        nothing = columns[0].new_empty(0)
-        for n, told in enumerate(target.told):
-            columns.append(nothing if told is None else told.reverse_kl(student)[asked_CN[:, n]])
-        return columns
+        nothing = ensemble_C.new_empty(0)
+        by_teacher = [
+            nothing if told is None else told.reverse_kl(student)[asked_CN[:, n]] for n, told in enumerate(target.told)
+        ]
+        return ensemble_C, by_teacher
 
-    def _mismatch(
-        self, batch: MicroBatch, logits_CL: torch.Tensor, student: StudentLogps, rows: ChunkRows
+    def _at_sampling_temperature(
+        self, batch: MicroBatch, logits_CL: torch.Tensor, student: StudentLogps, rows: TokenRows
     ) -> torch.Tensor:
-        """k3 estimate of KL(sampler || trainer) on the student's own tokens (Schulman): never negative, 0 when the two
-        agree."""
+        """The student's log-probabilities of the sampled tokens at the sampler's temperature."""
         if self.sampling_temperature == self.config.temperature:
-            sampler_C = student.sampled_C
-        else:
-            sampler_CL = self.vocab.log_softmax(logits_CL, self.sampling_temperature)
-            sampler_C = self.vocab.gather(sampler_CL, batch.targets_T[rows, None])[:, 0]
-        lag_C = (sampler_C - batch.behaviour_logp_T[rows])[batch.on_policy_T[rows]]
-        return lag_C.exp() - 1 - lag_C
+            return student.sampled_C
+        sampler_CL = self.vocab.log_softmax(logits_CL, self.sampling_temperature)
+        return self.vocab.gather(sampler_CL, batch.targets_T[rows, None])[:, 0]
 
-    def _lists(self, batch: MicroBatch, student: StudentLogps, target: Target, rows: ChunkRows) -> list[torch.Tensor]:
-        """Mass outside and overlap of each top-k teacher, over the tokens it was asked about."""
-        columns: list[torch.Tensor] = []
-        sizes = [t.top_k for t in self.teachers if t.carrier == "topk"]
-        top_CK = None if target.outcomes is None else self.vocab.top(student.logp_CL, max(sizes))
-        for n, (teacher, told) in enumerate(zip(self.teachers, target.told, strict=True)):
-            if teacher.carrier != "topk":
-                continue
-            if isinstance(told, Listed) and top_CK is not None:
+    def _lists(self, batch: MicroBatch, student: StudentLogps, target: Target, rows: TokenRows) -> Columns:
+        """Figures about the lists of top-k teachers, over the tokens that each was asked about."""
+        columns: dict[str, torch.Tensor] = {}
+        sizes = self._list_sizes
+        if target.outcomes is None or not sizes:
+            return columns
+        top_CK = self.vocab.top(student.logp_CL, max(sizes.values()))
+        for n, (name, told) in enumerate(zip(self._names, target.told, strict=True)):
+            if told is not None and name in sizes:
                 asked_C = batch.weights_TN[rows, n] > 0
-                kth_C = top_CK[:, min(teacher.top_k, top_CK.shape[-1]) - 1]
-                columns += [told.mass_outside()[asked_C], told.overlap(student, kth_C)[asked_C]]
-            else:
-                columns += [student.sampled_C.new_empty(0)] * 2
+                found = told.list_metrics(student, top_CK[:, min(sizes[name], top_CK.shape[-1]) - 1])
+                columns |= {f"topk/{name}/{what}": x_C[asked_C] for what, x_C in found.items()}
         return columns
 
 

@@ -8,14 +8,14 @@ Shape suffixes: T response tokens of a micro-batch, L local vocabulary columns, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from megatron_opd.config import LossConfig
-from megatron_opd.core.protocols import Head
-from megatron_opd.core.types import Hidden, MicroBatch
+from megatron_opd.core.scores import Head, TeacherScore
+from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.compared import Compared
 from megatron_opd.loss.fused import FactoredLogits, Logits, LossSpec, Problem, WeightedSum, backends, loss_of
 
 
@@ -26,15 +26,15 @@ def exact_loss(
     heads: Sequence[Head | None],
     batch: MicroBatch,
     student: Logits,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(sum of the loss with its gradient, the metrics by token each over the tokens that it has, float64).
+) -> tuple[torch.Tensor, Compared]:
+    """(sum of the loss with its gradient, what is known of each token, float64).
 
-    In the order of `Objective.metric_names`. `student` is logits [T, L], or hidden states [T, D] and head [L, D]. With
+    `student` is logits [T, L], or hidden states [T, D] and head [L, D]. With
     gradients on, logits hold the gradient afterwards, unless they are a leaf; the gradient of a head that has a
     `main_grad` is in there when this returns, and autograd gets none. Where logits are not finite, loss and gradient
     are NaN.
     """
-    teachers = tuple(_linear(score, head) for score, head in zip(batch.teachers, heads, strict=True))
+    teachers = tuple(_factored(score, head) for score, head in zip(batch.teachers, heads, strict=True))
     first = student.hidden_TD if isinstance(student, FactoredLogits) else student
     spec = LossSpec(
         config.beta, config.temperature, config.ensemble, len(teachers),
@@ -51,19 +51,17 @@ def exact_loss(
         chunk_tokens=config.chunk_tokens,
     )
     loss, found = loss_of(problem, WeightedSum(batch.distill_T))
-    student_T, target_T, sampler_T = found.sampled()
     assert found.teachers_RN is not None
-    loss_T = found.loss_R * batch.distill_T.double()
     asked_TN = batch.weights_TN > 0
     by_teacher = [found.teachers_RN[asked_TN[:, n], n] for n in range(len(teachers))]
-    lag_T = (sampler_T - batch.behaviour_logp_T)[batch.on_policy_T]
-    columns = [loss_T, found.reverse_kl_R, *by_teacher, student_T, target_T]
-    return loss, [*columns, lag_T.exp() - 1 - lag_T]
+    loss_T = found.loss_R * batch.distill_T.double()
+    return loss, Compared(loss_T, found.reverse_kl_R, by_teacher, *found.sampled())
 
 
-def _linear(score: Any, head_LD: Head | None) -> FactoredLogits | None:
+def _factored(score: TeacherScore | None, head_LD: Head | None) -> FactoredLogits | None:
     """A teacher's hidden states and head; None for one that was asked about no token."""
-    if not isinstance(score, Hidden) or score.hidden_RD is None:
+    hidden_TD = None if score is None else score.hidden()
+    if hidden_TD is None:
         return None
     assert head_LD is not None, "a teacher tells hidden states, but its output head is not here"
-    return FactoredLogits(score.hidden_RD.to(head_LD.dtype), head_LD)
+    return FactoredLogits(hidden_TD.to(head_LD.dtype), head_LD)

@@ -1,14 +1,15 @@
-"""The terms that know the student at the response tokens alone: the policy gradient and the cross-entropy.
+"""The terms that know the student at the learnt tokens alone: the policy gradient, the cross-entropy, the entropy.
 
-Their log-probabilities are computed a chunk of tokens at a time, and the gradient with respect to the logits with them,
-so that the one tensor of the logits' size that they add is that gradient. The policy is the sampler's distribution, at
-the sampling temperature; the cross-entropy is the model's own, at temperature 1.
+Their log-probabilities are computed a chunk of tokens at a time, and the gradient of their sum with respect to the
+logits with them, so that the one tensor of the logits' size that all of them add is that gradient. The policy is the
+sampler's distribution, at the sampling temperature; the cross-entropy is the model's own, at temperature 1.
 
-Shape suffixes: T response tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns.
+Shape suffixes: T learnt tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,67 +17,97 @@ import torch
 from megatron_opd.config import PolicyConfig
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.metrics import Columns
 from megatron_opd.loss.policy_gradient import policy_gradient
-from megatron_opd.loss.term import Term, of_chunks
-
-_METRICS = ("loss", "loss/policy", "loss/sft", "policy/ratio", "policy/clip_frac", "sft/nll", "entropy")
+from megatron_opd.loss.term import StudentTokens, TermResult, TokenTerm, of_chunks
 
 
 @dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """Both terms, each where the run has it; their metrics are there in any case."""
+class PolicyGradient:
+    """Advantages times log-probabilities, by ratios to the sampler (`MicroBatch.advantage_T`)."""
 
-    policy: PolicyConfig | None
-    """None: no policy gradient."""
-    has_cross_entropy: bool
-    temperature: float
-    """Of the sampler."""
-    vocab: VocabShard
-    chunk_tokens: int
+    how: PolicyConfig
 
     def metric_names(self) -> list[str]:
-        """Names of the per-token sums of a term, in order."""
-        return list(_METRICS)
+        """The ratios are those of the student's own tokens."""
+        return ["loss/policy", "policy/ratio", "policy/clip_frac"]
 
-    def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
-        """The term; leaves the logits alone."""
-        parts = (slice(at, at + self.chunk_tokens) for at in range(0, len(logits_TL), self.chunk_tokens))
-        made = ((rows, *self._chunk(batch, logits_TL[rows].detach(), rows)) for rows in parts)
-        return of_chunks(logits_TL, made, len(_METRICS))
-
-    def _chunk(
-        self, batch: MicroBatch, logits_CL: torch.Tensor, rows: slice
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradient with respect to the chunk's logits (None without grad mode), and the metrics by token."""
-        logits_CL.requires_grad_(torch.is_grad_enabled())
-        ids_C1, behaviour_C = batch.targets_T[rows, None], batch.behaviour_logp_T[rows]
-        logp_CL = self.vocab.log_softmax(logits_CL, self.temperature)
-        logp_C = self.vocab.gather(logp_CL, ids_C1)[:, 0]
-        nothing = logp_C.detach()[:0]
-        policy_C = sft_C = torch.zeros_like(logp_C)
-        ratio_C = cut_C = nll_C = nothing
-        if self.policy is not None:
-            advantage_C, own_C = batch.advantage_T[rows], batch.on_policy_T[rows]
-            policy_C, ratio_C, cut_C = policy_gradient(logp_C, behaviour_C, advantage_C, self.policy)
-            ratio_C, cut_C = ratio_C[own_C], cut_C[own_C]
-        if self.has_cross_entropy:
-            own_CL = logp_CL if self.temperature == 1 else self.vocab.log_softmax(logits_CL)
-            own_logp_C = self.vocab.gather(own_CL, ids_C1)[:, 0]
-            sft_C = cross_entropy(own_logp_C, batch.sft_T[rows])
-            nll_C = -own_logp_C.detach()[batch.sft_T[rows] > 0]
-        loss_C = policy_C + sft_C
-        grad_CL = None
-        if torch.is_grad_enabled():  # without both terms the loss is a constant
-            has_gradient = loss_C.requires_grad
-            grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if has_gradient else torch.zeros_like(logits_CL)
-        with torch.no_grad():
-            entropy_C = -self.vocab.sum(logp_CL.exp() * logp_CL)
-        return grad_CL, [loss_C, policy_C, sft_C, ratio_C, cut_C.double(), nll_C, entropy_C]
+    def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[torch.Tensor, Columns]:
+        """As `TokenTerm`."""
+        logp_C = student.sampled(student.sampling_temperature)
+        behaviour_C, advantage_C, own_C = batch.behaviour_logp_T[rows], batch.advantage_T[rows], batch.on_policy_T[rows]
+        loss_C, ratio_C, cut_C = policy_gradient(logp_C, behaviour_C, advantage_C, self.how)
+        return loss_C, {
+            "loss/policy": loss_C,
+            "policy/ratio": ratio_C[own_C],
+            "policy/clip_frac": cut_C[own_C].double(),
+        }
 
 
-def cross_entropy(logp_T: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
-    """-w log q(y), [T] -> [T], for answers that the student did not write.
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """-w log q(y), for answers that the student did not write (`MicroBatch.sft_T`).
 
     On answers of a teacher it is sequence-level KD (Kim and Rush, arXiv:1606.07947).
     """
-    return -weight_T * logp_T
+
+    def metric_names(self) -> list[str]:
+        """`sft/nll` is of the tokens that have a weight."""
+        return ["loss/sft", "sft/nll"]
+
+    def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[torch.Tensor, Columns]:
+        """As `TokenTerm`."""
+        logp_C, weight_C = student.sampled(1.0), batch.sft_T[rows]
+        loss_C = -weight_C * logp_C
+        return loss_C, {"loss/sft": loss_C, "sft/nll": -logp_C.detach()[weight_C > 0]}
+
+
+@dataclass(frozen=True, slots=True)
+class Entropy:
+    """The policy's entropy, measured only."""
+
+    def metric_names(self) -> list[str]:
+        """One."""
+        return ["entropy"]
+
+    def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[None, Columns]:
+        """As `TokenTerm`."""
+        with torch.no_grad():
+            logp_CL = student.logp(student.sampling_temperature)
+            return None, {"entropy": -student.vocab.sum(logp_CL.exp() * logp_CL)}
+
+
+def sampled_tokens(
+    terms: Sequence[TokenTerm],
+    batch: MicroBatch,
+    logits_TL: torch.Tensor,
+    vocab: VocabShard,
+    *,
+    sampling_temperature: float,
+    chunk_tokens: int,
+) -> TermResult:
+    """The sum of some terms, in one pass over the logits, which stay as they are."""
+
+    def made(rows: slice) -> tuple[torch.Tensor | None, torch.Tensor, Columns]:
+        logits_CL = logits_TL[rows].detach().requires_grad_(torch.is_grad_enabled())
+        return _chunk(terms, batch, rows, StudentTokens(logits_CL, batch.targets_T[rows], vocab, sampling_temperature))
+
+    parts = (slice(at, at + chunk_tokens) for at in range(0, len(logits_TL), chunk_tokens))
+    return of_chunks(logits_TL, ((rows, *made(rows)) for rows in parts))
+
+
+def _chunk(
+    terms: Sequence[TokenTerm], batch: MicroBatch, rows: slice, student: StudentTokens
+) -> tuple[torch.Tensor | None, torch.Tensor, Columns]:
+    """(gradient with respect to the chunk's logits, None without grad mode; loss by token; metrics)."""
+    losses, columns = [], {}
+    for term in terms:
+        loss_C, its = term(batch, rows, student)
+        losses += [] if loss_C is None else [loss_C]
+        columns |= its
+    loss_C = sum(losses) if losses else torch.zeros_like(student.logp(student.sampling_temperature)[:, 0])
+    if not torch.is_grad_enabled():
+        return None, loss_C, columns
+    if not loss_C.requires_grad:  # all terms only measure
+        return torch.zeros_like(student.logits_CL), loss_C, columns
+    return torch.autograd.grad(loss_C.sum(), student.logits_CL)[0], loss_C, columns

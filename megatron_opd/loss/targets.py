@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from megatron_opd.config import LossConfig
-from megatron_opd.core.protocols import Head
-from megatron_opd.core.types import Hidden, MicroBatch, Sampled, TeacherScore, TopK
+from megatron_opd.core.scores import Head, Level, TokenRows
+from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import ensemble, told
 from megatron_opd.loss.fused import products
 from megatron_opd.loss.listed_ids import Outcomes
-from megatron_opd.loss.told import ChunkRows, Exact, Level, Listed, OnlySampled, StudentLogps, Told
+from megatron_opd.loss.told import OnlySampled, StudentLogps, Told
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,14 @@ class Targets:
     heads: tuple[Head | None, ...]
 
     @torch.no_grad()
-    def at(self, batch: MicroBatch, rows: ChunkRows, level: Level) -> Target:
+    def at(self, batch: MicroBatch, rows: TokenRows, level: Level) -> Target:
         """The target at tokens that are all of one level."""
         ids_C, weights_CN = batch.targets_T[rows], batch.weights_TN[rows]
         outcomes = None if level is Level.EXACT else self._outcomes(batch, rows)
-        told = [self._told(n, score, rows, ids_C, outcomes) for n, score in enumerate(batch.teachers)]
+        told = [
+            None if score is None else score.read(rows, _Told(self.config, self.vocab, head, ids_C, outcomes))
+            for score, head in zip(batch.teachers, self.heads, strict=True)
+        ]
         if level is Level.EXACT:
             target_CL = self._average(told, weights_CN)
             return Target(told, self.vocab.gather(target_CL, ids_C[:, None])[:, 0], target_CL, None)
@@ -62,7 +65,7 @@ class Targets:
         if level is Level.SAMPLED:
             return Target(told, sampled_C, None, outcomes)
         assert outcomes is not None
-        over = [t.over(outcomes) if isinstance(t, Exact | Listed) else None for t in told]
+        over = [None if t is None else t.over(outcomes) for t in told]
         target_CO = outcomes.normalised(ensemble.mean_probs(*_known(over, weights_CN)))
         return Target(told, sampled_C, target_CO, outcomes)
 
@@ -71,32 +74,56 @@ class Targets:
         logp_CO = None if target.outcomes is None else target.outcomes.of_exact(logp_CL)
         return StudentLogps(logp_CL, self.vocab.gather(logp_CL, ids_C[:, None])[:, 0], logp_CO)
 
-    def _outcomes(self, batch: MicroBatch, rows: ChunkRows) -> Outcomes | None:
+    def _outcomes(self, batch: MicroBatch, rows: TokenRows) -> Outcomes | None:
         asked_CN = batch.weights_TN[rows] > 0
-        lists = [
-            (score.ids_RK[rows], asked_CN[:, n]) for n, score in enumerate(batch.teachers) if isinstance(score, TopK)
-        ]
+        ids = [None if score is None else score.read(rows, _Ids()) for score in batch.teachers]
+        lists = [(ids_CK, asked_CN[:, n]) for n, ids_CK in enumerate(ids) if ids_CK is not None]
         return Outcomes.union(lists, self.vocab) if lists else None
-
-    def _told(
-        self, n: int, score: TeacherScore | None, rows: ChunkRows, ids_C: torch.Tensor, outcomes: Outcomes | None
-    ) -> Told | None:
-        """What teacher `n` told; None where it was not asked, which is why it then has no weight."""
-        if isinstance(score, Hidden) and score.hidden_RD is not None:
-            head_LD = self.heads[n]
-            assert head_LD is not None, f"teacher {n} tells hidden states, but its output head is not here"
-            z_CL = products.project(score.hidden_RD[rows], head_LD)
-            return told.exact(z_CL.float() / self.config.temperature, ids_C, self.vocab)
-        if isinstance(score, TopK) and outcomes is not None:
-            return told.listed(score.ids_RK[rows], score.logp_RK[rows], ids_C, outcomes)
-        return OnlySampled(score.logp_R[rows]) if isinstance(score, Sampled) else None
 
     def _average(self, told: list[Told | None], weights_CN: torch.Tensor) -> torch.Tensor:
         """Of exact teachers, [C, L]; others have no weight at the level EXACT."""
-        exact = [t if isinstance(t, Exact) else None for t in told]
         if self.config.ensemble == "probs":
-            return ensemble.mean_probs(*_known([t and t.logp_CL for t in exact], weights_CN))
-        return ensemble.mean_logits(*_known([t and t.logits_CL for t in exact], weights_CN), self.vocab)
+            return ensemble.mean_probs(*_known([t and t.logp_CL for t in told], weights_CN))
+        return ensemble.mean_logits(*_known([t and t.logits_CL for t in told], weights_CN), self.vocab)
+
+
+class _Ids:
+    """The ids that a score lists for each token of a chunk; None where it lists none."""
+
+    def exact(self, hidden_CD: torch.Tensor) -> None:
+        """None."""
+
+    def listed(self, ids_CK: torch.Tensor, logp_CK: torch.Tensor) -> torch.Tensor | None:
+        """The ids."""
+        return ids_CK
+
+    def sampled(self, logp_C: torch.Tensor) -> None:
+        """None."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a score tells about a chunk of tokens; None where that is of no use at their level."""
+
+    config: LossConfig
+    vocab: VocabShard
+    head_LD: Head | None
+    ids_C: torch.Tensor
+    outcomes: Outcomes | None
+
+    def exact(self, hidden_CD: torch.Tensor) -> Told | None:
+        """The whole distribution, by the teacher's head."""
+        assert self.head_LD is not None, "a teacher tells hidden states, but its output head is not here"
+        z_CL = products.project(hidden_CD, self.head_LD)
+        return told.exact(z_CL.float() / self.config.temperature, self.ids_C, self.vocab)
+
+    def listed(self, ids_CK: torch.Tensor, logp_CK: torch.Tensor) -> Told | None:
+        """The ids and the rest; nothing where no list has weight."""
+        return None if self.outcomes is None else told.listed(ids_CK, logp_CK, self.ids_C, self.outcomes)
+
+    def sampled(self, logp_C: torch.Tensor) -> Told | None:
+        """The sampled tokens."""
+        return OnlySampled(logp_C)
 
 
 def _known(

@@ -1,52 +1,117 @@
-"""What a term of the loss gives, and how it is put together from chunks of tokens.
+"""What terms of the loss are: one that compares the student with its teachers, and others on sampled tokens.
 
-Shape suffixes: T response tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns, M metrics.
+Shape suffixes: T learnt tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns, N teachers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
 
 import torch
 
+from megatron_opd.config import LossConfig, TeacherConfig
+from megatron_opd.core.scores import Head
+from megatron_opd.core.types import MicroBatch
+from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss.fused import Logits
+from megatron_opd.loss.metrics import Columns, Sums, added, sums
 from megatron_opd.loss.node import with_gradient
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class TermResult:
     """A term at the tokens of a micro-batch."""
 
     loss: torch.Tensor
     """The sum over tokens, float32, with its gradient."""
     loss_T: torch.Tensor
     """By token, float64, without."""
-    metrics_M2: torch.Tensor
-    """float64; of each metric the sum over tokens, and the number of tokens summed."""
+    metrics: Sums
+    """Those of the term's `metric_names`, or some of them."""
 
 
-Chunk: TypeAlias = tuple[slice | torch.Tensor, torch.Tensor | None, Sequence[torch.Tensor]]
+class TeacherTerm(Protocol):
+    """The distance to the teachers, on this rank's shard of the vocabulary."""
+
+    config: LossConfig
+    sampling_temperature: float
+    vocab: VocabShard
+    teachers: tuple[TeacherConfig, ...]
+
+    @property
+    def heads(self) -> tuple[Head | None, ...]:
+        """By teacher: this rank's rows of its output head, where there is one."""
+
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether a call may be given the student's hidden states and head in place of its logits."""
+
+    def metric_names(self) -> list[str]:
+        """Names of its metrics, in the order of tables; `loss` is one."""
+
+    def __call__(self, batch: MicroBatch, student: Logits) -> TermResult:
+        """The term at all tokens; with gradients on, logits may be overwritten."""
+
+    def each_teachers_logp(self, batch: MicroBatch) -> torch.Tensor:
+        """Each teacher's log-probabilities of what was sampled, [T, N] float32; 0 where it is not asked."""
+
+
+class TokenTerm(Protocol):
+    """A term that knows the student alone, at sampled tokens. Its weights are in the micro-batch, or a setting."""
+
+    def metric_names(self) -> list[str]:
+        """Names of its metrics, in the order of tables."""
+
+    def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[torch.Tensor | None, Columns]:
+        """(the loss of a chunk of tokens [C], which autograd differentiates, or None for a term that only measures;
+        the chunk's metrics)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudentTokens:
+    """The student at a chunk of tokens; a distribution is computed once, whoever asks for it."""
+
+    logits_CL: torch.Tensor
+    ids_C: torch.Tensor
+    """The sampled tokens."""
+    vocab: VocabShard
+    sampling_temperature: float
+    made: dict[float, torch.Tensor] = field(default_factory=dict)
+    """Log-probabilities by temperature."""
+
+    def logp(self, temperature: float) -> torch.Tensor:
+        """Log-probabilities, [C, L]."""
+        if temperature not in self.made:
+            # One term may only measure, without a gradient, what the next one learns from.
+            with torch.set_grad_enabled(self.logits_CL.requires_grad):
+                self.made[temperature] = self.vocab.log_softmax(self.logits_CL, temperature)
+        return self.made[temperature]
+
+    def sampled(self, temperature: float) -> torch.Tensor:
+        """Log-probabilities of the sampled tokens, [C]."""
+        return self.vocab.gather(self.logp(temperature), self.ids_C[:, None])[:, 0]
+
+
+Chunk: TypeAlias = tuple[slice | torch.Tensor, torch.Tensor | None, torch.Tensor, Columns]
 """Which of a micro-batch's tokens; the gradient of their loss with respect to their logits [C, L], None without grad
-mode; their metrics, each over the tokens that it has, of which the first is the loss [C]."""
+mode; their loss [C]; their metrics."""
 
 
-def of_chunks(logits_TL: torch.Tensor, chunks: Iterable[Chunk], num_metrics: int) -> Term:
+def of_chunks(logits_TL: torch.Tensor, chunks: Iterable[Chunk]) -> TermResult:
     """The term of chunks that are made as they are asked for, so that one is there at a time; each token is in one."""
     loss_T = torch.zeros(len(logits_TL), dtype=torch.float64, device=logits_TL.device)
-    metrics_M2 = torch.zeros(num_metrics, 2, dtype=torch.float64, device=logits_TL.device)
+    total = torch.zeros((), dtype=torch.float64, device=logits_TL.device)
+    metrics: Sums = {}
     grad_TL = torch.empty_like(logits_TL) if torch.is_grad_enabled() else None
-    for rows, grad_CL, columns in chunks:
-        loss_T[rows] = columns[0].detach().double()
-        metrics_M2 += sums(columns)
+    for rows, grad_CL, loss_C, columns in chunks:
+        loss_T[rows] = loss_C.detach().double()
+        total = total + loss_C.detach().double().sum()
+        metrics = added(metrics, sums(columns))
         if grad_TL is not None:
             grad_TL[rows] = grad_CL
-    loss = metrics_M2[0, 0].float()
+    loss = total.float()
     if grad_TL is not None:
         loss = with_gradient(loss, logits_TL, grad_TL)
-    return Term(loss, loss_T, metrics_M2)
-
-
-def sums(columns: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[M, 2] float64 of M metrics, each given over the tokens that it has."""
-    return torch.stack([torch.stack([c.detach().double().sum(), c.new_tensor(len(c)).double()]) for c in columns])
+    return TermResult(loss, loss_T, metrics)

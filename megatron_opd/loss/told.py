@@ -1,6 +1,6 @@
 """What teachers told about some tokens, whichever way it came: hidden states, a list of ids, the sampled token.
 
-Each carrier answers the same questions as far as it can, so that the objective asks them of any mixture of teachers.
+Each kind answers the same questions as far as it can, so that the objective asks them of any mixture of teachers.
 `Level` says what a token's teachers allow together: the whole vocabulary, the listed ids and the rest, or the sampled
 token alone. A micro-batch is cut into chunks of one level.
 
@@ -10,37 +10,24 @@ Shape suffixes: T tokens of a micro-batch, C tokens of a chunk, L local vocabula
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 
-from megatron_opd.config import TeacherConfig
+from megatron_opd.core.scores import Level, TokenRows
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import PADDING_LOGP, VocabShard
 from megatron_opd.loss import reverse_kl
 from megatron_opd.loss.listed_ids import Outcomes, merged
-
-ChunkRows: TypeAlias = slice | torch.Tensor
-"""Which of a micro-batch's T tokens: a range, or their indices."""
+from megatron_opd.loss.metrics import Columns
 
 
-class Level(IntEnum):
-    """The least that a teacher with weight tells about a token."""
-
-    EXACT = 0
-    LISTED = 1
-    SAMPLED = 2
-
-
-_LEVELS = {"hidden": Level.EXACT, "topk": Level.LISTED, "sampled": Level.SAMPLED}
-
-
-def chunks(batch: MicroBatch, teachers: Sequence[TeacherConfig], size: int) -> Iterator[tuple[Level, ChunkRows]]:
-    """All tokens of a micro-batch, `size` or fewer at a time, each time of one level; the same on every shard."""
-    levels = [_LEVELS[teacher.carrier] for teacher in teachers]
+def chunks(batch: MicroBatch, size: int) -> Iterator[tuple[Level, TokenRows]]:
+    """All tokens of a micro-batch, `size` or fewer at a time, each time of one level: the least that a teacher with
+    weight tells about a token. The same on every shard."""
+    levels = [Level.EXACT if score is None else score.level for score in batch.teachers]
     if not any(levels):
         yield from ((Level.EXACT, slice(at, at + size)) for at in range(0, len(batch.targets_T), size))
         return
@@ -63,6 +50,27 @@ class StudentLogps:
     """The same distribution over the outcomes that top-k teachers listed; None where none was asked."""
 
 
+class Told(Protocol):
+    """A teacher at the tokens of a chunk."""
+
+    sampled_C: torch.Tensor
+    """Its log-probabilities of the sampled tokens."""
+    logits_CL: torch.Tensor | None
+    """Its logits divided by the temperature; None where they are not known."""
+    logp_CL: torch.Tensor | None
+    """Its log-probabilities of the whole vocabulary; None where they are not known."""
+
+    def over(self, outcomes: Outcomes) -> torch.Tensor | None:
+        """Log-probabilities of outcomes, [C, O]; None where they are not known."""
+
+    def reverse_kl(self, student: StudentLogps) -> torch.Tensor:
+        """KL(q || p) as far as the teacher is known, [C]."""
+
+    def list_metrics(self, student: StudentLogps, kth_C: torch.Tensor) -> Columns:
+        """Figures about the teacher's list of ids, [C] each; nothing where it has none. `kth_C`: the student's own K-th
+        largest log-probability, K the length of the list."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exact:
     """A teacher whose whole distribution is known."""
@@ -80,6 +88,10 @@ class Exact:
         """KL(q || p), [C]."""
         return reverse_kl(student.logp_CL, self.logp_CL, self.vocab)
 
+    def list_metrics(self, student: StudentLogps, kth_C: torch.Tensor) -> Columns:
+        """Nothing: there is no list."""
+        return {}
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -87,6 +99,8 @@ class Listed:
 
     logp_CO: torch.Tensor
     sampled_C: torch.Tensor
+    logits_CL: None = None
+    logp_CL: None = None
 
     def over(self, outcomes: Outcomes) -> torch.Tensor:
         """Log-probabilities of outcomes, [C, O]; what the teacher did not list is in the rest."""
@@ -98,11 +112,11 @@ class Listed:
         space = VocabShard.whole(self.logp_CO.shape[-1])
         return reverse_kl(merged(student.logp_CO, self.logp_CO), self.logp_CO, space)
 
-    def mass_outside(self) -> torch.Tensor:
-        """The teacher's mass that is not at its ids, [C]."""
-        return self.logp_CO[:, -1].exp()
+    def list_metrics(self, student: StudentLogps, kth_C: torch.Tensor) -> Columns:
+        """The teacher's mass that is not at its ids, and how many of those are the student's likeliest ones too."""
+        return {"mass_outside": self.logp_CO[:, -1].exp(), "overlap": self._overlap(student, kth_C)}
 
-    def overlap(self, student: StudentLogps, kth_C: torch.Tensor) -> torch.Tensor:
+    def _overlap(self, student: StudentLogps, kth_C: torch.Tensor) -> torch.Tensor:
         """The fraction of the ids at which the student has at least `kth_C`, its own K-th largest value, [C]."""
         assert student.logp_CO is not None
         listed_CU = self.logp_CO[:, :-1] > PADDING_LOGP
@@ -115,13 +129,19 @@ class OnlySampled:
     """A teacher known at the sampled tokens."""
 
     sampled_C: torch.Tensor
+    logits_CL: None = None
+    logp_CL: None = None
+
+    def over(self, outcomes: Outcomes) -> None:
+        """None: it is not known at other tokens."""
 
     def reverse_kl(self, student: StudentLogps) -> torch.Tensor:
         """log q - log p of the sampled tokens, [C]: the k1 estimate of KL(q || p), which may be negative."""
         return student.sampled_C - self.sampled_C
 
-
-Told: TypeAlias = Exact | Listed | OnlySampled
+    def list_metrics(self, student: StudentLogps, kth_C: torch.Tensor) -> Columns:
+        """Nothing: there is no list."""
+        return {}
 
 
 def exact(logits_CL: torch.Tensor, ids_C: torch.Tensor, vocab: VocabShard) -> Exact:

@@ -19,7 +19,7 @@ import aiohttp
 
 from megatron_opd.config import ServersConfig
 from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY
-from megatron_opd.core.types import TeacherScore
+from megatron_opd.core.scores import TeacherScore
 from megatron_opd.sglang import wire
 from megatron_opd.sglang.errors import BadAnswer, Down, Refused
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megatron_opd.core.types import Hidden, Sampled, TeacherScore, TopK
+from megatron_opd.core.scores import Hidden, Sampled, TeacherScore, TopK
 from megatron_opd.sglang.errors import BadAnswer, Refused
 
 BANNED = -1e4

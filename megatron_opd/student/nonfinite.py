@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_opd.core.protocols import Head
-from megatron_opd.core.types import Foreign, Hidden, MicroBatch, Sampled, TeacherScore
+from megatron_opd.core.scores import Head
+from megatron_opd.core.types import MicroBatch
 from megatron_opd.loss.fused import FactoredLogits, Logits
 from megatron_opd.loss.objective import Objective
 
@@ -55,23 +55,11 @@ def _causes(objective: Objective, batch: MicroBatch, student: Logits, t: int) ->
     for n, (teacher, score) in enumerate(zip(objective.distillation.teachers, batch.teachers, strict=True)):
         if score is None or not batch.weights_TN[t, n] > 0:
             continue
-        if not _is_finite(_at(score, t)):
+        if not _is_finite(score.numbers_at(t)):
             yield f"what teacher '{teacher.name}' told"
         head_LD = objective.distillation.heads[n]
         if head_LD is not None and not _is_finite(head_LD):
             yield f"the output head of teacher '{teacher.name}'"
-
-
-def _at(score: TeacherScore, t: int) -> torch.Tensor:
-    """What was told about a token; by a teacher with tokens of its own, about the span that ends there."""
-    if isinstance(score, Foreign):
-        assert score.hidden_QD is not None
-        spans = score.spans_G4.tolist()
-        return score.hidden_QD[[q for _, end, first, stop in spans if end == t + 1 for q in range(first, stop)]]
-    if isinstance(score, Hidden):
-        assert score.hidden_RD is not None
-        return score.hidden_RD[t]
-    return score.logp_R[t] if isinstance(score, Sampled) else score.logp_RK[t]
 
 
 def first(by_rank: Sequence[Sequence[Token]]) -> str:

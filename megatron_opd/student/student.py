@@ -17,6 +17,7 @@ from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.fused import Logits
+from megatron_opd.loss.metrics import Sums, means, rows
 from megatron_opd.loss.objective import Objective
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.precision.fp8_plan import plan_of
@@ -165,24 +166,21 @@ class Student:
         """The same for the adapters alone, under the names of peft's files; nothing without adapters."""
         return weights.export_adapters(self.gpt, self.parallel) if self.lora.rank else iter(())
 
-    def _means(self, results: list[torch.Tensor], objective: Objective) -> dict[str, float]:
+    def _means(self, results: list[Sums], objective: Objective) -> dict[str, float]:
         """Means over the tokens of all micro-batches and replicas, on every rank; without those that have no token."""
         names = objective.metric_names()
-        totals_M2 = torch.zeros(len(names), 2, dtype=torch.float64, device=groups.device())
-        if self.parallel.is_last_stage and self.parallel.tensor_rank == 0:
-            for metrics_M2 in results:
-                totals_M2 += metrics_M2
+        speaks = self.parallel.is_last_stage and self.parallel.tensor_rank == 0
+        totals_M2 = rows(names, results if speaks else [], groups.device())
         dist.all_reduce(totals_M2)
-        sums = dict(zip(names, totals_M2.tolist(), strict=True))
-        means = {name: total / count for name, (total, count) in sums.items() if count}
-        return {"num_tokens": sums["loss"][1], **means}
+        num_tokens = totals_M2[names.index("loss"), 1].item()
+        return {"num_tokens": num_tokens, **means(names, totals_M2)}
 
     def _at_rows(self, objective: Objective) -> pipeline.AtTheEnd:
         """The objective at the end of the last stage, on what predicts response tokens."""
 
         def at_rows(batch: MicroBatch, hidden_BSD: torch.Tensor) -> Any:
-            loss, num_tokens, metrics_M2 = objective(batch, self._output(objective, batch, hidden_BSD))
-            return (loss, num_tokens, metrics_M2) if torch.is_grad_enabled() else metrics_M2
+            loss, num_tokens, sums = objective(batch, self._output(objective, batch, hidden_BSD))
+            return (loss, num_tokens, sums) if torch.is_grad_enabled() else sums
 
         return at_rows
 

@@ -8,7 +8,8 @@ from functools import partial
 
 from megatron_opd.config import Config, TeacherConfig, TrainConfig
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.types import Rollout, TeacherScore
+from megatron_opd.core.scores import TeacherScore
+from megatron_opd.core.types import Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
 from megatron_opd.teachers.offload import in_turn

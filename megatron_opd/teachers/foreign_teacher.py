@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_opd.core.types import Foreign, Hidden, Rollout
+from megatron_opd.core.scores import Foreign, Hidden
+from megatron_opd.core.types import Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.align import Span, Translator
 from megatron_opd.loss.crosstok.distillation_in_bytes import Foreigner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_opd.config import TeacherConfig
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.protocols import Head
+from megatron_opd.core.scores import Head
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.precision.fp8_plan import ModelPlan

@@ -18,8 +18,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron_opd.config import TeacherConfig
 from megatron_opd.core import batching
 from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.scores import Hidden
 from megatron_opd.core.seen import rollout_seen_by
-from megatron_opd.core.types import Hidden, MicroBatch, Rollout
+from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.precision.fp8_plan import ModelPlan

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opd.core.types import Hidden, Rollout, TeacherScore
+from megatron_opd.core.scores import Hidden, TeacherScore
+from megatron_opd.core.types import Rollout
 from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.quantize import Rounding
 from megatron_opd.teachers.offload import OffloadedWeights

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from megatron_opd.core.protocols import Head, Part
-from megatron_opd.core.types import Rollout, TeacherScore
+from megatron_opd.core.protocols import Part
+from megatron_opd.core.scores import Head, TeacherScore
+from megatron_opd.core.types import Rollout
 from megatron_opd.loss.crosstok.distillation_in_bytes import Foreigner
 from megatron_opd.teachers.offload import OffloadedWeights
 

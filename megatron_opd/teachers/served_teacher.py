@@ -12,11 +12,10 @@ from concurrent.futures import Future
 import torch
 
 from megatron_opd.config import TeacherConfig
-from megatron_opd.core.batching import score_at
 from megatron_opd.core.parallel import Parallel
-from megatron_opd.core.protocols import Head
+from megatron_opd.core.scores import Head, Hidden, TeacherScore
 from megatron_opd.core.seen import seen_by
-from megatron_opd.core.types import Hidden, Rollout, TeacherScore
+from megatron_opd.core.types import Rollout
 from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.sglang.errors import RETRIED
 from megatron_opd.sglang.event_loop import Loop
@@ -118,7 +117,7 @@ class SGLangTeacher:
             tokens=len(ids),
         )
         keep = rollout.learnt[within]
-        return score if all(keep) else score_at(score, torch.tensor(keep))
+        return score if all(keep) else score.at(torch.tensor(keep))
 
     def _as_head(self, score: TeacherScore) -> Hidden:
         assert isinstance(score, Hidden)

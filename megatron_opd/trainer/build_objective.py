@@ -9,6 +9,8 @@ from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.distillation_in_bytes import CrossTokenizer
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
+from megatron_opd.loss.sampled_tokens import CrossEntropy, Entropy, PolicyGradient
+from megatron_opd.loss.term import TeacherTerm, TokenTerm
 from megatron_opd.teachers.scorer import TeacherScorer
 
 
@@ -17,15 +19,20 @@ def build_objective(
 ) -> Objective:
     """The objective of a run's settings and its teachers, in order."""
     settings = config.loss, config.rollout.temperature, vocab, tuple(config.teachers)
-    distillation: Distillation | CrossTokenizer
+    distillation: TeacherTerm
     if config.crosses_tokenizers:
         foreigners = tuple(teacher.foreigner for teacher in teachers)
         distillation = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
     else:
         distillation = Distillation(*settings, tuple(teacher.head_LD for teacher in teachers))
-    return Objective(
-        distillation,
-        config.policy if config.has_policy_gradient else None,
-        has_answers_of_others=has_answers_of_others,
-        has_cross_entropy=has_answers_of_others and config.answers.sft_alpha > 0,
-    )
+    return Objective(distillation, sampled_terms(config, has_answers_of_others), has_answers_of_others)
+
+
+def sampled_terms(config: Config, has_answers_of_others: bool) -> tuple[TokenTerm, ...]:
+    """The terms on sampled tokens that the settings ask for, a line each."""
+    terms: list[TokenTerm] = []
+    if config.has_policy_gradient:
+        terms.append(PolicyGradient(config.policy))
+    if has_answers_of_others and config.answers.sft_alpha > 0:
+        terms.append(CrossEntropy())
+    return (*terms, Entropy()) if terms or has_answers_of_others else ()

@@ -18,8 +18,7 @@ from megatron_opd.config import LogConfig
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.core.whole_file import write_whole
-from megatron_opd.loss.crosstok.distillation_in_bytes import CrossTokenizer
-from megatron_opd.loss.distillation import Distillation
+from megatron_opd.loss.term import TeacherTerm
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.tracking.tracker import Tracker
 
@@ -43,7 +42,7 @@ class Completions:
         rollouts: Sequence[Rollout],
         step: int,
         batches: Sequence[MicroBatch],
-        distillation: Distillation | CrossTokenizer,
+        distillation: TeacherTerm,
     ) -> None:
         """Write the step's first answers, replica by replica, if it is a step that is written. Collective.
 
@@ -92,7 +91,7 @@ def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, 
 
 
 def answer_logps(
-    distillation: Distillation | CrossTokenizer, batches: Sequence[MicroBatch], count: int, parallel: Parallel
+    distillation: TeacherTerm, batches: Sequence[MicroBatch], count: int, parallel: Parallel
 ) -> AnswerLogps:
     """Of the first `count` answers of this replica, on all its ranks. Collective over all ranks."""
     names = [teacher.name for teacher in distillation.teachers]
@@ -106,7 +105,7 @@ def answer_logps(
     return next(found for replica, knows, found in everyone if knows and replica == parallel.data_rank)[:count]
 
 
-def _sums(distillation: Distillation | CrossTokenizer, batch: MicroBatch) -> list[list[float | None]]:
+def _sums(distillation: TeacherTerm, batch: MicroBatch) -> list[list[float | None]]:
     """By answer, then by teacher."""
     logp_TN = distillation.each_teachers_logp(batch).double()
     sums_BN = logp_TN.new_zeros(len(batch.tokens_BS), logp_TN.shape[1]).index_add(0, batch.sequence_T, logp_TN)

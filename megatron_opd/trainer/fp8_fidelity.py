@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.core.parallel import Parallel, PeerError
-from megatron_opd.core.protocols import Head
-from megatron_opd.core.types import MicroBatch, Prompt, Rollout, TeacherScore
+from megatron_opd.core.scores import Head, Level, TeacherScore
+from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import kl, reverse_kl
 from megatron_opd.loss.objective import Objective
 from megatron_opd.loss.targets import Targets
-from megatron_opd.loss.told import Exact, Level, chunks
+from megatron_opd.loss.told import chunks
 from megatron_opd.precision.gate import Measured, Noise, too_coarse
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import build_teacher, fp8_plan
@@ -155,7 +155,7 @@ def _compare(sums: Sums, fp8: Side, plain: Side) -> None:
     objective, batch, _ = plain
     term = objective.distillation
     settings, vocab = term.config, term.vocab
-    for level, rows in chunks(batch, term.teachers, settings.chunk_tokens):
+    for level, rows in chunks(batch, settings.chunk_tokens):
         targets, students = [], []
         for side, told, logits_TL in (fp8, plain):
             target = Targets(settings, vocab, side.distillation.heads).at(told, rows, level)
@@ -172,9 +172,9 @@ def _compare(sums: Sums, fp8: Side, plain: Side) -> None:
         sums.signal[1] += len(signal_C)
         asked_CN = batch.weights_TN[rows] > 0
         for n, teacher in enumerate(term.teachers):
-            both = [target.told[n] for target in targets]
-            if all(isinstance(told, Exact) for told in both):
-                noisy, own = (told.logp_CL[asked_CN[:, n]] for told in both)
+            both = [told.logp_CL for target in targets if (told := target.told[n]) is not None]
+            if len(both) == 2 and all(logp_CL is not None for logp_CL in both):
+                noisy, own = (logp_CL[asked_CN[:, n]] for logp_CL in both)
                 sums.add(teacher.name, kl(own, noisy, vocab), _same_top([noisy, own], vocab))
 
 

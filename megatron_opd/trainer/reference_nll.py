@@ -17,6 +17,7 @@ from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
+from megatron_opd.loss.sampled_tokens import CrossEntropy
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.trainer.evaluate import ALL
@@ -35,7 +36,7 @@ def nll(
     if not config.train.eval_nll:
         return {}
     no_teacher = Distillation(config.loss, config.rollout.temperature, vocab, (), ())
-    objective = Objective(no_teacher, has_answers_of_others=True, has_cross_entropy=True)
+    objective = Objective(no_teacher, (CrossEntropy(),))
     metrics, total, tokens = {}, 0.0, 0.0
     for source, prompts in sources:
         answers = [_as_rollout(prompt) for prompt in prompts if prompt.answer_ids]

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from megatron_opd.core.batching import NoTeacherLeft, pack, padded_length, renormalised
-from megatron_opd.core.types import Hidden, Sampled, TopK
+from megatron_opd.core.scores import Hidden, Sampled, TopK
 
 CPU = torch.device("cpu")
 EOS = 0  # the same id as padding

@@ -42,8 +42,8 @@ class Parrot:
     def _answer(self, prompt, sample):
         ids = (*prompt.token_ids, self.eos)
         return Rollout(
-            prompt=prompt, sample=sample, token_ids=ids, learnt=(True,) * len(ids), logps=(0.0,) * len(ids), finish="stop",
-            versions=(self.version,) * len(ids),
+            prompt=prompt, sample=sample, token_ids=ids, learnt=(True,) * len(ids), logps=(0.0,) * len(ids),
+            finish="stop", versions=(self.version,) * len(ids),
         )  # fmt: skip
 
     def load(self, weights, version):

@@ -9,10 +9,12 @@ import pytest
 import steps
 import tiny
 import torch
+from test_objective import means_of
 
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.core.batching import pack
-from megatron_opd.core.types import Hidden, MicroBatch, Sampled, TopK
+from megatron_opd.core.scores import Hidden, Sampled, TopK
+from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
@@ -124,8 +126,7 @@ def on_shard(parallel, index):
     mine = case.logits[:, here].clone().requires_grad_()
     loss, _, metrics = objective(case.batch, mine)
     (UPSTREAM * loss).backward()
-    sums = dict(zip(objective.metric_names(), metrics.tolist(), strict=True))
-    return loss.item(), mine.grad, {name: (total / n if n else None) for name, (total, n) in sums.items()}
+    return loss.item(), mine.grad, means_of(objective, metrics)
 
 
 def all_cases(parallel):

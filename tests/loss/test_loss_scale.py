@@ -9,7 +9,8 @@ import tiny
 import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.core.types import Hidden, MicroBatch
+from megatron_opd.core.scores import Hidden
+from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.fused import FactoredLogits

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.core.types import Hidden
+from megatron_opd.core.scores import Hidden
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
@@ -61,10 +61,14 @@ def loss_gradient_metrics(objective, batch, logits):
     mine = logits[:, vocab.start : vocab.stop].clone().requires_grad_()
     loss, num_tokens, metrics = objective(batch, mine)
     (UPSTREAM * loss).backward()
-    means = {
-        name: (float(s / n) if n else None) for name, (s, n) in zip(objective.metric_names(), metrics, strict=True)
-    }
-    return loss.item(), mine.grad, num_tokens, means
+    return loss.item(), mine.grad, num_tokens, means_of(objective, metrics)
+
+
+def means_of(objective, metrics):
+    """By name of every metric that the objective declares; None for one without tokens."""
+    assert {*metrics} <= {*objective.metric_names()}
+    sums = {name: metrics[name].tolist() if name in metrics else (0.0, 0) for name in objective.metric_names()}
+    return {name: (total / n if n else None) for name, (total, n) in sums.items()}
 
 
 TEMPERATURE_AND_CHUNK = ((0.5, 4), (1.0, 100), (1.0, 1), (2.0, 4))

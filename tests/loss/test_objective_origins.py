@@ -8,10 +8,11 @@ import test_objective as one
 import torch
 
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.core.types import Hidden, Sampled
+from megatron_opd.core.scores import Hidden, Sampled
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
+from megatron_opd.loss.sampled_tokens import CrossEntropy, Entropy
 
 T, SIZE = one.NUM_TOKENS, one.SIZE
 NOT_ASKED = [1, 6, 7]
@@ -32,7 +33,9 @@ def mixed_batch(sampling_temperature=1.0):
 
 
 def objective(parallel, heads, config):
-    return replace(one.objective_on(parallel, heads, config), has_answers_of_others=True, has_cross_entropy=True)
+    return replace(
+        one.objective_on(parallel, heads, config), sampled=(CrossEntropy(), Entropy()), has_answers_of_others=True
+    )
 
 
 def dense(beta, how, temperature):
@@ -91,7 +94,7 @@ def test_answers_that_nobody_is_asked_about():
     """Fine-tuning without teachers."""
     _, _, batch = mixed_batch()
     term = Distillation(LossConfig(), 1.0, VocabShard(0, one.COLUMNS, SIZE), (), ())
-    alone = Objective(term, has_answers_of_others=True, has_cross_entropy=True)
+    alone = Objective(term, sampled=(CrossEntropy(), Entropy()), has_answers_of_others=True)
     batch = replace(
         batch, weights_TN=torch.zeros(T, 0), teachers=(), distill_T=torch.zeros(T), sft_T=torch.full((T,), 0.5)
     )
@@ -114,7 +117,7 @@ def test_sampled_teachers_have_no_part_in_others_answers():
     told = torch.linspace(-3, -1, T)
     batch = replace(batch, teachers=(Sampled(told),), weights_TN=OURS[:, None].float(), distill_T=OURS.float())
     term = Distillation(LossConfig(kind="sampled"), 1.0, VocabShard(0, one.COLUMNS, SIZE), teachers, (None,))
-    made = Objective(term, has_answers_of_others=True, has_cross_entropy=True)
+    made = Objective(term, sampled=(CrossEntropy(), Entropy()), has_answers_of_others=True)
     changed = replace(batch, teachers=(Sampled(torch.where(OURS, told, -50.0)),))
     found = [one.loss_gradient_metrics(made, b, one.student_logits()) for b in (batch, changed)]
     torch.testing.assert_close(found[0][1], found[1][1])

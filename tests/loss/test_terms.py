@@ -21,9 +21,10 @@ from test_objective import (
 )
 
 from megatron_opd.config import LossConfig, PolicyConfig
-from megatron_opd.core.types import Hidden
+from megatron_opd.core.scores import Hidden
 from megatron_opd.loss import estimators, sampled_reverse_kl
 from megatron_opd.loss.policy_gradient import policy_gradient
+from megatron_opd.loss.sampled_tokens import CrossEntropy, Entropy, PolicyGradient
 
 RATIOS = torch.tensor([0.1, 0.75, 0.9, 1.0, 1.1, 1.3, 4.0, 50.0], dtype=torch.float64)
 
@@ -129,6 +130,7 @@ def test_k2_has_the_gradient_of_the_policy_gradient_token_by_token():
 
 TAU, SAMPLING = 0.8, 1.3
 POLICY = PolicyConfig(loss="importance", importance_cap=1.5)
+SAMPLED = PolicyGradient(POLICY), CrossEntropy(), Entropy()
 LOSSES = {
     "distribution": LossConfig(beta=0.5, temperature=TAU, chunk_tokens=4),
     "k2": LossConfig(kind="sampled", estimator="k2", temperature=TAU, chunk_tokens=4, importance_cap=1.2),
@@ -170,7 +172,7 @@ def summed(parallel):
     for name, config in LOSSES.items():
         heads, batch = everything(config)
         objective = objective_on(parallel, heads, config, SAMPLING)
-        objective = replace(objective, policy=POLICY, has_answers_of_others=True, has_cross_entropy=True)
+        objective = replace(objective, sampled=SAMPLED, has_answers_of_others=True)
         answers[name] = loss_gradient_metrics(objective, batch, student_logits())
     return answers
 
@@ -264,7 +266,7 @@ def test_micro_batch_without_any_teacher():
     assert (gradient == 0).all()
     assert means["kl/ensemble"] is None
     assert means["loss"] == 0
-    objective = replace(objective, policy=POLICY, has_answers_of_others=True, has_cross_entropy=True)
+    objective = replace(objective, sampled=SAMPLED, has_answers_of_others=True)
     loss, _, _, means = loss_gradient_metrics(objective, batch, student_logits())
     _, policy, sft = dense("distribution")[1]
     assert loss == pytest.approx(float((policy + sft).sum()), rel=1e-5)

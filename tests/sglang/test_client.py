@@ -10,7 +10,7 @@ from standin import settings
 from standin_faults import AFTER, BEFORE
 from standin_model import CONTEXT, END, VOCAB_SIZE, cut, hidden, logps
 
-from megatron_opd.core.types import Hidden, Sampled, TopK
+from megatron_opd.core.scores import Hidden, Sampled, TopK
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
 from megatron_opd.sglang.errors import BadAnswer, Down, Refused, SGLangError
 from megatron_opd.sglang.wire import Ask, Draw, Drawn

@@ -13,7 +13,7 @@ from standin import settings
 from standin_model import CONTEXT, HIDDEN_SIZE, VOCAB_SIZE, hidden, logps
 
 from megatron_opd.config import Config, DataConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
-from megatron_opd.core.types import Hidden, Sampled, TopK
+from megatron_opd.core.scores import Hidden, Sampled, TopK
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.recipes import RECIPES

@@ -6,7 +6,7 @@ import torch
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.core.batching import pack
-from megatron_opd.core.types import Sampled
+from megatron_opd.core.scores import Sampled
 from megatron_opd.student.context import Split, in_order
 
 

@@ -12,7 +12,7 @@ import torch
 from megatron_opd import config as c
 from megatron_opd.config import LogConfig
 from megatron_opd.core.batching import pack
-from megatron_opd.core.types import Sampled
+from megatron_opd.core.scores import Sampled
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.tracking.tracker import Tracker, build_tracker

@@ -19,12 +19,19 @@ from dataclasses import dataclass
 import torch
 
 from megatron_opd.config import CrossTokenizerConfig, LossConfig, TeacherConfig
-from megatron_opd.core.types import Foreign, MicroBatch
+from megatron_opd.core.scores import Foreign
+from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss import compared
+from megatron_opd.loss.compared import Compared
 from megatron_opd.loss.crosstok.matched import Matched
 from megatron_opd.loss.crosstok.uld import Spans, other_tokens, uld
+from megatron_opd.loss.metrics import Columns, sums
 from megatron_opd.loss.node import with_gradient
-from megatron_opd.loss.term import Term, sums
+from megatron_opd.loss.term import TermResult
+
+_ULD = "matched", "unmatched", "aligned_frac"
+"""What is measured of each teacher, besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +58,9 @@ class CrossTokenizer:
     """By teacher; None on ranks that do not compute the loss."""
 
     def metric_names(self) -> list[str]:
-        """Names of the per-token sums that a call returns, in order; what begins with kl/ and uld/ is by span."""
+        """As `TeacherTerm`; what begins with kl/ and uld/ is by span."""
         names = [teacher.name for teacher in self.teachers]
-        return [
-            *("loss", "kl/ensemble", *(f"kl/{name}" for name in names)),
-            *("logprob/student", "logprob/teacher", "mismatch/kl"),
-            *(f"uld/{name}/{what}" for name in names for what in ("matched", "unmatched", "aligned_frac")),
-        ]
+        return [*compared.metric_names(names), *(f"uld/{name}/{what}" for name in names for what in _ULD)]
 
     @property
     def heads(self) -> tuple[torch.Tensor | None, ...]:
@@ -69,7 +72,7 @@ class CrossTokenizer:
         """Logits are needed."""
         return False
 
-    def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> Term:
+    def __call__(self, batch: MicroBatch, logits_TL: torch.Tensor) -> TermResult:
         """The term at all tokens; leaves the logits alone."""
         num_tokens = len(logits_TL)
         grad_TL = torch.zeros_like(logits_TL) if torch.is_grad_enabled() else None
@@ -78,13 +81,14 @@ class CrossTokenizer:
         sampled.append(sampled[0] if is_same else self._sampled(batch, logits_TL, self.sampling_temperature))
         told = _Told.nothing(num_tokens, len(self.teachers), logits_TL.device)
         for n, score in enumerate(batch.teachers):
-            if isinstance(score, Foreign) and score.hidden_QD is not None:
+            if score is not None:
                 for spans_G4 in _chunks(score.spans_G4, self.config.chunk_tokens):
                     self._at_spans(n, score, spans_G4, batch, (logits_TL, grad_TL), told)
         loss = told.loss_T.sum().float()
         if grad_TL is not None:
             loss = with_gradient(loss, logits_TL, grad_TL)
-        return Term(loss, told.loss_T, sums(told.columns(sampled, batch)))
+        names = [teacher.name for teacher in self.teachers]
+        return TermResult(loss, told.loss_T, sums(told.columns(sampled, batch, names)))
 
     @torch.no_grad()
     def each_teachers_logp(self, batch: MicroBatch) -> torch.Tensor:
@@ -92,8 +96,9 @@ class CrossTokenizer:
         0 elsewhere."""
         logp_TN = torch.zeros_like(batch.weights_TN)
         for n, (score, foreigner) in enumerate(zip(batch.teachers, self.foreigners, strict=True)):
-            if isinstance(score, Foreign) and score.hidden_QD is not None:
+            if score is not None:
                 assert foreigner is not None
+                assert score.hidden_QD is not None
                 came = []
                 both = zip(*(x.split(self.config.chunk_tokens) for x in (score.hidden_QD, score.ids_Q)), strict=True)
                 for hidden_CD, ids_C in both:
@@ -182,20 +187,19 @@ class _Told:
         for column_T, value_G in zip(self.by_teacher[n], values, strict=True):
             column_T[last_G] = value_G.double()
 
-    def columns(self, sampled: list[torch.Tensor], batch: MicroBatch) -> list[torch.Tensor]:
-        """In the order of `CrossTokenizer.metric_names`; `sampled`: the student's own at both temperatures, [T]."""
+    def columns(self, sampled: list[torch.Tensor], batch: MicroBatch, names: list[str]) -> Columns:
+        """The term's metrics. `sampled`: the student's log-probabilities at both temperatures, [T]."""
         weights_TN = batch.weights_TN
-        lag_T = (sampled[1] - batch.behaviour_logp_T)[batch.on_policy_T]
-        mismatch_T = lag_T.exp() - 1 - lag_T
         ends = [told[4] > 0 for told in self.by_teacher]
         kls = [told[2][end_T] for told, end_T in zip(self.by_teacher, ends, strict=True)]
         weighted = [weights_TN[:, n] * told[2] for n, told in enumerate(self.by_teacher)]
         some_T = torch.stack(ends).any(0)
         text = [weights_TN[:, n] * told[3] for n, told in enumerate(self.by_teacher)]
-        columns = [self.loss_T, sum(weighted)[some_T], *kls, sampled[0], sum(text), mismatch_T]
-        for n, (told, end_T) in enumerate(zip(self.by_teacher, ends, strict=True)):
-            asked_T = weights_TN[:, n] > 0
-            columns += [told[0][end_T], told[1][end_T], told[5][asked_T]]
+        found = Compared(self.loss_T, sum(weighted)[some_T], kls, sampled[0], sum(text), sampled[1])
+        columns = dict(compared.columns(found, names, batch))
+        for n, (name, told, end_T) in enumerate(zip(names, self.by_teacher, ends, strict=True)):
+            values = told[0][end_T], told[1][end_T], told[5][weights_TN[:, n] > 0]
+            columns |= {f"uld/{name}/{what}": x for what, x in zip(_ULD, values, strict=True)}
         return columns
 
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 
-from megatron_opd.core.protocols import Head
+from megatron_opd.core.scores import Head
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.fused import products
 from megatron_opd.loss.fused.backend import Backend, RowsPass

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opd.core.protocols import Head
+from megatron_opd.core.scores import Head
 
 
 def logits(hidden_CD: torch.Tensor, head_LD: Head, out_CL: torch.Tensor) -> torch.Tensor:

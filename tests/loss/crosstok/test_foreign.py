@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from megatron_opd.core.types import Hidden
+from megatron_opd.core.scores import Hidden
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.align import Translation
 from megatron_opd.loss.crosstok.matched import Matched
