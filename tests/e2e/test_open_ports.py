@@ -17,7 +17,7 @@ STEPS = ["train.steps=4", "train.save_every=2", "train.eval_every=2"]
 
 
 def listeners(processes):
-    """(address, port, name and command) of every listening TCP socket of the processes, v4 or v6."""
+    """(address, port, name and command) of every TCP socket, v4 or v6, on which one of the processes listens."""
     found = set()
     for process in processes:
         with suppress(psutil.NoSuchProcess):
