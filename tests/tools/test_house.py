@@ -69,6 +69,7 @@ FILES = {
     "tests/program.py": 'CONFIG = "c.yaml"\nSMALL = ["a=1"]\nALONE = {"RANK": "0"}\n',
     "tests/test_architecture.py": 'ROOMS = {"config": "settings", "data": "prompts", "loop": "steps"}\n',
     "tests/extensions/test_metric.py": 'TOUCHES = ["loop/run.py", "data/answers.py"]\n',
+    "tests/extensions/test_term.py": '"""A term.\n\n    loop/term.py    the term\n    loop/run.py\n\nText.\n"""\n',
     "tests/extensions/test_other.py": "",
 }
 
@@ -93,6 +94,7 @@ def test_figures_of_the_source(root):
     assert (found["function_lines_max"], found["parameters_max"]) == (6, 2)
     assert found["file_lines_max"] == 21
     assert found["touched_metric"] == ["loop/run.py", "data/answers.py"]
+    assert found["touched_term"] == ["loop/term.py", "loop/run.py"]
     assert "touched_other" not in found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from house_figures.source import Function, Module, assigned, constant, rooms_of_rules
 
 EXTENSIONS = "tests/extensions"
+_LISTED = re.compile(r"^    ([\w/]+\.\w+)(?:$| )", re.MULTILINE)
 
 
 def rooms(modules: Iterable[Module]) -> list[str]:
@@ -156,14 +158,15 @@ def _arguments(function: Function) -> list[ast.arg]:
 
 
 def touched(root: Path) -> dict[str, list[str]]:
-    """The package's files that each extension edits or adds, as the tests in tests/extensions/ declare.
+    """The files to edit or add for each extension, as the tests in tests/extensions/ declare; tests and docs apart.
 
-    A test module there builds an extension and lists its files: `TOUCHES = ["config/method.py", …]`. Its name without
-    `test_` is the extension's. Raises ValueError for a file that the package does not have.
+    A test module there builds an extension. It lists the files in `TOUCHES = ["config/method.py", …]`, or in its
+    docstring, an indented line each that begins with the path. Its name without `test_` is the extension's.
     """
     found = {}
     for path in sorted((root / EXTENSIONS).glob("test_*.py")):
-        files = constant(path, "TOUCHES")
-        if isinstance(files, list | tuple):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        files = constant(path, "TOUCHES") or _LISTED.findall(docstring)
+        if files:
             found[path.stem.removeprefix("test_")] = list(files)
     return found
