@@ -69,7 +69,7 @@ FILES = {
     "tests/program.py": 'CONFIG = "c.yaml"\nSMALL = ["a=1"]\nALONE = {"RANK": "0"}\n',
     "tests/test_architecture.py": 'ROOMS = {"config": "settings", "data": "prompts", "loop": "steps"}\n',
     "tests/extensions/test_metric.py": 'TOUCHES = ["loop/run.py", "data/answers.py"]\n',
-    "tests/extensions/test_term.py": '"""A term.\n\n    loop/term.py    the term\n    loop/run.py\n\nText.\n"""\n',
+    "tests/extensions/test_term.py": '"""A term.\n\n    loop/term.py    the term\n    loop/run.py\n"""\n',
     "tests/extensions/test_other.py": "",
 }
 

@@ -165,7 +165,7 @@ def touched(root: Path) -> dict[str, list[str]]:
     """
     found = {}
     for path in sorted((root / EXTENSIONS).glob("test_*.py")):
-        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or ""
         files = constant(path, "TOUCHES") or _LISTED.findall(docstring)
         if files:
             found[path.stem.removeprefix("test_")] = list(files)
