@@ -63,11 +63,12 @@ test-gpu: install ## tests that need a GPU
 bench-methods: install ## GRPO, on-policy distillation and the rest from the same student: who is right first
 	"$(BIN)/python" tools/compare_methods.py --json runs/methods/found.json --plot runs/methods/found.png
 
-lint: install ## style, shell scripts, types of the leaf modules, generated documentation
+lint: install ## style, shell scripts, types of the leaf modules, generated documentation, links of the docs
 	"$(BIN)/ruff" check .
 	"$(BIN)/shellcheck" -x .ci/run $(wildcard tools/*.sh slurm/*.sh megatron_opd/*/*.sh)
 	"$(BIN)/mypy"
 	"$(BIN)/python" tools/config_docs.py --check
+	"$(BIN)/python" tools/check_links.py
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf "$(VENV)" .venv-sglang .venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

