@@ -254,7 +254,7 @@ Head: TypeAlias = torch.Tensor | OwnHead
 
 
 class TeacherScorer(Protocol):
-    """Something that tells a teacher's distribution at every response token of a rollout."""
+    """Something that tells a teacher's distribution at every learnt token of a rollout."""
 
     name: str
     head_LD: Head | None

@@ -141,7 +141,7 @@ class _Plain:
 
 
 Side = tuple[Objective, MicroBatch, torch.Tensor]
-"""With FP8, or without: the objective, the micro-batch, and the student's logits [T, L] at its response tokens."""
+"""With FP8, or without: the objective, the micro-batch, and the student's logits [T, L] at its learnt tokens."""
 
 
 @torch.no_grad()
