@@ -98,6 +98,18 @@ def learning_rate(optim, step, num_steps):
     return optim.min_lr + (optim.lr - optim.min_lr) * shape if optim.schedule != "constant" else optim.lr
 
 
+def learnt(rollout):
+    """The learnt tokens."""
+    return [token for token, is_learnt in zip(rollout.token_ids, rollout.learnt, strict=True) if is_learnt]
+
+
+def place(rollout, prompt=None):
+    """(the whole sequence [1, S], the positions whose outputs predict the learnt tokens), behind another prompt too."""
+    prompt = rollout.prompt.token_ids if prompt is None else prompt
+    rows = [len(prompt) - 1 + i for i, is_learnt in enumerate(rollout.learnt) if is_learnt]
+    return torch.tensor([[*prompt, *rollout.token_ids]]), rows
+
+
 @dataclass
 class Reference:
     """Dense, one process, float64, transformers' models and torch's AdamW."""
@@ -123,7 +135,7 @@ class Reference:
         self.adam.zero_grad()
         total, count = 0.0, 0
         for rollout in rollouts:
-            total, count = total + self.loss(rollout).sum(), count + len(rollout.token_ids)
+            total, count = total + self.loss(rollout).sum(), count + sum(rollout.learnt)
         (total / count).backward()
         gradients = [p.grad for p in self.student.parameters()]
         norm = torch.stack([g.norm() for g in gradients]).norm().item()
@@ -138,17 +150,17 @@ class Reference:
         return {"loss": total.item() / count, "grad_norm": norm, "lr": lr, "num_tokens": count}
 
     def loss(self, rollout):
-        """Nats for each response token of one rollout: no padding, no batch."""
-        config = self.config
-        start = len(rollout.prompt.token_ids)
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
-        rows = slice(start - 1, ids.shape[1] - 1)
-        raw = [t.sources.get(rollout.prompt.source, t.weight) for t in config.teachers]
-        weights = torch.tensor([[w / sum(raw) for w in raw]] * len(rollout.token_ids), dtype=torch.float64)
+        """Nats for each learnt token of one rollout: no padding, no batch."""
+        return oracle.divergence(self.logp(self.student, *place(rollout)), self.target(rollout), self.config.loss.beta)
+
+    def target(self, rollout):
+        """The combined teachers at the learnt tokens, each behind the prompt that it sees, [R, V]."""
+        raw = [t.sources.get(rollout.prompt.source, t.weight) for t in self.config.teachers]
+        weights = torch.tensor([[w / sum(raw) for w in raw]] * sum(rollout.learnt), dtype=torch.float64)
+        seen = [rollout.prompt.teacher_ids.get(t.name) for t in self.config.teachers]
         with torch.no_grad():
-            teachers = [self.logp(teacher, ids, rows) for teacher in self.teachers]
-            target = oracle.ensemble(teachers, weights, config.loss.ensemble)
-        return oracle.divergence(self.logp(self.student, ids, rows), target, config.loss.beta)
+            told = [self.logp(t, *place(rollout, prompt)) for t, prompt in zip(self.teachers, seen, strict=True)]
+        return oracle.ensemble(told, weights, self.config.loss.ensemble)
 
     def logp(self, model, ids, rows):
         return oracle.log_softmax(model(ids).logits[0, rows], self.vocab_size, self.config.loss.temperature)

@@ -1,6 +1,7 @@
 """Tiny random Hugging Face models, rollouts and configs for tests. Ranks never import transformers through it."""
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -93,6 +94,15 @@ def rollout(prompt, response, *, learnt=None, source="a", index=0, draw=None, **
         versions=(0,) * sum(learnt),
         **{"sample": 0, "finish": "stop", **changes},
     )
+
+
+def masked(rollout, seed=0):
+    """The rollout with a random mask that learns one token at least."""
+    draw = random.Random(f"{seed}/{rollout.token_ids}")
+    learnt = [draw.random() < 0.5 for _ in rollout.token_ids]
+    learnt[draw.randrange(len(learnt))] = True
+    logps = tuple(x for x, is_learnt in zip(rollout.logps, learnt, strict=True) if is_learnt)
+    return replace(rollout, learnt=tuple(learnt), logps=logps, versions=(0,) * len(logps))
 
 
 def micro_batch(targets, behaviour_logp, weights, teachers, **changes):

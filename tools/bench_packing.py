@@ -25,7 +25,7 @@ import torch
 from megatron_opd import config as c
 from megatron_opd.core.arguments import Parser
 from megatron_opd.core.types import Prompt, Rollout
-from megatron_opd.student import scores
+from megatron_opd.student import token_logps
 
 _PROMPT = 16
 """Tokens of a prompt."""
@@ -103,7 +103,7 @@ def _rollouts(arguments: argparse.Namespace) -> list[Rollout]:
 
 def _measure(folder: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """By way: seconds of each round, the share of padding, and the loss."""
-    parallel = scores.start_megatron(c.ParallelConfig())
+    parallel = token_logps.start_megatron(c.ParallelConfig())
     from megatron_opd.core.batching import pack
     from megatron_opd.student import groups
     from megatron_opd.student.student import Student

@@ -103,11 +103,11 @@ def _check_world(config: Config) -> None:
 
 def _measure(configs: dict[str, Config]) -> dict[str, Measured]:
     """By recipe. Collective; models are loaded for each, and the process groups are gone afterwards."""
-    from megatron_opd.student import scores
+    from megatron_opd.student import token_logps
     from megatron_opd.trainer.preflight import read_inputs
 
     first = next(iter(configs.values()))
-    parallel = scores.start_megatron(first.parallel, timeout_s=first.run.timeout_s)
+    parallel = token_logps.start_megatron(first.parallel, timeout_s=first.run.timeout_s)
     from megatron_opd.student import groups
     from megatron_opd.tracking.tracker import Tracker
     from megatron_opd.trainer.loop import Run

@@ -76,9 +76,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     megatron = _by_megatron(arguments.megatron or arguments.hf, ids, layout, dtype)
     if not tool.is_main():
         return 0
-    from megatron_opd.student import scores
+    from megatron_opd.student import token_logps
 
-    reference = scores.logps_by_transformers(arguments.hf, ids, dtype)
+    reference = token_logps.logps_by_transformers(arguments.hf, ids, dtype)
     scored = {"transformers": [logps.tolist() for logps in reference], "megatron": megatron, **scored}
     pairs = {f"{a} - {b}": _differences(scored[a], scored[b]) for a, b in combinations(scored, 2)}
     text_of = _decoder(arguments.hf)
@@ -152,13 +152,13 @@ def _layout(arguments: argparse.Namespace, arch: Architecture) -> ParallelConfig
 
 def _by_megatron(model_dir: str, ids: list[list[int]], layout: ParallelConfig, dtype: torch.dtype) -> Scored:
     """On every rank; the process groups are gone afterwards."""
-    from megatron_opd.student import scores
+    from megatron_opd.student import token_logps
 
-    parallel = scores.start_megatron(layout)
+    parallel = token_logps.start_megatron(layout)
     from megatron_opd.student import groups
 
     try:
-        mine = [logps.tolist() for logps in scores.logps_by_megatron(model_dir, ids, parallel, dtype)]
+        mine = [logps.tolist() for logps in token_logps.logps_by_megatron(model_dir, ids, parallel, dtype)]
         everyone: list[Any] = [None] * parallel.world_size
         dist.all_gather_object(everyone, mine, group=parallel.world_group)
     finally:

@@ -231,15 +231,15 @@ def _same_logits(arguments: argparse.Namespace, a: Any, b: Any) -> bool:
 def _logits(side: Any, ids: list[list[int]]) -> list[torch.Tensor]:
     from megatron_opd.config import ParallelConfig
     from megatron_opd.models.torch_dist_dir import is_torch_dist
-    from megatron_opd.student import scores
+    from megatron_opd.student import token_logps
 
     if not is_torch_dist(side.path):
-        return scores.logits_by_transformers(side.path, ids, torch.float32)
+        return token_logps.logits_by_transformers(side.path, ids, torch.float32)
     from megatron_opd.student import groups
 
-    parallel = scores.start_megatron(ParallelConfig())
+    parallel = token_logps.start_megatron(ParallelConfig())
     try:
-        return scores.logits_by_megatron(side.path, ids, parallel, torch.float32, like=side.like)
+        return token_logps.logits_by_megatron(side.path, ids, parallel, torch.float32, like=side.like)
     finally:
         groups.stop()
 

@@ -141,7 +141,8 @@ def _predicted_at(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
 
 def _weights(rollouts: Sequence[Rollout], weights: EnsembleWeights) -> torch.Tensor:
     rows = [w for r, w in zip(rollouts, weights, strict=True) for _ in r.logps] if weights else []
-    return torch.tensor(rows, dtype=torch.float32).reshape(sum(r.num_learnt for r in rollouts), -1)
+    shape = sum(r.num_learnt for r in rollouts), len(weights[0]) if weights else 0
+    return torch.tensor(rows, dtype=torch.float32).reshape(shape)
 
 
 def select(batch: MicroBatch, keep_T: torch.Tensor) -> MicroBatch:

@@ -5,7 +5,7 @@ tokens and, under a causal mask, equally many pairs of query and key: the balanc
 Transformer Engine's context parallelism, whose rotary embeddings and attention expect it. Everybody but the model sees
 whole micro-batches; the loss is a sum over tokens, so each rank has its own tokens' part of it.
 
-Shape suffixes: T response tokens of a micro-batch, P those of this rank's part, X whatever one has.
+Shape suffixes: T learnt tokens of a micro-batch, P those of this rank's part, X whatever one has.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Split:
         return by_chunk[list(self.chunks)].flatten()
 
     def has(self, batch: MicroBatch) -> torch.Tensor:
-        """Which response tokens are predicted in this rank's part, bool [T]."""
+        """Which learnt tokens are predicted in this rank's part, bool [T]."""
         return torch.isin(self._chunk(batch), torch.tensor(self.chunks, device=batch.predicted_at_T.device))
 
     def part(self, batch: MicroBatch) -> MicroBatch:
         """This rank's part: its `tokens_BS` and `row_length` are as long as it is, its `predicted_at_T` count in it. It
-        may have no response token at all."""
+        may have no learnt token at all."""
         length = batch.tokens_BS.shape[1]
         width = length // (2 * self.size)
         mine = select(batch, self.has(batch))
@@ -55,7 +55,7 @@ class Split:
         return replace(mine, tokens_BS=tokens_BS, row_length=2 * width, predicted_at_T=here_P)
 
     def whole(self, mine_PX: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """What each rank has of its part's response tokens -> of all response tokens of the whole micro-batch, [T, X],
+        """What each rank has of its part's learnt tokens -> of all learnt tokens of the whole micro-batch, [T, X],
         on every rank. Collective."""
         whole_TX = mine_PX.new_zeros(len(batch.predicted_at_T), *mine_PX.shape[1:])
         whole_TX[self.has(batch)] = mine_PX
@@ -63,7 +63,7 @@ class Split:
         return whole_TX
 
     def _chunk(self, batch: MicroBatch) -> torch.Tensor:
-        """The number of the chunk that each response token of a whole micro-batch is predicted in, [T]."""
+        """The number of the chunk that each learnt token of a whole micro-batch is predicted in, [T]."""
         length = batch.tokens_BS.shape[1]
         return batch.predicted_at_T % length // (length // (2 * self.size))
 

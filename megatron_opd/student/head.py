@@ -1,10 +1,10 @@
 """The student's output head, left to the loss: the model gives final hidden states, and logits are made where needed.
 
 Megatron's output layer would make logits of every position, prompts and padding included. Here it only passes hidden
-states on; the fused loss multiplies those of response tokens with the head's shard, a chunk at a time, and whatever
-else wants logits gets those of response tokens.
+states on; the fused loss multiplies those of learnt tokens with the head's shard, a chunk at a time, and whatever
+else wants logits gets those of learnt tokens.
 
-Shape letters: S sequence, B batch, D hidden size, T response tokens, L local vocabulary columns.
+Shape letters: S sequence, B batch, D hidden size, T learnt tokens, L local vocabulary columns.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def give_hidden(model: GPTModel) -> None:
 
 
 def at_rows(model: GPTModel, batch: MicroBatch, hidden_BSD: torch.Tensor) -> FactoredLogits:
-    """What predicts the response tokens: hidden states [T, D], and this rank's rows of the head.
+    """What predicts the learnt tokens: hidden states [T, D], and this rank's rows of the head.
 
     Every shard of the vocabulary has its part of the hidden states' gradient. Under sequence parallelism the gather
-    that made them whole sums those parts; otherwise the copy below does, of response tokens only.
+    that made them whole sums those parts; otherwise the copy below does, of learnt tokens only.
     """
     hidden_TD = hidden_BSD.flatten(0, 1)[packing.rows(batch)]
     if not model.config.sequence_parallel:

@@ -61,7 +61,7 @@ def transformer_config(
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
-        # The loss is a sum over response tokens and Megatron divides once by their global number.
+        # The loss is a sum over learnt tokens and Megatron divides once by their global number.
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # weights always come from a checkpoint

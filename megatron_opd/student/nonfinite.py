@@ -1,6 +1,6 @@
 """Loss or gradient that is not finite: where it comes from. Looked for only once it has happened.
 
-Shape suffixes: T response tokens of a micro-batch.
+Shape suffixes: T learnt tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, order=True, slots=True)
 class Token:
-    """A response token whose loss is not finite, as one rank sees it."""
+    """A learnt token whose loss is not finite, as one rank sees it."""
 
     replica: int
     micro_batch: int

@@ -5,7 +5,7 @@ behind each other in one row here, and Megatron is told where each one begins (i
 start anew and attention stays within a sequence. What is left of the row is filled up with sequences of padding that
 nothing looks at, none longer than the longest real one: rotary embeddings are made for its positions only.
 
-Shape letters: B sequences, S padded length, P the row's length, T response tokens.
+Shape letters: B sequences, S padded length, P the row's length, T learnt tokens.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Student:
         return self._means(results, objective)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor | None:
-        """Of one micro-batch at its response tokens, [T, L], on the last stage; None elsewhere."""
+        """Of one micro-batch at its learnt tokens, [T, L], on the last stage; None elsewhere."""
         self.model.eval()
         found = pipeline.forward(self.model, [batch], lambda b, hidden_BSD: self._logits(b, hidden_BSD), self.split)
         if not found:
@@ -176,7 +176,7 @@ class Student:
         return {"num_tokens": num_tokens, **means(names, totals_M2)}
 
     def _at_rows(self, objective: Objective) -> pipeline.AtTheEnd:
-        """The objective at the end of the last stage, on what predicts response tokens."""
+        """The objective at the end of the last stage, on what predicts learnt tokens."""
 
         def at_rows(batch: MicroBatch, hidden_BSD: torch.Tensor) -> Any:
             loss, num_tokens, sums = objective(batch, self._output(objective, batch, hidden_BSD))

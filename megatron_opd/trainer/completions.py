@@ -2,7 +2,7 @@
 
 A line an answer. After a resume the lines of steps that are done again are dropped first, as in metrics.jsonl.
 
-Shape suffixes: T response tokens of a micro-batch, B its answers, N teachers.
+Shape suffixes: T learnt tokens of a micro-batch, B its answers, N teachers.
 """
 
 from __future__ import annotations

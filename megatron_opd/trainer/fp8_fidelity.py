@@ -39,7 +39,7 @@ Pack = Callable[[list[Rollout], Sequence[TeacherScorer]], list[MicroBatch]]
 
 
 @dataclass
-class Sums:
+class FidelitySums:
     """Running sums over tokens, by name: KL, largest KL, agreements, tokens."""
 
     by_name: dict[str, list[float]] = field(default_factory=dict)
@@ -117,7 +117,7 @@ def measure(
             teacher.score([])
     heads = tuple(teacher.head_LD for teacher in plain)
     exact = replace(objective, distillation=replace(objective.distillation, heads=heads))
-    sums = Sums()
+    sums = FidelitySums()
     for batch, reference in zip(with_fp8, without, strict=True):
         student_TL = student.logits(batch)
         with student.fp8.off():
@@ -146,11 +146,11 @@ class _Plain:
 
 
 Side = tuple[Objective, MicroBatch, torch.Tensor]
-"""With FP8, or without: the objective, the micro-batch, and the student's logits [T, L] at its response tokens."""
+"""With FP8, or without: the objective, the micro-batch, and the student's logits [T, L] at its learnt tokens."""
 
 
 @torch.no_grad()
-def _compare(sums: Sums, fp8: Side, plain: Side) -> None:
+def _compare(sums: FidelitySums, fp8: Side, plain: Side) -> None:
     """Adds up a micro-batch, on the ranks of the last stage."""
     objective, batch, _ = plain
     term = objective.distillation
@@ -205,7 +205,7 @@ def _gradient_error(student: Student, fp8: tuple[Any, Objective], plain: tuple[A
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-def _collected(sums: Sums, gradient_error: float, config: Config, parallel: Parallel) -> Measured:
+def _collected(sums: FidelitySums, gradient_error: float, config: Config, parallel: Parallel) -> Measured:
     """Over the replicas; the ranks of a last stage have the same numbers, so one of them speaks for each replica."""
     everyone = parallel.gather_world((sums.by_name, sums.signal) if parallel.counts_whole else ({}, [0.0, 0.0]))
     noises = []

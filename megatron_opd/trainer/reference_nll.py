@@ -1,6 +1,6 @@
 """The held-out cross-entropy: how likely the student finds the reference answers of `data.eval`, nobody sampling.
 
-Shape suffix: T response tokens of a micro-batch.
+Shape suffix: T learnt tokens of a micro-batch.
 """
 
 from __future__ import annotations

@@ -59,6 +59,42 @@ def test_eos_that_is_also_padding_is_trained_on_once():
     assert batch.predicted_at_T.tolist() == [1, 2, 7, 14, 15, 16]
 
 
+def test_only_learnt_tokens_are_listed_and_context_predicts_them():
+    """Context at the start, at the end, in the middle, and all but one token."""
+    rollouts = [
+        tiny.rollout((5, 6), (10, 11, 12), learnt=(0, 1, 1)),
+        tiny.rollout((5,), (20, 21, 22, 23), learnt=(1, 0, 0, 1)),
+        tiny.rollout((5, 6, 7), (30, 31, 32), learnt=(0, 1, 0)),
+    ]
+    weights = [[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]]
+    (batch,) = pack_all(rollouts, weights=weights)
+    assert batch.lengths == (5, 5, 6)
+    assert batch.tokens_BS.tolist() == [[5, 6, 10, 11, 12, 0], [5, 20, 21, 22, 23, 0], [5, 6, 7, 30, 31, 32]]
+    assert batch.targets_T.tolist() == [11, 12, 20, 23, 31]
+    assert batch.predicted_at_T.tolist() == [2, 3, 6, 9, 15]  # the first, the fourth and the last hold context
+    assert batch.sequence_T.tolist() == [0, 0, 1, 1, 2]
+    logps = [x for r in rollouts for x in r.logps]
+    torch.testing.assert_close(batch.behaviour_logp_T, torch.tensor(logps))
+    torch.testing.assert_close(batch.weights_TN, torch.tensor([weights[i] for i in (0, 0, 1, 1, 2)]))
+
+
+def test_scores_are_of_learnt_tokens():
+    rollouts = [tiny.rollout((1, 2), (3, 4, 5), learnt=(1, 0, 1)), tiny.rollout((1,), (5, 6), learnt=(0, 1), index=1)]
+    top = TopK(torch.tensor([[9, 3], [5, 8]]), torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))
+    (batch,) = pack_all(rollouts, scores=[[top, None], [None, Sampled(torch.tensor([-5.0]))]], weights=[[1, 0], [0, 1]])
+    assert batch.teachers[0].ids_RK.tolist() == [[9, 3], [5, 8], [0, 0]]
+    assert batch.teachers[1].logp_R.tolist() == [0, 0, -5]
+    wrong = TopK(torch.tensor([[9, 3], [4, 8]]), torch.zeros(2, 2))  # lists the token between them
+    with pytest.raises(ValueError, match="lacks the token that was sampled"):
+        pack_all(rollouts[:1], scores=[[wrong]], weights=[[1.0]])
+
+
+def test_a_micro_batch_without_a_learnt_token():
+    (batch,) = pack_all([tiny.rollout((1, 2), (3, 4), learnt=(0, 0))])
+    assert batch.targets_T.shape == batch.predicted_at_T.shape == (0,)
+    assert batch.targets_T.dtype == torch.int64
+
+
 def test_padded_length_is_the_next_multiple():
     rollouts = [tiny.rollout((1, 2), (3,)), tiny.rollout((1, 2, 3), (4, 5))]
     assert [padded_length(rollouts, m) for m in (1, 2, 4, 5, 8)] == [5, 6, 8, 5, 8]

@@ -170,12 +170,86 @@ class Dense:
         return weight * matched + (1 - weight) * (keep - their_keep).abs().sum()
 
 
-def expected(paths, loss, how, made):
+TURNS = [
+    [("so 12+34 is ", 0), ("46; 12", 1), ("that is right", 0)],
+    [("the fox", 1), (" costs; a tool says 34", 0), ("and the lazy dog", 1)],
+    [(" a b c", 0), ("x", 1)],
+    [("return a", 1), (" + b", 0), ("def add", 1), (";", 0)],
+]
+"""(text, whether it is learnt) turn by turn, plain ASCII; odd ones end their learnt turns with the end of sequence."""
+
+
+def trajectories(paths):
+    tokenizer = load_tokenizer(paths["student"])
+    made = []
+    for i, (turns, one) in enumerate(zip(TURNS, rollouts(paths), strict=True)):
+        cuts = tokenizer.encode_all([text for text, _ in turns], add_special_tokens=False)
+        ends = [tokenizer.eos_ids[0]] * (i % 2)
+        cuts = [[*ids, *ends] if is_learnt else ids for ids, (_, is_learnt) in zip(cuts, turns, strict=True)]
+        learnt = [is_learnt for ids, (_, is_learnt) in zip(cuts, turns, strict=True) for _ in ids]
+        masked = tiny.rollout((1,), [t for ids in cuts for t in ids], learnt=learnt)
+        made.append(dataclasses.replace(masked, prompt=one.prompt))
+    return made
+
+
+class DenseTurns(Dense):
+    """The same of trajectories: each turn is cut on its own, and positions count all tokens, learnt or not."""
+
+    def ends(self, tokenizer, ids):
+        """Where each token ends in the text of a turn, in characters."""
+        return [len(tokenizer.hf.decode(ids[: i + 1])) for i in range(len(ids))]
+
+    def __call__(self, rollout):
+        turns = TURNS[rollout.prompt.index]
+        ids, theirs, spans = list(rollout.token_ids), [], []
+        at = 0
+        for text, is_learnt in turns:
+            (ours,), (other,) = (t.encode_all([text], add_special_tokens=False) for t in self.tokenizers)
+            one, two = self.ends(self.tokenizers[0], ours), self.ends(self.tokenizers[1], other)
+            before = 0, 0
+            for end in sorted({*one} & {*two}) if is_learnt else []:
+                here = one.index(end) + 1, two.index(end) + 1
+                spans.append((at + before[0], at + here[0], len(theirs) + before[1], len(theirs) + here[1]))
+                before = here
+            at += len(ours)
+            theirs += other
+            if is_learnt and rollout.prompt.index % 2:
+                spans.append((at, at + 1, len(theirs), len(theirs) + 1))
+                theirs.append(self.tokenizers[1].eos_ids[0])
+                at += 1
+        assert at == len(ids)
+        q_RV = self.rows(self.models[0], rollout.prompt.token_ids, ids)
+        with torch.no_grad():
+            p_QV = self.rows(self.models[1], self.tokenizers[1].encode(rollout.prompt.text), theirs)
+        return sum(self.span(q_RV, ids, span[:2], p_QV, theirs, span[2:]) for span in spans)
+
+
+@pytest.mark.parametrize(
+    ("case", "layout", "packing"),
+    [("jsd_first", {"tensor": 2}, False), ("reverse_last", {"pipeline": 2}, True)],
+    ids=["tp2", "packed pp2"],
+)
+def test_context_is_read_and_not_learnt(ranks, paths, case, layout, packing):
+    loss, how = CASES[case]
+    made = trajectories(paths)
+    value, norm, weights = expected(paths, loss, how, made, dense=DenseTurns)
+    settings = config(paths, loss, how, **layout)
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, packing=packing))
+    for metrics, exported in ranks.run(2, step, settings, made, **layout):
+        assert metrics["loss"] == pytest.approx(value, rel=2e-5)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert metrics["num_tokens"] == sum(sum(r.learnt) for r in made)
+        assert metrics["uld/other/aligned_frac"] == 1
+        for name, tensor in exported.items():
+            torch.testing.assert_close(tensor.double(), weights[name], atol=2e-6, rtol=2e-5)
+
+
+def expected(paths, loss, how, made, dense=Dense):
     """(loss by token, gradient norm, weights after one step of Adam)."""
-    dense = Dense(paths, loss, how)
+    dense = dense(paths, loss, how)
     student = dense.models[0]
     adam = torch.optim.AdamW(student.parameters(), lr=1e-2, eps=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-    total = sum(dense(rollout) for rollout in made) / sum(len(r.token_ids) for r in made)
+    total = sum(dense(rollout) for rollout in made) / sum(sum(r.learnt) for r in made)
     total.backward()
     norm = torch.stack([p.grad.norm() for p in student.parameters()]).norm()
     adam.step()

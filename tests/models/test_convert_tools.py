@@ -375,11 +375,11 @@ def server():
 
 def test_logprobs_of_three_engines(server, tmp_path):
     """The stand-in says what transformers says, but for one token of the second prompt."""
-    from megatron_opd.student import scores
+    from megatron_opd.student import token_logps
 
     prompts = [[5, 6, 7, 8, 9], [10, 11, 12]]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in prompts))
-    logps = [x.tolist() for x in scores.logps_by_transformers(STUDENT, prompts, torch.float32)]
+    logps = [x.tolist() for x in token_logps.logps_by_transformers(STUDENT, prompts, torch.float32)]
     logps[1][1] -= 0.25
     server.logps = {tuple(ids): x for ids, x in zip(prompts, logps, strict=True)}
     url = f"http://127.0.0.1:{server.server_port}"

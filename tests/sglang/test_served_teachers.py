@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import steps
 import tiny
 import torch
 from standin import settings
@@ -49,13 +50,13 @@ def make_teacher():
 
 
 def before(rollout):
-    """The tokens before each response token."""
-    ids = rollout.prompt.token_ids + rollout.token_ids
-    return [ids[:i] for i in range(len(rollout.prompt.token_ids), len(ids))]
+    """The tokens before each learnt token."""
+    ids, rows = steps.place(rollout)
+    return [tuple(ids[0, : row + 1].tolist()) for row in rows]
 
 
 def right_logps(rollout):
-    return np.array([logps(b)[i] for b, i in zip(before(rollout), rollout.token_ids, strict=True)])
+    return np.array([logps(b)[i] for b, i in zip(before(rollout), steps.learnt(rollout), strict=True)])
 
 
 def assert_right(scores, rollouts, *, carrier, top_k=4):
@@ -65,13 +66,25 @@ def assert_right(scores, rollouts, *, carrier, top_k=4):
             np.testing.assert_allclose(score.logp_R, right_logps(rollout), rtol=1e-5)
         elif carrier == "topk":
             assert isinstance(score, TopK)
-            assert score.ids_RK.shape == (len(rollout.token_ids), top_k)
+            assert score.ids_RK.shape == (sum(rollout.learnt), top_k)
             rows = np.stack([logps(b) for b in before(rollout)])
             np.testing.assert_allclose(score.logp_RK, np.take_along_axis(rows, score.ids_RK.numpy(), -1), rtol=1e-5)
-            assert (score.ids_RK == torch.tensor(rollout.token_ids)[:, None]).any(-1).all()
+            assert (score.ids_RK == torch.tensor(steps.learnt(rollout))[:, None]).any(-1).all()
         else:
             assert isinstance(score, Hidden)
             np.testing.assert_array_equal(score.hidden_RD, np.stack([hidden(b) for b in before(rollout)]))
+
+
+@pytest.mark.parametrize("carrier", ["sampled", "topk", "hidden"])
+def test_scores_are_of_learnt_tokens_alone(servers, make_teacher, carrier):
+    """Servers are asked about no token behind the last learnt one, nor about those before the first."""
+    masks = [(0, 1, 1, 0), (1, 0, 0, 1, 1), (0, 0, 1), (1, 1, 1)]
+    rollouts = [tiny.rollout((5, 6), (1, 7, 3, 9, 4)[: len(m)], learnt=m, index=i) for i, m in enumerate(masks)]
+    (server,) = servers(1)
+    teacher = make_teacher([server], carrier=carrier, head_LD=torch.zeros(VOCAB_SIZE, HIDDEN_SIZE))
+    assert_right(teacher.score(rollouts), rollouts, carrier=carrier)
+    asked = sorted((len(body["input_ids"]), body["logprob_start_len"]) for body in server.seen)
+    assert asked == sorted([(5, 2), (7, 1), (5, 3), (5, 1)])
 
 
 @pytest.mark.parametrize("carrier", ["sampled", "topk", "hidden"])

@@ -13,7 +13,9 @@ from megatron_opd.student.context import Split, in_order
 def whole(size, seed, micro_batch_size=4):
     """A micro-batch whose every token has values of its own."""
     rollouts = tiny.rollouts(count=micro_batch_size, vocab_size=90, seed=seed)
-    lengths = [len(r.token_ids) for r in rollouts]
+    if seed % 2:  # some tokens are context
+        rollouts = [tiny.masked(r, seed) for r in rollouts]
+    lengths = [sum(r.learnt) for r in rollouts]
     scores = [[Sampled(torch.arange(n) + 100.0 * i) for i, n in enumerate(lengths)]]
     [batch] = pack(
         rollouts, micro_batch_size=micro_batch_size, length_multiple=2 * size, device=torch.device("cpu"),

@@ -63,26 +63,14 @@ class Reference(steps.Reference):
 
     def loss(self, rollout):
         answers, is_ours = self.config.answers, rollout.origin == "student"
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
-        rows = slice(len(rollout.prompt.token_ids) - 1, ids.shape[1] - 1)
-        student = self.logp(self.student, ids, rows)
+        student = self.logp(self.student, *steps.place(rollout))
         said = student.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
         entropy = torch.zeros_like(said) if is_ours else -answers.sft_alpha * said
         weight = 1.0 if is_ours else answers.distill_alpha
         return entropy + (weight * self.apart(rollout, student) if self.teachers and weight else 0.0)
 
     def apart(self, rollout, student):
-        count = len(rollout.token_ids)
-        raw = [t.sources.get(rollout.prompt.source, t.weight) for t in self.config.teachers]
-        weights = torch.tensor([[w / sum(raw) for w in raw]] * count, dtype=torch.float64)
-        told = []
-        for settings, teacher in zip(self.config.teachers, self.teachers, strict=True):
-            prompt = rollout.prompt.teacher_ids.get(settings.name, rollout.prompt.token_ids)
-            ids = torch.tensor([[*prompt, *rollout.token_ids]])
-            with torch.no_grad():
-                told.append(self.logp(teacher, ids, slice(len(prompt) - 1, ids.shape[1] - 1)))
-        target = oracle.ensemble(told, weights, self.config.loss.ensemble)
-        return oracle.divergence(student, target, self.config.loss.beta)
+        return oracle.divergence(student, self.target(rollout), self.config.loss.beta)
 
 
 @pytest.fixture(scope="module", params=ANSWERS)

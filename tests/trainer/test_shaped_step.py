@@ -105,20 +105,25 @@ def test_layouts_do_not_change_the_step(ranks, alone, paths, method, minibatches
 
 
 class Reference(steps.Reference):
-    """Everything about a step from its definitions, an answer at a time."""
+    """Everything about a step from its definitions, a trajectory at a time."""
 
     def prepare(self, made, number):
         """What depends on all answers: kept by position."""
         method, policy = self.config, self.config.policy
-        self.answers, self.tokens = len(made), sum(len(r.token_ids) for r in made)
+        self.episodes = []
+        for r in made:
+            if r.part == 0:
+                self.episodes.append([])
+            self.episodes[-1].append(r)
+        self.tokens = sum(sum(r.learnt) for r in made)
         self.distill_weight = max(method.loss.weight - method.loss.anneal * (number - 1), 0.0)
         self.advantages, self.distilled = [], []
-        for i, r in enumerate(made):
-            pair = [r.reward, made[i - 2 if i % 4 > 1 else i + 2].reward]
-            scale = stdev(pair) or 1.0 if method.rl.normalise else 1.0
-            reward = method.rl.weight * (r.reward - fmean(pair)) / scale
-            self.advantages.append(torch.full((len(r.token_ids),), reward, dtype=torch.float64))
-            self.distilled.append(r.reward < 1 if method.rl.distill_on == "wrong" else max(pair) < 1)
+        for r in made:
+            group = [e[0].reward for e in self.episodes if e[0].prompt.group == r.prompt.group]
+            scale = stdev(group) or 1.0 if method.rl.normalise else 1.0
+            reward = method.rl.weight * (r.reward - fmean(group)) / scale
+            self.advantages.append(torch.full((sum(r.learnt),), reward, dtype=torch.float64))
+            self.distilled.append(r.reward < 1 if method.rl.distill_on == "wrong" else max(group) < 1)
         if policy.kl_coef:
             x = [self.long_horizon(r) for r in made]
             every = torch.cat(x)
@@ -128,39 +133,31 @@ class Reference(steps.Reference):
             ]
 
     def long_horizon(self, rollout):
-        """Of each token, the mean over the tokens after it of the clipped log p - log μ; 0 at the last."""
+        """Of each learnt token, the mean over those after it of the clipped log p - log μ; 0 at the last."""
         clip = self.config.policy.kl_clip
         x = [max(-clip, min(clip, v)) for v in (self.told(rollout)[1] - torch.tensor(rollout.logps)).tolist()]
         after = [fmean(x[t + 1 :]) if t + 1 < len(x) else 0.0 for t in range(len(x))]
         return torch.tensor(after, dtype=torch.float64)
 
     def told(self, rollout):
-        """(combined teachers [R, V], their log-probabilities of the response [R]), float64."""
-        ids, rows = self.place(rollout)
-        raw = [t.sources.get(rollout.prompt.source, t.weight) for t in self.config.teachers]
-        weights = torch.tensor([[w / sum(raw) for w in raw]] * len(rollout.token_ids), dtype=torch.float64)
-        with torch.no_grad():
-            teachers = [self.logp(teacher, ids, rows) for teacher in self.teachers]
-        target = oracle.ensemble(teachers, weights, self.config.loss.ensemble)
+        """(combined teachers [R, V], their log-probabilities of the learnt tokens [R]), float64."""
+        target = self.target(rollout)
         return target, self.sampled(target, rollout)
 
-    def place(self, rollout):
-        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
-        return ids, slice(len(rollout.prompt.token_ids) - 1, ids.shape[1] - 1)
-
     def sampled(self, logp, rollout):
-        return logp.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+        return logp.gather(-1, torch.tensor(steps.learnt(rollout))[:, None])[:, 0]
 
     def share(self, how, rollout):
         """What makes a sum over tokens, divided by their number, the aggregation."""
-        length = len(rollout.token_ids)
-        over = {"seq-mean-token-mean": self.answers * length, "seq-mean-token-sum": self.answers, "sum": 1}
+        [its] = [episode for episode in self.episodes if any(r is rollout for r in episode)]
+        length, count = sum(sum(r.learnt) for r in its), len(self.episodes)
+        over = {"seq-mean-token-mean": count * length, "seq-mean-token-sum": count, "sum": 1}
         return self.tokens / over.get(how, self.tokens)
 
     def loss(self, rollout):
         method, policy = self.config, self.config.policy
         i = next(i for i, r in enumerate(self.made) if r is rollout)
-        ids, rows = self.place(rollout)
+        ids, rows = steps.place(rollout)
         target, p = self.told(rollout)
         behaviour = torch.tensor(rollout.logps, dtype=torch.float64)
         student = self.logp(self.student, ids, rows)
@@ -203,6 +200,56 @@ def test_one_process_is_transformers_and_torch(alone, paths, method, tmp_path):
     assert metrics[0]["advantage/mean"] == pytest.approx(float(torch.cat(reference.advantages).mean()), abs=1e-5)
     assert metrics[0]["advantage/std"] == pytest.approx(float(torch.cat(reference.advantages).std(correction=0)))
     assert metrics[0]["after/kl/ensemble"] == pytest.approx(metrics[1]["kl/ensemble"])  # the same answers again
+
+
+def of_replicas():
+    """By replica, four trajectories: three episodes of one prompt, of which one has two trajectories. The second begins
+    with a prompt that was written anew, and reads what the first learns as context. In the second replica it is in the
+    next micro-batch."""
+    made = rollouts()
+    found = []
+    for d, (order, rewards) in enumerate([((0, 0, 1, 2), (0.5, 0.0, 0.25)), ((0, 1, 1, 2), (0.0, 1.0, 0.0))]):
+        mine, masks = made[4 * d : 4 * d + 4], [(1, 1, 0, 0), (0, 0, 1, 0, 1), (0, 1, 1, 1), (1, 0, 0, 1)]
+        for i, (episode, mask) in enumerate(zip(order, masks, strict=True)):
+            first = mine[0].prompt
+            part = int(order[:i].count(episode))
+            before = mine[i - 1].token_ids[:2] if part else ()
+            prompt = replace(first, token_ids=(7, *first.token_ids[1:], 9) if part else first.token_ids)
+            ids = (*before, *range(20 + 5 * i, 20 + 5 * i + len(mask) - len(before)))
+            size = sum(mask)
+            mine[i] = replace(
+                mine[i], prompt=prompt, sample=episode, part=part, token_ids=ids, learnt=tuple(map(bool, mask)),
+                logps=tuple(-0.5 - 0.3 * t - i for t in range(size)), versions=(0,) * size, reward=rewards[episode],
+            )  # fmt: skip
+        found.append(mine)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [("hybrid", {"tensor": 1}), ("hybrid", {"data": 2}), ("kdrl", {"data": 2, "tensor": 2}), ("kdrl", {"context": 2})],
+    ids=str,
+)
+def test_episodes_of_several_trajectories(ranks, paths, method, layout, tmp_path):
+    """They share a reward, a place in the group, and a weight in means over answers."""
+    by_replica = of_replicas()
+    whole = [r for mine in by_replica for r in mine]
+    strided = [r for pair in zip(*by_replica, strict=True) for r in pair] if "data" in layout else whole
+    made = config(paths, method)
+    size = layout.get("tensor", 1) * layout.get("data", 1) * layout.get("context", 1)
+    answers = ranks.run(size, steps.train_shaped, made, strided, VOCAB_SIZE, NUM_STEPS, **layout)
+    teachers = [copy.deepcopy(model(family, tuple(changes.items()))) for family, changes in TEACHERS]
+    mine = copy.deepcopy(model("qwen3", tuple(STUDENTS["qwen3"].items())))
+    reference = Reference(made, mine, teachers, VOCAB_SIZE)
+    for number in (1, 2):
+        expected = reference.step(whole, number)
+        for metrics, _ in answers:
+            found = metrics[number - 1]
+            assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5)
+            assert found["reward/mean"] == pytest.approx(1.75 / 6)  # of episodes, not of trajectories
+            assert found["advantage/mean"] == pytest.approx(float(torch.cat(reference.advantages).mean()), abs=1e-5)
+    for name, tensor in saved(reference.student, tmp_path / "m").items():
+        torch.testing.assert_close(answers[0][1][name].double(), tensor, atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

@@ -100,6 +100,67 @@ def test_no_end_after_bytes_that_are_no_text(kinds):
     assert spans == []
 
 
+MASKED = [("it costs ", True), ("12 € said the tool", False), ("; so it is 12", True), (" and more", False)]
+
+
+def masked(kinds, turns, *, ends=False):
+    """(student's tokens, mask, tokens by turn), cut turn by turn; with `ends`, learnt turns end in its end."""
+    ours, _ = kinds["byte"]
+    cuts = [ours.encode_all([text], add_special_tokens=False)[0] for text, _ in turns]
+    if ends:
+        cuts = [[*ids, ours.eos_ids[0]] if is_learnt else ids for ids, (_, is_learnt) in zip(cuts, turns, strict=True)]
+    mask = [is_learnt for ids, (_, is_learnt) in zip(cuts, turns, strict=True) for _ in ids]
+    return [i for ids in cuts for i in ids], mask, cuts
+
+
+@pytest.mark.parametrize("teacher", ["byte_large", "piece", "piece_plain", "byte"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_context_is_translated_and_spans_are_of_learnt_tokens_alone(kinds, teacher, ends):
+    their_tokenizer, their_pieces = kinds[teacher]
+    ids, mask, cuts = masked(kinds, MASKED, ends=ends)
+    made = translator(kinds, "byte", teacher).translate(ids, mask)
+    theirs = [i for i, is_learnt in zip(made.ids, made.learnt, strict=True) if is_learnt]
+    ours = [i for i, is_learnt in zip(ids, mask, strict=True) if is_learnt]
+    assert made.learnt[-1]  # the teacher reads nothing behind the last learnt token
+    said = written(their_pieces, made.ids).decode()
+    spaced = " " if teacher == "piece" else ""  # in front of every turn
+    assert said == "".join(spaced + text for text, _ in MASKED[:3])
+    assert [end for _, end, _, _ in made.spans][-1] == len(ours)
+    firsts = [first for first, *_ in made.spans], [first for _, _, first, _ in made.spans]
+    assert len(cuts[0]) in firsts[0]  # no span goes from one turn to the next
+    for first, stop, their_first, their_stop in made.spans:
+        ours_bytes = written(kinds["byte"][1], ours[first:stop])
+        their_bytes = written(their_pieces, theirs[their_first:their_stop])
+        assert ours_bytes == their_bytes or b" " + ours_bytes == their_bytes
+    if ends:
+        assert theirs.count(their_tokenizer.eos_ids[0]) == 2
+        assert (len(cuts[0]) - 1, len(cuts[0])) in [span[:2] for span in made.spans]
+
+
+def test_a_single_learnt_token_and_none(kinds):
+    turns = [("the tool says ", False), ("x", True)]
+    ids, mask, _ = masked(kinds, turns)
+    made = translator(kinds, "byte", "piece").translate(ids, mask)
+    assert [first for first, *_ in made.spans] == [0]
+    assert made.learnt[-1]
+    nothing = translator(kinds, "byte", "piece").translate(ids[:-1], mask[:-1])
+    assert (nothing.ids, nothing.learnt, nothing.spans) == ((), (), ())
+
+
+@pytest.mark.parametrize("is_learnt", [True, False])
+def test_nothing_behind_what_the_teacher_cannot_say_is_learnt(kinds, is_learnt):
+    """It would be said behind another text."""
+    ours, _ = kinds["byte"]
+    first, cut, tool, last = (
+        ours.encode_all([text], add_special_tokens=False)[0] for text in ("ok ", "漢", " tool ", "then")
+    )
+    cut = cut[:-1]
+    ids = [*first, *cut, *tool, *last]
+    mask = [*[True] * len(first), *[is_learnt] * len(cut), *[False] * len(tool), *[True] * len(last)]
+    made = translator(kinds, "byte", "piece_plain").translate(ids, mask)
+    assert made.spans[-1][1] == len(first)
+
+
 def test_ends_without_common_points_and_tokens_without_bytes():
     assert spans_of([2, 4], [3]) == []
     assert spans_of([], [1]) == []
