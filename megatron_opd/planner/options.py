@@ -29,8 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_opd.planner.job import build
     from megatron_opd.planner.plan import as_dict, plan
     from megatron_opd.planner.table import show
+    from megatron_opd.sglang.weights.transports import way_of
 
     config = load(arguments.config, arguments.overrides)
+    way_of(config.rollout)  # raises for one that is not known, or that cannot reach the servers
     lengths = {"prompt": arguments.prompt, "response": arguments.response}
     made = plan(build(config, gpu=arguments.gpu, **lengths))
     if arguments.json:

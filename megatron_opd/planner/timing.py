@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_opd.planner import flops, memory, servers, sizes, traffic
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
-from megatron_opd.sglang.weights.transports import way_of
+from megatron_opd.sglang.weights.transports import WAYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,5 +122,5 @@ def _sync_seconds(job: Job) -> float:
     if not rollout.is_served:
         missing = 1 - 1 / (layout.tensor * layout.pipeline)
         return traffic.weight_sync(job) * missing / (gpu.link * job.assumed.transfer)
-    rate = gpu.link if way_of(rollout).is_local else gpu.network
+    rate = gpu.link if WAYS[rollout.sync].is_local else gpu.network
     return traffic.weight_sync(job) / (rate * job.assumed.transfer)

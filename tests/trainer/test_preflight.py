@@ -297,7 +297,9 @@ def test_a_way_of_weights_that_does_not_reach_the_servers(said, command, setting
     assert "nowhere.jsonl" in other
 
 
-@pytest.mark.parametrize("command", [["check", "--settings-only"], ["launch", "--slurm", "--dry-run"], ["serve"]])
+@pytest.mark.parametrize(
+    "command", [["check", "--settings-only"], ["check", "--plan"], ["launch", "--slurm", "--dry-run"], ["serve"]]
+)
 def test_a_way_of_weights_is_known_without_models(said, command):
     (line,) = said(*command, "rollout.engine=sglang", "rollout.sync=pigeon")
     assert line == "error: rollout.sync must be one of broadcast, tensor, disk, not 'pigeon'"
