@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+import warm
 from ranks import Ranks
 
 torch.set_num_threads(1)
@@ -17,3 +18,10 @@ def ranks():
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_is_left():
+    """The warm process and its forks end with the session."""
+    yield
+    warm.close()

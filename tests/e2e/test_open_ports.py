@@ -11,7 +11,7 @@ import psutil
 import pytest
 import tiny
 from program import ALONE, MODELS, PATIENCE_S, ROOT, checkpoints, started
-from servers.standin_model import VOCAB_SIZE
+from standin_model import VOCAB_SIZE
 
 STEPS = ["train.steps=4", "train.save_every=2", "train.eval_every=2"]
 
