@@ -29,6 +29,11 @@ def product(*axes: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
     ]
 
 
+def named(cases: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Cases with their names."""
+    return [pytest.param(*case, id=name) for name, case in cases.items()]
+
+
 def thin(cases: Iterable[Any]) -> list[Any]:
     """The same cases in the same order, with `slow` on those that `cover` leaves out."""
     made = [case if hasattr(case, "values") and hasattr(case, "marks") else pytest.param(*case) for case in cases]

@@ -30,12 +30,12 @@ SMALL = [
     "train.eval_every=0",
     "train.save_every=0",
     "optim.warmup_steps=0",
-    "run.timeout_s=60",
+    "run.timeout_s=300",
 ]
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """Makes the program the only rank of its world, as torchrun would."""
-PATIENCE_S = 280
-"""For whatever takes seconds on an idle machine."""
+PATIENCE_S = 900
+"""For whatever takes seconds on an idle machine: it tells a hang from an end."""
 _TIMES = re.compile(r"time_s|time/.*|tokens_per_s")
 _PROGRAM = ("-m", "megatron_opd")
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -119,7 +119,7 @@ class Started:
         processes = self.everyone()
         for process in processes:
             process.kill()
-        psutil.wait_procs(processes, timeout=10)
+        psutil.wait_procs(processes, timeout=120)
         self.process.communicate()
 
     def end(self, timeout):
@@ -139,7 +139,7 @@ def started(run_dir, *overrides, **how):
             run.kill_everyone()
 
 
-def assert_gone(processes, timeout=5.0):
+def assert_gone(processes, timeout=120.0):
     """That none of the processes is alive (a zombie is not)."""
     _, alive = psutil.wait_procs(processes, timeout=timeout)
     alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
@@ -168,7 +168,7 @@ class Terminal:
                 data = None
             if data is None:
                 assert text is None, self.shown
-                return self.process.wait(timeout=10)
+                return self.process.wait(timeout=120)
             self.shown += data.decode(errors="replace")
         return None
 

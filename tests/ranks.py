@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 
 import warm
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 GRACE_S = 3.0
 """How long the other ranks may still take once one has failed."""
 
@@ -74,7 +74,7 @@ class Ranks:
     def close(self):
         for process, connection in self._workers:
             process.kill()
-            process.wait(10)
+            process.wait(120)
             connection.close()
         self._workers.clear()
 

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from program import assert_gone, checkpoints, exported, rows, started, train
+from program import PATIENCE_S, assert_gone, checkpoints, exported, rows, started, train
 
 from megatron_opd.core import preemption, watchdog
 
@@ -20,7 +20,7 @@ def test_a_warning_saves_and_the_same_command_goes_on_bitwise(tmp_path, whom):
         processes = run.everyone()
         warned = run.ranks()[1] if whom == "a rank" else run.process
         warned.send_signal(signal.SIGUSR1)
-        returned, printed = run.end(timeout=120)
+        returned, printed = run.end(timeout=PATIENCE_S)
     assert returned == preemption.EXIT_CODE, printed
     assert "Traceback" not in printed
     assert "error" not in printed
@@ -47,7 +47,7 @@ def test_launch_restarts_from_the_newest_checkpoint(tmp_path):
         for first in (3, 5):  # the second time, no restart is left
             run.wait_for_step(first)
             run.ranks()[1].kill()
-        returned, printed = run.end(timeout=120)
+        returned, printed = run.end(timeout=PATIENCE_S)
     assert returned == 1
     assert "starting again (0 more time(s) by run.max_restarts): the same command continues from" in printed
     assert printed.count("rank 1 was ended by SIGKILL") == 2

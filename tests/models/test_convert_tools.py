@@ -39,7 +39,7 @@ def run(*command, **options):
         **options,
     )
     try:
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the ranks of torchrun too
         raise
