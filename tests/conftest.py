@@ -1,10 +1,11 @@
-"""Fixtures for tests that need several ranks; the file also puts this folder on the import path (`import ranks`)."""
+"""Fixtures for tests that need several ranks, and what is done about the time of tests (`durations.py`)."""
 
 import signal
 
 import pytest
 import torch
 import warm
+from durations import pytest_addoption, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 from ranks import Ranks
 
 torch.set_num_threads(1)

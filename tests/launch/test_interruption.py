@@ -24,7 +24,6 @@ def terminate(process):
     process.send_signal(signal.SIGTERM)
 
 
-@pytest.mark.timeout(700)
 @pytest.mark.parametrize(
     ("stop", "code"),
     [
@@ -45,7 +44,6 @@ def test_signal_ends_all_ranks_and_the_run_can_continue(tmp_path, stop, code):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_control_c_in_a_terminal(tmp_path):
     terminal = Terminal("train", CONFIG, *SMALL, f"run.dir={tmp_path}", *ENDLESS)
     try:
@@ -75,7 +73,8 @@ def assert_says_how_to_continue(run_dir, printed):
 
 def test_interrupted_before_anything_has_started(tmp_path):
     with started(tmp_path, *ENDLESS, cold=True) as run:
-        run.wait_for_library("pydantic_core")  # so it reads its config: no longer Python that starts
+        # Python has started, and imports what it reads its config with: Python code, which a signal ends in order.
+        run.wait_for_library("markupsafe")
         os.killpg(run.process.pid, signal.SIGINT)
         returned, printed = run.end(timeout=END_S)
     assert returned == 130
@@ -83,7 +82,6 @@ def test_interrupted_before_anything_has_started(tmp_path):
     assert "error: interrupted" in printed
 
 
-@pytest.mark.timeout(700)
 def test_rank_that_dies_ends_the_others_and_is_named(tmp_path):
     with started(tmp_path, *TWO_RANKS, *ENDLESS) as run:
         run.wait_for_step(3)
@@ -98,7 +96,6 @@ def test_rank_that_dies_ends_the_others_and_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_rank_that_somebody_terminates_is_named(tmp_path):
     with started(tmp_path, *TWO_RANKS, *ENDLESS) as run:
         run.wait_for_step(3)
@@ -117,7 +114,6 @@ def deaf():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.mark.timeout(700)
 def test_signals_that_were_ignored_at_the_start_stay_so(tmp_path):
     with started(tmp_path, *TWO_RANKS, *ENDLESS, preexec_fn=deaf) as run:
         run.wait_for_step(1)
@@ -138,7 +134,6 @@ def last_step(run_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_a_terminal_that_goes_away_ends_the_run(tmp_path):
     with started(tmp_path, *TWO_RANKS, *ENDLESS) as run:
         run.wait_for_step(3)
@@ -150,7 +145,6 @@ def test_a_terminal_that_goes_away_ends_the_run(tmp_path):
     assert_says_how_to_continue(tmp_path, printed)
 
 
-@pytest.mark.timeout(700)
 def test_ranks_end_with_a_launcher_that_dies_without_a_word(tmp_path):
     with started(tmp_path, *TWO_RANKS, *ENDLESS) as run:
         run.wait_for_step(3)
@@ -175,7 +169,6 @@ def small_files():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_full_disk_during_a_save(tmp_path):
     steps = ["train.steps=3", "train.save_every=2"]
     assert train(tmp_path, *steps, "train.steps=1").returncode == 0
@@ -189,7 +182,6 @@ def test_full_disk_during_a_save(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_full_disk_during_the_export(tmp_path):
     assert train(tmp_path, "train.steps=1").returncode == 0
     done = train(tmp_path, "train.steps=1", preexec_fn=small_files)  # nothing is left to do but the export

@@ -68,7 +68,6 @@ def test_failure_of_another_rank_than_the_first_is_explained(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_tensorboard_and_offline_wandb(tmp_path):
     for steps in (2, 3):  # the second goes on with the first
         sinks = ["log.tensorboard=true", "log.wandb=offline"]

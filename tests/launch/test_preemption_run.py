@@ -12,7 +12,6 @@ STEPS = ["train.steps=6", "train.save_every=0"]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 @pytest.mark.parametrize("whom", ["a rank", "the launcher"])
 def test_a_warning_saves_and_the_same_command_goes_on_bitwise(tmp_path, whom):
     with started(tmp_path / "run", *TWO_RANKS, *STEPS) as run:
@@ -40,7 +39,6 @@ def test_a_warning_saves_and_the_same_command_goes_on_bitwise(tmp_path, whom):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_launch_restarts_from_the_newest_checkpoint(tmp_path):
     steps = ["train.steps=6", "train.save_every=2", "run.max_restarts=1"]
     with started(tmp_path / "run", *TWO_RANKS, *steps, command="launch") as run:
@@ -71,7 +69,6 @@ os.fsync = stuck_in_the_file_system
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_a_run_that_is_stuck_ends_and_shows_where_every_rank_was(tmp_path):
     site = tmp_path / "site"
     site.mkdir()
