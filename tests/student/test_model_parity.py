@@ -91,7 +91,10 @@ def model_dir(model, family, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), pairwise.thin(pairwise.product(tiny.FAMILIES, LAYOUTS)), indirect=["family"], scope="module"
+    ("family", "layout"),
+    pairwise.thin(pairwise.product([*tiny.FAMILIES], LAYOUTS)),
+    indirect=["family"],
+    scope="module",
 )
 def test_logits_and_exported_weights(ranks, family, model, model_dir, layout):
     rollouts = sequences(family)
