@@ -1,8 +1,8 @@
 """Hooks about time: long files first, and what took long in the end. Nothing here makes a test fail.
 
 With two workers that take file after file, a long file that begins last keeps one of them alone. So files run in the
-order of `durations.json`, the seconds that each took on two idle cores; a new file comes first, until
-`make test-durations` writes the page anew. The same seconds are what a reader looks at when the suite gets slow.
+order of `durations.json`, the seconds that each took on two idle cores when `make test-durations` wrote it. The same
+seconds are what a reader looks at when the suite gets slow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import pytest
 PAGE = Path(__file__).with_suffix(".json")
 SLOW_S = 10.0
 """What a test may take without the marker `slow`."""
-_UNKNOWN_S = 1e9
+_UNKNOWN_S = 5.0
+"""What a file that is not on the page counts as."""
 
 
 def pytest_addoption(parser):

@@ -212,6 +212,7 @@ def test_loading_a_converted_mixture(ranks, tmp_path, layout):
             for case in [("llama", torch.bfloat16), ("qwen3_tied", torch.float32)]
         ),
     ],
+    ids=str,
 )
 def test_resharding_what_megatron_saved(ranks, tmp_path, family, dtype):
     """Saved by Megatron at TP=2 x PP=2; read at TP=4, at PP=4, on one rank, and by the converter."""
