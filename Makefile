@@ -12,11 +12,13 @@ PIP   := "$(BIN)/python" -m pip install -q --disable-pip-version-check
 # ARGS are more arguments of pytest, for example ARGS="--last-failed -x".
 # One thread a process: tests start several ranks, and results do not depend on the number of cores.
 TEST  := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
-# Test files run side by side, a file in one worker, because most of a rank's life is waiting for another one.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+# Test files run side by side, a file in one worker, because most of a rank's life is waiting for another one. The
+# longest begin first (tests/durations.json).
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+ELSEWHERE    := not gpu and not sglang and not slurm
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-all test-sglang test-slurm test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-sglang test-slurm test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -46,10 +48,16 @@ quickstart-sglang: install sglang ## the quickstart with rollouts and one teache
 	"$(BIN)/megatron-opd" report runs/quickstart_sglang
 
 test: install ## fast tests
-	$(TEST) $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang and not slurm" $(ARGS)
+	$(TEST) $(SIDE_BY_SIDE) -m "not slow and $(ELSEWHERE)" $(ARGS)
+
+test-rest: install ## what test-all has beyond test
+	$(TEST) $(SIDE_BY_SIDE) -m "slow and $(ELSEWHERE)" $(ARGS)
 
 test-all: install ## every test that needs neither a GPU, nor SGLang, nor Slurm
-	$(TEST) $(SIDE_BY_SIDE) -m "not gpu and not sglang and not slurm" $(ARGS)
+	$(TEST) $(SIDE_BY_SIDE) -m "$(ELSEWHERE)" $(ARGS)
+
+test-durations: install ## the fast tests, and how long each file takes to tests/durations.json (on an idle machine)
+	$(TEST) $(SIDE_BY_SIDE) -m "not slow and $(ELSEWHERE)" --write-durations $(ARGS)
 
 test-sglang: install sglang ## tests against real SGLang servers, which they start
 	$(TEST) -m sglang $(ARGS)

@@ -1,9 +1,11 @@
-"""Fixtures for tests that need several ranks; the file also puts this folder on the import path (`import ranks`)."""
+"""Fixtures for tests that need several ranks, and what is done about the time of tests (`durations.py`)."""
 
 import signal
 
 import pytest
 import torch
+import warm
+from durations import pytest_addoption, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 from ranks import Ranks
 
 torch.set_num_threads(1)
@@ -17,3 +19,10 @@ def ranks():
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_is_left():
+    """The warm process and its forks end with the session."""
+    yield
+    warm.close()

@@ -1,6 +1,8 @@
-"""Runs the program as a user does: another process, its exit code, what it prints, what it leaves in run.dir."""
+"""Runs the program as a user does: another process, its exit code, what it prints, what it leaves in run.dir.
 
-import fcntl
+The process is a fork of a warm one (`warm.py`), unless `cold=True` asks for a fresh interpreter.
+"""
+
 import json
 import os
 import pty
@@ -8,12 +10,12 @@ import re
 import select
 import subprocess
 import sys
-import termios
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "examples/quickstart.yaml"
@@ -28,14 +30,14 @@ SMALL = [
     "train.eval_every=0",
     "train.save_every=0",
     "optim.warmup_steps=0",
-    "run.timeout_s=60",
+    "run.timeout_s=300",
 ]
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """Makes the program the only rank of its world, as torchrun would."""
-PATIENCE_S = 280
-"""For whatever takes seconds on an idle machine."""
+PATIENCE_S = 900
+"""For whatever takes seconds on an idle machine: it tells a hang from an end."""
 _TIMES = re.compile(r"time_s|time/.*|tokens_per_s")
-_PROGRAM = (sys.executable, "-m", "megatron_opd")
+_PROGRAM = ("-m", "megatron_opd")
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
@@ -46,17 +48,9 @@ def environment(**extra):
     return {**own, "OMP_NUM_THREADS": "1", **extra}
 
 
-def opd(*arguments, timeout=PATIENCE_S, env=None, preexec_fn=None):
-    """Run `megatron-opd ARGUMENTS` to its end."""
-    return subprocess.run(
-        [*_PROGRAM, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(**(env or {})),
-        timeout=timeout,
-        text=True,
-        capture_output=True,
-        preexec_fn=preexec_fn,
-    )
+def opd(*arguments, timeout=PATIENCE_S, env=None, **how):
+    """Run `megatron-opd ARGUMENTS` to its end; `how` is of `warm.start`."""
+    return warm.run([*_PROGRAM, *arguments], env=environment(**(env or {})), timeout=timeout, **how)
 
 
 def train(run_dir, *overrides, launched=False, env=None, **how):
@@ -87,18 +81,10 @@ def torchrun(ranks, *arguments, timeout=PATIENCE_S):
 class Started:
     """A run in the background, in a session of its own as a terminal would give it."""
 
-    def __init__(self, run_dir, *overrides, env=None, command="train", preexec_fn=None):
+    def __init__(self, run_dir, *overrides, env=None, command="train", **how):
         self.dir = Path(run_dir)
-        self.process = subprocess.Popen(
-            [*_PROGRAM, command, CONFIG, *SMALL, f"run.dir={run_dir}", *overrides],
-            cwd=ROOT,
-            env=environment(**(env or {})),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=preexec_fn,
-        )
+        arguments = [*_PROGRAM, command, CONFIG, *SMALL, f"run.dir={run_dir}", *overrides]
+        self.process = warm.start(arguments, env=environment(**(env or {})), stderr=subprocess.STDOUT, **how)
 
     def wait_for_step(self, step):
         """Until train.log tells of the step."""
@@ -121,7 +107,7 @@ class Started:
     def ranks(self):
         """The processes of the ranks, in the order of ranks."""
         children = [p for p in psutil.Process(self.process.pid).children() if "train" in p.cmdline()]
-        return sorted(children, key=lambda p: int(p.environ()["RANK"]))
+        return sorted(children, key=lambda p: (p.create_time(), p.pid))  # the launcher starts them in this order
 
     def everyone(self):
         """All processes of the run."""
@@ -133,7 +119,7 @@ class Started:
         processes = self.everyone()
         for process in processes:
             process.kill()
-        psutil.wait_procs(processes, timeout=10)
+        psutil.wait_procs(processes, timeout=120)
         self.process.communicate()
 
     def end(self, timeout):
@@ -153,7 +139,7 @@ def started(run_dir, *overrides, **how):
             run.kill_everyone()
 
 
-def assert_gone(processes, timeout=5.0):
+def assert_gone(processes, timeout=120.0):
     """That none of the processes is alive (a zombie is not)."""
     _, alive = psutil.wait_procs(processes, timeout=timeout)
     alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
@@ -165,16 +151,8 @@ class Terminal:
 
     def __init__(self, *arguments):
         self._ours, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            [*_PROGRAM, *map(str, arguments)],
-            cwd=ROOT,
-            env=environment(TERM="xterm", COLUMNS="120"),
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
+        environ = environment(TERM="xterm", COLUMNS="120")
+        self.process = warm.start([*_PROGRAM, *arguments], env=environ, stdin=theirs, stdout=theirs, stderr=theirs)
         os.close(theirs)
         self.shown = ""
 
@@ -190,7 +168,7 @@ class Terminal:
                 data = None
             if data is None:
                 assert text is None, self.shown
-                return self.process.wait(timeout=10)
+                return self.process.wait(timeout=120)
             self.shown += data.decode(errors="replace")
         return None
 

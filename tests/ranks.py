@@ -1,4 +1,4 @@
-"""Rank processes for tests: started once a session, because importing megatron costs seconds a process.
+"""Rank processes for tests, forked from a warm process (`warm.py`) and kept for the session.
 
 `run(n, fn, *args)` starts a fresh process group over the first n of them, calls `fn(parallel, *args)` on each and
 returns the results by rank. `fn` must be a module-level function; arguments and results travel by plain pickle.
@@ -9,7 +9,6 @@ not come back then are killed (by their own process ids) and the next call start
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import pickle
 import socket
@@ -19,7 +18,9 @@ import traceback
 import types
 from multiprocessing.connection import Connection, wait
 
-TIMEOUT_S = 120.0
+import warm
+
+TIMEOUT_S = 300.0
 GRACE_S = 3.0
 """How long the other ranks may still take once one has failed."""
 
@@ -32,7 +33,7 @@ class Ranks:
     """The pool."""
 
     def __init__(self) -> None:
-        self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+        self._workers: list[tuple[warm.Process, Connection]] = []
 
     def run(self, num_ranks, fn, *args, timeout_s=TIMEOUT_S, **layout):
         """`fn(parallel, *args)` on `num_ranks` ranks; `layout` are settings of ParallelConfig (default: tensor)."""
@@ -73,7 +74,7 @@ class Ranks:
     def close(self):
         for process, connection in self._workers:
             process.kill()
-            process.join(10)
+            process.wait(120)
             connection.close()
         self._workers.clear()
 
@@ -84,12 +85,11 @@ def _is_consequence(failure):
 
 
 def _start():
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
+    ours, theirs = socket.socketpair()
+    code = f"import sys; sys.path[:] = {sys.path!r}; import ranks; ranks.serve()"
+    with theirs:
+        process = warm.start(["-c", code], stdin=theirs.fileno(), stdout=1, stderr=2)
+    return process, Connection(ours.detach())
 
 
 def _free_port():
@@ -98,12 +98,13 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _serve(connection):
-    """A rank's life: one request after the other, until the pool goes away."""
+def serve():
+    """A rank's life: one request after the other, which come by its stdin, until the pool goes away."""
     import torch
 
     from megatron_opd.student import cpu
 
+    connection = Connection(os.dup(0))
     torch.set_num_threads(1)
     cpu.enable()
     while True:

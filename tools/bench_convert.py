@@ -39,7 +39,7 @@ _MEASURED = """\
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import convert_checkpoint
-from megatron_opd.student import convert, hf_dir
+from megatron_opd.models import convert, hf_dir
 start = time.perf_counter()
 code = convert_checkpoint.main(sys.argv[2:]) if sys.argv[2:] else 0
 seconds = time.perf_counter() - start

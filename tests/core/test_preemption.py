@@ -52,10 +52,10 @@ def test_restarts_are_not_negative():
 
 def test_a_server_that_has_ended_does_not_keep_a_warning_from_the_ranks(tmp_path):
     server = subprocess.Popen(["true"])
-    ranks = Ranks(["-c", "import time; time.sleep(60)"], 1, logs=tmp_path)
+    ranks = Ranks(["-c", "import time; time.sleep(3600)"], 1, logs=tmp_path)
     warning = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
             time.sleep(0.01)
         with local._passing_warnings_on(ranks):
@@ -63,7 +63,7 @@ def test_a_server_that_has_ended_does_not_keep_a_warning_from_the_ranks(tmp_path
             assert ranks.run()[0].code == -signal.SIGUSR1
     finally:
         warning.cancel()
-        server.wait(10)
+        server.wait(120)
 
 
 def test_a_warning_before_there_are_ranks_ends_the_launcher(tmp_path):

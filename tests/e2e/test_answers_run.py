@@ -7,7 +7,6 @@ import pytest
 from program import ALONE, ROOT, checkpoints, exported, opd, rows, train
 
 STEPS = 14
-pytestmark = pytest.mark.timeout(700)
 EXAMPLES = {  # what every training step of it says
     "gkd": {"kl/carry", "kl/compare", "rollout/length", "answers/length_others", "mismatch/kl"},
     "sft": {"sft/nll", "answers/length_others"},

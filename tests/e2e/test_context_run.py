@@ -10,7 +10,6 @@ STEPS += ["optim.eps=1e-4"]  # Adam's first steps are signs of gradients otherwi
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_two_ranks_of_parts_are_one_rank_of_whole_sequences(tmp_path):
     for name, layout in (("whole", []), ("parts", ["parallel.context=2"])):
         done = train(tmp_path / name, *STEPS, *layout)

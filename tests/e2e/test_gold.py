@@ -6,8 +6,6 @@ import sys
 import pytest
 from program import ROOT, assert_user_error, opd, rows
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
@@ -21,7 +19,7 @@ def teachers(tmp_path_factory):
 def test_the_student_learns_from_teachers_that_read_other_tokens(teachers, tmp_path):
     done = opd(
         "train", "examples/gold.yaml", *teachers, f"run.dir={tmp_path / 'run'}", "parallel.tensor=2", "train.steps=15",
-        "train.eval_every=15", "train.export=false", timeout=500,
+        "train.eval_every=15", "train.export=false",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "run")

@@ -53,7 +53,6 @@ def convert(command, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_killed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole, tmp_path):
     with started(tmp_path, *FOUR_RANKS, *SIX_STEPS, SOME) as run:
         run.wait_for_step(4)
@@ -68,7 +67,6 @@ def test_killed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 @pytest.mark.parametrize("layout", ["parallel.tensor=1", "parallel.data=2"], ids=["TP1", "DP2"])
 def test_another_layout_continues_to_the_same_numbers(whole, copy_of_whole, layout):
     done = train(copy_of_whole, *SIX_STEPS, SOME, layout)
@@ -149,11 +147,10 @@ def refusal(parallel, checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_adapters_learn(tmp_path):
     """The example, its first steps: accuracy and distance to the teachers, as its head promises for all of it."""
     short = ["train.steps=15", "train.eval_every=15", "train.save_every=0"]
-    done = opd("train", CONFIG, f"run.dir={tmp_path}", *short, timeout=500)
+    done = opd("train", CONFIG, f"run.dir={tmp_path}", *short)
     assert done.returncode == 0, done.stderr
     evaluated = [row for row in rows(tmp_path) if "eval/accuracy/all" in row]
     before, after = evaluated

@@ -62,7 +62,6 @@ def copy_of(tmp_path):
     return copy
 
 
-@pytest.mark.timeout(700)
 def test_killed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole, tmp_path):
     with started(tmp_path, *FOUR_RANKS, *SIX_STEPS) as run:
         run.wait_for_step(4)
@@ -75,7 +74,6 @@ def test_killed_run_ends_bitwise_where_an_uninterrupted_one_ends(whole, tmp_path
     assert exported(tmp_path) == exported(whole)
 
 
-@pytest.mark.timeout(700)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -97,7 +95,6 @@ def test_another_layout_continues_to_the_same_numbers(whole, copy_of, layout):
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.timeout(700)
 def test_killed_in_the_middle_of_a_save(two_steps, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(KILL_AT_FSYNC)
@@ -136,7 +133,6 @@ def test_finished_run_again_changes_nothing(two_steps, copy_of):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_more_steps_continue_a_finished_run(two_steps, copy_of, tmp_path):
     run_dir = copy_of(two_steps)
     done = train(run_dir, *TWO_STEPS, "train.steps=5")

@@ -197,7 +197,7 @@ def test_a_step_runs_its_setup_first(tmp_path, setup):
     run_dir.mkdir()
     given = {"OPD_SETUP": setup, "OPD_LOGS": str(run_dir), "PATH": f"{tmp_path}:/usr/bin:/bin", "OPD_TRAINER": "1"}
     steps = "OPD_NAMES=(a) OPD_ON=(0) OPD_TASKS=(1) OPD_COMMANDS=('bash -c \"echo \\$A\"') OPD_STARTED=(0);"
-    done = subprocess.run(["bash", "-c", steps + code], env=given, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", "-c", steps + code], env=given, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1:] == ["b"], done.stderr + (run_dir / "a.0.srun").read_text()
     assert f"--output={tmp_path}/50%%/a.0-%t.log" in (tmp_path / "srun.said").read_text().splitlines()
 

@@ -1,7 +1,5 @@
 """The program under torchrun, its errors there, and the sinks that a run may have."""
 
-import time
-
 import pytest
 from program import CONFIG, ROOT, SMALL, assert_user_error, checkpoints, exported, opd, rows, torchrun, train
 
@@ -26,11 +24,9 @@ def test_torchrun_starts_the_worker(tmp_path):
 
 
 def test_more_ranks_than_the_layout_needs(tmp_path):
-    begun = time.monotonic()
     done = torchrun(3, "train", CONFIG, *TWO_RANKS, *TWO_STEPS, f"run.dir={tmp_path}/run")
     layout = "parallel.tensor x parallel.pipeline x parallel.context x parallel.data = 2 x 1 x 1 x 1"
     said_once(done, f"error: 3 ranks were started, but {layout}")
-    assert time.monotonic() - begun < 60
     assert not (tmp_path / "run").exists()
 
 
@@ -44,9 +40,9 @@ def test_bad_input_under_torchrun_is_said_once(tmp_path):
 
 def test_bad_input_as_a_user_sees_it(tmp_path):
     run_dir = tmp_path / "run"
-    done = opd("check", CONFIG, f"run.dir={run_dir}", "student.model=no/such", "train.stepss=1", timeout=60)
+    done = opd("check", CONFIG, f"run.dir={run_dir}", "student.model=no/such", "train.stepss=1")
     assert_user_error(done, "train.stepss: unknown setting; did you mean train.steps?")
-    done = opd("train", CONFIG, f"run.dir={run_dir}", "student.model=no/such", timeout=60)
+    done = opd("train", CONFIG, f"run.dir={run_dir}", "student.model=no/such")
     assert_user_error(done, "student.model: no/such is not a Hugging Face model directory")
     assert not run_dir.exists()
 
@@ -72,7 +68,6 @@ def test_failure_of_another_rank_than_the_first_is_explained(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_tensorboard_and_offline_wandb(tmp_path):
     for steps in (2, 3):  # the second goes on with the first
         sinks = ["log.tensorboard=true", "log.wandb=offline"]

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from program import assert_gone, checkpoints, exported, rows, started, train
+from program import PATIENCE_S, assert_gone, checkpoints, exported, rows, started, train
 
 from megatron_opd.core import preemption, watchdog
 
@@ -12,7 +12,6 @@ STEPS = ["train.steps=6", "train.save_every=0"]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 @pytest.mark.parametrize("whom", ["a rank", "the launcher"])
 def test_a_warning_saves_and_the_same_command_goes_on_bitwise(tmp_path, whom):
     with started(tmp_path / "run", *TWO_RANKS, *STEPS) as run:
@@ -20,7 +19,7 @@ def test_a_warning_saves_and_the_same_command_goes_on_bitwise(tmp_path, whom):
         processes = run.everyone()
         warned = run.ranks()[1] if whom == "a rank" else run.process
         warned.send_signal(signal.SIGUSR1)
-        returned, printed = run.end(timeout=120)
+        returned, printed = run.end(timeout=PATIENCE_S)
     assert returned == preemption.EXIT_CODE, printed
     assert "Traceback" not in printed
     assert "error" not in printed
@@ -40,14 +39,13 @@ def test_a_warning_saves_and_the_same_command_goes_on_bitwise(tmp_path, whom):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_launch_restarts_from_the_newest_checkpoint(tmp_path):
     steps = ["train.steps=6", "train.save_every=2", "run.max_restarts=1"]
     with started(tmp_path / "run", *TWO_RANKS, *steps, command="launch") as run:
         for first in (3, 5):  # the second time, no restart is left
             run.wait_for_step(first)
             run.ranks()[1].kill()
-        returned, printed = run.end(timeout=120)
+        returned, printed = run.end(timeout=PATIENCE_S)
     assert returned == 1
     assert "starting again (0 more time(s) by run.max_restarts): the same command continues from" in printed
     assert printed.count("rank 1 was ended by SIGKILL") == 2
@@ -71,7 +69,6 @@ os.fsync = stuck_in_the_file_system
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_a_run_that_is_stuck_ends_and_shows_where_every_rank_was(tmp_path):
     site = tmp_path / "site"
     site.mkdir()

@@ -13,7 +13,7 @@ import pytest
 from megatron_opd.core import lifeline
 from megatron_opd.launch.rank_processes import Ranks, spawn
 
-SLEEP = "import time; time.sleep(60)"
+SLEEP = "import time; time.sleep(3600)"
 TIED = f"""
 import os, time
 from megatron_opd.core import lifeline
@@ -35,7 +35,7 @@ def of_rank(**programs):
     return ["-c", f"import os, sys, time, signal\nexec({programs!r}['r' + os.environ['RANK']])"]
 
 
-def wait_until(holds, timeout_s=20.0):
+def wait_until(holds, timeout_s=120.0):
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline
@@ -55,9 +55,7 @@ def test_ranks_are_told_their_place_and_write_where_they_should(tmp_path, capfd)
 
 
 def test_the_first_failure_ends_the_others(tmp_path):
-    begun = time.monotonic()
     failures = Ranks(of_rank(r0=SLEEP, r1="sys.exit(7)", r2=SLEEP), 3, logs=tmp_path).run()
-    assert time.monotonic() - begun < 10
     assert {rank: (failure.code, failure.is_ours) for rank, failure in failures.items()} == {
         0: (-signal.SIGTERM, True),
         1: (7, False),
@@ -116,13 +114,19 @@ def test_an_exception_from_a_signal_handler_ends_all_ranks(tmp_path):
         return started[-1]
 
     before = signal.signal(signal.SIGUSR1, enough)
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
+
+    def signal_when_both_are_there():
+        wait_until(lambda: len(started) == 2)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=signal_when_both_are_there)
     try:
-        timer.start()
+        thread.start()
         with pytest.raises(Enough):
             Ranks(["-c", SLEEP], 2, logs=tmp_path, start=start).run()
     finally:
-        timer.cancel()
+        thread.join(120)
         signal.signal(signal.SIGUSR1, before)
     assert [rank.returncode for rank in started] == [-signal.SIGTERM] * 2
 
@@ -147,7 +151,7 @@ def launcher(tmp_path):
     for process in made:
         if psutil.pid_exists(process.pid):
             process.kill()
-    made[0].wait(10)
+    made[0].wait(120)
 
 
 def test_ranks_die_with_their_launcher_also_when_they_are_stopped(launcher, tmp_path):
@@ -155,7 +159,7 @@ def test_ranks_die_with_their_launcher_also_when_they_are_stopped(launcher, tmp_
     wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2)
     ranks[1].send_signal(signal.SIGSTOP)
     process.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=10)
+    _, alive = psutil.wait_procs(ranks, timeout=120)
     assert not alive
 
 
@@ -168,10 +172,10 @@ def test_a_rank_whose_launcher_dies_before_it_imports_anything(launcher, tmp_pat
     )
     process, ranks = launcher(TIED, 2, first=[site])
     process.kill()
-    process.wait(10)
+    process.wait(120)
     assert all(rank.is_running() for rank in ranks)
     (tmp_path / "go").touch()
-    _, alive = psutil.wait_procs(ranks, timeout=10)
+    _, alive = psutil.wait_procs(ranks, timeout=120)
     assert not alive
     assert not list(tmp_path.glob("up-*"))
 
@@ -185,4 +189,4 @@ def test_others_than_ranks_of_the_local_launcher_are_tied_to_nobody():
 )
 def test_what_runs_before_a_rank_is_tied_is_light(name):
     heavy = f"import sys, {name}; sys.exit(bool({{'torch', 'numpy', 'pydantic', 'transformers'}} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", heavy], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", heavy], check=True, timeout=120)

@@ -2,6 +2,7 @@
 
 import json
 
+import pairwise
 import pytest
 import tiny
 import torch
@@ -72,9 +73,10 @@ def assert_same_tensors(one, other):
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("vocab_multiple", [1, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "vocab_multiple"),
+    pairwise.thin(pairwise.product([*FAMILIES], [torch.float32, torch.bfloat16], [1, 64])),
+)
 def test_there_and_back_is_bit_identical(tmp_path, family, dtype, vocab_multiple):
     source = model_dir(tmp_path / "hf", family, dtype=dtype, vocab_size=93)
     to_megatron(source, tmp_path / "mg", vocab_multiple=vocab_multiple)
@@ -177,8 +179,9 @@ def load_both_ways(parallel, source, checkpoint, multiple, dtype):
     return [name for name in one if not torch.equal(one[name], other[name])], padding
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_tied"])
+@pytest.mark.parametrize(
+    ("family", "layout"), pairwise.thin(pairwise.product(["llama", "qwen2", "qwen3_tied"], LAYOUTS))
+)
 def test_loading_a_converted_checkpoint_is_loading_the_files(ranks, tmp_path, family, layout):
     """At any layout, also one whose padding is not that of the checkpoint."""
     dtype = "bf16" if family == "qwen2" else "fp32"
@@ -191,7 +194,7 @@ def test_loading_a_converted_checkpoint_is_loading_the_files(ranks, tmp_path, fa
     assert sum(padding for _, padding in answers) > 0
 
 
-@pytest.mark.parametrize("layout", MOE_LAYOUTS.values(), ids=MOE_LAYOUTS.keys())
+@pytest.mark.parametrize("layout", pairwise.thin(pairwise.product(MOE_LAYOUTS)))
 def test_loading_a_converted_mixture(ranks, tmp_path, layout):
     source = model_dir(tmp_path / "hf", "qwen3_moe", vocab_size=93)
     to_megatron(source, tmp_path / "mg")
@@ -199,8 +202,18 @@ def test_loading_a_converted_mixture(ranks, tmp_path, layout):
     assert [different for different, _ in answers] == [[]] * size(layout)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen3_tied"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("qwen3_tied", torch.bfloat16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("llama", torch.bfloat16), ("qwen3_tied", torch.float32)]
+        ),
+    ],
+    ids=str,
+)
 def test_resharding_what_megatron_saved(ranks, tmp_path, family, dtype):
     """Saved by Megatron at TP=2 x PP=2; read at TP=4, at PP=4, on one rank, and by the converter."""
     source = model_dir(tmp_path / "hf", family, vocab_size=93, num_hidden_layers=4, dtype=dtype)

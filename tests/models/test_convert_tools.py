@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDENT = ROOT / "examples/quickstart/models/student"
+TIMEOUT_S = 600
 sys.path.insert(0, str(ROOT / "tools"))
 
 import compare_logprobs  # noqa: E402
@@ -25,21 +27,22 @@ import convert_checkpoint  # noqa: E402
 
 
 def run(*command, **options):
-    """A tool in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    program = [sys.executable] if str(command[0]).endswith(".py") else []
+    """A tool in a process of its own; torchrun and its ranks in fresh ones."""
+    hidden = ("RANK", "WORLD_SIZE")
+    environment = {**{k: v for k, v in os.environ.items() if k not in hidden}, "OMP_NUM_THREADS": "1"}
+    if str(command[0]).endswith(".py"):
+        return warm.run(command, env=environment, timeout=TIMEOUT_S, **options)
     process = subprocess.Popen(
-        [*program, *map(str, command)],
+        [*map(str, command)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env=environment,
         start_new_session=True,
-        **options,
     )
     try:
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the ranks of torchrun too
         raise

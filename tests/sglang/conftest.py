@@ -29,9 +29,15 @@ def servers():
         server.close()
 
 
+PATIENCE = 20
+"""Seconds that tests give to a coroutine are those of an idle machine; so many times as long is a hang."""
+
+
 @pytest.fixture
 def loop():
     loop = Loop()
+    run = loop.run
+    loop.run = lambda coroutine, timeout_s=None: run(coroutine, timeout_s and PATIENCE * timeout_s)
     yield loop
     loop.close()
 

@@ -73,11 +73,11 @@ class StandIn:
 
     def start(self):
         """Listen: on a free port at first, on the same one when it comes back."""
-        self._loop.run(self._start(), 10)
+        self._loop.run(self._start(), 120)
 
     def kill(self):
         """As by SIGKILL: connections break, nobody listens."""
-        self._loop.run(self._stop(), 10)
+        self._loop.run(self._stop(), 120)
 
     def close(self):
         with contextlib.suppress(Exception):
@@ -415,7 +415,7 @@ def settings(servers, **changes):
     return ServersConfig(urls=[server.url for server in servers], **{**quick, **changes})
 
 
-def wait_for(condition, timeout_s=10.0):
+def wait_for(condition, timeout_s=120.0):
     """Until it is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():

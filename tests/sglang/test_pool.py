@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from standin import wait_for
@@ -45,7 +46,7 @@ def test_work_is_spread_and_groups_stay_together(servers, loop, make_pool):
 
 def test_the_least_loaded_server_is_taken(servers, loop, make_pool):
     slow, quick = servers(2)
-    slow.token_s = 0.05
+    slow.token_s = 0.3
     pool = make_pool([slow, quick])
 
     async def one_after_the_other():
@@ -70,7 +71,7 @@ def test_finished_work_is_no_load(servers, loop, make_pool):
 @pytest.mark.parametrize("fault", ["die", "drop", "hang", "error", "full", "garbage", "half", "short", "wrong_ids"])
 def test_a_request_that_fails_goes_elsewhere(servers, loop, make_pool, fault):
     bad, good = servers(2, token_s=0.005)
-    pool = make_pool([bad, good], request_timeout_s=0.5, probe_s=60.0)
+    pool = make_pool([bad, good], request_timeout_s=3.0 if fault == "hang" else 60.0, probe_s=60.0)
     alone = loop.run(run_all(make_pool([good]), groups=8), 20)
     good.seen.clear()
     bad.always = fault
@@ -85,8 +86,8 @@ def test_a_request_that_fails_goes_elsewhere(servers, loop, make_pool, fault):
 
 def test_every_attempt_has_its_own_request_id_and_late_ones_are_aborted(servers, loop, make_pool):
     bad, good = servers(2)
-    bad.token_s = 0.5
-    pool = make_pool([bad, good], request_timeout_s=0.3)
+    bad.token_s = 2.0
+    pool = make_pool([bad, good], request_timeout_s=1.5)
     loop.run(run_all(pool, groups=1), 20)
     (first,), (second,) = ([body["rid"] for body in server.seen] for server in (bad, good))
     assert first != second
@@ -137,18 +138,16 @@ def test_a_restart_of_the_only_server_is_waited_for(servers, loop, make_pool):
     restart.join()
 
 
-def test_patience_is_counted_from_the_loss_not_from_each_request(servers, loop, make_pool):
+def test_patience_is_counted_from_the_loss_not_from_each_request(servers, loop, make_pool, monkeypatch):
     (server,) = servers(1)
-    pool = make_pool([server], retries=0, patience_s=0.5)
+    pool = make_pool([server], retries=0, patience_s=3600.0)
     server.kill()
     with pytest.raises(Down, match="failed 1 times"):
         loop.run(run_all(pool, groups=1), 20)
-    time.sleep(0.6)
-    begun = time.monotonic()
+    monkeypatch.setattr("megatron_opd.sglang.pool.time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
     for _ in range(5):
         with pytest.raises(Down, match="no server is up"):
             loop.run(run_all(pool, groups=1), 20)
-    assert time.monotonic() - begun < 0.5
 
 
 def test_a_server_that_returns_gets_work_once_it_is_welcome(servers, loop, make_pool):
@@ -177,7 +176,7 @@ def test_a_server_that_returns_gets_work_once_it_is_welcome(servers, loop, make_
 def test_requests_are_taken_from_an_evicted_server_at_once(servers, loop, make_pool):
     first, second = servers(2)
     first.always = "hang"
-    pool = make_pool([first, second], request_timeout_s=30.0, probe_s=60.0)
+    pool = make_pool([first, second], request_timeout_s=3600.0, probe_s=60.0)
     alone = loop.run(run_all(make_pool([second]), groups=4), 20)
     running = loop.start(run_all(pool, groups=4))
     wait_for(lambda: len(first.seen) == 2)
@@ -185,10 +184,8 @@ def test_requests_are_taken_from_an_evicted_server_at_once(servers, loop, make_p
     async def evict():
         pool.evict(pool.up()[0], ValueError("half of the new weights"))
 
-    started = time.monotonic()
     loop.run(evict(), 5)
-    assert running.result(10) == alone
-    assert time.monotonic() - started < 5
+    assert running.result(120) == alone
     assert len(pool.up()) == 1
 
 

@@ -114,13 +114,13 @@ def test_a_prompt_that_is_drawn_again_gets_other_answers(servers, make_engine):
 
 def test_finished_rollouts_are_told_at_once(servers, make_engine):
     (server,) = servers(1, token_s=0.03)
-    times = {}
-    started = time.monotonic()
+    told = []
     engine = make_engine([server])
-    rollouts = engine.generate(PROMPTS, SAMPLING, lambda r: times.setdefault(r, time.monotonic() - started))
+    rollouts = engine.generate(PROMPTS, SAMPLING, told.append)
     shortest, longest = (pick(rollouts, key=lambda r: len(r.token_ids)) for pick in (min, max))
     assert len(shortest.token_ids) < len(longest.token_ids)
-    assert times[shortest] < times[longest] - 0.02
+    assert told.index(shortest) < told.index(longest)
+    assert told != rollouts  # their order is that of their ends
 
 
 def test_only_ids_that_every_model_has_are_sampled(servers, make_engine):
@@ -290,7 +290,7 @@ def test_several_batches_at_once(servers, make_engine):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     for sampling in samplings:
         assert results[sampling.seed] == engine.generate(PROMPTS, sampling)
 
@@ -299,7 +299,7 @@ def test_several_batches_at_once(servers, make_engine):
 @pytest.mark.parametrize("partial", [False, True])
 def test_a_server_lost_in_the_middle_costs_no_answer(servers, make_engine, fault, partial):
     bad, good = servers(2, token_s=0.003)
-    engine = make_engine([bad, good], partial=partial, request_timeout_s=2.0, probe_s=60.0)
+    engine = make_engine([bad, good], partial=partial, request_timeout_s=3.0 if fault == "hang" else 60.0, probe_s=60.0)
     undisturbed = make_engine([good]).generate(PROMPTS, SAMPLING)
     bad.faults = [None, None, None, fault]
     if fault == "hang":

@@ -155,7 +155,7 @@ def test_a_group_that_is_dropped_while_it_waits_ends_with_an_error_at_once():
         return joining
 
     with pytest.raises(RuntimeError):
-        loop.run(wait_in_vain()).result(10)
+        loop.run(wait_in_vain()).result(120)
     loop.close()
 
 

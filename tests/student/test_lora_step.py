@@ -4,6 +4,7 @@ every layout; the base stays as it was; what is exported is what was trained."""
 import copy
 from functools import cache
 
+import pairwise
 import pytest
 import steps
 import tiny
@@ -161,7 +162,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("family", "targets", "layout", "settings"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("family", "targets", "layout", "settings"), pairwise.thin(pairwise.named(CASES)))
 def test_steps_are_those_of_adapters_on_transformers_modules(
     ranks, paths, reference, family, targets, layout, settings
 ):

@@ -1,5 +1,6 @@
 """Megatron's model against transformers': logits, exported weights and written directories, on every layout."""
 
+import pairwise
 import pytest
 import tiny
 import torch
@@ -89,7 +90,12 @@ def model_dir(model, family, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    pairwise.thin(pairwise.product([*tiny.FAMILIES], LAYOUTS)),
+    indirect=["family"],
+    scope="module",
+)
 def test_logits_and_exported_weights(ranks, family, model, model_dir, layout):
     rollouts = sequences(family)
     answers = ranks.run(size(layout), logits_and_weights, str(model_dir), rollouts, **layout)
@@ -108,8 +114,7 @@ MOE_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize("layout", MOE_LAYOUTS.values(), ids=MOE_LAYOUTS.keys())
+@pytest.mark.parametrize(("layout", "normalized"), pairwise.thin(pairwise.product(MOE_LAYOUTS, [True, False])))
 def test_mixture_of_experts(ranks, layout, normalized, tmp_path):
     model = tiny.build("qwen3_moe", norm_topk_prob=normalized)
     tiny.save(model, tmp_path / "moe")
@@ -144,9 +149,12 @@ def test_padded_vocabulary(ranks, tmp_path, family, vocab_size, multiple, layout
     assert_same_weights(tmp_path / "m", exported)
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 1}, {"tensor": 2, "pipeline": 2}], ids=["tp1", "tp2pp2"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("bucket_bytes", [1, 3000])
+@pytest.mark.parametrize(
+    ("bucket_bytes", "dtype", "layout"),
+    pairwise.thin(
+        pairwise.product([1, 3000], ["fp32", "bf16"], {"tp1": {"tensor": 1}, "tp2pp2": {"tensor": 2, "pipeline": 2}})
+    ),
+)
 def test_export_in_many_buckets(ranks, tmp_path, layout, dtype, bucket_bytes):
     model = tiny.build("qwen2")
     model = model.bfloat16() if dtype == "bf16" else model

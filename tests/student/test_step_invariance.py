@@ -4,6 +4,7 @@ process, and those are transformers' and plain torch's (`steps.Reference`)."""
 import copy
 from functools import cache
 
+import pairwise
 import pytest
 import steps
 import tiny
@@ -180,7 +181,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("student", "loss", "layout", "settings"), CASES)
+@pytest.mark.parametrize(("student", "loss", "layout", "settings"), pairwise.thin(CASES))
 def test_layouts_do_not_change_the_step(ranks, alone, paths, student, loss, layout, settings):
     size = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
     made = config(paths, student, loss, **settings)

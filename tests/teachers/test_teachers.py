@@ -1,5 +1,6 @@
 """In-process teachers: hidden states times head rows are transformers' logits at the responses, on every layout."""
 
+import pairwise
 import pytest
 import tiny
 import torch
@@ -69,8 +70,9 @@ def assert_scores(ranks, model, model_dir, *, micro_batch_size=2, dtype="fp32", 
             torch.testing.assert_close((rows @ head.T)[:, :known].float(), expected.float(), atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("teacher", ["larger", "smaller, tied", "biases"])
+@pytest.mark.parametrize(
+    ("teacher", "layout"), pairwise.thin(pairwise.product(["larger", "smaller, tied", "biases"], LAYOUTS))
+)
 def test_scores_are_the_teachers_logits(ranks, tmp_path, teacher, layout):
     family, changes = TEACHERS[teacher]
     model = tiny.build(family, **changes)
