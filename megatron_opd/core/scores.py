@@ -254,7 +254,7 @@ class Foreign:
 
 
 CARRIERS: dict[str, type[TeacherScore]] = {"hidden": Hidden, "topk": TopK, "sampled": Sampled}
-"""By the name in the settings. A teacher with its own tokenizer has the carrier hidden, and its scores are `Foreign`."""
+"""By the name in the settings. A teacher with its own tokenizer has carrier hidden, and its scores are `Foreign`."""
 
 
 def joined(
