@@ -18,6 +18,7 @@ from megatron_opd.config.checks_serving import check_vocabulary
 from megatron_opd.config.file import ConfigError
 from megatron_opd.core.types import Prompt
 from megatron_opd.loss.crosstok.pieces import read_pieces
+from megatron_opd.loss.divergences import DIVERGENCES, GKD
 from megatron_opd.models.architecture import check_layout, read_architecture, read_limits
 from megatron_opd.models.headers import check_tensors
 from megatron_opd.models.lora_layout import check_targets
@@ -66,6 +67,7 @@ def read_inputs(config: Config) -> Inputs:
         )
     problems += check_vocabulary(config, vocab_size)
     problems += check_sync(config.rollout)
+    problems += _check_divergence(config)
     unfit, of_precision = precision.look(config)
     problems += unfit
     encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
@@ -86,6 +88,16 @@ def read_inputs(config: Config) -> Inputs:
     if problems:
         raise ConfigError(problems)
     return inputs
+
+
+def _check_divergence(config: Config) -> list[str]:
+    """Settings know no formulas, so this is not a check of theirs."""
+    loss = config.loss
+    if loss.divergence not in DIVERGENCES:
+        return [f"loss.divergence must be one of {', '.join(DIVERGENCES)}, not {loss.divergence}"]
+    if loss.kind == "sampled" and loss.divergence != GKD:
+        return [f"loss.kind: sampled is reverse KL, so loss.divergence must be {GKD}, not {loss.divergence}"]
+    return []
 
 
 def _attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | None:

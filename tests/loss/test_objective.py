@@ -12,6 +12,7 @@ from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.core.scores import Hidden
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
+from megatron_opd.loss.fused import FactoredLogits  # noqa: F401  for others' cases
 from megatron_opd.loss.objective import Objective
 
 NUM_TOKENS, COLUMNS, SIZE = 11, 48, 35

@@ -74,7 +74,7 @@ class ReadablePass:
             student_CL = vocab.log_softmax(compared.student_CL, spec.temperature)
             loss_C = divergence(student_CL, target_CL, vocab, spec.beta, spec.divergence)
         if inputs.scale_R is not None:
-            [grad_CL] = torch.autograd.grad((loss_C * inputs.scale_R[at]).sum(), compared.student_CL)
+            [grad_CL] = torch.autograd.grad(loss_C, compared.student_CL, inputs.scale_R[at])
             rows.replace_student(grad_CL[:, : rows.width])
         student_CL, loss_C = student_CL.detach(), loss_C.detach()
         reverse_C = reverse_kl(student_CL, target_CL, vocab)

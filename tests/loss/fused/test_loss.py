@@ -14,10 +14,10 @@ VOCAB = VocabShard(0, COLUMNS, SIZE)
 def available(name):
     if name == "native":
         return native.library() is not None
-    return name == "torch" or backends._triton() is not None
+    return name in ("torch", "readable") or backends._triton() is not None
 
 
-@pytest.fixture(params=["torch", "native", "triton"])
+@pytest.fixture(params=["torch", "native", "triton", "readable"])
 def backend(request, recwarn):
     if not available(request.param):
         pytest.skip(f"there is no {request.param} here")

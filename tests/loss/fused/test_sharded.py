@@ -80,7 +80,7 @@ def of_hidden(vocab, case, chunk_tokens, reduction):
 
 def few(parallel, all_cases):
     found = {}
-    for backend in ("native", "torch"):
+    for backend in ("native", "torch", "readable"):
         for shape in ((cases.COLUMNS, cases.SIZE), UNEVEN):
             vocab = shard_of(parallel, *shape)
             for case in all_cases if backend == "native" else all_cases[::4]:
@@ -99,7 +99,8 @@ def check(computed):
         assert (whole[:, shape[1] :] == 0).all()
         several = case.ensemble == "probs" and case.num_teachers > 1
         exchanges = 2 if 0 < case.beta < 1 or several else 1
-        assert first[2:] == ((exchanges, 0) if len(computed) > 1 else (0, 0)), (backend, case)
+        if backend != "readable":  # whose formulas exchange what they need
+            assert first[2:] == ((exchanges, 0) if len(computed) > 1 else (0, 0)), (backend, case)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
