@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.set_defaults(run=_launch)
 
     check = commands.add_parser("check", help="validate a config against its models and data; starts nothing")
-    check.add_argument("--settings-only", action="store_true", help="look at no model, tokenizer or data")
+    check.add_argument("--settings-only", action="store_true", help="do not check models, tokenizers and data")
     add_config(check)
     check.add_argument("--plan", action="store_true", help="what it needs and how long a step takes; needs no weights")
     planner.add_options(check)
@@ -120,7 +120,7 @@ def _refuse(arguments: argparse.Namespace, needed: str, defaults: Mapping[str, A
     """Raises ValueError for options that do nothing without the option `needed`."""
     given = [f"--{name.replace('_', '-')}" for name, default in defaults.items() if vars(arguments)[name] != default]
     if given:
-        raise ValueError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} of use with {needed} only")
+        raise ValueError(f"{', '.join(given)} {'requires' if len(given) == 1 else 'require'} {needed}")
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -227,7 +227,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)
     inputs = read_inputs(config)
     if not inputs.eval:
-        raise ConfigError(["data.eval: there is nothing to evaluate on"])
+        raise ConfigError(["data.eval is empty: add a source to evaluate on"])
     for note in inputs.notes:
         print(note, file=sys.stderr)
     exported = Path(config.run.dir) / HF_EXPORT

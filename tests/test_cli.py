@@ -149,7 +149,7 @@ def test_run_directory_that_cannot_be(tmp_path, capsys, monkeypatch, environ):
     monkeypatch.chdir(ROOT)
     (tmp_path / "file").write_text("")
     assert main(["train", "examples/quickstart.yaml", f"run.dir={tmp_path}/file/run"]) == 1
-    assert f"error: run.dir: {tmp_path}/file/run cannot be made: Not a directory" in capsys.readouterr().err
+    assert f"error: run.dir: {tmp_path}/file/run cannot be created: Not a directory" in capsys.readouterr().err
 
 
 def test_how_to_continue(tmp_path):

@@ -51,12 +51,16 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", help="Hugging Face directory of the teacher (default: a random one)")
-    parser.add_argument("--vocab", type=tool.positive, default=32768, metavar="N", help="of the random one")
-    parser.add_argument("--hidden", type=tool.positive, default=1024, metavar="N", help="of the random one")
     parser.add_argument(
-        "--url", help="a server of it, with --enable-return-hidden-states (default: start one and end it)"
+        "--vocab", type=tool.positive, default=32768, metavar="N", help="of a random model (%(default)s)"
     )
-    parser.add_argument("--python", default=ServersConfig().python, help="of SGLang's environment, to start one")
+    parser.add_argument(
+        "--hidden", type=tool.positive, default=1024, metavar="N", help="of a random model (%(default)s)"
+    )
+    parser.add_argument(
+        "--url", help="a running server of the model, with --enable-return-hidden-states (default: start one)"
+    )
+    parser.add_argument("--python", default=ServersConfig().python, help="Python of SGLang's environment")
     parser.add_argument("--prompt", type=tool.positive, default=64, metavar="N", help="tokens before the scored ones")
     parser.add_argument("--response", type=tool.positive, default=256, metavar="N", help="scored tokens a request")
     parser.add_argument("--requests", type=tool.positive, default=16, metavar="N")

@@ -123,9 +123,9 @@ def _wrong_link(target: str, page: Path, checkout: Checkout) -> str:
         return "" if fine else f"{target} is not the address of a page"
     to = (page.parent / unquote(address.path)).resolve() if address.path else page
     if not to.is_relative_to(checkout.root) or not to.exists():
-        return f"{target} leads to no file of this checkout"
+        return f"{target} points to no file of this checkout"
     if address.fragment and (to.suffix != ".md" or unquote(address.fragment) not in checkout.anchors(to)):
-        return f"{target} leads to no heading of {to.relative_to(checkout.root)}"
+        return f"{target} points to no heading of {to.relative_to(checkout.root)}"
     return ""
 
 
@@ -134,14 +134,14 @@ def _wrong_code(text: str, checkout: Checkout) -> Iterator[str]:
         path = found[0].rstrip("./")
         is_source = _SOURCE.search(path) or path.startswith(tuple(f"{folder}/" for folder in SOURCES))
         if is_source and not _PLACEHOLDER.search(path) and path not in checkout.tails:
-            yield f"{path} is the path of no file"
+            yield f"there is no file {path}"
     for found in _MODULE.finditer(text):
         module = "/".join(found[0].split(".")[:2])
         if not checkout.tails & {module, f"{module}.py"}:
-            yield f"{found[0]} is in no module of the package"
+            yield f"{found[0]} names no module of the package"
     for name in _MAKE.findall(text):
         if name not in checkout.targets:
-            yield f"make {name} is no target of the Makefile"
+            yield f"the Makefile has no target {name}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--megatron", metavar="DIR", help="torch_dist checkpoint for Megatron (default: --hf)")
     parser.add_argument("--sglang", metavar="URL", help="a running SGLang server with the same model")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for its answers")
-    parser.add_argument("--dtype", choices=tool.DTYPES, default="fp32", help="of transformers and Megatron")
-    parser.add_argument("--max-tokens", type=tool.positive, default=2048, metavar="N", help="longer ones are cut")
+    parser.add_argument("--dtype", choices=tool.DTYPES, default="fp32", help="type for transformers and Megatron")
+    parser.add_argument("--max-tokens", type=tool.positive, default=2048, metavar="N", help="cut longer prompts")
     parser.add_argument("--atol", type=float, help="exit with 1 when any |Δ| is larger")
     parser.add_argument("--out", default="compared", metavar="DIR", help="where the report goes (default: compared)")
-    tool.add_layout(parser, "of Megatron; under torchrun, with as many ranks or a multiple")
+    tool.add_layout(parser, "Megatron's layout; run under torchrun with that many ranks or a multiple")
     arguments = parser.parse_args(argv)
     return tool.run(_compare, arguments)
 
@@ -187,7 +187,7 @@ def ask_sglang(url: str, ids: list[int], timeout_s: float) -> list[float]:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{url} did not answer as an SGLang server: {error}") from None
     if echoed != ids or not all(isinstance(logp, float | int) for logp in logps):
-        raise ValueError(f"{url} scored other tokens than it was asked about: {len(echoed)} of {len(ids)}")
+        raise ValueError(f"{url} scored other tokens than were sent: {len(echoed)} of {len(ids)}")
     return [float(logp) for logp in logps]
 
 

@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    command = add("hf-to-megatron", _hf_to_megatron, "make a Megatron checkpoint of a Hugging Face model", _TO_MEGATRON)
+    command = add(
+        "hf-to-megatron", _hf_to_megatron, "write a Hugging Face model as a Megatron checkpoint", _TO_MEGATRON
+    )
     command.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and safetensors")
     _add_output(command)
     command.add_argument(
@@ -104,31 +106,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     tool.add_layout(command, "checked, and the vocabulary padded for it; the checkpoint itself has no layout")
 
-    command = add("megatron-to-hf", _megatron_to_hf, "make a Hugging Face model of a Megatron checkpoint", _TO_HF)
+    command = add("megatron-to-hf", _megatron_to_hf, "write a Megatron checkpoint as a Hugging Face model", _TO_HF)
     command.add_argument("--checkpoint", required=True, metavar="DIR", help="torch_dist checkpoint")
     _add_output(command)
     command.add_argument("--like", metavar="HF_DIR", help="where config and tokenizer come from")
 
-    command = add("inspect", _inspect, "say what is in a checkpoint of either format", _INSPECT)
+    command = add("inspect", _inspect, "show what is in a checkpoint of either format", _INSPECT)
     command.add_argument("dir", metavar="DIR")
-    command.add_argument("--like", metavar="HF_DIR", help="directory with the config.json, where DIR has none")
+    command.add_argument("--like", metavar="HF_DIR", help="directory with the config.json, if DIR has none")
     command.add_argument("--json", action="store_true", help="print JSON")
 
-    command = add("verify", _verify, "compare two models, of either format each", _VERIFY)
+    command = add("verify", _verify, "compare two models in any two formats", _VERIFY)
     command.add_argument("a", metavar="A")
     command.add_argument("b", metavar="B")
-    command.add_argument("--like", metavar="HF_DIR", help="directory with the config.json, where A or B has none")
+    command.add_argument("--like", metavar="HF_DIR", help="directory with the config.json, if A or B has none")
     command.add_argument("--atol", type=float, default=0.0, help="largest |Δ| of a weight (default 0: bit for bit)")
     command.add_argument("--logits", action="store_true", help="also compare logits on random prompts, in fp32")
     command.add_argument("--logits-atol", type=float, default=1e-4, help="the same for logits (default 1e-4)")
-    command.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    command.add_argument("--seed", type=int, default=0, help="seed of the random prompts")
     return parser
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", required=True, metavar="DIR", help="made; must not exist, or be empty")
+    command.add_argument("--out", required=True, metavar="DIR", help="new directory; must not exist, or be empty")
     command.add_argument("--dtype", choices=tool.DTYPES, help="type of the output (default: as in the input)")
-    command.add_argument("--overwrite", action="store_true", help="replace a model that is in --out already")
+    command.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     command.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
 
 

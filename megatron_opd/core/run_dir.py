@@ -25,7 +25,7 @@ def make(run_dir: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"run.dir: {path} cannot be made: {error.strerror}") from None
+        raise ValueError(f"run.dir: {path} cannot be created: {error.strerror}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise ValueError(f"run.dir: {path} cannot be written to")
     return path

@@ -192,7 +192,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     made = tensor.to(dtype)
     if not torch.isfinite(made).all() and torch.isfinite(tensor).all():
         largest, kind = f"{tensor.abs().max().item():.3g}", str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name} holds {largest}, which {kind} cannot; choose bf16 or fp32")
+        raise ValueError(f"{name} has the value {largest}, which overflows {kind}; choose bf16 or fp32")
     return made
 
 

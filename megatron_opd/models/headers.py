@@ -83,7 +83,9 @@ def _wrong_in_checkpoint(model_dir: str | Path, arch: Architecture) -> list[str]
 
 def _missing_or_left_over(expected: Set[str], found: Set[str]) -> list[str]:
     missing = [f"tensor '{name}' is missing" for name in sorted(expected - found)]
-    return missing + [f"tensor '{name}' has no place by its config.json" for name in sorted(found - expected)]
+    return missing + [
+        f"tensor '{name}' does not belong to the model of its config.json" for name in sorted(found - expected)
+    ]
 
 
 def _wrong_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:

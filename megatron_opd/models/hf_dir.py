@@ -66,7 +66,7 @@ class HFWriter:
         """Write one tensor to its place. Raises ValueError for one that is not in the plan or has another shape."""
         place = self._places.get(name)
         if place is None or place.shape != tuple(tensor.shape):
-            raise ValueError(f"{self.out}: '{name}' of shape {list(tensor.shape)} has no place in this model")
+            raise ValueError(f"{self.out}: '{name}' of shape {list(tensor.shape)} does not belong to this model")
         data = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy()
         with (self.temporary / place.file).open("r+b") as file:
             file.seek(place.offset)
@@ -102,7 +102,7 @@ def write(
             writer.put(name, tensor)
         missing = writer.missing if writer else set(shapes)
         if writer is None or missing:
-            raise ValueError(f"{out}: weights that never came: {', '.join(sorted(missing)[:5])}")
+            raise ValueError(f"{out}: missing weights: {', '.join(sorted(missing)[:5])}")
         writer.finish()
     except BaseException:
         output_dir.discard(out)

@@ -69,5 +69,5 @@ def _told_by(marker: Path) -> tuple[LoraConfig, Architecture]:
         return LoraConfig(rank=rank, alpha=alpha, targets=targets), arch
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{marker.parent} has adapters, but what they are cannot be read in {marker}: {error}"
+            f"{marker.parent} has adapters, but their settings in {marker} cannot be read: {error}"
         ) from None

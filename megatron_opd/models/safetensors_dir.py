@@ -121,7 +121,7 @@ class TensorDir:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{index} is not an index of safetensors: {error}") from None
             if wrong := [file for file in named.values() if not isinstance(file, str)]:
-                raise ValueError(f"{index} is not an index of safetensors: {wrong[0]!r} is no name of a file")
+                raise ValueError(f"{index} is not an index of safetensors: {wrong[0]!r} is not a file name")
             return named
         single = "model.safetensors"
         if not (self.dir / single).is_file():

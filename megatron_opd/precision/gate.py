@@ -73,7 +73,7 @@ def too_coarse(measured: Measured, fp8: Fp8Config) -> list[str]:
         problems.append(
             f"FP8 changes {_who(noise.name)} by {noise.kl:.3g} nats a token, {ratio:.2%} of the"
             f" {measured.signal:.3g} to be learned, more than precision.fp8.max_kl_ratio={fp8.max_kl_ratio}: keep more"
-            " layers out (first_layers_bf16, last_layers_bf16), take recipe=blockwise, or leave it out of precision.fp8"
+            " layers out (first_layers_bf16, last_layers_bf16), set recipe=blockwise, or leave it out of precision.fp8"
         )
     return problems
 

@@ -45,7 +45,7 @@ def fp8_problem(*, of_layers: bool = True) -> str | None:
         return "Transformer Engine is not installed, and without it megatron-core would ignore FP8; see docs/gpu.md"
     first, last = TRANSFORMER_ENGINE
     if not Version(first) <= Version(found) < Version(last):
-        return f"Transformer Engine {found} is not one of those for this megatron-core (from {first}, below {last})"
+        return f"Transformer Engine {found} does not fit this megatron-core; install {first} or later, below {last}"
     return None
 
 
@@ -72,7 +72,7 @@ def recipe_problem(recipe: str) -> str | None:
     if recipe == "mxfp8" and have >= (12, 0):
         return f"Transformer Engine does not have it for devices of compute capability {have[0]}.{have[1]} yet"
     if recipe == "blockwise" and Version(torch.version.cuda or "0") < Version(_BLOCKWISE_CUDA):
-        return f"it needs a torch of CUDA {_BLOCKWISE_CUDA} or later, not {torch.version.cuda}"
+        return f"it needs torch for CUDA {_BLOCKWISE_CUDA} or later, not {torch.version.cuda}"
     return None
 
 

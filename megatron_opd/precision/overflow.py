@@ -1,4 +1,4 @@
-"""Numbers that fp16 does not know: above 65,504 they become infinite, and what is computed of them not a number."""
+"""Values that overflow fp16: above 65,504 they become infinite, and results computed from them NaN."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def check_fp16(made: torch.Tensor, original: torch.Tensor, what: str) -> None:
     """
     if made.dtype == torch.float16 and bool(made.isinf().any() and original.isfinite().all()):
         raise ValueError(
-            f"{what} has numbers above {torch.finfo(torch.float16).max:g}, which fp16 does not know; set the model's"
+            f"{what} has values above {torch.finfo(torch.float16).max:g}, which overflow fp16; set the model's"
             " dtype (student.dtype, teachers.N.dtype) to bf16"
         )

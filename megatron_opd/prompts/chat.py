@@ -53,7 +53,7 @@ class Encoder:
             return whole[len(rendered) :]
         before, _, end = whole.rpartition(answer.strip() or "\0")
         if not before:
-            raise ValueError("the chat template changes the answer, so it cannot be told what the student is to say")
+            raise ValueError("the chat template changes the answer, so the student's tokens for the answer are unknown")
         return answer.strip() + end
 
     def _messages(self, asked: str | Messages) -> Messages:
@@ -88,7 +88,7 @@ def build_encoder(data: DataConfig, tokenizer: Tokenizer) -> Encoder:
     template = _template(data.chat_template, tokenizer)
     unknown = [name for name in data.chat_template_options if not re.search(rf"\b{re.escape(name)}\b", template)]
     if unknown:  # which jinja would ignore
-        raise ValueError(f"data.chat_template_options: the chat template does not know {', '.join(unknown)}")
+        raise ValueError(f"data.chat_template_options: the chat template has no variable {', '.join(unknown)}")
     taken = set(inspect.signature(tokenizer.hf.apply_chat_template).parameters) | {"messages"}
     if clashing := sorted(taken & set(data.chat_template_options)):
         raise ValueError(f"data.chat_template_options: {', '.join(clashing)} cannot be set here")

@@ -49,8 +49,8 @@ def _checkers() -> Checkers:
         raise ValueError(f"IFEval's checker is not installed: pip install 'megatron-opd[ifeval]' ({error})") from error
     except LookupError:
         raise ValueError(
-            "IFEval's checker needs nltk's rules for where sentences end: python -m nltk.downloader punkt_tab, or a"
-            " copy of them in a folder that NLTK_DATA names"
+            "IFEval's checker needs nltk's rules for splitting sentences: run python -m nltk.downloader punkt_tab, or"
+            " copy them to a folder and set NLTK_DATA to it"
         ) from None
     langdetect.DetectorFactory.seed = 0  # it samples from the text; without a seed, differently each time
     return INSTRUCTION_DICT

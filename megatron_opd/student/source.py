@@ -42,7 +42,7 @@ def load_head_rows(model_dir: str | Path, arch: Architecture, start: int, stop: 
 
 def _load_torch_dist(model: GPTModel, arch: Architecture, model_dir: str | Path, parallel: Parallel) -> None:
     if has_adapters(TorchDistDir(model_dir)):
-        raise ValueError(f"{model_dir} has adapters of LoRA beside its weights; merge them with megatron-to-hf first")
+        raise ValueError(f"{model_dir} has LoRA adapters beside its weights; merge them with megatron-to-hf first")
     # Layers without Transformer Engine have empty extra states, which a converted checkpoint does not hold.
     wanted = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
     try:

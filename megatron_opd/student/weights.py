@@ -37,7 +37,7 @@ def load(model: torch.nn.Module, arch: Architecture, model_dir: str | Path, para
             shard = table[name].split(tensors, *grid)
             if shard.shape != parameter.shape:
                 raise ValueError(
-                    f"{model_dir}: the tensors for {name} have shape {list(shard.shape)}, but config.json asks for"
+                    f"{model_dir}: the tensors for {name} have shape {list(shard.shape)}, but config.json requires"
                     f" {list(parameter.shape)}"
                 )
             parameter.copy_(shard)

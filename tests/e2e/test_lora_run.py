@@ -141,7 +141,7 @@ def refusal(parallel, checkpoint):
 
     arch = read_architecture(MODELS / "student")
     model = build_gpt(arch, transformer_config(arch, parallel, dtype=torch.float32), parallel)
-    with pytest.raises(ValueError, match="has adapters of LoRA beside its weights; merge them"):
+    with pytest.raises(ValueError, match="has LoRA adapters beside its weights; merge them"):
         source.load(model, arch, checkpoint, parallel)
     return True
 

@@ -207,7 +207,7 @@ def test_a_step_runs_its_setup_first(tmp_path, setup):
 )
 def test_options_of_a_job_start_nothing_here(option, capsys):
     assert main(["launch", option, "--dry-run", QUICKSTART]) == 1
-    assert f"{option.partition('=')[0]} is of use with --slurm only" in capsys.readouterr().err
+    assert f"{option.partition('=')[0]} requires --slurm" in capsys.readouterr().err
 
 
 def test_the_script_of_a_config():

@@ -207,7 +207,7 @@ def test_verify_refuses_different_models(model_dir, tmp_path, refused):
         (lambda d: change_weights(d, lambda w: w.pop("model.norm.weight")), "tensor 'model.norm.weight' is missing"),
         (
             lambda d: change_weights(d, lambda w: w.update(b=torch.ones(1))),
-            "tensor 'b' has no place by its config.json",
+            "tensor 'b' does not belong to the model of its config.json",
         ),
         (
             lambda d: change_weights(d, lambda w: w.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})),
@@ -434,9 +434,7 @@ def test_what_compare_logprobs_refuses(server, tmp_path, capsys):
     url = f"http://127.0.0.1:{server.server_port}"
     (tmp_path / "p.jsonl").write_text('{"token_ids": [5, 6, 7]}\n')
     server.at_most = 2
-    assert "scored other tokens than it was asked about: 2 of 3" in refused(
-        "--prompts", tmp_path / "p.jsonl", "--sglang", url
-    )
+    assert "scored other tokens than were sent: 2 of 3" in refused("--prompts", tmp_path / "p.jsonl", "--sglang", url)
     server.status = 400
     assert "answered 400" in refused("--prompts", tmp_path / "p.jsonl", "--sglang", url)
     assert "did not answer as an SGLang server" in refused(

@@ -233,7 +233,7 @@ def test_devices_that_do_a_recipe(machine, recipe, capability, fits):
 def test_blocks_need_a_newer_cuda(machine):
     machine.has(cuda_version="12.8", transformer_engine="2.11.0", transformer_engine_torch="2.11.0")
     problems, _ = look(student="full", recipe="blockwise")
-    assert problems == ["precision.fp8.recipe=blockwise: it needs a torch of CUDA 12.9 or later, not 12.8"]
+    assert problems == ["precision.fp8.recipe=blockwise: it needs torch for CUDA 12.9 or later, not 12.8"]
     assert look(student="full", recipe="tensorwise")[0] == []
 
 

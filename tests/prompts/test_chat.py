@@ -113,7 +113,7 @@ def test_template_of_a_file(tmp_path):
         (
             QWEN3_LIKE,
             {"chat_template_options": {"enable_thinkng": 1}},
-            "the chat template does not know enable_thinkng",
+            "the chat template has no variable enable_thinkng",
         ),
         (
             QWEN3_LIKE,

@@ -131,7 +131,7 @@ def test_hidden_states_that_fp16_does_not_know_are_refused(servers, make_teacher
     server._say = large
     heads = (torch.zeros(3, HIDDEN_SIZE, dtype=dtype) for dtype in (torch.float16, torch.bfloat16))
     half, wide = (make_teacher([server], carrier="hidden", head_LD=head_LD) for head_LD in heads)
-    with pytest.raises(ValueError, match=r"teacher 't': what its servers tell has numbers above 65504.*dtype"):
+    with pytest.raises(ValueError, match=r"teacher 't': what its servers tell has values above 65504.*dtype"):
         half.score(ROLLOUTS[:1])
     assert wide.score(ROLLOUTS[:1])[0].hidden_RD.isfinite().all()
 

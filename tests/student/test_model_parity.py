@@ -207,7 +207,7 @@ def load_fails(parallel, model_dir):
     ("change", "message"),
     [
         (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "no tensor 'model.layers.1.mlp.up_proj.weight'"),
-        (lambda w: w.update({"model.norm.weight": torch.ones(31)}), "[31], but config.json asks for [32]"),
+        (lambda w: w.update({"model.norm.weight": torch.ones(31)}), "[31], but config.json requires [32]"),
     ],
     ids=["missing", "wrong shape"],
 )

@@ -61,21 +61,21 @@ def test_what_is_fine(found, text):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[x](docs/gone.md)", "12: docs/gone.md leads to no file of this checkout"),
-        ("[x](../outside.md)", "12: ../outside.md leads to no file of this checkout"),
-        ("some\n![x](gone.png)", "13: gone.png leads to no file of this checkout"),
-        ("[x](docs/other.md#gone)", "12: docs/other.md#gone leads to no heading of docs/other.md"),
-        ("[x](#Twice)", "12: #Twice leads to no heading of README.md"),
-        ("[x](docs/plot.png#other)", "12: docs/plot.png#other leads to no heading of docs/plot.png"),
+        ("[x](docs/gone.md)", "12: docs/gone.md points to no file of this checkout"),
+        ("[x](../outside.md)", "12: ../outside.md points to no file of this checkout"),
+        ("some\n![x](gone.png)", "13: gone.png points to no file of this checkout"),
+        ("[x](docs/other.md#gone)", "12: docs/other.md#gone points to no heading of docs/other.md"),
+        ("[x](#Twice)", "12: #Twice points to no heading of README.md"),
+        ("[x](docs/plot.png#other)", "12: docs/plot.png#other points to no heading of docs/plot.png"),
         ("[x](https://nowhere)", "12: https://nowhere is not the address of a page"),
         ("[x](htps://example.org)", "12: htps://example.org is not the address of a page"),
-        ("\n[x]\n\n[x]: gone.md", "13: gone.md leads to no file of this checkout"),
-        ("`rollout/behind.py`", "12: rollout/behind.py is the path of no file"),
-        ("`head.py`", "12: head.py is the path of no file"),
-        ("`docs/gone/`", "12: docs/gone is the path of no file"),
-        ("`megatron_opd.gone.x`", "12: megatron_opd.gone.x is in no module of the package"),
-        ("\n```\npython tools/gone.py\n```", "14: tools/gone.py is the path of no file"),
-        ("\n    ls\n    make gone", "14: make gone is no target of the Makefile"),
+        ("\n[x]\n\n[x]: gone.md", "13: gone.md points to no file of this checkout"),
+        ("`rollout/behind.py`", "12: there is no file rollout/behind.py"),
+        ("`head.py`", "12: there is no file head.py"),
+        ("`docs/gone/`", "12: there is no file docs/gone"),
+        ("`megatron_opd.gone.x`", "12: megatron_opd.gone.x names no module of the package"),
+        ("\n```\npython tools/gone.py\n```", "14: there is no file tools/gone.py"),
+        ("\n    ls\n    make gone", "14: the Makefile has no target gone"),
     ],
 )
 def test_what_is_not(found, text, problem):
@@ -86,14 +86,14 @@ def test_the_changelog_may_name_files_that_are_gone(found, tmp_path):
     (tmp_path / "CHANGELOG.md").write_text("`gone.py`")
     assert found("") == []
     (tmp_path / "CHANGELOG.md").write_text("[x](gone.py)")
-    assert found("") == ["CHANGELOG.md:1: gone.py leads to no file of this checkout"]
+    assert found("") == ["CHANGELOG.md:1: gone.py points to no file of this checkout"]
 
 
 def test_pages_can_be_named(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("[x](gone.md)")
     assert check_links.main(["--root", str(tmp_path), str(page)]) == 1
-    assert capsys.readouterr().err == "page.md:1: gone.md leads to no file of this checkout\n"
+    assert capsys.readouterr().err == "page.md:1: gone.md points to no file of this checkout\n"
 
 
 def test_this_checkout(capsys):

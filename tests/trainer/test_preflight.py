@@ -170,7 +170,7 @@ def more_layers_than_tensors(model):
 
 def fewer_layers_than_tensors(model):
     change_json(model / "config.json", num_hidden_layers=1)
-    return "'model.layers.1.input_layernorm.weight' has no place by its config.json"
+    return "'model.layers.1.input_layernorm.weight' does not belong to the model of its config.json"
 
 
 def other_shape(model):
@@ -268,10 +268,10 @@ def test_a_megatron_checkpoint_cannot_answer_for_its_accuracy(said, student):
 @pytest.mark.parametrize(
     ("command", "options", "needed"),
     [
-        ("check", ["--json"], "--json is of use with --plan only"),
-        ("check", ["--gpu", "A100", "--prompt", "5"], "--gpu, --prompt are of use with --plan only"),
-        ("launch", ["--steps"], "--steps is of use with --slurm only"),
-        ("launch", ["--nodes", "2", "--sbatch=-A1", "--dry-run"], "--nodes, --sbatch are of use with --slurm only"),
+        ("check", ["--json"], "--json requires --plan"),
+        ("check", ["--gpu", "A100", "--prompt", "5"], "--gpu, --prompt require --plan"),
+        ("launch", ["--steps"], "--steps requires --slurm"),
+        ("launch", ["--nodes", "2", "--sbatch=-A1", "--dry-run"], "--nodes, --sbatch require --slurm"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(said, command, options, needed):
@@ -387,7 +387,7 @@ def test_eval_of_a_model_that_is_not_there_or_has_another_tokenizer(said, tmp_pa
 
 def test_eval_without_anything_to_evaluate_on(said):
     (problem,) = said("eval", "data.eval=[]")[1:]
-    assert problem == "  - data.eval: there is nothing to evaluate on"
+    assert problem == "  - data.eval is empty: add a source to evaluate on"
 
 
 def test_rows_without_what_their_reward_needs_are_named(said, tmp_path):
