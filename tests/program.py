@@ -3,6 +3,8 @@
 The process is a fork of a warm one (`warm.py`), unless `cold=True` asks for a fresh interpreter.
 """
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -13,9 +15,12 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import warm
+
+from megatron_opd.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "examples/quickstart.yaml"
@@ -51,6 +56,15 @@ def environment(**extra):
 def opd(*arguments, timeout=PATIENCE_S, env=None, **how):
     """Run `megatron-opd ARGUMENTS` to its end; `how` is of `warm.start`."""
     return warm.run([*_PROGRAM, *arguments], env=environment(**(env or {})), timeout=timeout, **how)
+
+
+def here(*arguments):
+    """As `opd`, but by the command line's function in this process: for `check`, and for what is refused."""
+    out, err = io.StringIO(), io.StringIO()
+    alone = mock.patch.dict(os.environ, environment(), clear=True)
+    with alone, contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def train(run_dir, *overrides, launched=False, env=None, **how):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from program import exported, opd, rows, train
+from program import exported, here, rows, train
 from safetensors.torch import load_file
 
 STEPS = ["train.steps=3", "train.save_every=3", "train.eval_every=3", "log.completions_every=1"]
@@ -20,5 +20,5 @@ def test_two_ranks_of_parts_are_one_rank_of_whole_sequences(tmp_path):
     theirs = load_file(tmp_path / "whole/hf/model.safetensors")
     for name, tensor in load_file(tmp_path / "parts/hf/model.safetensors").items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
-    said = opd("check", "examples/quickstart.yaml", "parallel.context=2", "parallel.tensor=1", "parallel.pipeline=1")
+    said = here("check", "examples/quickstart.yaml", "parallel.context=2", "parallel.tensor=1", "parallel.pipeline=1")
     assert "trainer: 2 ranks" in said.stdout

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from program import CONFIG, PATIENCE_S, ROOT, SMALL, assert_user_error, environment, opd, rows, train
+from program import CONFIG, PATIENCE_S, ROOT, SMALL, assert_user_error, environment, here, rows, train
 
 BF16 = ["student.dtype=bf16", "teachers.0.dtype=bf16", "teachers.1.dtype=bf16"]
 FP8 = ["precision.fp8.student=full", "precision.fp8.teachers=[all]"]
@@ -13,17 +13,17 @@ EMULATED = [*FP8, "precision.fp8.heads=[all]", "precision.fp8.emulate=true", "pr
 
 
 def test_without_a_gpu_fp8_is_refused_by_name():
-    done = opd("check", CONFIG, *FP8, *BF16)
+    done = here("check", CONFIG, *FP8, *BF16)
     assert_user_error(done, "precision.fp8: there is no CUDA device here", "precision.fp8.emulate=true")
 
 
 def test_shapes_that_the_kernels_do_not_take_are_refused():
-    done = opd("check", CONFIG, *EMULATED, "precision.fp8.recipe=mxfp8")  # at tensor=2
+    done = here("check", CONFIG, *EMULATED, "precision.fp8.recipe=mxfp8")  # at tensor=2
     assert_user_error(done, "precision.fp8.recipe=mxfp8 needs multiples of 32", "teacher 'carry' is 48")
 
 
 def test_check_prints_the_plan():
-    done = opd("check", CONFIG, *EMULATED)
+    done = here("check", CONFIG, *EMULATED)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("# precision of")]
     assert [line.split(":")[0] for line in lines] == [

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from program import ROOT, assert_user_error, opd, rows
+from program import ROOT, assert_user_error, here, opd, rows
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def test_the_student_learns_from_teachers_that_read_other_tokens(teachers, tmp_p
 
 def test_what_such_teachers_do_not_allow(teachers, tmp_path):
     settings = ["check", "examples/gold.yaml", *teachers, f"run.dir={tmp_path / 'run'}"]
-    assert_user_error(opd(*settings, "teachers.0.tokenizer=student"), "all must say own")
-    assert_user_error(opd(*settings, "teachers.0.carrier=topk", "teachers.0.backend=sglang"), "must tell hidden states")
-    assert_user_error(opd(*settings, "policy.kl_coef=1"), "policy.kl_coef")
-    assert_user_error(opd(*settings, "answers.lmbda=0.5", "answers.seq_kd=true"), "cannot sample")
+    assert_user_error(here(*settings, "teachers.0.tokenizer=student"), "all must say own")
+    assert_user_error(
+        here(*settings, "teachers.0.carrier=topk", "teachers.0.backend=sglang"), "must tell hidden states"
+    )
+    assert_user_error(here(*settings, "policy.kl_coef=1"), "policy.kl_coef")
+    assert_user_error(here(*settings, "answers.lmbda=0.5", "answers.seq_kd=true"), "cannot sample")

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from program import ALONE, ROOT, assert_user_error, exported, opd, rows
+from program import ALONE, ROOT, assert_user_error, exported, here, opd, rows
 
 LOSSES = ["grpo", "kdrl", "minillm", "tinker"]
 
@@ -40,7 +40,7 @@ def test_grpo_needs_no_teacher(tmp_path):
     taught = run("grpo", tmp_path / "taught", "train.export=false", "train.steps=2", "train.eval_every=0")
     assert column(found, "reward/mean") == column(taught, "reward/mean")  # which only looked on
     assert column(found, "kl/ensemble") == []
-    done = opd("train", "examples/grpo.yaml", f"run.dir={tmp_path}/none", "teachers=[]", "loss.weight=1")
+    done = here("train", "examples/grpo.yaml", f"run.dir={tmp_path}/none", "teachers=[]", "loss.weight=1")
     assert_user_error(done, "teachers: at least one teacher is needed")
 
 
@@ -86,6 +86,6 @@ def test_training_rows_must_have_what_their_reward_needs(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "1+1="}\n')
     source = f"data.train=[{{name: add, path: {path}}}]"
-    done = opd("check", "examples/grpo.yaml", source)
+    done = here("check", "examples/grpo.yaml", source)
     assert_user_error(done, f"{path}, line 1", 'a text field "answer"')
-    assert opd("check", "examples/tinker.yaml", source, "data.eval=[]", "train.eval_every=0").returncode == 0
+    assert here("check", "examples/tinker.yaml", source, "data.eval=[]", "train.eval_every=0").returncode == 0
