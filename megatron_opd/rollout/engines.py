@@ -71,7 +71,7 @@ def teacher_engines(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int
     asked = {sampling_teacher(config, source.name).name for source in config.data.train} if config.teachers else set()
     return {
         teacher.name: _build(teacher, eos_ids, vocab_size)
-        for _, teacher in sampling_teachers(config)
+        for _, teacher in sampling_teachers(config.answers, config.teachers)
         if teacher.name in asked
     }
 

@@ -9,7 +9,7 @@ from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import Rollout, TeacherScore, TeacherScorer
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
+from megatron_opd.precision.fp8_plan import ModelPlan, teacher_plan
 from megatron_opd.teachers.offload import in_turn, offloaded_weights
 from megatron_opd.teachers.rounded_head import RoundedHead
 
@@ -85,7 +85,8 @@ def _plan(teacher: TeacherConfig, config: Config) -> ModelPlan | None:
         return None
     from megatron_opd.models.architecture import read_architecture
 
-    return plan_of(config, teacher.name, read_architecture(teacher.model, vocab_multiple=config.parallel.tensor))
+    arch = read_architecture(teacher.model, vocab_multiple=config.parallel.tensor)
+    return teacher_plan(config.precision, teacher, config.parallel, arch)
 
 
 def _build(
