@@ -189,7 +189,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return planner.run(arguments)
     _refuse(arguments, "--plan", planner.DEFAULTS)
-    from megatron_opd.config.file import dump, load, method_in, read
+    from megatron_opd.config.file import dump, load, method_in, read, to_dict
     from megatron_opd.launch import local
     from megatron_opd.trainer.preflight import read_inputs
 
@@ -200,7 +200,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print(*origins, "# models, tokenizers and data were not looked at", *processes, sep="\n")
         return 0
     inputs = read_inputs(config)
-    print(dump(config))
+    print(dump(to_dict(config)))
     print(*origins, sep="\n")
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
@@ -232,10 +232,10 @@ def _eval(arguments: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     exported = Path(config.run.dir) / HF_EXPORT
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
-    check_model(model, config)
+    check_model(model, config.student.model)
     engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
     prompts = [p for _, source in inputs.eval for p in source]
-    evaluator = Evaluator(config, load_tokenizer(model))
+    evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
     _, totals = evaluator.answer(engine, prompts, samples=config.train.eval_samples)
     print_grades(str(model), means([totals], "eval"), console=Console())
     return 0

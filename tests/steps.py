@@ -52,9 +52,11 @@ def reference_nll(parallel, config, sources, vocab_size):
     """The cross-entropy of the prompts' answers, as a rank knows it."""
     from megatron_opd.student.student import Student
     from megatron_opd.trainer import reference_nll
+    from megatron_opd.trainer.experience import packing_settings
 
     student = Student(config, parallel)
-    return reference_nll.nll(student, student.vocab_shard(vocab_size), sources, config, parallel)
+    packing = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
+    return reference_nll.nll(student, student.vocab_shard(vocab_size), sources, config.loss, packing, parallel)
 
 
 def train_shaped(parallel, config, rollouts, vocab_size, num_steps):

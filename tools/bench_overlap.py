@@ -90,7 +90,7 @@ class StubRun(Run):
         self.completions = Completions(config.log, config.run.dir, parallel, None, self.tracker)
         choice = Choice(answers=config.answers, teachers=[], seed=config.run.seed)
         answers = Answers(choice, stages, {}, {}, eos_ids=())  # type: ignore[arg-type]
-        leader = Leader(engine=stages, answers=answers, grader=None, tokenizer=None)  # type: ignore[arg-type]
+        leader = Leader(engine=stages, answers=answers, grader=None, evaluator=None, tokenizer=None)  # type: ignore[arg-type]
         self.experience = StubExperience(config, parallel, [], leader)
         self.timed, self.trained = Stopwatch(), 0
         self.experience.start(PromptMix([(c.SourceConfig(name="all", path=""), PROMPTS)], seed=1))

@@ -14,8 +14,15 @@ from megatron_opd.config.crosstok import CrossTokenizerConfig
 from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
 from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
-from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
-from megatron_opd.config.policy import PolicyConfig, RLConfig
+from megatron_opd.config.models import (
+    ParallelConfig,
+    ServersConfig,
+    StudentConfig,
+    TeacherConfig,
+    crosses_tokenizers,
+    ensemble_weights,
+)
+from megatron_opd.config.policy import PolicyConfig, RLConfig, has_policy_gradient
 from megatron_opd.config.precision import Fp8Config, PrecisionConfig
 from megatron_opd.config.run import LogConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_opd.config.section import section
@@ -96,19 +103,18 @@ class Config:
     @property
     def crosses_tokenizers(self) -> bool:
         """Whether teachers read the student's answers in tokens of their own."""
-        return any(t.tokenizer == "own" for t in self.teachers)
+        return crosses_tokenizers(self.teachers)
 
     @property
     def has_policy_gradient(self) -> bool:
         """Whether sampled tokens get advantages."""
-        return self.rl.weight > 0 or self.policy.kl_coef > 0
+        return has_policy_gradient(self.policy, self.rl)
 
     @property
     def is_graded(self) -> bool:
         """Whether training answers need their rewards."""
-        return self.rl.weight > 0 or self.rl.distill_on != "all"
+        return self.rl.needs_rewards
 
     def teacher_weights(self, source: str) -> list[float]:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""
-        raw = [t.weight_for(source) for t in self.teachers]
-        return [w / sum(raw) for w in raw]
+        return ensemble_weights(self.teachers, source)

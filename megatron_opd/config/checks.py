@@ -6,39 +6,58 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from megatron_opd.config import HUB, Config, SourceConfig, TeacherConfig
+from megatron_opd.config import (
+    HUB,
+    AnswersConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    ParallelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    RunConfig,
+    SourceConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from megatron_opd.config.checks_answers import check_answers, needs_teachers
 from megatron_opd.config.checks_context import check_context
 from megatron_opd.config.checks_lora import check_lora
-from megatron_opd.config.checks_method import check_method
+from megatron_opd.config.checks_method import check_method, check_minibatches
 from megatron_opd.config.checks_precision import check_precision
 from megatron_opd.config.checks_serving import check_serving
 from megatron_opd.config.data import problem_with_reward
+from megatron_opd.config.models import crosses_tokenizers
 
 _RESERVED = {"teachers": "ensemble", "data.eval": "all"}
 """Names that metrics use for the whole: kl/ensemble, eval/accuracy/all."""
+_NO_TEACHER = "teachers: at least one teacher is needed"
 
 
 def check(config: Config) -> list[str]:
     """Every problem that the settings alone reveal, each naming the setting to change."""
+    c = config
     return [
-        *_check_schedule(config),
-        *_check_layout(config),
-        *check_context(config),
-        *check_lora(config),
-        *_check_teachers(config),
-        *_check_data(config),
-        *_check_rewards(config),
-        *check_serving(config),
-        *_check_tokenizers(config),
-        *check_method(config),
-        *check_answers(config),
-        *check_precision(config),
+        *_check_schedule(c.optim, c.train),
+        *_check_layout(c.parallel, c.rollout, c.train),
+        *check_context(c.parallel, c.teachers, c.train, longest=c.data.max_prompt_tokens + c.rollout.max_new_tokens),
+        *check_lora(c.lora),
+        *_check_run(c.run),
+        *([] if c.teachers or not needs_teachers(c.loss, c.policy, c.answers) else [_NO_TEACHER]),
+        *_check_teachers(c.teachers, c.data),
+        *_check_data(c.data),
+        *check_serving(c.rollout, c.teachers, c.loss, c.parallel),
+        *_check_tokenizers(c.teachers, c.answers, c.loss, c.policy, c.train),
+        *check_method(c.loss, c.policy, c.rl, c.rollout),
+        *check_minibatches(c.train, c.rollout, c.parallel),
+        *check_answers(c.answers, c.teachers, c.loss, c.rollout),
+        *check_precision(c.precision, c.student, c.teachers, has_adapters=c.lora.rank > 0),
     ]
 
 
-def _check_schedule(config: Config) -> list[str]:
-    optim, train, problems = config.optim, config.train, []
+def _check_schedule(optim: OptimConfig, train: TrainConfig) -> list[str]:
+    problems = []
     if optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr ({optim.min_lr}) must not be above optim.lr ({optim.lr})")
     if optim.warmup_steps and optim.warmup_steps >= train.updates_per_step * train.steps:
@@ -50,57 +69,59 @@ def _check_schedule(config: Config) -> list[str]:
     return problems
 
 
-def _check_layout(config: Config) -> list[str]:
-    parallel, problems = config.parallel, []
+def _check_layout(parallel: ParallelConfig, rollout: RolloutConfig, train: TrainConfig) -> list[str]:
+    problems = []
     if parallel.sequence and parallel.tensor == 1:
         problems.append("parallel.sequence needs parallel.tensor > 1")
     if parallel.tensor % parallel.expert:
         problems.append(f"parallel.expert ({parallel.expert}) must divide parallel.tensor ({parallel.tensor})")
-    if config.rollout.prompts_per_step % parallel.data:
+    if rollout.prompts_per_step % parallel.data:
         problems.append(
-            f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) must be a multiple of"
+            f"rollout.prompts_per_step ({rollout.prompts_per_step}) must be a multiple of"
             f" parallel.data ({parallel.data})"
         )
         return problems
-    per_replica = config.rollout.prompts_per_step // parallel.data * config.rollout.samples_per_prompt
-    if per_replica % config.train.micro_batch_size:
+    per_replica = rollout.prompts_per_step // parallel.data * rollout.samples_per_prompt
+    if per_replica % train.micro_batch_size:
         problems.append(
-            f"train.micro_batch_size ({config.train.micro_batch_size}) must divide the {per_replica} answers of a"
+            f"train.micro_batch_size ({train.micro_batch_size}) must divide the {per_replica} answers of a"
             " replica (rollout.prompts_per_step x rollout.samples_per_prompt / parallel.data)"
         )
     return problems
 
 
-def _check_teachers(config: Config) -> list[str]:
-    problems = [] if config.teachers or not needs_teachers(config) else ["teachers: at least one teacher is needed"]
-    problems += [] if config.data.train else ["data.train: at least one source is needed"]
-    if not config.run.dir:
-        problems.append("run.dir must not be empty")
-    if not config.run.dir.isprintable():
-        problems.append("run.dir must not have line ends or tabs")
-    problems += _check_names("teachers", config.teachers)
+def _check_run(run: RunConfig) -> list[str]:
+    problems = [] if run.dir else ["run.dir must not be empty"]
+    return problems + ([] if run.dir.isprintable() else ["run.dir must not have line ends or tabs"])
+
+
+def _check_teachers(teachers: list[TeacherConfig], data: DataConfig) -> list[str]:
+    problems = [] if data.train else ["data.train: at least one source is needed"]
+    problems += _check_names("teachers", teachers)
     problems += [
         f"teachers: the name '{t.name}' is also in names of files: letters, digits, spaces and . _ + - alone"
-        for t in config.teachers
+        for t in teachers
         if t.name and not re.fullmatch(r"[\w.+ -]+", t.name)
     ]
-    problems += [*_check_names("data.train", config.data.train), *_check_names("data.eval", config.data.eval)]
-    return problems + _check_weights(config)
+    problems += [*_check_names("data.train", data.train), *_check_names("data.eval", data.eval)]
+    return problems + _check_weights(teachers, [*data.train, *data.eval])
 
 
-def _check_data(config: Config) -> list[str]:
+def _check_data(data: DataConfig) -> list[str]:
     problems = []
     for setting in ("system_prompt", "chat_template_options"):
-        if getattr(config.data, setting) and config.data.chat_template == "none":
+        if getattr(data, setting) and data.chat_template == "none":
             problems.append(f"data.{setting} has no effect without a template; set data.chat_template")
-    if not config.data.chat_template:
+    if not data.chat_template:
         problems.append("data.chat_template must be none, tokenizer, or a file")
-    for kind, sources in (("train", config.data.train), ("eval", config.data.eval)):
+    for kind, sources in (("train", data.train), ("eval", data.eval)):
         for i, source in enumerate(sources):
             if not source.path.startswith(HUB) and (source.subset or source.split != "train"):
                 problems.append(f"data.{kind}.{i}: subset and split are for data sets of the hub (path {HUB}…)")
             if not (source.prompt_field and source.answer_field):
                 problems.append(f"data.{kind}.{i}: prompt_field and answer_field must not be empty")
+            if problem := problem_with_reward(source.reward):
+                problems.append(f"data.{kind}.{i}.reward: {problem}")
     return problems
 
 
@@ -114,47 +135,40 @@ def _check_names(setting: str, named: Iterable[TeacherConfig | SourceConfig]) ->
     return problems
 
 
-def _check_weights(config: Config) -> list[str]:
+def _check_weights(teachers: list[TeacherConfig], sources: list[SourceConfig]) -> list[str]:
     problems = []
-    known = sorted({s.name for s in [*config.data.train, *config.data.eval]})
-    for i, teacher in enumerate(config.teachers):
+    known = sorted({s.name for s in sources})
+    for i, teacher in enumerate(teachers):
         for source in sorted(set(teacher.sources) - set(known)):
             near = difflib.get_close_matches(source, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             problems.append(f"teachers.{i}.sources: there is no prompt source '{source}'{hint}")
-    for source in known if config.teachers else []:
-        if not any(t.weight_for(source) for t in config.teachers):
+    for source in known if teachers else []:
+        if not any(t.weight_for(source) for t in teachers):
             problems.append(f"teachers: every weight for prompt source '{source}' is 0; give one teacher a weight")
     return problems
 
 
-def _check_rewards(config: Config) -> list[str]:
-    problems = []
-    for setting, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for i, source in enumerate(sources):
-            problem = problem_with_reward(source.reward)
-            problems += [f"{setting}.{i}.reward: {problem}"] if problem else []
-    return problems
-
-
-def _check_tokenizers(config: Config) -> list[str]:
+def _check_tokenizers(
+    teachers: list[TeacherConfig], answers: AnswersConfig, loss: LossConfig, policy: PolicyConfig, train: TrainConfig
+) -> list[str]:
     """What teachers with another tokenizer do not allow."""
-    if not config.crosses_tokenizers:
+    if not crosses_tokenizers(teachers):
         return []
     problems = []
-    for i, teacher in enumerate(config.teachers):
+    for i, teacher in enumerate(teachers):
         if teacher.tokenizer != "own":
             problems.append(f"teachers.{i}.tokenizer: where one teacher has its own tokenizer, all must say own")
         if teacher.carrier != "hidden":
             problems.append(
                 f"teachers.{i}.carrier: a teacher with its own tokenizer must tell hidden states, not {teacher.carrier}"
             )
-    if config.answers.seq_kd or config.answers.teacher_mixed_alpha:
+    if answers.seq_kd or answers.teacher_mixed_alpha:
         problems.append("answers.seq_kd, answers.teacher_mixed_alpha: a teacher with its own tokenizer cannot sample")
-    if config.loss.kind != "distribution":
+    if loss.kind != "distribution":
         problems.append("loss.kind must be distribution where teachers have their own tokenizer")
-    if config.policy.kl_coef > 0:
+    if policy.kl_coef > 0:
         problems.append("policy.kl_coef: the advantage of teachers with their own tokenizer is not known by token")
-    if config.train.eval_teachers:
+    if train.eval_teachers:
         problems.append("train.eval_teachers: teachers with their own tokenizer cannot answer the student's tokens")
     return problems

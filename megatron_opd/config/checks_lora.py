@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from megatron_opd.config import Config
-from megatron_opd.config.lora import GROUPS, LORA_MODULES
+from megatron_opd.config.lora import GROUPS, LORA_MODULES, LoraConfig
 
 _NEVER = {
     "gate": "the router of a mixture of experts is never adapted",
@@ -15,11 +14,11 @@ _NEVER = {
 }
 
 
-def check_lora(config: Config) -> list[str]:
+def check_lora(lora: LoraConfig) -> list[str]:
     """Problems of the section `lora`, each naming the setting to change."""
     problems = []
     known = [*LORA_MODULES, *GROUPS]
-    for target in config.lora.targets:
+    for target in lora.targets:
         if target in _NEVER:
             problems.append(f"lora.targets: '{target}': {_NEVER[target]}; known: {', '.join(known)}")
         elif target not in known:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_opd.config import Config
+from megatron_opd.config import LossConfig, ParallelConfig, PolicyConfig, RLConfig, RolloutConfig, TrainConfig
+from megatron_opd.config.policy import has_policy_gradient
 
 _K1 = (
     "loss.estimator: k1 is refused: the gradient of log q(y) - log p(y) is that of log q(y), whatever the teachers say;"
@@ -10,13 +11,13 @@ _K1 = (
 )
 
 
-def check_method(config: Config) -> list[str]:
-    """Every such problem."""
-    return [*_check_clipping(config), *_check_distillation(config), *_check_rewards(config), *_check_updates(config)]
+def check_method(loss: LossConfig, policy: PolicyConfig, rl: RLConfig, rollout: RolloutConfig) -> list[str]:
+    """Every such problem of the terms."""
+    return [*_check_clipping(policy), *_check_distillation(loss, policy, rl), *_check_rewards(rl, loss, rollout)]
 
 
-def _check_clipping(config: Config) -> list[str]:
-    policy, problems = config.policy, []
+def _check_clipping(policy: PolicyConfig) -> list[str]:
+    problems = []
     if policy.dual_clip and policy.dual_clip <= 1:
         problems.append(f"policy.dual_clip must be above 1, or 0 for none, not {policy.dual_clip}")
     if policy.dual_clip and policy.loss != "ppo":
@@ -24,8 +25,8 @@ def _check_clipping(config: Config) -> list[str]:
     return problems
 
 
-def _check_distillation(config: Config) -> list[str]:
-    loss, problems = config.loss, []
+def _check_distillation(loss: LossConfig, policy: PolicyConfig, rl: RLConfig) -> list[str]:
+    problems = []
     if loss.estimator == "k1":
         problems.append(_K1)
     elif loss.estimator != "policy_gradient" and loss.kind != "sampled":
@@ -36,28 +37,28 @@ def _check_distillation(config: Config) -> list[str]:
         problems.append("loss.anneal has no effect without a loss.weight to begin with")
     if loss.weight_min and not loss.anneal:
         problems.append("loss.weight_min has no effect without loss.anneal")
-    if not (loss.weight or config.has_policy_gradient):
+    if not (loss.weight or has_policy_gradient(policy, rl)):
         problems.append("nothing is trained: give loss.weight, policy.kl_coef, or rl.weight a value above 0")
-    if config.policy.kl_from == "next" and config.policy.kl_coef and not config.policy.kl_discount:
+    if policy.kl_from == "next" and policy.kl_coef and not policy.kl_discount:
         problems.append("policy.kl_from: next needs policy.kl_discount above 0: with 0 there is nothing after a token")
     return problems
 
 
-def _check_rewards(config: Config) -> list[str]:
-    rl, problems = config.rl, []
-    if rl.weight and rl.baseline == "group" and config.rollout.samples_per_prompt < 2:
+def _check_rewards(rl: RLConfig, loss: LossConfig, rollout: RolloutConfig) -> list[str]:
+    problems = []
+    if rl.weight and rl.baseline == "group" and rollout.samples_per_prompt < 2:
         problems.append(
             "rl.baseline: group compares the answers to one prompt, so rollout.samples_per_prompt must be at least 2,"
-            f" not {config.rollout.samples_per_prompt}"
+            f" not {rollout.samples_per_prompt}"
         )
-    if rl.distill_on != "all" and not config.loss.weight:
+    if rl.distill_on != "all" and not loss.weight:
         problems.append(f"rl.distill_on: {rl.distill_on} has no effect without loss.weight")
     return problems
 
 
-def _check_updates(config: Config) -> list[str]:
-    train = config.train
-    per_replica = config.rollout.prompts_per_step // config.parallel.data * config.rollout.samples_per_prompt
+def check_minibatches(train: TrainConfig, rollout: RolloutConfig, parallel: ParallelConfig) -> list[str]:
+    """Problems of several updates from one batch."""
+    per_replica = rollout.prompts_per_step // parallel.data * rollout.samples_per_prompt
     micro_batches = per_replica // train.micro_batch_size
     if micro_batches % train.minibatches == 0:
         return []

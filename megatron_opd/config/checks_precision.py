@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from megatron_opd.config import Config, TeacherConfig
+from megatron_opd.config import Fp8Config, PrecisionConfig, StudentConfig, TeacherConfig
+from megatron_opd.config.models import crosses_tokenizers
 
 ALL = "all"
 STUDENT = "student"
 
 
-def check_precision(config: Config) -> list[str]:
+def check_precision(
+    precision: PrecisionConfig, student: StudentConfig, teachers: list[TeacherConfig], *, has_adapters: bool
+) -> list[str]:
     """Every such problem; what depends on models and on this machine is `precision/fits.py`."""
-    fp8 = config.precision.fp8
-    problems = _check_names(config)
+    fp8 = precision.fp8
+    problems = _check_names(fp8, teachers)
     if fp8.recipe == "delayed" and (fp8.first_layers_bf16 or fp8.last_layers_bf16):
         problems.append(
             "precision.fp8.recipe delayed keeps its scales over all layers: set first_layers_bf16 and last_layers_bf16"
@@ -20,16 +23,16 @@ def check_precision(config: Config) -> list[str]:
     if fp8.resident and not fp8.teachers:
         problems.append("precision.fp8.resident keeps FP8 teachers small, but precision.fp8.teachers names none")
     if fp8.resident and not fp8.emulate:
-        offloaded = [t.name for t in config.teachers if t.offload and is_named(t, fp8.teachers)]
+        offloaded = [t.name for t in teachers if t.offload and is_named(t, fp8.teachers)]
         problems += [f"precision.fp8.resident: set offload=false for teacher '{name}'" for name in offloaded]
     if not fp8.is_on:
         return problems + (["precision.fp8.emulate: nothing is in FP8 to be emulated"] if fp8.emulate else [])
-    if config.lora.rank and fp8.student != "off":
+    if has_adapters and fp8.student != "off":
         problems.append("precision.fp8.student: adapters (lora.rank) are not in FP8; set one of the two off")
-    if config.crosses_tokenizers:
+    if crosses_tokenizers(teachers):
         problems.append("precision.fp8 is not for teachers with their own tokenizer (teachers.N.tokenizer)")
     if not fp8.emulate:
-        problems += _check_real(config)
+        problems += _check_real(precision, student, teachers)
     return problems
 
 
@@ -38,9 +41,8 @@ def is_named(teacher: TeacherConfig, names: list[str]) -> bool:
     return teacher.name in names or ALL in names
 
 
-def _check_names(config: Config) -> list[str]:
-    fp8 = config.precision.fp8
-    by_name = {t.name: t for t in config.teachers}
+def _check_names(fp8: Fp8Config, teachers: list[TeacherConfig]) -> list[str]:
+    by_name = {t.name: t for t in teachers}
     problems = []
     if fp8.is_on and {ALL, STUDENT} & set(by_name):
         problems.append("teachers: the names 'all' and 'student' mean other models in precision.fp8; choose another")
@@ -65,9 +67,9 @@ def _check_names(config: Config) -> list[str]:
     return problems
 
 
-def _check_real(config: Config) -> list[str]:
+def _check_real(precision: PrecisionConfig, student: StudentConfig, teachers: list[TeacherConfig]) -> list[str]:
     """What only the emulation can do."""
-    fp8, problems = config.precision.fp8, []
+    fp8, problems = precision.fp8, []
     if fp8.student == "forward":
         problems.append(
             "precision.fp8.student=forward is emulated only: Transformer Engine has a backward pass in bf16 from 2.15"
@@ -84,11 +86,11 @@ def _check_real(config: Config) -> list[str]:
             f"precision.fp8.heads: the recipe {fp8.recipe} is emulated only for output heads; set recipe=tensorwise, or"
             " precision.fp8.emulate=true"
         )
-    if config.precision.layers == "local" and fp8.has_layers:
+    if precision.layers == "local" and fp8.has_layers:
         problems.append("precision.layers=local has no FP8: set auto, or precision.fp8.emulate=true")
-    if fp8.student != "off" and config.student.dtype != "bf16":
-        problems.append(f"precision.fp8.student needs student.dtype=bf16, not {config.student.dtype}")
-    for i, teacher in enumerate(config.teachers):
+    if fp8.student != "off" and student.dtype != "bf16":
+        problems.append(f"precision.fp8.student needs student.dtype=bf16, not {student.dtype}")
+    for i, teacher in enumerate(teachers):
         if is_named(teacher, fp8.teachers) and not teacher.is_served and teacher.dtype != "bf16":
             problems.append(f"precision.fp8.teachers: '{teacher.name}' needs teachers.{i}.dtype=bf16")
     return problems

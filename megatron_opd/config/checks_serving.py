@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from megatron_opd.config import Config, RolloutConfig, ServersConfig, TeacherConfig
+from megatron_opd.config import LossConfig, ParallelConfig, RolloutConfig, ServersConfig, TeacherConfig
 from megatron_opd.config.rollout_engines import ENGINES, engines_that_take
 
 API_KEY = "MEGATRON_OPD_API_KEY"
@@ -26,23 +26,29 @@ _SETTINGS_OF = {
 """Arguments of servers that we must know about: by another port, they would be waited for in vain."""
 
 
-def check_serving(config: Config) -> list[str]:
+def check_serving(
+    rollout: RolloutConfig, teachers: list[TeacherConfig], loss: LossConfig, parallel: ParallelConfig
+) -> list[str]:
     """Every such problem."""
-    problems = [*_check_engine(config.rollout), *_check_loss(config), *_check_colocated(config)]
-    for i, teacher in enumerate(config.teachers):
+    problems = [
+        *_check_engine(rollout),
+        *_check_loss(loss, teachers),
+        *_check_colocated(rollout, teachers, ranks=parallel.world_size),
+    ]
+    for i, teacher in enumerate(teachers):
         problems += _check_teacher(f"teachers.{i}", teacher)
-    for what, servers in _served(config):
+    for what, servers in _served(rollout, teachers):
         problems += _check_servers(what, servers)
-    served = [what for what, _ in _served(config)]
+    served = [what for what, _ in _served(rollout, teachers)]
     if served and importlib.util.find_spec("aiohttp") is None:
         problems.append(f"{', '.join(served)}: servers need the package aiohttp, which is not installed")
     return problems
 
 
-def check_vocabulary(config: Config, size: int) -> list[str]:
+def check_vocabulary(rollout: RolloutConfig, teachers: list[TeacherConfig], size: int) -> list[str]:
     """What asks for more tokens than the vocabulary of the models has, which would kill a server."""
-    asked = {"rollout.top_k": config.rollout.top_k}
-    asked |= {f"teachers.{i}.top_k": t.top_k for i, t in enumerate(config.teachers) if t.carrier == "topk"}
+    asked = {"rollout.top_k": rollout.top_k}
+    asked |= {f"teachers.{i}.top_k": t.top_k for i, t in enumerate(teachers) if t.carrier == "topk"}
     return [
         f"{name} ({k}) must not be above {size}, the entries of the models' vocabulary"
         for name, k in asked.items()
@@ -50,11 +56,11 @@ def check_vocabulary(config: Config, size: int) -> list[str]:
     ]
 
 
-def _served(config: Config) -> Iterator[tuple[str, ServersConfig]]:
+def _served(rollout: RolloutConfig, teachers: list[TeacherConfig]) -> Iterator[tuple[str, ServersConfig]]:
     """The settings of servers that are used."""
-    if config.rollout.is_served:
-        yield "rollout.servers", config.rollout.servers
-    for i, teacher in enumerate(config.teachers):
+    if rollout.is_served:
+        yield "rollout.servers", rollout.servers
+    for i, teacher in enumerate(teachers):
         if teacher.is_served:
             yield f"teachers.{i}.servers", teacher.servers
 
@@ -94,16 +100,16 @@ def _check_teacher(what: str, teacher: TeacherConfig) -> list[str]:
     return problems
 
 
-def _check_colocated(config: Config) -> list[str]:
+def _check_colocated(rollout: RolloutConfig, teachers: list[TeacherConfig], *, ranks: int) -> list[str]:
     """What servers on the trainer's own GPUs cannot do."""
     what = "rollout.servers.colocated"
     problems = [
         f"teachers.{i}.servers.colocated: only the student's servers can be; a teacher on the trainer's GPUs is"
         f" teachers.{i}.backend: megatron, with teachers.{i}.offload where memory is short"
-        for i, teacher in enumerate(config.teachers)
+        for i, teacher in enumerate(teachers)
         if teacher.servers.colocated
     ]
-    rollout, servers = config.rollout, config.rollout.servers
+    servers = rollout.servers
     if not servers.colocated:
         return problems
     if rollout.max_staleness:
@@ -111,7 +117,7 @@ def _check_colocated(config: Config) -> list[str]:
             f"rollout.max_staleness ({rollout.max_staleness}) needs servers with GPUs of their own: those of {what}"
             " have no memory while the student trains"
         )
-    ranks, wanted = config.parallel.world_size, servers.tensor * servers.count
+    wanted = servers.tensor * servers.count
     if servers.urls:
         return problems
     if not any(arg.startswith("--mem-fraction-static") for arg in servers.args):
@@ -134,12 +140,12 @@ def _check_colocated(config: Config) -> list[str]:
     return problems
 
 
-def _check_loss(config: Config) -> list[str]:
+def _check_loss(loss: LossConfig, teachers: list[TeacherConfig]) -> list[str]:
     """What the carriers of the teachers allow to be minimised, and how they can be combined."""
-    loss, problems = config.loss, []
+    problems = []
     if loss.kind == "sampled" and loss.beta != 1:
         problems.append(f"loss.kind: sampled is reverse KL, so loss.beta must be 1, not {loss.beta}")
-    for i, teacher in enumerate(config.teachers):
+    for i, teacher in enumerate(teachers):
         what = f"teachers.{i}.carrier: {teacher.carrier}"
         if teacher.carrier == "sampled" and loss.kind != "sampled":
             problems.append(f"{what} needs loss.kind: sampled; for a divergence ask for hidden or topk")
@@ -148,7 +154,7 @@ def _check_loss(config: Config) -> list[str]:
                 f"{what} needs loss.temperature: 1, not {loss.temperature}, because the normaliser of tempered"
                 " probabilities is not known; it is allowed for hidden"
             )
-        if teacher.carrier != "hidden" and loss.ensemble == "logits" and len(config.teachers) > 1:
+        if teacher.carrier != "hidden" and loss.ensemble == "logits" and len(teachers) > 1:
             problems.append(
                 f"{what} with several teachers needs loss.ensemble: probs; an average of logits needs all tokens of"
                 " every teacher, which hidden has"

@@ -1,6 +1,6 @@
 """Reads a run's description: a YAML file plus `section.key=value` overrides, every problem said at once.
 
-An unknown setting is answered with the nearest known one. The way back, `dump`, writes every default out.
+An unknown setting is answered with the nearest known one. The way back, `to_dict` and `dump`, writes every default out.
 """
 
 from __future__ import annotations
@@ -117,21 +117,24 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def dump(config: Config) -> str:
-    """The resolved config as YAML."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+def dump(settings: dict[str, Any]) -> str:
+    """A resolved config, as `to_dict` gives it, as YAML."""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def record(config: Config, path: Path) -> list[str] | None:
-    """Write the resolved config; returns what is not as the last record had it, None when there was none to read."""
+def record(settings: dict[str, Any], path: Path) -> list[str] | None:
+    """Write a resolved config, as `to_dict` gives it.
+
+    Returns what is not as the last record had it, None when there was none to read.
+    """
     try:
         before = yaml.safe_load(path.read_text())
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):  # nothing but this message depends on it
         before = None
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump(config))
+    temporary.write_text(dump(settings))
     temporary.replace(path)
-    return None if before is None else changes(before, to_dict(config))
+    return None if before is None else changes(before, settings)
 
 
 def changes(old: Any, new: Any, name: str = "") -> list[str]:

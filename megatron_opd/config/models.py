@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from megatron_opd.config.section import AtLeastOne, Count, NotNegative, Positive, bound, section
@@ -143,3 +144,14 @@ class TeacherConfig:
     def weight_for(self, source: str) -> float:
         """Unnormalised ensemble weight of this teacher for prompts of `source`."""
         return self.sources.get(source, self.weight)
+
+
+def ensemble_weights(teachers: Sequence[TeacherConfig], source: str) -> list[float]:
+    """Weights of all teachers for prompts of `source`, in config order, summing to 1."""
+    raw = [t.weight_for(source) for t in teachers]
+    return [w / sum(raw) for w in raw]
+
+
+def crosses_tokenizers(teachers: Sequence[TeacherConfig]) -> bool:
+    """Whether teachers read the student's answers in tokens of their own."""
+    return any(t.tokenizer == "own" for t in teachers)

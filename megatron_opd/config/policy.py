@@ -53,3 +53,13 @@ class RLConfig:
     distill_on: Literal["all", "wrong", "unsolved"] = "all"
     """Which answers the distillation term is on: all; wrong: those with a reward below 1; unsolved: those of prompts
     without any answer of reward 1."""
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether training answers are graded."""
+        return self.weight > 0 or self.distill_on != "all"
+
+
+def has_policy_gradient(policy: PolicyConfig, rl: RLConfig) -> bool:
+    """Whether sampled tokens get advantages."""
+    return rl.weight > 0 or policy.kl_coef > 0

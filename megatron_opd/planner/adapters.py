@@ -5,7 +5,7 @@ The layout of `models/lora_layout.py`, whose tensors the planner does without; t
 
 from __future__ import annotations
 
-from megatron_opd.config import Config, LoraConfig, ParallelConfig
+from megatron_opd.config import LoraConfig, ParallelConfig
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.planner import sizes
 from megatron_opd.planner.sizes import SizedParameter
@@ -13,11 +13,11 @@ from megatron_opd.planner.sizes import SizedParameter
 _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-def trained(arch: Architecture, config: Config, stage: int) -> list[SizedParameter]:
+def trained(arch: Architecture, lora: LoraConfig, parallel: ParallelConfig, stage: int) -> list[SizedParameter]:
     """The parameters of one rank of a stage that have gradients: adapters, or where there are none, all."""
-    if config.lora.rank:
-        return parameters(arch, config.lora, config.parallel, stage)
-    return sizes.stage_parameters(arch, config.parallel, stage)
+    if lora.rank:
+        return parameters(arch, lora, parallel, stage)
+    return sizes.stage_parameters(arch, parallel, stage)
 
 
 def parameters(arch: Architecture, lora: LoraConfig, parallel: ParallelConfig, stage: int) -> list[SizedParameter]:

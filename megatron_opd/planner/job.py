@@ -112,7 +112,8 @@ def build(config: Config, *, gpu: str, prompt: float | None = None, response: fl
         student = read_architecture(config.student.model, vocab_multiple=config.student.vocab_multiple)
     except ValueError as error:
         problems.append(f"student.model: {error}")
-    teachers = [_teacher(f"teachers.{i}.model", t, config, problems) for i, t in enumerate(config.teachers)]
+    tensor = config.parallel.tensor
+    teachers = [_teacher(f"teachers.{i}.model", t, tensor, problems) for i, t in enumerate(config.teachers)]
     if problems or student is None:
         raise ValueError("\n".join(["this config cannot be planned:", *(f"  - {p}" for p in problems)]))
     return Job(
@@ -125,10 +126,10 @@ def build(config: Config, *, gpu: str, prompt: float | None = None, response: fl
     )
 
 
-def _teacher(what: str, teacher: TeacherConfig, config: Config, problems: list[str]) -> Architecture | None:
+def _teacher(what: str, teacher: TeacherConfig, tensor: int, problems: list[str]) -> Architecture | None:
     inside = not teacher.is_served
     try:
-        return read_architecture(teacher.model, vocab_multiple=config.parallel.tensor if inside else 1)
+        return read_architecture(teacher.model, vocab_multiple=tensor if inside else 1)
     except ValueError as error:
         if inside or "is not supported" not in str(error):
             problems.append(f"{what}: {error}")

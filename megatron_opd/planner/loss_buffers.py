@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_opd.config import TeacherConfig
-from megatron_opd.config.checks_precision import STUDENT
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
-from megatron_opd.precision.fp8_plan import plan_of
+from megatron_opd.precision.fp8_plan import student_plan, teacher_plan
 
 _SAMPLED = 5
 """Float32 [C, L] tensors that live at one time in `loss/sampled_tokens.py`."""
@@ -66,8 +65,9 @@ def peak(job: Job) -> float:
 def takes_hidden(job: Job) -> bool:
     """Whether the student's logits exist a chunk at a time only: as `Objective.takes_hidden`, and its head is not
     rounded."""
-    rounded = plan_of(job.config, STUDENT, job.student).head_products is not None
-    return is_exact(job) and not _has_sampled_terms(job) and not rounded
+    config = job.config
+    plan = student_plan(config.precision, config.student, config.parallel, job.student)
+    return is_exact(job) and not _has_sampled_terms(job) and plan.head_products is None
 
 
 def is_exact(job: Job) -> bool:
@@ -79,7 +79,7 @@ def is_exact(job: Job) -> bool:
 
 def is_scaled(job: Job, teacher: TeacherConfig, arch: Architecture) -> bool:
     """Whether the output head of a teacher that tells hidden states is in FP8 proper."""
-    plan = plan_of(job.config, teacher.name, arch)
+    plan = teacher_plan(job.config.precision, teacher, job.config.parallel, arch)
     return plan.head_products is not None and not plan.emulate
 
 

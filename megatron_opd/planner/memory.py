@@ -15,7 +15,7 @@ from megatron_opd.planner import activations, adapters, loss_buffers, sizes
 from megatron_opd.planner.activations import ForwardPass
 from megatron_opd.planner.gpus import BYTES
 from megatron_opd.planner.job import Job
-from megatron_opd.precision.fp8_plan import LINEARS, plan_of
+from megatron_opd.precision.fp8_plan import LINEARS, teacher_plan
 
 _LOCAL_BATCH = 256
 """Sequences that the embedded engine decodes together at most."""
@@ -67,7 +67,7 @@ def fits(job: Job) -> bool:
 
 def _rank(job: Job, stage: int) -> RankMemory:
     config = job.config
-    trained = adapters.trained(job.student, config, stage)
+    trained = adapters.trained(job.student, config.lora, config.parallel, stage)
     held = sizes.buffers(trained, config.parallel, distributed=config.optim.distributed)
     frozen = sizes.numel(sizes.stage_parameters(job.student, config.parallel, stage)) if config.lora.rank else 0
     is_last = stage == config.parallel.pipeline - 1
@@ -152,7 +152,7 @@ def _teacher_weights(job: Job, stage: int) -> tuple[float, float]:
 
 def _saved_by_fp8(job: Job, teacher: TeacherConfig, arch: Architecture, stage: int) -> float:
     """Bytes that a teacher on the ranks has less for matrices that stay in FP8 between passes."""
-    plan = plan_of(job.config, teacher.name, arch)
+    plan = teacher_plan(job.config.precision, teacher, job.config.parallel, arch)
     if not plan.resident:
         return 0.0
     layers = arch.num_layers // job.config.parallel.pipeline

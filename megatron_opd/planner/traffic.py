@@ -66,7 +66,8 @@ def gradients(job: Job) -> float:
     all-gather of weights (distributed optimizer), or an all-reduce."""
     config, replicas = job.config, job.config.parallel.context * job.config.parallel.data
     size = 4 + (BYTES[config.student.dtype] if config.optim.distributed else 4)
-    mine = max(sizes.numel(adapters.trained(job.student, config, stage)) for stage in _stages(job))
+    trained = [adapters.trained(job.student, config.lora, config.parallel, stage) for stage in _stages(job)]
+    mine = max(sizes.numel(parameters) for parameters in trained)
     return mine * size * (replicas - 1) / replicas
 
 

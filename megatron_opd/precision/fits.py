@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from megatron_opd.config import Config
-from megatron_opd.config.checks_precision import STUDENT
+from megatron_opd.config import ParallelConfig, PrecisionConfig, StudentConfig, TeacherConfig, TrainConfig
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.precision import installed
-from megatron_opd.precision.fp8_plan import ModelPlan, check_head_rows, check_shapes, plans
+from megatron_opd.precision.fp8_plan import ModelPlan, check_head_rows, check_shapes, student_plan, teacher_plan
+from megatron_opd.precision.recipes import RECIPES
 
 
-def look(config: Config) -> tuple[list[str], list[str]]:
+def look(
+    precision: PrecisionConfig,
+    student: StudentConfig,
+    *,
+    teachers: list[TeacherConfig],
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    is_deterministic: bool,
+) -> tuple[list[str], list[str]]:
     """(problems, notes a line each). Models that cannot be read are left out: that is a problem already."""
-    fp8 = config.precision.fp8
+    fp8 = precision.fp8
     problems = [problem] if (problem := installed.apex_problem()) else []
-    problems += _attention(config)
-    notes = installed.notes(config.precision.layers)
+    needed_by = "train.packing" if train.packing else "parallel.context" if parallel.context > 1 else None
+    if needed_by and precision.layers != "local":
+        problems += _attention(needed_by, student, teachers, is_deterministic=is_deterministic)
+    notes = installed.notes(precision.layers)
     if not fp8.is_on:
         return problems, notes
     if not fp8.emulate:
@@ -22,48 +32,50 @@ def look(config: Config) -> tuple[list[str], list[str]]:
         problems += [f"precision.fp8: {missing}"] if missing else []
         unfit = installed.recipe_problem(fp8.recipe)
         problems += [f"precision.fp8.recipe={fp8.recipe}: {unfit}"] if unfit else []
-    architectures = _architectures(config)
-    made = plans(config, architectures)
-    for plan in made:
-        problems += check_shapes(plan, architectures[plan.model], config)
-    if STUDENT in architectures:
-        problems += check_head_rows(made, architectures[STUDENT], config)
-    notes += [plan.line() for plan in made]
+    recipe = RECIPES[fp8.recipe]
+    made, own = [], _architecture(student.model, student.vocab_multiple)
+    if own:
+        made.append((student_plan(precision, student, parallel, own), own))
+    for teacher in teachers:
+        if teacher.carrier == "hidden" and (arch := _architecture(teacher.model, parallel.tensor)):
+            made.append((teacher_plan(precision, teacher, parallel, arch), arch))
+    for plan, arch in made:
+        problems += check_shapes(plan, arch, recipe, parallel)
+    plans = [plan for plan, _ in made]
+    if own:
+        problems += check_head_rows(plans, own, recipe, parallel.tensor)
+    notes += [plan.line() for plan in plans]
     if fp8.recipe == "delayed":
-        notes.append(_delayed(made))
+        notes.append(_delayed(plans))
     return problems, notes
 
 
-def _attention(config: Config) -> list[str]:
-    """What Transformer Engine's attention does by its fused kernels alone: in types of 16 bits, on newer devices."""
-    settings = {"train.packing": config.train.packing, "parallel.context": config.parallel.context > 1}
-    asked = [name for name, is_on in settings.items() if is_on]
-    is_theirs = installed.has_cuda() and installed.transformer_engine() and config.precision.layers != "local"
-    if not asked or not is_theirs:
+def _attention(
+    needed_by: str, student: StudentConfig, teachers: list[TeacherConfig], *, is_deterministic: bool
+) -> list[str]:
+    """What Transformer Engine's attention does by its fused kernels alone: in types of 16 bits, on newer devices.
+
+    `needed_by` is the setting that takes those kernels.
+    """
+    if not (installed.has_cuda() and installed.transformer_engine()):
         return []
-    if unfit := installed.fused_attention_problem(is_deterministic=config.run.deterministic):
-        return [f"{asked[0]}: {unfit}; set precision.layers=local"]
-    dtypes = {"student.dtype": config.student.dtype}
-    dtypes |= {f"teachers.{i}.dtype": t.dtype for i, t in enumerate(config.teachers) if not t.is_served}
+    if unfit := installed.fused_attention_problem(is_deterministic=is_deterministic):
+        return [f"{needed_by}: {unfit}; set precision.layers=local"]
+    dtypes = {"student.dtype": student.dtype}
+    dtypes |= {f"teachers.{i}.dtype": t.dtype for i, t in enumerate(teachers) if not t.is_served}
     return [
-        f"{asked[0]}: Transformer Engine's attention does that in 16 bits only, not in fp32; set {name}=bf16, or"
+        f"{needed_by}: Transformer Engine's attention does that in 16 bits only, not in fp32; set {name}=bf16, or"
         " precision.layers=local"
         for name, dtype in dtypes.items()
         if dtype == "fp32"
     ]
 
 
-def _architectures(config: Config) -> dict[str, Architecture]:
-    """Of the models that something of is computed here, by the names of plans."""
-    where = {STUDENT: (config.student.model, config.student.vocab_multiple)}
-    where |= {t.name: (t.model, config.parallel.tensor) for t in config.teachers if t.carrier == "hidden"}
-    found = {}
-    for name, (model, multiple) in where.items():
-        try:
-            found[name] = read_architecture(model, vocab_multiple=multiple)
-        except ValueError:
-            continue
-    return found
+def _architecture(model: str, vocab_multiple: int) -> Architecture | None:
+    try:
+        return read_architecture(model, vocab_multiple=vocab_multiple)
+    except ValueError:
+        return None
 
 
 def _delayed(made: list[ModelPlan]) -> str:

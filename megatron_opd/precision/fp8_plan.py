@@ -1,4 +1,4 @@
-"""Which module of which model computes in what: a pure function of the config and the models' architectures.
+"""Which module of which model computes in what: a pure function of settings and the models' architectures.
 
 A plan is a list of rules over Megatron's module names, layers counted from the model's first; the first that matches
 counts. The emulation wraps modules by it, Megatron's own FP8 settings follow from it, and people read it.
@@ -6,12 +6,12 @@ counts. The emulation wraps modules by it, Megatron's own FP8 settings follow fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from megatron_opd.config import Config
+from megatron_opd.config import Fp8Config, ParallelConfig, PrecisionConfig, StudentConfig, TeacherConfig
 from megatron_opd.config.checks_precision import ALL, STUDENT, is_named
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.precision.recipes import HISTORY, RECIPES, Recipe
@@ -106,38 +106,36 @@ class ModelPlan:
         return f"precision of {who}: {'; '.join([*parts, rest])}{' (emulated)' if parts and self.emulate else ''}"
 
 
-def plans(config: Config, architectures: Mapping[str, Architecture]) -> list[ModelPlan]:
-    """Of the student and of every teacher that something of is computed here; `architectures` are theirs by name."""
-    fp8 = config.precision.fp8
-    made = []
-    if STUDENT in architectures:
-        head = bool({STUDENT, ALL} & set(fp8.heads))
-        dtype = config.student.dtype
-        made.append(_plan(config, STUDENT, dtype, layers=fp8.student != "off", head=head))
-    for teacher in config.teachers:
-        if teacher.name in architectures:
-            layers = not teacher.is_served and is_named(teacher, fp8.teachers)
-            head = teacher.carrier == "hidden" and is_named(teacher, fp8.heads)
-            made.append(_plan(config, teacher.name, teacher.dtype, layers=layers, head=head))
-    return [
-        _with_layer_count(plan, architectures[plan.model].num_layers) if plan.layer_products else plan for plan in made
-    ]
+def student_plan(
+    precision: PrecisionConfig, student: StudentConfig, parallel: ParallelConfig, arch: Architecture
+) -> ModelPlan:
+    """The plan of the student, whose architecture is `arch`."""
+    fp8 = precision.fp8
+    head = bool({STUDENT, ALL} & set(fp8.heads))
+    plan = _plan(precision, STUDENT, student.dtype, layers=fp8.student != "off", head=head)
+    return _on_the_layout(plan, parallel, arch)
 
 
-def length_multiple(config: Config, *, shards: int) -> int:
+def teacher_plan(
+    precision: PrecisionConfig, teacher: TeacherConfig, parallel: ParallelConfig, arch: Architecture
+) -> ModelPlan:
+    """The plan of a teacher, whose architecture is `arch`."""
+    fp8 = precision.fp8
+    layers = not teacher.is_served and is_named(teacher, fp8.teachers)
+    head = teacher.carrier == "hidden" and is_named(teacher, fp8.heads)
+    return _on_the_layout(_plan(precision, teacher.name, teacher.dtype, layers=layers, head=head), parallel, arch)
+
+
+def length_multiple(fp8: Fp8Config, parallel: ParallelConfig, *, shards: int) -> int:
     """What the length of the student's sequences must be a multiple of, whatever their number, where each is split over
     `shards` ranks."""
-    recipe = RECIPES[config.precision.fp8.recipe]
-    return shards * (_multiple(recipe, gathers=_gathers(config)) if config.precision.fp8.student != "off" else 1)
+    if fp8.student == "off":
+        return shards
+    return shards * _multiple(RECIPES[fp8.recipe], gathers=parallel.sequence and not fp8.emulate)
 
 
-def plan_of(config: Config, model: str, arch: Architecture) -> ModelPlan:
-    """Of one model: student, or the name of a teacher."""
-    return plans(config, {model: arch})[0]
-
-
-def _plan(config: Config, model: str, dtype: str, *, layers: bool, head: bool) -> ModelPlan:
-    fp8 = config.precision.fp8
+def _plan(precision: PrecisionConfig, model: str, dtype: str, *, layers: bool, head: bool) -> ModelPlan:
+    fp8 = precision.fp8
     recipe, is_student = RECIPES[fp8.recipe], model == STUDENT
     rules: list[tuple[str, Products | None]] = []
     if layers:
@@ -153,13 +151,14 @@ def _plan(config: Config, model: str, dtype: str, *, layers: bool, head: bool) -
         bf16_layers=(fp8.first_layers_bf16, fp8.last_layers_bf16) if layers else (0, 0),
         resident=fp8.resident and layers and not is_student,
         emulate=fp8.emulate and bool(rules),
-        layers=config.precision.layers,
-        gathers=_gathers(config),
+        layers=precision.layers,
     )
 
 
-def _gathers(config: Config) -> bool:
-    return config.parallel.sequence and not config.precision.fp8.emulate
+def _on_the_layout(plan: ModelPlan, parallel: ParallelConfig, arch: Architecture) -> ModelPlan:
+    """The plan with what follows from the layout and the number of layers."""
+    plan = replace(plan, gathers=parallel.sequence and not plan.emulate)
+    return _with_layer_count(plan, arch.num_layers) if plan.layer_products else plan
 
 
 def _multiple(recipe: Recipe, *, gathers: bool) -> int:
@@ -174,10 +173,9 @@ def _with_layer_count(plan: ModelPlan, num_layers: int) -> ModelPlan:
     return replace(plan, rules=out + plan.rules)
 
 
-def check_shapes(plan: ModelPlan, arch: Architecture, config: Config) -> list[str]:
+def check_shapes(plan: ModelPlan, arch: Architecture, recipe: Recipe, parallel: ParallelConfig) -> list[str]:
     """Sides of the matrices of a rank that FP8 products do not take, and layers that there are not."""
-    problems = []
-    fp8, tensor = config.precision.fp8, config.parallel.tensor
+    problems, tensor = [], parallel.tensor
     who = "student.model" if plan.model == STUDENT else f"the model of teacher '{plan.model}'"
     first, last = plan.bf16_layers
     if plan.layer_products is not None and first + last >= arch.num_layers:
@@ -185,7 +183,7 @@ def check_shapes(plan: ModelPlan, arch: Architecture, config: Config) -> list[st
             f"precision.fp8: first_layers_bf16 + last_layers_bf16 = {first + last} leaves none of the"
             f" {arch.num_layers} layers of {who} in FP8"
         )
-    stage = arch.num_layers // config.parallel.pipeline
+    stage = arch.num_layers // parallel.pipeline
     if plan.layer_products is not None and not plan.emulate and max(first, last) > stage:
         problems.append(
             f"precision.fp8: first_layers_bf16 and last_layers_bf16 must not be above the {stage} layers of a pipeline"
@@ -193,25 +191,24 @@ def check_shapes(plan: ModelPlan, arch: Architecture, config: Config) -> list[st
         )
     for side, size in _sides(plan, arch, tensor).items():
         is_gathered = plan.gathers and plan.layer_products is not None and side == _HIDDEN
-        multiple = _multiple(RECIPES[fp8.recipe], gathers=is_gathered)
+        multiple = _multiple(recipe, gathers=is_gathered)
         if size % multiple:
             problems.append(
-                f"precision.fp8.recipe={fp8.recipe} needs multiples of {multiple}, but"
+                f"precision.fp8.recipe={recipe.name} needs multiples of {multiple}, but"
                 f" {side} of {who} is {size} at parallel.tensor={tensor}{' with parallel.sequence' * is_gathered}"
             )
     return problems
 
 
-def check_head_rows(made: Sequence[ModelPlan], student: Architecture, config: Config) -> list[str]:
+def check_head_rows(made: Sequence[ModelPlan], student: Architecture, recipe: Recipe, tensor: int) -> list[str]:
     """Whether teachers' heads in FP8 are cut into what its products take: along the student's vocabulary. Where the
     student's own head is in FP8, `check_shapes` says it."""
-    fp8, tensor = config.precision.fp8, config.parallel.tensor
-    size, multiple = student.padded_vocab_size // tensor, RECIPES[fp8.recipe].multiple
+    size, multiple = student.padded_vocab_size // tensor, recipe.multiple
     cut = [plan.model for plan in made if plan.head_products is not None]
     if not cut or STUDENT in cut or size % multiple == 0:
         return []
     return [
-        f"precision.fp8.recipe={fp8.recipe} needs multiples of {multiple}, but the vocabulary of student.model, which"
+        f"precision.fp8.recipe={recipe.name} needs multiples of {multiple}, but the vocabulary of student.model, which"
         f" cuts the heads of {', '.join(cut)}, is {size} at parallel.tensor={tensor}: set student.vocab_multiple to a"
         f" multiple of {multiple * tensor}"
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_opd.config import Config, SourceConfig, TeacherConfig
+from megatron_opd.config import AnswersConfig, DataConfig, SourceConfig, TeacherConfig
 from megatron_opd.core.types import Prompt
 from megatron_opd.models.tokenizer import load_tokenizer
 from megatron_opd.prompts.chat import Encoder, build_encoder, checked
@@ -133,18 +133,31 @@ class View:
         return [*asked.messages[:-1], {**asked.messages[-1], "content": text}]
 
 
-def build_row_reader(
-    config: Config, source: SourceConfig, encoder: Encoder, limit: Limit, *, is_trained_on: bool
-) -> RowReader | None:
-    """What the run needs of the rows of a source; None: nothing more."""
-    asked = [teacher for teacher in config.teachers if teacher.weight_for(source.name) > 0]
-    views = tuple(
-        View(teacher, _own_encoder(config, teacher) if teacher.tokenizer == "own" else encoder)
+def build_views(
+    teachers: Sequence[TeacherConfig], data: DataConfig, source: SourceConfig, encoder: Encoder
+) -> tuple[View, ...]:
+    """The prompts besides the student's that teachers see of a source; `encoder` is the student's."""
+    asked = [teacher for teacher in teachers if teacher.weight_for(source.name) > 0]
+    return tuple(
+        View(teacher, build_encoder(data, load_tokenizer(teacher.model)) if teacher.tokenizer == "own" else encoder)
         for teacher in asked
         if teacher.prompt_field or teacher.prompt_template or (teacher.tokenizer == "own" and _is_there(teacher))
     )
-    learns_answers = is_trained_on and config.answers.lmbda < 1 and not config.answers.seq_kd
-    is_measured = not is_trained_on and config.train.eval_nll
+
+
+def build_row_reader(
+    views: tuple[View, ...],
+    encoder: Encoder,
+    *,
+    limit: Limit,
+    answers: AnswersConfig,
+    max_answer_tokens: int,
+    is_trained_on: bool,
+    is_measured: bool,
+) -> RowReader | None:
+    """What the run needs of the rows of a source, which is trained on, or whose answers are only measured
+    (train.eval_nll), or neither; None: nothing more than the student's prompt."""
+    learns_answers = is_trained_on and answers.lmbda < 1 and not answers.seq_kd
     if not (views or learns_answers or is_measured):
         return None
     return RowReader(
@@ -153,13 +166,9 @@ def build_row_reader(
         views=views,
         wants_answers=learns_answers or is_measured,
         has_rows_without=is_measured,
-        max_answer_tokens=config.rollout.max_new_tokens,
-        cuts=is_measured or config.answers.on_too_long == "cut",
+        max_answer_tokens=max_answer_tokens,
+        cuts=is_measured or answers.on_too_long == "cut",
     )
-
-
-def _own_encoder(config: Config, teacher: TeacherConfig) -> Encoder:
-    return build_encoder(config.data, load_tokenizer(teacher.model))
 
 
 def _is_there(teacher: TeacherConfig) -> bool:

@@ -109,7 +109,7 @@ def build_answers(config: Config, engine: RolloutEngine, *, eos_ids: tuple[int, 
     # A model is loaded once, whole, on this rank.
     teachers = {
         teacher.name: build_sampling_teacher(teacher, eos_ids=eos_ids, vocab_size=vocab_size)
-        for _, teacher in sampling_teachers(config)
+        for _, teacher in sampling_teachers(config.answers, config.teachers)
         if teacher.name in asked
     }
     mixed = mixed_engines(engine, teachers, alpha=config.answers.teacher_mixed_alpha)

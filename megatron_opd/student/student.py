@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import Config
-from megatron_opd.config.checks_precision import STUDENT
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
@@ -20,7 +19,7 @@ from megatron_opd.loss.fused import Logits
 from megatron_opd.loss.metrics import Sums, means, rows
 from megatron_opd.loss.objective import Objective
 from megatron_opd.models.architecture import read_architecture
-from megatron_opd.precision.fp8_plan import plan_of
+from megatron_opd.precision.fp8_plan import student_plan
 from megatron_opd.student import context, fp8, groups, head, lora, nonfinite, optim, pipeline, source, weights
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 
@@ -32,14 +31,14 @@ class Student:
         self.parallel, self.split = parallel, context.split_of(parallel)
         self.arch = read_architecture(config.student.model, vocab_multiple=config.student.vocab_multiple)
         dtype = DTYPES[config.student.dtype]
-        plan = plan_of(config, STUDENT, self.arch)
+        plan = student_plan(config.precision, config.student, config.parallel, self.arch)
         megatron = transformer_config(
             self.arch, parallel, dtype=dtype, recompute=config.student.recompute, precision=plan.megatron()
         )
         self.gpt = build_gpt(self.arch, megatron, parallel)
         head.give_hidden(self.gpt)
         source.load(self.gpt, self.arch, config.student.model, parallel)
-        self.lora = config.lora
+        self.path, self.lora = config.student.model, config.lora
         if self.lora.rank:
             lora.attach(self.gpt, self.arch, self.lora, parallel, seed=config.run.seed)
         self.fp8 = fp8.install(self.gpt, plan, parallel)

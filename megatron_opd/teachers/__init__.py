@@ -11,7 +11,7 @@ from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.scores import TeacherScore
 from megatron_opd.core.types import Rollout
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
+from megatron_opd.precision.fp8_plan import ModelPlan, teacher_plan
 from megatron_opd.teachers.offload import in_turn
 from megatron_opd.teachers.rounded_head import RoundedHead
 from megatron_opd.teachers.scorer import TeacherScorer
@@ -42,7 +42,8 @@ def fp8_plan(teacher: TeacherConfig, config: Config) -> ModelPlan | None:
         return None
     from megatron_opd.models.architecture import read_architecture
 
-    return plan_of(config, teacher.name, read_architecture(teacher.model, vocab_multiple=config.parallel.tensor))
+    arch = read_architecture(teacher.model, vocab_multiple=config.parallel.tensor)
+    return teacher_plan(config.precision, teacher, config.parallel, arch)
 
 
 _Build = Callable[[VocabShard, ModelPlan | None], TeacherScorer]

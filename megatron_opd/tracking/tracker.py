@@ -7,7 +7,6 @@ drops the rows that the new run is going to write again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from megatron_opd.config import Config
+from megatron_opd.config import LogConfig
 from megatron_opd.core.whole_file import write_whole
 
 METRICS_FILE = "metrics.jsonl"
@@ -94,18 +93,20 @@ class Tracker:
         self.close()
 
 
-def build_tracker(config: Config, *, is_main: bool, console: Console | None = None) -> Tracker:
-    """The tracker of this rank; `console` defaults to stderr, so that stdout stays free for results."""
-    if not is_main:
-        return Tracker()
-    run_dir = Path(config.run.dir)
+def build_tracker(
+    log: LogConfig, run_dir: Path, *, num_steps: int, settings: dict[str, Any], console: Console | None = None
+) -> Tracker:
+    """The tracker of the main rank; `settings` are those of the whole run, for sinks that show them.
+
+    `console` defaults to stderr, so that stdout stays free for results.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     extra: list[Sink] = []  # made first: these may be refused, and then no file is left open
-    if config.log.tensorboard:
+    if log.tensorboard:
         extra.append(_TensorBoard(run_dir / "tensorboard"))
-    if config.log.wandb != "off":
-        extra.append(_Wandb(config, run_dir))
-    terminal = _Terminal(run_dir / LOG_FILE, config.train.steps, console or Console(stderr=True))
+    if log.wandb != "off":
+        extra.append(_Wandb(log, run_dir, settings))
+    terminal = _Terminal(run_dir / LOG_FILE, num_steps, console or Console(stderr=True))
     return Tracker([_JsonLines(run_dir / METRICS_FILE), *extra], terminal)
 
 
@@ -288,7 +289,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, log: LogConfig, run_dir: Path, settings: dict[str, Any]) -> None:
         try:
             import wandb
         except ImportError:
@@ -298,16 +299,16 @@ class _Wandb:
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         self._wandb: Any = wandb
-        online = config.log.wandb == "online"
+        online = log.wandb == "online"
         try:
             self._run = wandb.init(
-                project=config.log.wandb_project,
+                project=log.wandb_project,
                 name=run_dir.name,
                 id=id_file.read_text().strip(),
                 resume="allow" if online else None,
                 dir=str(run_dir),
                 mode="online" if online else "offline",
-                config=dataclasses.asdict(config),
+                config=settings,
                 settings=wandb.Settings(quiet=True),  # without its own tables at the end; `report` has ours
             )
         except wandb.Error as error:

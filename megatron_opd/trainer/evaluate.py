@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import Config
+from megatron_opd.config import DataConfig, RewardsConfig, RolloutConfig, RunConfig, TeacherConfig
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import RolloutEngine
 from megatron_opd.core.types import Prompt, Rollout
@@ -33,21 +33,22 @@ _Z_95 = 1.959963984540054
 class Evaluator:
     """Asks an engine, grades what it says."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, data: DataConfig, rewards: RewardsConfig, rollout: RolloutConfig, run: RunConfig, tokenizer: Tokenizer
+    ) -> None:
         """Raises ValueError when a reward of `data.eval` cannot be had."""
-        self.config = config
-        self.grader = Grader(config.data.eval, config.rewards, tokenizer)
+        self.rollout, self.seed = rollout, run.seed
+        self.grader = Grader(data.eval, rewards, tokenizer)
 
     def answer(self, engine: RolloutEngine, prompts: list[Prompt], *, samples: int = 1) -> tuple[list[Rollout], Tally]:
         """A greedy answer to each prompt, and how good those are; with `samples` above 1 also how good that many drawn
         at rollout.temperature are. Raises ValueError when a reward fails."""
         if not prompts:
             return [], {}
-        rollout = self.config.rollout
-        greedy = engine.generate(prompts, sampling.greedy(rollout))
+        greedy = engine.generate(prompts, sampling.greedy(self.rollout))
         totals = dict(tally_greedy(*self._graded(greedy)))
         if samples > 1:
-            how = sampling.drawn(rollout, samples=samples, seed=self.config.run.seed)
+            how = sampling.drawn(self.rollout, samples=samples, seed=self.seed)
             drawn = engine.generate(prompts, how)
             totals |= tally_samples(*self._graded(drawn), samples=samples)
         return greedy, totals
@@ -58,13 +59,13 @@ class Evaluator:
         return [rollouts[i] for i in first], [rewards[i] for i in first]
 
 
-def teacher_accuracies(evaluator: Evaluator, inputs: Inputs) -> dict[str, float]:
+def teacher_accuracies(evaluator: Evaluator, teachers: Sequence[TeacherConfig], inputs: Inputs) -> dict[str, float]:
     """How good the teachers' own greedy answers are, as eval/teacher/<name>/…; loads one after the other, whole."""
     from megatron_opd.rollout.embedded_engine import LocalEngine
 
     prompts = [p for _, source in inputs.eval for p in source]
     metrics: dict[str, float] = {}
-    for teacher in evaluator.config.teachers:
+    for teacher in teachers:
         engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
         _, totals = evaluator.answer(engine, prompts)
         metrics |= means([totals], f"eval/teacher/{teacher.name}", bounds=False)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, Fp8Config, ParallelConfig, TrainConfig
 from megatron_opd.core.batching import pack, packing_for, renormalised
 from megatron_opd.core.named_weights import drain
 from megatron_opd.core.parallel import Parallel
@@ -29,6 +29,7 @@ from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import ask_all
 from megatron_opd.teachers.scorer import TeacherScorer
+from megatron_opd.trainer.evaluate import Evaluator
 from megatron_opd.trainer.origin_weights import teacher_weights, weighted
 from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.together import Together
@@ -43,6 +44,7 @@ class Leader:
     engine: RolloutEngine
     answers: Answers
     grader: Grader
+    evaluator: Evaluator
     tokenizer: Tokenizer
 
 
@@ -57,6 +59,7 @@ def build_leader(config: Config, served: Config, parallel: Parallel, inputs: Inp
         engine=engine,
         answers=build_answers(served, engine, **ids),
         grader=Grader(config.data.train if config.is_graded else [], config.rewards, tokenizer),
+        evaluator=Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer),
         tokenizer=tokenizer,
     )
 
@@ -68,6 +71,8 @@ class Experience:
         self, config: Config, parallel: Parallel, teachers: Sequence[TeacherScorer], leader: Leader | None
     ) -> None:
         self.config, self.parallel, self.teachers, self.leader = config, parallel, teachers, leader
+        self.packing = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
+        """The arguments of `pack` for what the student is to see."""
         self.together = Together(parallel, is_served=config.is_served)
         self.ahead: Ahead | None = None
 
@@ -120,16 +125,16 @@ class Experience:
 
     def score(self, rollouts: list[Rollout], teachers: Sequence[TeacherScorer] | None = None) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
-        weights = [teacher_weights(self.config, r) for r in rollouts]
+        weights = [teacher_weights(self.config.teachers, self.config.answers, r) for r in rollouts]
         scores = ask_all(self.teachers if teachers is None else teachers, rollouts, weights)
         batches = pack(
             rollouts,
-            **packing_settings(self.config, self.parallel),
+            **self.packing,
             device=groups.device(),
             scores=scores,
             weights=renormalised(rollouts, weights, scores),
         )
-        return weighted(self.config, batches, rollouts)
+        return weighted(self.config.teachers, self.config.answers, batches, rollouts)
 
     @property
     def shares_gpus(self) -> bool:
@@ -166,15 +171,16 @@ class Experience:
         return prompts[self.parallel.data_rank :: self.parallel.data_size]
 
     def _submit(self, rollout: Rollout) -> None:
-        for teacher, weight in zip(self.teachers, teacher_weights(self.config, rollout), strict=True):
+        weights = teacher_weights(self.config.teachers, self.config.answers, rollout)
+        for teacher, weight in zip(self.teachers, weights, strict=True):
             if weight > 0:
                 teacher.submit(rollout)
 
 
-def packing_settings(config: Config, parallel: Parallel) -> dict[str, Any]:
-    """The arguments of `pack` that follow from the config, for what the student is to see."""
+def packing_settings(train: TrainConfig, fp8: Fp8Config, layout: ParallelConfig, parallel: Parallel) -> dict[str, Any]:
+    """The arguments of `pack` that follow from the settings, for what the student is to see."""
     return {
-        "micro_batch_size": config.train.micro_batch_size,
-        "length_multiple": length_multiple(config, shards=parallel.length_multiple),
-        "packing": packing_for(config.train.packing, parallel),
+        "micro_batch_size": train.micro_batch_size,
+        "length_multiple": length_multiple(fp8, layout, shards=parallel.length_multiple),
+        "packing": packing_for(train.packing, parallel),
     }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config import Config, TeacherConfig
+from megatron_opd.config import Config, Fp8Config
 from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.core.scores import Head, Level, TeacherScore
 from megatron_opd.core.types import MicroBatch, Prompt, Rollout
@@ -64,16 +64,16 @@ def held_out(inputs: Inputs, count: int) -> list[Prompt]:
     return in_turn[:count]
 
 
-def judge(measured: Measured, config: Config, parallel: Parallel, tracker: Tracker) -> None:
+def judge(measured: Measured, fp8: Fp8Config, parallel: Parallel, tracker: Tracker) -> None:
     """Say and log what was measured. Raises ValueError (PeerError on the other ranks) where that is refused."""
     tracker.log(measured.metrics(), 0)
     for line in measured.lines():
         tracker.message(line)
-    problems = too_coarse(measured, config.precision.fp8)
+    problems = too_coarse(measured, fp8)
     if not problems:
         return
     text = "\n".join(problems)
-    if config.precision.fp8.on_exceed == "warn":
+    if fp8.on_exceed == "warn":
         tracker.message(f"warning: {text}")
     elif parallel.is_main:
         raise ValueError(f"{text}\n(precision.fp8.on_exceed=warn trains all the same)")
@@ -89,26 +89,35 @@ def measure_held_out(experience: Experience, student: Student, objective: Object
         rollouts = parallel.share(lambda: experience.answers_to(0, prompts))
     experience.release()
     with experience.together():
-        return measure(config, student, experience.teachers, objective, rollouts, experience.score)
+        plain = without_fp8(config, experience.teachers, parallel, objective.distillation.vocab)
+        return measure(student, (experience.teachers, plain), objective, rollouts, experience.score)
 
 
-def measure(
-    config: Config,
-    student: Student,
-    teachers: Sequence[TeacherScorer],
-    objective: Objective,
-    rollouts: list[Rollout],
-    pack: Pack,
-) -> Measured:
-    """Collective over all ranks; every rank gets the same numbers. The student's weights stay as they are."""
-    parallel = student.parallel
-    with_fp8 = pack(rollouts, teachers) if rollouts else []
-    plain = [
-        _Plain(asked, config, parallel, objective.distillation.vocab)
+def without_fp8(
+    config: Config, teachers: Sequence[TeacherScorer], parallel: Parallel, vocab: VocabShard
+) -> list[TeacherScorer | _Plain]:
+    """The teachers as they would be without FP8: those that have none are the same."""
+    return [
+        _Plain(asked.name, partial(build_teacher, asked, config, parallel, vocab, in_fp8=False))
         if (plan := fp8_plan(asked, config)) is not None and plan.rules
         else scorer
         for asked, scorer in zip(config.teachers, teachers, strict=True)
     ]
+
+
+def measure(
+    student: Student,
+    teachers: tuple[Sequence[TeacherScorer], Sequence[Any]],
+    objective: Objective,
+    rollouts: list[Rollout],
+    pack: Pack,
+) -> Measured:
+    """Compare the teachers, as they are and as `without_fp8` makes them, and the student with and without FP8.
+
+    Collective over all ranks; every rank gets the same numbers. The student's weights stay as they are.
+    """
+    scorers, plain = teachers
+    with_fp8 = pack(rollouts, scorers) if rollouts else []
     if rollouts:
         without = pack(rollouts, plain)
     else:  # a replica without answers still takes part in the loading
@@ -124,7 +133,9 @@ def measure(
             reference_TL = student.logits(reference)
         if student_TL is not None and reference_TL is not None:
             _compare(sums, (objective, batch, student_TL), (exact, reference, reference_TL))
-    return _collected(sums, _gradient_error(student, (with_fp8, objective), (without, exact)), config, parallel)
+    names = [*(teacher.name for teacher in objective.distillation.teachers), "ensemble", "student"]
+    error = _gradient_error(student, (with_fp8, objective), (without, exact))
+    return _collected(sums, names, error, student.parallel)
 
 
 class _Plain:
@@ -132,10 +143,9 @@ class _Plain:
 
     offloaded = None  # its model fetches its weights itself
 
-    def __init__(self, teacher: TeacherConfig, config: Config, parallel: Parallel, vocab: VocabShard) -> None:
-        self.name = teacher.name
+    def __init__(self, name: str, build: Callable[[], TeacherScorer]) -> None:
+        self.name, self._build = name, build
         self.head_LD: Head | None = None
-        self._build = partial(build_teacher, teacher, config, parallel, vocab, in_fp8=False)
 
     def score(self, rollouts: list[Rollout]) -> list[TeacherScore]:
         teacher = self._build()
@@ -205,11 +215,11 @@ def _gradient_error(student: Student, fp8: tuple[Any, Objective], plain: tuple[A
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-def _collected(sums: FidelitySums, gradient_error: float, config: Config, parallel: Parallel) -> Measured:
+def _collected(sums: FidelitySums, names: Sequence[str], gradient_error: float, parallel: Parallel) -> Measured:
     """Over the replicas; the ranks of a last stage have the same numbers, so one of them speaks for each replica."""
     everyone = parallel.gather_world((sums.by_name, sums.signal) if parallel.counts_whole else ({}, [0.0, 0.0]))
     noises = []
-    for name in [*(teacher.name for teacher in config.teachers), "ensemble", "student"]:
+    for name in names:
         found = [by_name[name] for by_name, _ in everyone if name in by_name]
         if found:
             total, largest, same, count = (list(column) for column in zip(*found, strict=True))

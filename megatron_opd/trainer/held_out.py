@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_opd.config import Config
+from collections.abc import Sequence
+
+from megatron_opd.config import LossConfig, TeacherConfig, TrainConfig
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.loss.objective import Objective
 from megatron_opd.student.student import Student
 from megatron_opd.trainer import reference_nll
-from megatron_opd.trainer.evaluate import Evaluator, Tally, means, teacher_accuracies
+from megatron_opd.trainer.evaluate import Tally, means, teacher_accuracies
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
 
@@ -15,18 +17,24 @@ from megatron_opd.trainer.preflight import Inputs
 class HeldOut:
     """Evaluates the student of a run."""
 
-    def __init__(self, config: Config, inputs: Inputs, experience: Experience) -> None:
-        self.config, self.inputs, self.experience = config, inputs, experience
-        self.leader = experience.leader
-        self.evaluator = Evaluator(config, self.leader.tokenizer) if self.leader else None
+    def __init__(
+        self,
+        train: TrainConfig,
+        loss: LossConfig,
+        teachers: Sequence[TeacherConfig],
+        inputs: Inputs,
+        experience: Experience,
+    ) -> None:
+        self.train, self.loss, self.teachers = train, loss, teachers
+        self.inputs, self.experience, self.leader = inputs, experience, experience.leader
 
     def evaluate(self, student: Student, objective: Objective, step: int) -> dict[str, float]:
         """How good held-out answers are, and the divergence to the teachers on the greedy ones.
 
         Nothing where the run has nothing to evaluate on. Collective over all ranks.
         """
-        config, experience, parallel = self.config, self.experience, self.experience.parallel
-        if not config.train.eval_every or not self.inputs.eval:
+        train, experience, parallel = self.train, self.experience, self.experience.parallel
+        if not train.eval_every or not self.inputs.eval:
             return {}
         prompts = experience.mine([p for _, source in self.inputs.eval for p in source])
         with experience.together():
@@ -37,12 +45,17 @@ class HeldOut:
             batches = experience.score(rollouts) if rollouts else []
         found = student.evaluate(batches, objective)
         metrics |= {f"eval/{name}": value for name, value in found.items() if name.startswith("kl/")}
-        metrics |= reference_nll.nll(student, objective.distillation.vocab, self.inputs.eval, config, parallel)
-        if step == 0 and config.train.eval_teachers:
-            metrics |= parallel.share_world(lambda: teacher_accuracies(self.evaluator, self.inputs))
+        if train.eval_nll:
+            vocab = objective.distillation.vocab
+            metrics |= reference_nll.nll(student, vocab, self.inputs.eval, self.loss, experience.packing, parallel)
+        if step == 0 and train.eval_teachers:
+            metrics |= parallel.share_world(self._teacher_accuracies)
         return metrics
 
     def _answers(self, prompts: list[Prompt]) -> tuple[list[Rollout], Tally]:
         assert self.leader is not None
-        assert self.evaluator is not None
-        return self.evaluator.answer(self.leader.engine, prompts, samples=self.config.train.eval_samples)
+        return self.leader.evaluator.answer(self.leader.engine, prompts, samples=self.train.eval_samples)
+
+    def _teacher_accuracies(self) -> dict[str, float]:
+        assert self.leader is not None
+        return teacher_accuracies(self.leader.evaluator, self.teachers, self.inputs)

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_opd.config import Config
+from megatron_opd.config.file import to_dict
 from megatron_opd.core import run_dir
 from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.core.preemption import Notice, Preempted
@@ -50,7 +51,9 @@ def train(config: Config, notice: Notice) -> None:
         def open_run_dir() -> None:
             nonlocal tracker
             opened.enter_context(run_dir.claimed(config.run.dir))
-            tracker = opened.enter_context(build_tracker(config, is_main=True))
+            directory, steps = Path(config.run.dir), config.train.steps
+            made = build_tracker(config.log, directory, num_steps=steps, settings=to_dict(config))
+            tracker = opened.enter_context(made)
 
         parallel.share_world(open_run_dir)
         for note in inputs.notes:
@@ -77,12 +80,12 @@ class Run:
         self.shaping = Shaping(config, parallel, self.objective.distillation)
         leader = build_leader(config, served, parallel, inputs)
         self.experience = Experience(config, parallel, teachers, leader)
-        self.held_out = HeldOut(config, inputs, self.experience)
+        self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience)
         self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
-        self.saving = Saving(config, parallel, self.student, tracker)
+        self.saving = Saving(config.run, parallel, self.student, tracker, keep_last=config.train.keep_last)
         self.timed = Stopwatch()
         prompts = PromptMix(inputs.train, seed=config.run.seed)
-        self.trained = self.saving.restore(prompts, self.completions)
+        self.trained = self.saving.restore(prompts, self.completions, to_dict(config))
         self.cursor = prompts.state()
         """Place in the prompts behind the last batch that the student was trained on."""
         self.experience.start(prompts)
@@ -108,7 +111,7 @@ class Run:
         self.sync()
         if self.trained == 0:
             if self.config.precision.fp8.is_on:
-                fp8_fidelity.judge(self.measure_fp8(), self.config, self.parallel, self.tracker)
+                fp8_fidelity.judge(self.measure_fp8(), self.config.precision.fp8, self.parallel, self.tracker)
             self._evaluate()
         elif self.trained >= train.steps:
             self.tracker.message(f"nothing to train: train.steps is {train.steps}; a larger one continues")

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_opd.config import Config, SourceConfig
+from megatron_opd.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ParallelConfig,
+    SourceConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from megatron_opd.config.checks_serving import check_vocabulary
 from megatron_opd.config.file import ConfigError
 from megatron_opd.core.types import Prompt
@@ -28,7 +36,7 @@ from megatron_opd.precision import fits as precision
 from megatron_opd.prompts.chat import Encoder, build_encoder
 from megatron_opd.prompts.mix import Limit, read_prompts
 from megatron_opd.prompts.store import PackedPrompts
-from megatron_opd.prompts.views import build_row_reader
+from megatron_opd.prompts.views import RowReader, build_row_reader, build_views
 from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
 from megatron_opd.sglang import serve
@@ -53,8 +61,9 @@ class Inputs:
 def read_inputs(config: Config) -> Inputs:
     """Check the config against the models and files that it names. Raises ConfigError listing every problem."""
     problems: list[str] = []
-    limits = _limits(config, problems)
-    tokenizer = _tokenizers(config, problems)
+    limits = _limits(config.student, config.teachers, config.parallel, config.lora, problems)
+    problems += _not_evaluated(config.teachers) if config.train.eval_teachers else []
+    tokenizer = _tokenizers(config.student.model, config.teachers, config.data, problems)
     if tokenizer is None:
         raise ConfigError(problems)
     # Models that cannot be read are a problem already; the prompts are looked at all the same.
@@ -65,10 +74,17 @@ def read_inputs(config: Config) -> Inputs:
             f"the tokenizer of student.model has {len(tokenizer)} tokens, but one of the models has only"
             f" {vocab_size} entries in its vocabulary"
         )
-    problems += check_vocabulary(config, vocab_size)
+    problems += check_vocabulary(config.rollout, config.teachers, vocab_size)
     problems += check_sync(config.rollout)
     problems += _check_divergence(config)
-    unfit, of_precision = precision.look(config)
+    unfit, of_precision = precision.look(
+        config.precision,
+        config.student,
+        teachers=config.teachers,
+        parallel=config.parallel,
+        train=config.train,
+        is_deterministic=config.run.deterministic,
+    )
     problems += unfit
     encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
     if encoder is None:
@@ -108,22 +124,23 @@ def _attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | 
         return None
 
 
-def _limits(config: Config, problems: list[str]) -> list[tuple[int, int]]:
+def _limits(
+    student: StudentConfig,
+    teachers: list[TeacherConfig],
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+    problems: list[str],
+) -> list[tuple[int, int]]:
     """(entries of the vocabulary, longest context) of the student and the teachers; shorter if one cannot be read."""
-    tensor = config.parallel.tensor
-    found = [_on_our_ranks("student.model", config.student.model, config.student.vocab_multiple, config, problems)]
-    for i, teacher in enumerate(config.teachers):
+    fits = functools.partial(_on_our_ranks, parallel=parallel, lora=lora, problems=problems)
+    found = [fits("student.model", student.model, student.vocab_multiple)]
+    for i, teacher in enumerate(teachers):
         what = f"teachers.{i}.model"
-        if config.train.eval_teachers and is_torch_dist(teacher.model):
-            problems.append(
-                f"{what}: train.eval_teachers needs a Hugging Face directory, and {teacher.model} is a Megatron"
-                " checkpoint; turn it off, or convert with tools/convert_checkpoint.py megatron-to-hf"
-            )
         if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
             _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
         elif not teacher.is_served:
             # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
-            found.append(_on_our_ranks(what, teacher.model, tensor, config, problems))
+            found.append(fits(what, teacher.model, parallel.tensor))
         elif teacher.carrier == "hidden":  # of which only the head is applied here
             arch = _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
             found.append((arch.vocab_size, arch.max_positions) if arch else None)
@@ -132,30 +149,40 @@ def _limits(config: Config, problems: list[str]) -> list[tuple[int, int]]:
     return [limits for limits in found if limits is not None]
 
 
+def _not_evaluated(teachers: list[TeacherConfig]) -> list[str]:
+    """Problems of train.eval_teachers, which loads teachers into transformers."""
+    return [
+        f"teachers.{i}.model: train.eval_teachers needs a Hugging Face directory, and {teacher.model} is a Megatron"
+        " checkpoint; turn it off, or convert with tools/convert_checkpoint.py megatron-to-hf"
+        for i, teacher in enumerate(teachers)
+        if is_torch_dist(teacher.model)
+    ]
+
+
 def _on_our_ranks(
-    what: str, model: str, vocab_multiple: int, config: Config, problems: list[str]
+    what: str, model: str, vocab_multiple: int, *, parallel: ParallelConfig, lora: LoraConfig, problems: list[str]
 ) -> tuple[int, int] | None:
     arch = _attempt(what, lambda: read_architecture(model, vocab_multiple=vocab_multiple), problems)
     if arch is None:
         return None
     wrong = _attempt(what, lambda: check_tensors(model, arch), problems)
     problems += [f"{what}: {problem}" for problem in wrong or []]
-    problems += check_layout(arch, config.parallel, what=what)
-    problems += check_targets(arch, config.lora) if what == "student.model" else []
+    problems += check_layout(arch, parallel, what=what)
+    problems += check_targets(arch, lora) if what == "student.model" else []
     return arch.vocab_size, arch.max_positions
 
 
-def _tokenizers(config: Config, problems: list[str]) -> Tokenizer | None:
-    """The student's, after comparing every teacher's with it."""
-    student = _tokenizer("student.model", config.student.model, problems)
-    for i, teacher in enumerate(config.teachers):
+def _tokenizers(model: str, teachers: list[TeacherConfig], data: DataConfig, problems: list[str]) -> Tokenizer | None:
+    """The student's, whose directory is `model`, after comparing every teacher's with it."""
+    student = _tokenizer("student.model", model, problems)
+    for i, teacher in enumerate(teachers):
         theirs = _tokenizer(f"teachers.{i}.model", teacher.model, problems)
         if not student or not theirs:
             continue
         if teacher.tokenizer == "own":
             _attempt("student.model", lambda: read_pieces(student), problems)
             _attempt(f"teachers.{i}.model", lambda: read_pieces(theirs), problems)  # noqa: B023
-            _attempt(f"teachers.{i}.model", lambda: build_encoder(config.data, theirs), problems)  # noqa: B023
+            _attempt(f"teachers.{i}.model", lambda: build_encoder(data, theirs), problems)  # noqa: B023
         elif why := difference(student, theirs):
             problems.append(
                 f"teachers.{i}.model: the tokenizer of teacher '{teacher.name}' is not the student's: {why};"
@@ -164,14 +191,14 @@ def _tokenizers(config: Config, problems: list[str]) -> Tokenizer | None:
     return student
 
 
-def check_model(model: str | Path, config: Config) -> None:
-    """Raises ConfigError when a model that the config does not name cannot take the student's place in it."""
+def check_model(model: str | Path, student: str) -> None:
+    """Raises ConfigError when a model cannot take the place of `student`, the directory of student.model."""
     problems: list[str] = []
     arch = _attempt("--model", lambda: read_architecture(model), problems)
     wrong = _attempt("--model", lambda: check_tensors(model, arch), problems) if arch else None
     problems += [f"--model: {problem}" for problem in wrong or []]
     theirs = _tokenizer("--model", str(model), problems)
-    why = difference(load_tokenizer(config.student.model), theirs) if theirs else None
+    why = difference(load_tokenizer(student), theirs) if theirs else None
     if why:
         problems.append(f"--model: its tokenizer is not that of student.model: {why}")
     if problems:
@@ -216,17 +243,29 @@ class _Reader:
             reward = self._reward(source.reward)
             if reward is None:
                 continue
-            rows = functools.partial(build_row_reader, self.config, source, self.encoder, within)
             read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
+            rows = functools.partial(self._rows, source, within, is_trained_on=setting == "data.train")
             prompts = _attempt(
                 "data",
-                lambda: read(is_graded=are_graded, complete=rows(is_trained_on=setting == "data.train")),  # noqa: B023
+                lambda: read(is_graded=are_graded, complete=rows()),  # noqa: B023
                 self.problems,
             )
             found.append((source, prompts or []))
             if prompts and prompts.dropped:
                 self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
         return found
+
+    def _rows(self, source: SourceConfig, limit: Limit, *, is_trained_on: bool) -> RowReader | None:
+        config = self.config
+        return build_row_reader(
+            build_views(config.teachers, config.data, source, self.encoder),
+            self.encoder,
+            limit=limit,
+            answers=config.answers,
+            max_answer_tokens=config.rollout.max_new_tokens,
+            is_trained_on=is_trained_on,
+            is_measured=config.train.eval_nll and not is_trained_on,
+        )
 
     def _reward(self, name: str) -> Reward | None:
         if name not in self.rewards:

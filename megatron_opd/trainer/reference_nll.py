@@ -5,12 +5,13 @@ Shape suffix: T learnt tokens of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from megatron_opd.config import Config, SourceConfig
+from megatron_opd.config import LossConfig, SourceConfig
 from megatron_opd.core.batching import pack
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Prompt, Rollout
@@ -21,27 +22,25 @@ from megatron_opd.loss.sampled_tokens import CrossEntropy
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.trainer.evaluate import ALL
-from megatron_opd.trainer.experience import packing_settings
 
 
 def nll(
     student: Student,
     vocab: VocabShard,
     sources: Sequence[tuple[SourceConfig, Sequence[Prompt]]],
-    config: Config,
+    loss: LossConfig,
+    packing: Mapping[str, Any],
     parallel: Parallel,
 ) -> dict[str, float]:
     """`eval/nll/<source>` and `eval/nll/all`: the mean of -log q(y) over the answers' tokens at temperature 1, in nats;
-    nothing with `train.eval_nll` off, or of sources without answers. Collective over all ranks."""
-    if not config.train.eval_nll:
-        return {}
-    no_teacher = Distillation(config.loss, config.rollout.temperature, vocab, (), ())
+    nothing of sources without answers. `packing` are the arguments of `pack`. Collective over all ranks."""
+    no_teacher = Distillation(loss, 1.0, vocab, (), ())  # nobody samples, so the temperature of samples does not matter
     objective = Objective(no_teacher, (CrossEntropy(),))
     metrics, total, tokens = {}, 0.0, 0.0
     for source, prompts in sources:
         answers = [_as_rollout(prompt) for prompt in prompts if prompt.answer_ids]
         mine = answers[parallel.data_rank :: parallel.data_size]
-        found = student.evaluate(_packed(mine, config, parallel), objective)
+        found = student.evaluate(_packed(mine, packing), objective)
         if "sft/nll" in found:
             metrics[f"eval/nll/{source.name}"] = found["sft/nll"]
             total, tokens = total + found["sft/nll"] * found["num_tokens"], tokens + found["num_tokens"]
@@ -62,13 +61,9 @@ def _as_rollout(prompt: Prompt) -> Rollout:
     )
 
 
-def _packed(answers: Sequence[Rollout], config: Config, parallel: Parallel) -> list[MicroBatch]:
+def _packed(answers: Sequence[Rollout], packing: Mapping[str, Any]) -> list[MicroBatch]:
     """With the weights of a plain cross-entropy."""
     if not answers:
         return []
-    batches = pack(
-        answers,
-        **packing_settings(config, parallel),
-        device=groups.device(),
-    )
+    batches = pack(answers, **packing, device=groups.device())
     return [replace(batch, sft_T=torch.ones_like(batch.behaviour_logp_T)) for batch in batches]

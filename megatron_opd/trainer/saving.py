@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megatron_opd.config import Config
+from megatron_opd.config import RunConfig
 from megatron_opd.config import file as config_file
 from megatron_opd.core import run_dir
 from megatron_opd.core.named_weights import drain
@@ -23,22 +23,25 @@ from megatron_opd.trainer.completions import Completions
 class Saving:
     """Saves, restores and exports the student of a run."""
 
-    def __init__(self, config: Config, parallel: Parallel, student: Student, tracker: Tracker) -> None:
-        self.config, self.parallel, self.student, self.tracker = config, parallel, student, tracker
-        self.checkpoints = Checkpoints(config.run.dir, parallel, keep_last=config.train.keep_last)
+    def __init__(
+        self, run: RunConfig, parallel: Parallel, student: Student, tracker: Tracker, *, keep_last: int
+    ) -> None:
+        self.dir, self.parallel, self.student, self.tracker = Path(run.dir), parallel, student, tracker
+        self.checkpoints = Checkpoints(run.dir, parallel, keep_last=keep_last)
         self.saved = 0
 
-    def restore(self, prompts: PromptMix, completions: Completions) -> int:
-        """The step after which the run goes on; student, prompts and logs are as they were then."""
+    def restore(self, prompts: PromptMix, completions: Completions, settings: dict[str, Any]) -> int:
+        """The step after which the run goes on; student, prompts and logs are as they were then.
+
+        `settings` are those of the whole run, which are recorded; the log says what changed.
+        """
         loop = self.checkpoints.restore(self.student)
-        changed = self.parallel.share_world(
-            lambda: config_file.record(self.config, Path(self.config.run.dir) / run_dir.CONFIG)
-        )
+        changed = self.parallel.share_world(lambda: config_file.record(settings, self.dir / run_dir.CONFIG))
         if loop is None:
             self.tracker.rewind(-1)
             completions.rewind(-1)
             if changed is not None:
-                self.tracker.message(f"no complete checkpoint in {self.config.run.dir}: starting from the beginning")
+                self.tracker.message(f"no complete checkpoint in {self.dir}: starting from the beginning")
             return 0
         prompts.load_state(loop["prompts"])
         self.student.skips = loop.get("skips", 0)  # checkpoints did not always have it
@@ -61,14 +64,14 @@ class Saving:
 
     def export(self) -> None:
         """The student as a Hugging Face directory; with LoRA also its adapters."""
-        out = Path(self.config.run.dir) / run_dir.HF_EXPORT
+        out = self.dir / run_dir.HF_EXPORT
         weights, adapters = self.student.export(), self.student.export_adapters()
         if self.parallel.is_main:
             try:
-                hf_dir.write(weights, out, like=self.config.student.model)
-                if self.config.lora.rank:
-                    base = self.config.student.model
-                    adapter_dir.write(adapters, out.with_name(run_dir.ADAPTER), self.config.lora, base=base)
+                hf_dir.write(weights, out, like=self.student.path)
+                if self.student.lora.rank:
+                    base = self.student.path
+                    adapter_dir.write(adapters, out.with_name(run_dir.ADAPTER), self.student.lora, base=base)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"the export {out} could not be written: {error}; is the disk full?") from error
         else:

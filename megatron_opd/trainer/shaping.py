@@ -54,7 +54,7 @@ class Shaping:
         if not self._is_needed(step):
             return parts, {}
         shaped = self._of_rollouts(rollouts, step)
-        totals = Totals(self.config)
+        totals = Totals(self.config.policy, self.config.rl, self.config.data.train)
         count_rewards(totals, rollouts)
         lengths_R, counts = self._episodes(rollouts, parts)
         if self.parallel.is_last_stage:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config import Config
+from megatron_opd.config import PolicyConfig, RLConfig, SourceConfig
+from megatron_opd.config.policy import has_policy_gradient
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import Rollout
@@ -18,12 +19,12 @@ from megatron_opd.trainer.advantages import members_by_group
 class Totals:
     """Sums and counts by name; every rank has the same names."""
 
-    def __init__(self, config: Config) -> None:
-        names = [f"reward/{source.name}" for source in config.data.train]
-        names = ["reward/mean", *names, "reward/mixed_groups"] if config.is_graded else []
-        if config.has_policy_gradient:
+    def __init__(self, policy: PolicyConfig, rl: RLConfig, sources: Sequence[SourceConfig]) -> None:
+        names = [f"reward/{source.name}" for source in sources]
+        names = ["reward/mean", *names, "reward/mixed_groups"] if rl.needs_rewards else []
+        if has_policy_gradient(policy, rl):
             names += ["advantage/mean", "advantage/square"]
-        if config.policy.kl_coef:
+        if policy.kl_coef:
             names += ["distill/advantage", "distill/prob_ratio"]
         self._sums = {name: [0.0, 0.0] for name in names}
 

@@ -283,13 +283,13 @@ def test_dump_round_trips_through_load(tmp_path):
     tree = tree_with(optim__lr="1e-7", loss__beta=0.3, log__wandb="offline", run__dir="läufe/1")
     config = cfg.from_dict(tree)
     path = tmp_path / "resolved.yaml"
-    path.write_text(cfg.dump(config), encoding="utf-8")
+    path.write_text(cfg.dump(cfg.to_dict(config)), encoding="utf-8")
     assert cfg.load(path) == config
-    assert cfg.dump(cfg.load(path)) == cfg.dump(config)
+    assert cfg.dump(cfg.to_dict(cfg.load(path))) == cfg.dump(cfg.to_dict(config))
 
 
 def test_dump_writes_every_default_out():
-    text = yaml.safe_load(cfg.dump(cfg.from_dict(MINIMAL)))
+    text = yaml.safe_load(cfg.dump(cfg.to_dict(cfg.from_dict(MINIMAL))))
     assert text["optim"]["beta2"] == 0.95
     assert text["teachers"][0]["sources"] == {}
 
@@ -505,7 +505,8 @@ def test_what_carriers_and_engines_can_do_is_allowed(tree):
 
 def test_nothing_asks_for_more_tokens_than_there_are():
     config = cfg.from_dict(served({}, {**TOPK, "top_k": 100}, loss={"ensemble": "probs"}, top_k=101))
-    assert check_vocabulary(config, 101) == []
-    (problem,) = check_vocabulary(config, 100)
+    assert check_vocabulary(config.rollout, config.teachers, 101) == []
+    (problem,) = check_vocabulary(config.rollout, config.teachers, 100)
     assert problem.startswith("rollout.top_k (101) must not be above 100")
-    assert [p.split()[0] for p in check_vocabulary(config, 99)] == ["rollout.top_k", "teachers.1.top_k"]
+    both = check_vocabulary(config.rollout, config.teachers, 99)
+    assert [p.split()[0] for p in both] == ["rollout.top_k", "teachers.1.top_k"]

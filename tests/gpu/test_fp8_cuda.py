@@ -113,7 +113,8 @@ def measure(parallel, config, rollouts):
     student, objective, _ = steps.build(parallel, config, VOCAB_SIZE)
     teachers = build_teachers(config, parallel, objective.distillation.vocab)
     experience = Experience(config, parallel, teachers, None)
-    return fp8_fidelity.measure(config, student, teachers, objective, rollouts, experience.score)
+    plain = fp8_fidelity.without_fp8(config, teachers, parallel, objective.distillation.vocab)
+    return fp8_fidelity.measure(student, (teachers, plain), objective, rollouts, experience.score)
 
 
 @pytest.mark.parametrize(

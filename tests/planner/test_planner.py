@@ -262,7 +262,7 @@ def test_adapters_are_those_of_the_layers(tensor, pipeline, targets):
 def test_adapters_alone_have_gradients_and_optimizer_state():
     job = job_of(lora={"rank": 16})
     whole, rank = memory.worst(job_of()), memory.worst(job)
-    mine = sizes.numel(adapters.trained(job.student, job.config, 0))
+    mine = sizes.numel(adapters.trained(job.student, job.config.lora, job.config.parallel, 0))
     assert rank.always["gradients"] == 4 * mine
     assert rank.always["optimizer"] == 3 * mine
     assert rank.always["weights"] == whole.always["weights"] + 2 * mine

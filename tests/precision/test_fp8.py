@@ -12,7 +12,7 @@ import torch
 from megatron_opd import config as c
 from megatron_opd.config import TeacherConfig
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.precision.fp8_plan import ModelPlan, plan_of
+from megatron_opd.precision.fp8_plan import ModelPlan, student_plan, teacher_plan
 from megatron_opd.precision.recipes import RECIPES
 from megatron_opd.teachers import build_teachers
 
@@ -72,7 +72,12 @@ def hidden_of(parallel, teacher, plan, rollouts):
 def plan_for(paths, model="t", path="teacher", **fp8):
     from megatron_opd.models.architecture import read_architecture
 
-    made = plan_of(config(paths, **fp8), model, read_architecture(paths[path], vocab_multiple=4))
+    settings, arch = config(paths, **fp8), read_architecture(paths[path], vocab_multiple=4)
+    if model == "student":
+        made = student_plan(settings.precision, settings.student, settings.parallel, arch)
+    else:
+        (teacher,) = [t for t in settings.teachers if t.name == model]
+        made = teacher_plan(settings.precision, teacher, settings.parallel, arch)
     assert isinstance(made, ModelPlan)
     # Padding takes part in a tensor's scale, and the model by hand has none.
     no_padding = dataclasses.replace(
@@ -388,7 +393,8 @@ def measure(parallel, config, rollouts):
     experience = Experience(config, parallel, teachers, None)
     before = {name: p.detach().clone() for name, p in student.gpt.named_parameters()}
     mine = rollouts[parallel.data_rank :: parallel.data_size]
-    found = fp8_fidelity.measure(config, student, teachers, objective, mine, experience.score)
+    plain = fp8_fidelity.without_fp8(config, teachers, parallel, objective.distillation.vocab)
+    found = fp8_fidelity.measure(student, (teachers, plain), objective, mine, experience.score)
     assert all(torch.equal(before[name], p) for name, p in student.gpt.named_parameters())
     return found
 

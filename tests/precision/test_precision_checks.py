@@ -15,6 +15,13 @@ from megatron_opd.precision.gate import Measured, Noise, too_coarse
 ODD = dataclasses.replace(ARCH, vocab_size=90, padded_vocab_size=90)
 
 
+def fitting(config):
+    return fits.look(
+        config.precision, config.student, teachers=config.teachers, parallel=config.parallel, train=config.train,
+        is_deterministic=config.run.deterministic,
+    )  # fmt: skip
+
+
 def with_fp8(**fp8):
     layers = fp8.pop("layers", "auto")
     student = {"model": "s", "dtype": fp8.pop("dtype", "bf16")}
@@ -126,7 +133,7 @@ def machine(monkeypatch):
 
 
 def look(**fp8):
-    return fits.look(cfg.from_dict(with_fp8(**fp8)))
+    return fitting(cfg.from_dict(with_fp8(**fp8)))
 
 
 def test_fp8_without_a_gpu_is_refused_and_emulation_is_not(machine):
@@ -187,7 +194,7 @@ def attended(section, key, value, *, layers="auto", dtype="fp32", **run):
     tree["run"] |= run
     tree["student"]["dtype"] = dtype
     tree["teachers"][0]["dtype"] = dtype
-    return fits.look(cfg.from_dict(tree))[0]
+    return fitting(cfg.from_dict(tree))[0]
 
 
 @pytest.mark.parametrize(("section", "key", "value", "setting"), ATTENTION)

@@ -7,7 +7,8 @@ import tiny
 
 from megatron_opd import config as c
 from megatron_opd.models.architecture import Architecture
-from megatron_opd.precision.fp8_plan import check_head_rows, check_shapes, length_multiple, plan_of, plans
+from megatron_opd.precision.fp8_plan import check_head_rows, check_shapes, length_multiple, student_plan, teacher_plan
+from megatron_opd.precision.recipes import RECIPES
 
 GRADIENTS = {"tensorwise": "e5m2", "delayed": "e5m2", "blockwise": "e4m3", "mxfp8": "e4m3"}
 ARCH = Architecture(
@@ -29,6 +30,21 @@ def config(*, parallel=None, dtype="bf16", **fp8):
         run=made.run, parallel=made.parallel, student=made.student, teachers=made.teachers, data=made.data,
         train=made.train, precision=c.PrecisionConfig(fp8=c.Fp8Config(**fp8)),
     )  # fmt: skip
+
+
+def plan_of(settings, model, arch):
+    if model == "student":
+        return student_plan(settings.precision, settings.student, settings.parallel, arch)
+    (teacher,) = [t for t in settings.teachers if t.name == model]
+    return teacher_plan(settings.precision, teacher, settings.parallel, arch)
+
+
+def plans(settings, architectures):
+    return [plan_of(settings, model, arch) for model, arch in architectures.items()]
+
+
+def shapes_of(plan, arch, settings):
+    return check_shapes(plan, arch, RECIPES[settings.precision.fp8.recipe], settings.parallel)
 
 
 def plan(model="student", **settings):
@@ -157,7 +173,7 @@ def ranks_free_config():
 def test_shapes(fp8, arch, tensor, problems):
     settings = config(parallel={"tensor": tensor}, **fp8)
     arch = _with(**arch)
-    found = check_shapes(plan_of(settings, "student", arch), arch, settings)
+    found = shapes_of(plan_of(settings, "student", arch), arch, settings)
     assert len(found) == len(problems), found
     for problem, fragment in zip(found, problems, strict=True):
         assert fragment in problem
@@ -183,7 +199,7 @@ def test_teachers_heads_are_cut_by_the_student_s_vocabulary(padded, tensor, head
     settings = config(parallel={"tensor": tensor}, heads=heads)
     student = _with(padded_vocab_size=padded)
     made = plans(settings, {"student": student, "a": ARCH, "b": ARCH})
-    found = check_head_rows(made, student, settings)
+    found = check_head_rows(made, student, RECIPES[settings.precision.fp8.recipe], settings.parallel.tensor)
     assert len(found) == (problem is not None)
     assert all(problem in text for text in found)
 
@@ -191,13 +207,13 @@ def test_teachers_heads_are_cut_by_the_student_s_vocabulary(padded, tensor, head
 def test_a_teacher_s_hidden_size_must_fit_its_head_in_fp8():
     arch = _with(hidden_size=72)
     settings = config(heads=["a"])
-    (problem,) = check_shapes(plan_of(settings, "a", arch), arch, settings)
+    (problem,) = shapes_of(plan_of(settings, "a", arch), arch, settings)
     assert "the hidden size of the model of teacher 'a' is 72" in problem
 
 
 def test_megatron_keeps_no_more_layers_out_than_a_stage_has():
     settings = config(parallel={"pipeline": 4}, student="full", first_layers_bf16=2)
-    (problem,) = check_shapes(plan_of(settings, "student", ARCH), ARCH, settings)
+    (problem,) = shapes_of(plan_of(settings, "student", ARCH), ARCH, settings)
     assert "must not be above the 1 layers of a pipeline stage" in problem
 
 
@@ -207,17 +223,17 @@ def test_megatron_keeps_no_more_layers_out_than_a_stage_has():
 def test_what_is_gathered_has_whole_blocks_on_a_rank(recipe, multiple, emulated):
     """Transformer Engine asserts that of what sequence parallelism gathers, in the middle of a pass."""
     settings = config(parallel={"tensor": 2, "sequence": True}, student="full", teachers=["a"], recipe=recipe)
-    assert length_multiple(settings, shards=2) == 2 * multiple
+    assert length_multiple(settings.precision.fp8, settings.parallel, shards=2) == 2 * multiple
     assert [made.multiple for made in plans(settings, {"student": ARCH, "a": ARCH})] == [multiple, multiple]
     wide, narrow = _with(hidden_size=256), _with(hidden_size=96)
-    assert check_shapes(plan_of(settings, "student", wide), wide, settings) == []
-    found = check_shapes(plan_of(settings, "student", narrow), narrow, settings)
+    assert shapes_of(plan_of(settings, "student", wide), wide, settings) == []
+    found = shapes_of(plan_of(settings, "student", narrow), narrow, settings)
     assert [f"multiples of {multiple}, but the hidden size" in problem for problem in found] == [True] * (
         recipe == "blockwise"
     )
     settings = config(parallel={"tensor": 2, "sequence": True}, student="full", recipe=recipe, emulate=True)
-    assert length_multiple(settings, shards=1) == emulated
-    assert check_shapes(plan_of(settings, "student", narrow), narrow, settings) == []
+    assert length_multiple(settings.precision.fp8, settings.parallel, shards=1) == emulated
+    assert shapes_of(plan_of(settings, "student", narrow), narrow, settings) == []
 
 
 @pytest.mark.parametrize(
@@ -232,7 +248,7 @@ def test_what_is_gathered_has_whole_blocks_on_a_rank(recipe, multiple, emulated)
     ],
 )
 def test_sequences_are_padded_to_what_the_kernels_take(fp8, shards, multiple):
-    assert length_multiple(config(**fp8), shards=shards) == multiple
+    assert length_multiple(config(**fp8).precision.fp8, config(**fp8).parallel, shards=shards) == multiple
 
 
 def test_lines_for_people():

@@ -15,7 +15,7 @@ from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.prompts.chat import Encoder
 from megatron_opd.prompts.mix import Limit, read_prompts
 from megatron_opd.prompts.store import PackedPrompts
-from megatron_opd.prompts.views import build_row_reader
+from megatron_opd.prompts.views import build_row_reader, build_views
 from megatron_opd.rewards.exact import REWARD
 
 IM_END = 3
@@ -48,7 +48,11 @@ def read(tmp_path, rows, encoder, settings, *, limit=None, is_trained_on=True):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = c.SourceConfig(name="a", path=str(path))
     limit = limit or Limit(1000, "data.max_prompt_tokens")
-    complete = build_row_reader(settings, source, encoder, limit, is_trained_on=is_trained_on)
+    complete = build_row_reader(
+        build_views(settings.teachers, settings.data, source, encoder), encoder, limit=limit, answers=settings.answers,
+        max_answer_tokens=settings.rollout.max_new_tokens, is_trained_on=is_trained_on,
+        is_measured=settings.train.eval_nll and not is_trained_on,
+    )  # fmt: skip
     return read_prompts(source, encoder, limit=limit, reward=REWARD, is_graded=False, complete=complete)
 
 

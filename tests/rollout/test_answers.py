@@ -168,7 +168,7 @@ def test_weights_by_token(micro_batch_size):
     settings = config(lmbda=0.5, sft_alpha=0.3, distill_alpha=0.6)
     rollouts = three()
     plain = pack(rollouts, micro_batch_size=micro_batch_size, length_multiple=1, device=torch.device("cpu"))
-    made = weighted(settings, plain, rollouts)
+    made = weighted(settings.teachers, settings.answers, plain, rollouts)
     torch.testing.assert_close(torch.cat([b.distill_T for b in made]), torch.tensor([1.0, *[0.6] * 5]))
     torch.testing.assert_close(torch.cat([b.sft_T for b in made]), torch.tensor([0.0, *[0.3] * 5]))
     assert torch.cat([b.on_policy_T for b in made]).tolist() == [True, *[False] * 5]
@@ -177,18 +177,19 @@ def test_weights_by_token(micro_batch_size):
 def test_on_policy_runs_have_no_weights():
     rollouts = three(["student"])
     plain = pack(rollouts, micro_batch_size=1, length_multiple=1, device=torch.device("cpu"))
-    assert weighted(config(), plain, rollouts) == plain
+    assert weighted(config().teachers, config().answers, plain, rollouts) == plain
 
 
 @pytest.mark.parametrize("teachers", [TEACHERS, ()])
 def test_no_teacher_is_asked_about_answers_that_are_not_distilled(teachers):
     settings = config(teachers, lmbda=0.5, sft_alpha=1.0, distill_alpha=0.0)
     student, *others = three()
-    assert [any(teacher_weights(settings, r)) for r in (student, *others)] == [bool(teachers), False, False]
-    weights = [teacher_weights(settings, r) for r in others]
+    weights = [teacher_weights(settings.teachers, settings.answers, r) for r in (student, *others)]
+    assert [any(w) for w in weights] == [bool(teachers), False, False]
+    weights = weights[1:]
     assert renormalised(others, weights, [[None, None]] * len(teachers)) == weights
     plain = pack(others, micro_batch_size=2, length_multiple=1, device=torch.device("cpu"))
-    (made,) = weighted(settings, plain, others)
+    (made,) = weighted(settings.teachers, settings.answers, plain, others)
     assert made.distill_T.tolist() == [0.0] * 5
     assert made.sft_T.tolist() == [1.0] * 5
 

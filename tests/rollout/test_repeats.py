@@ -32,6 +32,6 @@ def test_each_draw_has_its_own_mean(second):
     shaped = Shaping(CONFIG, None, None)._of_rollouts(rollouts, step=0)
     mean = sum(second) / 2
     assert shaped.rewarded_R == [0.0, 0.0, second[0] - mean, second[1] - mean]
-    totals = Totals(CONFIG)
+    totals = Totals(CONFIG.policy, CONFIG.rl, CONFIG.data.train)
     count_rewards(totals, rollouts)
     assert totals._sums["reward/mixed_groups"] == [float(len(set(second)) > 1), 2]

@@ -17,7 +17,7 @@ def lora(*targets, rank=2, alpha=3.0):
 
 
 def problems(**settings):
-    return check_lora(tiny.config("unused", [], lora=settings))
+    return check_lora(c.LoraConfig(**settings))
 
 
 def architecture(tmp_path, family):

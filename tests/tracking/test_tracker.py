@@ -5,12 +5,13 @@ import json
 import math
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from megatron_opd.config import file as cfg
-from megatron_opd.tracking.tracker import build_tracker, read_metrics
+from megatron_opd.tracking.tracker import Tracker, build_tracker, read_metrics
 
 
 def config_for(run_dir, steps=60, **log):
@@ -23,6 +24,11 @@ def config_for(run_dir, steps=60, **log):
         "log": log,
     }
     return cfg.from_dict(tree)
+
+
+def tracker_for(config, console=None):
+    settings = {"num_steps": config.train.steps, "settings": cfg.to_dict(config)}
+    return build_tracker(config.log, Path(config.run.dir), **settings, console=console)
 
 
 def quiet():
@@ -43,21 +49,21 @@ def steps_of(run_dir):
 
 
 def log_steps(run_dir, *steps):
-    with build_tracker(config_for(run_dir), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(run_dir), console=quiet()) as tracker:
         for step in steps:
             tracker.log({"loss": float(step)}, step)
 
 
 def test_floats_come_back_bit_by_bit(tmp_path):
     values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, struct.unpack("<f", b"\x01\x02\x03\x3e")[0]]
-    with build_tracker(config_for(tmp_path), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(tmp_path), console=quiet()) as tracker:
         tracker.log({f"m{i}": value for i, value in enumerate(values)}, 3)
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert [struct.pack("<d", row[f"m{i}"]) for i in range(len(values))] == [struct.pack("<d", v) for v in values]
 
 
 def test_nan_and_infinities_are_valid_json_and_come_back(tmp_path):
-    with build_tracker(config_for(tmp_path), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(tmp_path), console=quiet()) as tracker:
         tracker.log({"loss": math.nan, "up": math.inf, "down": -math.inf}, 1)
     assert lines_of(tmp_path)[0]["loss"] == "nan"
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
@@ -66,7 +72,7 @@ def test_nan_and_infinities_are_valid_json_and_come_back(tmp_path):
 
 
 def test_a_row_is_in_the_file_when_log_returns(tmp_path):
-    tracker = build_tracker(config_for(tmp_path), is_main=True, console=quiet())
+    tracker = tracker_for(config_for(tmp_path), console=quiet())
     tracker.log({"loss": 1.0}, 1)
     assert steps_of(tmp_path) == [1]
     assert lines_of(tmp_path)[0]["time_s"] >= 0
@@ -74,7 +80,7 @@ def test_a_row_is_in_the_file_when_log_returns(tmp_path):
 
 
 def test_a_step_may_have_several_rows(tmp_path):
-    with build_tracker(config_for(tmp_path), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(tmp_path), console=quiet()) as tracker:
         tracker.log({"loss": 1.0}, 5)
         tracker.log({"eval/accuracy/all": 0.5}, 5)
     assert [set(row) - {"step", "time_s"} for row in lines_of(tmp_path)] == [{"loss"}, {"eval/accuracy/all"}]
@@ -83,7 +89,7 @@ def test_a_step_may_have_several_rows(tmp_path):
 def test_rewind_leaves_each_step_once(tmp_path):
     log_steps(tmp_path, 0, 1, 2, 3, 4)
     before = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
-    with build_tracker(config_for(tmp_path), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(tmp_path), console=quiet()) as tracker:
         tracker.rewind(2)
         tracker.log({"loss": 9.0}, 3)
     assert steps_of(tmp_path) == [0, 1, 2, 3]
@@ -94,7 +100,7 @@ def test_rewind_leaves_each_step_once(tmp_path):
 
 def test_rewind_to_before_the_start_empties_the_file(tmp_path):
     log_steps(tmp_path, 0, 1)
-    with build_tracker(config_for(tmp_path), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(tmp_path), console=quiet()) as tracker:
         tracker.rewind(-1)
     assert steps_of(tmp_path) == []
 
@@ -124,7 +130,7 @@ def test_a_crash_while_rewinding_keeps_the_old_rows(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("megatron_opd.tracking.tracker.os.fsync", full_disk)
-    tracker = build_tracker(config_for(tmp_path), is_main=True, console=quiet())
+    tracker = tracker_for(config_for(tmp_path), console=quiet())
     with tracker, pytest.raises(OSError, match="no space"):
         tracker.rewind(1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -133,14 +139,14 @@ def test_a_crash_while_rewinding_keeps_the_old_rows(tmp_path, monkeypatch):
 def test_time_goes_on_after_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "time_s": 100.0}\n{"step": 2, "time_s": 200.0}\n')
-    with build_tracker(config_for(tmp_path), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(tmp_path), console=quiet()) as tracker:
         tracker.rewind(1)
         tracker.log({"loss": 1.0}, 2)
     assert 100.0 <= lines_of(tmp_path)[1]["time_s"] < 150.0
 
 
 def test_other_ranks_write_nothing_and_print_nothing(tmp_path, capsys):
-    with build_tracker(config_for(tmp_path / "run", tensorboard=True, wandb="offline"), is_main=False) as tracker:
+    with Tracker() as tracker:
         tracker.log({"loss": 1.0}, 1)
         tracker.message("hello")
         tracker.rewind(0)
@@ -150,7 +156,7 @@ def test_other_ranks_write_nothing_and_print_nothing(tmp_path, capsys):
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
     out = io.StringIO()
-    with build_tracker(config_for(tmp_path), is_main=True, console=Console(file=out, width=20)) as tracker:
+    with tracker_for(config_for(tmp_path), console=Console(file=out, width=20)) as tracker:
         tracker.message("loading [bold]two[/bold] teachers, a long line that must not wrap")
         tracker.log({"loss": 0.1234567, "grad_norm": 0.9, "tokens_per_s": 1234.4, "lr": 1e-5}, 11)
         tracker.log({"loss": 0.1, "grad_norm": 0.9, "tokens_per_s": 1234.4}, 12)
@@ -167,7 +173,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
 def test_the_time_to_go_follows_the_pace(tmp_path, monkeypatch):
     clock = iter([0.0, 100.0, 100.0, 145.0, 145.0])  # start; then two readings a row: its time_s and its pace
     monkeypatch.setattr("megatron_opd.tracking.tracker.time.monotonic", lambda: next(clock, 145.0))
-    with build_tracker(config_for(tmp_path, steps=200), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(tmp_path, steps=200), console=quiet()) as tracker:
         tracker.log({"loss": 1.0}, 20)
         tracker.log({"loss": 1.0}, 21)
     # 45 s a step, 179 steps to go: 8,055 s
@@ -177,7 +183,7 @@ def test_the_time_to_go_follows_the_pace(tmp_path, monkeypatch):
 def test_a_progress_bar_where_there_is_a_terminal(tmp_path):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=150, color_system=None)
-    with build_tracker(config_for(tmp_path), is_main=True, console=console) as tracker:
+    with tracker_for(config_for(tmp_path), console=console) as tracker:
         tracker.log({"eval/accuracy/all": 0.25}, 0)
         tracker.log({"loss": 0.5, "tokens_per_s": 99.0}, 12)
         tracker.message("saved")
@@ -190,7 +196,7 @@ def test_a_progress_bar_where_there_is_a_terminal(tmp_path):
 
 def test_tensorboard_hides_what_was_rewound(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with build_tracker(config_for(tmp_path, tensorboard=True), is_main=True, console=quiet()) as tracker:
+    with tracker_for(config_for(tmp_path, tensorboard=True), console=quiet()) as tracker:
         for step in (1, 2, 3):
             tracker.log({"loss": float(step)}, step)
         tracker.rewind(1)
@@ -209,7 +215,7 @@ def test_tensorboard_hides_what_was_rewound(tmp_path):
 def test_a_missing_package_names_the_setting_and_the_extra(tmp_path, monkeypatch, log, module, setting, extra):
     monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
     with pytest.raises(ValueError, match=setting) as caught:
-        build_tracker(config_for(tmp_path, **log), is_main=True, console=quiet())
+        tracker_for(config_for(tmp_path, **log), console=quiet())
     assert f"pip install '{extra}'" in str(caught.value)
 
 
@@ -237,7 +243,7 @@ def test_wandb_gets_the_run_and_keeps_its_id_over_a_resume(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb)
     config = config_for(tmp_path / "mine", wandb="online", wandb_project="p")
     for _ in range(2):
-        with build_tracker(config, is_main=True, console=quiet()) as tracker:
+        with tracker_for(config, console=quiet()) as tracker:
             tracker.log({"loss": 1.0}, 7)
     assert logged == [{"step": 7, "loss": 1.0}, "finished"] * 2
     assert started[0] == started[1]

@@ -24,11 +24,7 @@ def answered(source, answer, said):
 def evaluator(**rewards):
     config = tiny.config("unused", [], rollout={"max_new_tokens": 3, "temperature": 0.7, "top_k": 5})
     sources = [SourceConfig(name=name, path="", reward=reward) for name, reward in rewards.items()]
-    return Evaluator(SimpleNamespace(**{**sections(config), "data": DataConfig(train=[], eval=sources)}), WORDS)
-
-
-def sections(config):
-    return {name: getattr(config, name) for name in ("rollout", "rewards", "run")}
+    return Evaluator(DataConfig(train=[], eval=sources), config.rewards, config.rollout, config.run, WORDS)
 
 
 def test_each_source_has_its_own_reward_and_order_is_kept():
