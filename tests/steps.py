@@ -23,7 +23,7 @@ def build(parallel, config, vocab_size):
     heads = tuple(t.head_LD for t in teachers)
     term = Distillation(config.loss, config.rollout.temperature, vocab, tuple(config.teachers), heads)
     is_mixed = config.answers.lmbda < 1
-    objective = Objective(term, sampled_terms(config, is_mixed), is_mixed)
+    objective = Objective(term, sampled_terms(config.rl, config.policy, config.answers, is_mixed), is_mixed)
     experience = Experience(config, parallel, teachers, None)
     return student, objective, lambda rollouts: experience.score(rollouts) if rollouts else []
 

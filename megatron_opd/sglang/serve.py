@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from megatron_opd.config import Config, ServersConfig
+from megatron_opd.config import Config, RolloutConfig, RunConfig, ServersConfig
 from megatron_opd.core import run_dir
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.architecture import read_limits
@@ -169,23 +169,29 @@ def with_urls(config: Config) -> Config:
 
 def _noted(served: Served, notes: Path) -> ServersConfig:
     """The settings of its servers, with the urls that are noted."""
-    found = sorted(notes.glob(f"{served.name}@*"))
-    if not found:
+    urls = _noted_urls(served.name, notes)
+    if not urls:
         raise ValueError(
             f"{served.setting}: no servers for {served.name} are running; start them with `megatron-opd serve` and the"
             f" same config, or name yours in {served.setting}.urls"
         )
-    return dataclasses.replace(served.servers, urls=[note.read_text().strip() for note in found])
+    return dataclasses.replace(served.servers, urls=urls)
 
 
-def reaches_out(config: Config) -> bool:
-    """Whether the ranks send weights to servers on other machines, in a process group with them."""
-    if config.rollout.engine != "sglang" or config.rollout.sync != "broadcast":
+def _noted_urls(name: str, notes: Path) -> list[str]:
+    return [note.read_text().strip() for note in sorted(notes.glob(f"{name}@*"))]
+
+
+def reaches_out(rollout: RolloutConfig, run: RunConfig) -> bool:
+    """Whether the ranks send weights to servers on other machines, in a process group with them.
+
+    False while no servers are noted: a rank that needs some says so itself.
+    """
+    if not rollout.is_served or not way_of(rollout).joins_servers:
         return False
+    urls = rollout.servers.urls or _noted_urls("rollout", Path(run.dir) / run_dir.SERVERS)
     try:
-        return own_address(with_urls(config).rollout.servers.urls) != LOOPBACK
-    except ValueError:  # no servers run; whoever asks them says so
-        return False
+        return bool(urls) and own_address(urls) != LOOPBACK
     except OSError:  # the name of a host is not known; whoever asks it says so
         return True
 

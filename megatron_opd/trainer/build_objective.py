@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_opd.config import Config
+from megatron_opd.config import AnswersConfig, Config, PolicyConfig, RLConfig
+from megatron_opd.config.policy import has_policy_gradient
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.crosstok.distillation_in_bytes import CrossTokenizer
 from megatron_opd.loss.distillation import Distillation
@@ -25,14 +26,17 @@ def build_objective(
         distillation = CrossTokenizer(*settings, config.cross_tokenizer, foreigners)
     else:
         distillation = Distillation(*settings, tuple(teacher.head_LD for teacher in teachers))
-    return Objective(distillation, sampled_terms(config, has_answers_of_others), has_answers_of_others)
+    sampled = sampled_terms(config.rl, config.policy, config.answers, has_answers_of_others)
+    return Objective(distillation, sampled, has_answers_of_others)
 
 
-def sampled_terms(config: Config, has_answers_of_others: bool) -> tuple[TokenTerm, ...]:
+def sampled_terms(
+    rl: RLConfig, policy: PolicyConfig, answers: AnswersConfig, has_answers_of_others: bool
+) -> tuple[TokenTerm, ...]:
     """The terms on sampled tokens that the settings ask for, a line each."""
     terms: list[TokenTerm] = []
-    if config.has_policy_gradient:
-        terms.append(PolicyGradient(config.policy))
-    if has_answers_of_others and config.answers.sft_alpha > 0:
+    if has_policy_gradient(policy, rl):
+        terms.append(PolicyGradient(policy))
+    if has_answers_of_others and answers.sft_alpha > 0:
         terms.append(CrossEntropy())
     return (*terms, Entropy()) if terms or has_answers_of_others else ()

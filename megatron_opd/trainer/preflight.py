@@ -17,6 +17,7 @@ from megatron_opd.config import (
     Config,
     DataConfig,
     LoraConfig,
+    LossConfig,
     ParallelConfig,
     SourceConfig,
     StudentConfig,
@@ -76,7 +77,7 @@ def read_inputs(config: Config) -> Inputs:
         )
     problems += check_vocabulary(config.rollout, config.teachers, vocab_size)
     problems += check_sync(config.rollout)
-    problems += _check_divergence(config)
+    problems += _check_divergence(config.loss)
     unfit, of_precision = precision.look(
         config.precision,
         config.student,
@@ -106,9 +107,8 @@ def read_inputs(config: Config) -> Inputs:
     return inputs
 
 
-def _check_divergence(config: Config) -> list[str]:
+def _check_divergence(loss: LossConfig) -> list[str]:
     """Settings know no formulas, so this is not a check of theirs."""
-    loss = config.loss
     if loss.divergence not in DIVERGENCES:
         return [f"loss.divergence must be one of {', '.join(DIVERGENCES)}, not {loss.divergence}"]
     if loss.kind == "sampled" and loss.divergence != GKD:

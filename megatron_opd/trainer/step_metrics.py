@@ -56,7 +56,7 @@ def of_batches(batches: Sequence[MicroBatch], parallel: Parallel) -> dict[str, f
     """The share of padding in what goes through the student, over all replicas. Collective."""
     mine = sum(sum(batch.lengths) for batch in batches), sum(math.prod(batch.model_shape) for batch in batches)
     real, seen = (sum(column) for column in zip(*parallel.gather_leaders(mine), strict=True))
-    return {"batch/padding": 1 - real / seen}
+    return {"batch/padding": 1 - real / seen} if seen else {}
 
 
 def of_parts(parts: Sequence[Part], parallel: Parallel) -> dict[str, float]:

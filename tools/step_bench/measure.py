@@ -26,7 +26,7 @@ def measure(case: Case) -> dict[str, Any]:
     from megatron_opd.trainer.loop import Run
 
     config = case.config()
-    parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config))
+    parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
     inputs = parallel.share_world(lambda: read_inputs(config))
     parallel.share_world(lambda: Path(config.run.dir).mkdir(parents=True, exist_ok=True))
     run = Run(config, parallel, inputs, Tracker())

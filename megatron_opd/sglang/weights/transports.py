@@ -39,6 +39,8 @@ class Way:
     """Why it cannot reach servers on the trainer's own GPUs; empty where it can."""
     is_local: bool = False
     """Whether it reaches servers on the machine of rank 0 only."""
+    joins_servers: bool = False
+    """Whether ranks are in one process group with the servers, which may be on other machines."""
 
 
 def _broadcast(inputs: TransportInputs) -> Transport:
@@ -62,7 +64,9 @@ def _disk(inputs: TransportInputs) -> Transport:
 
 
 WAYS: dict[str, Way] = {
-    "broadcast": Way(build=_broadcast, unfit_for_colocated="NCCL takes a GPU into a group only once"),
+    "broadcast": Way(
+        build=_broadcast, unfit_for_colocated="NCCL takes a GPU into a group only once", joins_servers=True
+    ),
     "tensor": Way(build=_tensor, is_local=True),
     "disk": Way(build=_disk),
 }
