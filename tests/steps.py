@@ -56,7 +56,8 @@ def reference_nll(parallel, config, sources, vocab_size):
 
     student = Student(config, parallel)
     packing = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
-    return reference_nll.nll(student, student.vocab_shard(vocab_size), sources, config.loss, packing, parallel)
+    settings = {"train": config.train, "loss": config.loss, "packing": packing}
+    return reference_nll.nll(student, student.vocab_shard(vocab_size), sources, **settings)
 
 
 def train_shaped(parallel, config, rollouts, vocab_size, num_steps):

@@ -45,9 +45,8 @@ class HeldOut:
             batches = experience.score(rollouts) if rollouts else []
         found = student.evaluate(batches, objective)
         metrics |= {f"eval/{name}": value for name, value in found.items() if name.startswith("kl/")}
-        if train.eval_nll:
-            vocab = objective.distillation.vocab
-            metrics |= reference_nll.nll(student, vocab, self.inputs.eval, self.loss, experience.packing, parallel)
+        settings = {"train": train, "loss": self.loss, "packing": experience.packing}
+        metrics |= reference_nll.nll(student, objective.distillation.vocab, self.inputs.eval, **settings)
         if step == 0 and train.eval_teachers:
             metrics |= parallel.share_world(self._teacher_accuracies)
         return metrics

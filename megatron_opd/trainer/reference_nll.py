@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_opd.config import LossConfig, SourceConfig
+from megatron_opd.config import LossConfig, SourceConfig, TrainConfig
 from megatron_opd.core.batching import pack
-from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
@@ -28,12 +27,17 @@ def nll(
     student: Student,
     vocab: VocabShard,
     sources: Sequence[tuple[SourceConfig, Sequence[Prompt]]],
+    *,
+    train: TrainConfig,
     loss: LossConfig,
     packing: Mapping[str, Any],
-    parallel: Parallel,
 ) -> dict[str, float]:
     """`eval/nll/<source>` and `eval/nll/all`: the mean of -log q(y) over the answers' tokens at temperature 1, in nats;
-    nothing of sources without answers. `packing` are the arguments of `pack`. Collective over all ranks."""
+    nothing with `train.eval_nll` off, or of sources without answers. `packing` are the arguments of `pack`. Collective
+    over all ranks."""
+    if not train.eval_nll:
+        return {}
+    parallel = student.parallel
     no_teacher = Distillation(loss, 1.0, vocab, (), ())  # nobody samples, so the temperature of samples does not matter
     objective = Objective(no_teacher, (CrossEntropy(),))
     metrics, total, tokens = {}, 0.0, 0.0
