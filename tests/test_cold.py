@@ -29,7 +29,7 @@ def test_train_launches_two_ranks(trained, tmp_path):
 def test_report(trained):
     done = opd("report", trained)
     assert done.returncode == 0, done.stderr
-    assert "loss" in done.stdout
+    assert "Distance from student to teacher" in done.stdout
 
 
 def test_eval(trained):

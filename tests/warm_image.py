@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -261,6 +262,7 @@ def _execute(arguments):
     match arguments:
         case ["-m", module, *rest]:
             sys.argv, sys.path[0] = [module, *rest], os.getcwd()
+            warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning, module="runpy")
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case ["-c", code, *rest]:
             sys.argv, sys.path[0] = ["-c", *rest], ""

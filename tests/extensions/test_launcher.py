@@ -64,9 +64,9 @@ def test_its_help_and_its_errors_are_the_command_lines(queue, capsys):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--queue-file=x"], "--queue-file is of use with --queue only"),
-        (["--slurm", "--queue-file=x"], "--queue-file is of use with --queue only"),
-        (["--queue", "--nodes=2"], "--nodes is of use with --slurm only"),
+        (["--queue-file=x"], "--queue-file requires --queue"),
+        (["--slurm", "--queue-file=x"], "--queue-file requires --queue"),
+        (["--queue", "--nodes=2"], "--nodes requires --slurm"),
     ],
 )
 def test_options_of_another_launcher_are_refused(options, problem, capsys):

@@ -109,10 +109,14 @@ def test_it_answers_in_the_loop_and_gives_its_memory_back(ranks):
     assert metrics == {"rollout/calls": 6.0}
 
 
+def problems_of(made):
+    return check_serving(made.rollout, made.teachers, made.loss, made.parallel)
+
+
 def test_settings_that_it_has_no_use_for_are_refused(monkeypatch):
     monkeypatch.setitem(ENGINES, "parrot", TRAITS)
-    assert check_serving(settings(max_staleness=2)) == []
-    (problem,) = check_serving(settings(top_p=0.5))
+    assert problems_of(settings(max_staleness=2)) == []
+    (problem,) = problems_of(settings(top_p=0.5))
     assert problem == "rollout.top_p needs rollout.engine: sglang, not parrot"
     assert settings().rollout.shares_gpus
     assert not settings().is_served

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_opd.config import RolloutConfig
 from megatron_opd.sglang.errors import BadAnswer, Down
-from megatron_opd.sglang.weights import sync as sync_module
+from megatron_opd.sglang.weights import stream as stream_module
 from megatron_opd.sglang.weights.expected import Expected
 from megatron_opd.sglang.weights.sync import WeightPush
 from megatron_opd.sglang.wire import Ask, Draw
@@ -35,10 +35,10 @@ def clients(models, serve, connect):
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(sync_module, "buckets", lambda weights, _: buckets(weights, SMALL))
+    monkeypatch.setattr(stream_module, "buckets", lambda weights, _: buckets(weights, SMALL))
 
 
-buckets = sync_module.buckets
+buckets = stream_module.buckets
 
 
 @pytest.fixture

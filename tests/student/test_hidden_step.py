@@ -74,7 +74,8 @@ def gradients(parallel, made, rollouts):
         with Widest(vocab.stop - vocab.start) as widest:
             results = pipeline.train(student.model, batches, student._at_rows(form))
         grads = {name: p.main_grad.clone() for name, p in student.gpt.named_parameters()}
-        found.append((torch.stack(results) if results else None, grads, widest.rows))
+        sums = torch.stack([one[name] for one in results for name in sorted(one)]) if results else None
+        found.append((sums, grads, widest.rows))
     return found
 
 

@@ -14,7 +14,7 @@ from test_carriers import as_list, known_at
 from test_step_invariance import VOCAB_SIZE, paths  # noqa: F401
 
 from megatron_opd.core.batching import pack
-from megatron_opd.core.types import Sampled, TopK
+from megatron_opd.core.scores import Sampled, TopK
 
 NUM_STEPS, TOP_K = 2, 7
 MASKS = {
@@ -105,7 +105,7 @@ def train_on(parallel, config, rollouts, scores):
 
     student = Student(config, parallel)
     term = Distillation(config.loss, 1.0, student.vocab_shard(VOCAB_SIZE), tuple(config.teachers), (None,))
-    settings = packing_settings(config, parallel)
+    settings = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
     weights = [[1.0]] * len(rollouts)
     batches = pack(rollouts, **settings, device=torch.device("cpu"), scores=[scores], weights=weights)
     metrics = [student.step(batches, Objective(term)) for _ in range(NUM_STEPS)]

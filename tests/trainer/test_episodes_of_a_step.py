@@ -42,11 +42,12 @@ def test_the_reward_is_of_the_last_turn_and_shared():
 def test_evaluation_counts_episodes():
     settings = tiny.config("unused", [], rollout={"max_new_tokens": 3, "temperature": 0.7})
     sources = [c.SourceConfig(name="a", path="", reward="exact")]
-    made = SimpleNamespace(rollout=settings.rollout, rewards=settings.rewards, run=settings.run)
-    made.data = c.DataConfig(train=[], eval=sources)
+    data = c.DataConfig(train=[], eval=sources)
     drawn = [replace(r, sample=s) for s in (0, 1) for r in two_episodes()[:2]] + two_episodes()[2:] * 2
     engine = SimpleNamespace(generate=lambda prompts, how: drawn if how.samples_per_prompt == 2 else two_episodes())
-    rollouts, tally = Evaluator(made, WORDS).answer(engine, [None, None], samples=2)
+    rollouts, tally = Evaluator(data, settings.rewards, settings.rollout, settings.run, WORDS).answer(
+        engine, [None, None], samples=2
+    )
     assert len(rollouts) == 3  # teachers are asked about every trajectory
     assert tally["accuracy", "a"] == (1, 2)
     assert tally["avg@2", "a"] == (1, 2)

@@ -245,7 +245,8 @@ def test_episodes_of_several_trajectories(ranks, paths, method, layout, tmp_path
         expected = reference.step(whole, number)
         for metrics, _ in answers:
             found = metrics[number - 1]
-            assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5)
+            # The loss is a small difference of terms near 0.1, in float32.
+            assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5, abs=1e-7)
             assert found["reward/mean"] == pytest.approx(1.75 / 6)  # of episodes, not of trajectories
             assert found["advantage/mean"] == pytest.approx(float(torch.cat(reference.advantages).mean()), abs=1e-5)
     for name, tensor in saved(reference.student, tmp_path / "m").items():
