@@ -16,7 +16,7 @@ from megatron_opd.core.types import Prompt
 from megatron_opd.rewards import mathematics
 from megatron_opd.rewards.base import Answer, Reward, needs_answer
 
-_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\w))?"
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w))?"
 # A minus sign is one where nothing stands before it that could be subtracted from. A whole number before a fraction
 # belongs to it: 2 1/2.
 _NUMBER = re.compile(
@@ -35,7 +35,8 @@ _LATEX = [
     (re.compile("[\N{MINUS SIGN}\N{EN DASH}]"), "-"),
     (re.compile(r"(^|[=:{(#])([ \t]*[$€£]?)-[ \t]+(?=[$€£]?[\d.])"), r"\1\2-"),
 ]
-_MOST_CHARACTERS = 200_000
+_UNIT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}(?:\^(?:\{-?\d+\}|\d|\\circ))?|\^\{?\\circ\}?")
+_MOST_CHARACTERS, _LONGEST_EXPONENT = 200_000, 3
 
 
 def final_number(text: str) -> Fraction | None:
@@ -80,7 +81,9 @@ def _in_boxes(text: str) -> Iterator[tuple[int, str, bool]]:
 def _boxed(content: str) -> Fraction | None:
     """The number in a box, which may be an expression."""
     content = content.replace(r"\%", "").replace("%", "").replace(r"\$", "").replace("$", "")
-    plain = _plain(content).strip()
+    without_units = _UNIT.sub("", content)
+    content = without_units if re.search(r"\d", without_units) else content
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", _plain(content)).strip()
     if not re.search(r"\d", plain):
         return None
     if _NUMBER.fullmatch(plain) and (values := _numbers(plain)):
@@ -91,6 +94,8 @@ def _boxed(content: str) -> Fraction | None:
 def _numbers(text: str) -> list[Fraction]:
     found = []
     for minus, inner_minus, whole, above, below in _NUMBER.findall(text):
+        if any(len(re.sub(r".*[eE][+-]?", "", part)) > _LONGEST_EXPONENT for part in (above, below) if "e" in part.lower()):
+            continue
         try:
             value = Fraction(above.replace(",", "")) / Fraction(below.replace(",", "") if below else 1)
             value += Fraction(whole or 0)

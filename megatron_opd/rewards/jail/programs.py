@@ -121,15 +121,16 @@ def _as_completion(texts: list[str], given: str, entry_point: str | None) -> lis
     name = entry_point or _open_function(given)
     if name is None or f"def {name}" not in given:
         return None
+    least = len(given.rstrip().split("\n")) + 1
     for text in texts:
-        for continued in _continuations(given, text):
-            lines = continued.split("\n")
-            kept = _longest_prefix(lines, at_least=len(given.rstrip().split("\n")) + 1)
-            tree = parsed(kept) if kept else None
+        kept = [_longest_prefix(one.split("\n"), at_least=least) for one in _continuations(given, text)]
+        # Prose may pass for a line of Python, so the way to indent that makes sense of the most lines is the right one.
+        for source in sorted(filter(None, kept), key=lambda one: -len(one.split("\n"))):
+            tree = parsed(source)
             of_name = [node for node in tree.body if name in _defined(node)] if tree else []
             whole = [node for node in of_name if not _is_stub(node)]
-            if kept and whole:  # a model that goes on may define the function once more; the first is the answer
-                return [_without(kept, [node for node in of_name if node is not whole[0]])]
+            if whole:  # a model that goes on may define the function once more; the first is the answer
+                return [_without(source, [node for node in of_name if node is not whole[0]])]
     return None
 
 
@@ -203,7 +204,7 @@ def _is_stub(node: ast.stmt) -> bool:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return False
     return all(
-        isinstance(inner, ast.Pass)
+        isinstance(inner, ast.Pass | ast.Import | ast.ImportFrom)
         or (isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant))
         or (isinstance(inner, ast.Raise) and "NotImplemented" in ast.dump(inner))
         or (isinstance(inner, ast.FunctionDef) and inner.name == node.name)
