@@ -134,6 +134,9 @@ def _check_rewards(config: Config) -> list[str]:
         for i, source in enumerate(sources):
             problem = problem_with_reward(source.reward)
             problems += [f"{setting}.{i}.reward: {problem}"] if problem else []
+    thinking = config.rewards.thinking
+    if thinking and (len(thinking) != 2 or not all(thinking) or thinking[0] == thinking[1]):
+        problems.append("rewards.thinking: give two markers, e.g. [<think>, </think>], or none")
     return problems
 
 

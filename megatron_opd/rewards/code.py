@@ -8,6 +8,7 @@ program is what the answer defines, in blocks of code or without, alone or as th
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def build(settings: RewardsConfig) -> Reward:
         name="code",
         grade=functools.partial(_grade, limits=limits, workers=settings.code_workers),
         check=check,
+        trial=functools.partial(_trial, limits=limits),
         fields=("tests", "entry_point"),
         note=f"code runs confined by limits, {', '.join(guards)}{without if missing else ''}",
     )
@@ -51,6 +53,16 @@ def _grade(answers: Sequence[Answer], *, limits: sandbox.SandboxLimits, workers:
     with ThreadPoolExecutor(workers, thread_name_prefix="code-reward") as pool:
         verdicts = pool.map(lambda answer: sandbox.run(task(*answer), limits), answers)
         return [float(verdict.passed) for verdict in verdicts]
+
+
+def _trial(prompt: Prompt, *, limits: sandbox.SandboxLimits) -> str | None:
+    why = _tried(dataclasses.replace(task(prompt, ""), answer=None), limits)
+    return f'the "tests" cannot tell a right answer from a wrong one: {why}' if why else None
+
+
+@functools.lru_cache(maxsize=65536)
+def _tried(of: sandbox.Task, limits: sandbox.SandboxLimits) -> str | None:
+    return sandbox.probe(of, limits)
 
 
 def task(prompt: Prompt, text: str) -> sandbox.Task:
