@@ -20,6 +20,8 @@ from megatron_opd.planner import options as planner
 _GRACE_S = 10.0
 """How long a rank that stops because of another one stays: launchers end everybody when the first rank exits, and the
 rank that failed should be heard first."""
+_ROWS_OF_CHECK = 1000
+"""The most rows of a source whose tests `check` tries; other commands try fewer."""
 
 _EPILOG = """\
 examples:
@@ -199,7 +201,7 @@ def _check(arguments: argparse.Namespace) -> int:
         processes = local.plan(config, [arguments.config, *arguments.overrides])
         print(*origins, "# models, tokenizers and data were not looked at", *processes, sep="\n")
         return 0
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, rows_to_try=_ROWS_OF_CHECK)
     print(dump(to_dict(config)))
     print(*origins, sep="\n")
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):

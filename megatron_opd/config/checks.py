@@ -15,6 +15,7 @@ from megatron_opd.config import (
     OptimConfig,
     ParallelConfig,
     PolicyConfig,
+    RewardsConfig,
     RolloutConfig,
     RunConfig,
     SourceConfig,
@@ -47,6 +48,7 @@ def check(config: Config) -> list[str]:
         *([] if c.teachers or not needs_teachers(c.loss, c.policy, c.answers) else [_NO_TEACHER]),
         *_check_teachers(c.teachers, c.data),
         *_check_data(c.data),
+        *_check_thinking(c.rewards),
         *check_serving(c.rollout, c.teachers, c.loss, c.parallel),
         *_check_tokenizers(c.teachers, c.answers, c.loss, c.policy, c.train),
         *check_method(c.loss, c.policy, c.rl, c.rollout),
@@ -147,6 +149,13 @@ def _check_weights(teachers: list[TeacherConfig], sources: list[SourceConfig]) -
         if not any(t.weight_for(source) for t in teachers):
             problems.append(f"teachers: every weight for prompt source '{source}' is 0; give one teacher a weight")
     return problems
+
+
+def _check_thinking(rewards: RewardsConfig) -> list[str]:
+    thinking = rewards.thinking
+    if thinking and (len(thinking) != 2 or not all(thinking) or thinking[0] == thinking[1]):
+        return ["rewards.thinking: give two markers, e.g. [<think>, </think>], or none"]
+    return []
 
 
 def _check_tokenizers(

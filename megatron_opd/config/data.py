@@ -32,7 +32,8 @@ class SourceConfig:
     split: str = "train"
     """Split of a data set of the hub."""
     reward: str = "exact"
-    """How answers are graded: exact (equal to `answer`), gsm8k (the final number is that of `answer`), code (passes
+    """How answers are graded: exact (equal to `answer`), gsm8k (the final number is that of `answer`), math (the
+    mathematics of `answer`, by math-verify), code (passes
     `tests`, which call `entry_point`), ifeval (follows `instruction_id_list`), or module:function, your own; see
     docs/rewards.md."""
 
@@ -68,12 +69,15 @@ class RewardsConfig:
     """Largest address space of a process that runs an answer, in MiB."""
     code_workers: AtLeastOne = 4
     """Answers of the reward code that one replica tests at a time; each takes up to two processes."""
+    thinking: list[str] = dataclasses.field(default_factory=list)
+    """Two markers, what opens a model's thinking and what closes it; only what follows it is graded. Empty: the
+    markers of the student's tokenizer or chat template, [THINK] or <thinking>, else <think> and </think>."""
     ifeval: Literal["prompt", "instruction"] = "prompt"
     """What the reward ifeval is: 1 for an answer that follows every instruction of its prompt, else 0 (prompt), or the
     share of them that it follows (instruction)."""
 
 
-REWARDS = ("exact", "gsm8k", "code", "ifeval")
+REWARDS = ("exact", "gsm8k", "math", "code", "ifeval")
 
 
 def problem_with_reward(name: str) -> str | None:

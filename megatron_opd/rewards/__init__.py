@@ -1,7 +1,8 @@
 """Graders of answers, by name: how good is a response to its prompt, from 0 to 1.
 
-`exact`, `gsm8k`, `code`, `ifeval`, or `module:function` of the user's own. Each is in a module of its own, imported
-when it is asked for. Evaluation uses them, and so can anything else that has prompts and responses.
+`exact`, `gsm8k`, `math`, `code`, `ifeval`, or `module:function` of the user's own. Each is in a module of its own,
+imported when it is asked for. Evaluation uses them, and so can anything else that has prompts and responses. None of
+them sees a model's thinking.
 """
 
 from __future__ import annotations
@@ -9,10 +10,18 @@ from __future__ import annotations
 from megatron_opd.config import RewardsConfig
 from megatron_opd.config.data import problem_with_reward
 from megatron_opd.rewards.base import Reward
+from megatron_opd.rewards.thinking import KNOWN, Markers, without_thinking
 
 
-def build_reward(name: str, settings: RewardsConfig | None = None) -> Reward:
-    """The reward of this name. Raises ValueError when there is none, or when it cannot work on this machine."""
+def build_reward(name: str, settings: RewardsConfig | None = None, markers: Markers = KNOWN[0]) -> Reward:
+    """The reward of this name, of what follows the thinking between `markers`.
+
+    Raises ValueError when there is none, or when it cannot work on this machine.
+    """
+    return without_thinking(_build(name, settings or RewardsConfig()), markers)
+
+
+def _build(name: str, settings: RewardsConfig) -> Reward:
     problem = problem_with_reward(name)
     if problem:
         raise ValueError(problem)
@@ -24,14 +33,18 @@ def build_reward(name: str, settings: RewardsConfig | None = None) -> Reward:
         from megatron_opd.rewards import gsm8k
 
         return gsm8k.REWARD
+    if name == "math":
+        from megatron_opd.rewards import mathematics
+
+        return mathematics.build()
     if name == "code":
         from megatron_opd.rewards import code
 
-        return code.build(settings or RewardsConfig())
+        return code.build(settings)
     if name == "ifeval":
         from megatron_opd.rewards import ifeval
 
-        return ifeval.build(settings or RewardsConfig())
+        return ifeval.build(settings)
     from megatron_opd.rewards import function
 
     return function.build(name)

@@ -23,6 +23,9 @@ class Reward:
     """Raises ValueError saying what the prompt's row lacks."""
     fields: tuple[str, ...] | None = ()
     """Fields of a row, besides prompt and answer, that Prompt.extra must keep; None: all of them."""
+    trial: Callable[[Prompt], str | None] | None = None
+    """Why the prompt's row cannot tell right answers from wrong ones, or None. It takes a while and may be called from
+    several threads; None in its place: rows need no trial."""
     note: str = ""
     """What people should know about how it works here."""
 

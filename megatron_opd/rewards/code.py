@@ -1,16 +1,16 @@
 """Right is a program that passes its tests, run in the sandbox of `sandbox.py`.
 
-As in HumanEval (Chen et al. 2021, arXiv:2107.03374) the program is the prompt continued by the response, up to the
-first of their stop sequences where the whole does not run. A response with a fenced block, or one that is a program
-by itself, counts as that. A row has `tests` (asserts, or a function `check(candidate)`) and `entry_point`, the
-function that they test.
+A row has `tests` and, where they test one function, its name as `entry_point`. The tests are asserts, a function
+`check(candidate)` as in HumanEval (Chen et al. 2021, arXiv:2107.03374), or what pytest or unittest would collect. The
+program is what the answer defines, in blocks of code or without, alone or as the rest of the prompt's function.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
-import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,8 +19,8 @@ from megatron_opd.core.types import Prompt
 from megatron_opd.rewards import sandbox
 from megatron_opd.rewards.base import Answer, Reward
 
-_FENCED = re.compile(r"^```[^\n`]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
-_STOPS = re.compile(r"\n(?:class |def |#|if |print\()")
+_NOT_OF_PYTHON = ("pytest", "solution", "answer", "candidate", "submission", "program", "your_module")
+"""Modules that tests may import all the same: the sandbox has something for each."""
 
 
 def build(settings: RewardsConfig) -> Reward:
@@ -33,6 +33,7 @@ def build(settings: RewardsConfig) -> Reward:
         name="code",
         grade=functools.partial(_grade, limits=limits, workers=settings.code_workers),
         check=check,
+        trial=functools.partial(_trial, limits=limits),
         fields=("tests", "entry_point"),
         note=f"code runs confined by limits, {', '.join(guards)}{without if missing else ''}",
     )
@@ -40,7 +41,9 @@ def build(settings: RewardsConfig) -> Reward:
 
 @functools.cache
 def _guards() -> tuple[str, ...]:
-    verdict = sandbox.run(sandbox.Task(programs=("",), tests=""), sandbox.SandboxLimits(timeout_s=60.0))
+    verdict = sandbox.run(
+        sandbox.Task(programs=("def f(): return 1",), tests="assert f() == 1"), sandbox.SandboxLimits(timeout_s=60.0)
+    )
     if not verdict.passed:
         raise sandbox.SandboxError(f"code cannot be run here: the sandbox failed at an empty program: {verdict.why}")
     return verdict.guards
@@ -52,17 +55,20 @@ def _grade(answers: Sequence[Answer], *, limits: sandbox.SandboxLimits, workers:
         return [float(verdict.passed) for verdict in verdicts]
 
 
+def _trial(prompt: Prompt, *, limits: sandbox.SandboxLimits) -> str | None:
+    why = _tried(dataclasses.replace(task(prompt, ""), answer=None), limits)
+    return f'the "tests" cannot tell a right answer from a wrong one: {why}' if why else None
+
+
+@functools.lru_cache(maxsize=65536)
+def _tried(of: sandbox.Task, limits: sandbox.SandboxLimits) -> str | None:
+    return sandbox.probe(of, limits)
+
+
 def task(prompt: Prompt, text: str) -> sandbox.Task:
     """What the sandbox is given for a response."""
-    blocks = _FENCED.findall(text)
-    code = blocks[-1] if blocks else text
-    cut = _STOPS.split(code, maxsplit=1)[0]
-    programs = (prompt.text + code, prompt.text + cut, code, cut)
     return sandbox.Task(
-        programs=tuple(dict.fromkeys(programs)),
-        tests=prompt.extra["tests"],
-        entry_point=prompt.extra.get("entry_point"),
-        prompt=prompt.text,
+        answer=text, tests=prompt.extra["tests"], entry_point=prompt.extra.get("entry_point"), prompt=prompt.text
     )
 
 
@@ -77,5 +83,23 @@ def check(prompt: Prompt) -> None:
         tree = ast.parse(tests)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f'"tests" are not Python: {error}') from None
-    if entry_point is None and any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
+    if entry_point is None and any(_takes_a_candidate(node) for node in tree.body):
         raise ValueError('the "tests" define check(candidate), so the row needs "entry_point", the function to check')
+    for module in _imported(tree):
+        if module not in (*sys.stdlib_module_names, *_NOT_OF_PYTHON, entry_point):
+            raise ValueError(
+                f'the "tests" import {module}; the sandbox has only Python\'s standard library, and the answer as the'
+                " module solution"
+            )
+
+
+def _takes_a_candidate(node: ast.stmt) -> bool:
+    is_check = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == "check"
+    return is_check and len(node.args.args) > len(node.args.defaults)
+
+
+def _imported(tree: ast.Module) -> list[str]:
+    """The modules that the tests import without a choice, by their first names."""
+    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [name.split(".")[0] for name in names]

@@ -1,53 +1,104 @@
 """Right is what ends in the number that the reference ends in, however it is written.
 
-The number of a text stands after its last `####` (the format of the data set, Cobbe et al. 2021, arXiv:2110.14168),
-else in its last `\\boxed{}`, else it is the last number there is. Numbers are compared exactly, as fractions: 1,000
-and 1000.0 are one; thousands separators, currency signs, units and percent signs do not count, and nothing is
-rounded.
+The number of a text begins the line behind a `####` (the format of the data set, Cobbe et al. 2021, arXiv:2110.14168),
+or is in a `\\boxed{}`, whichever comes last; else it is the last number there is. What is in a box and is not written
+plainly is read by math-verify. Numbers are compared exactly, as fractions: 1,000 and 1000.0 are one; thousands
+separators, currency signs, units and percent signs do not count, and nothing is rounded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from megatron_opd.core.types import Prompt
+from megatron_opd.rewards import mathematics
 from megatron_opd.rewards.base import Answer, Reward, needs_answer
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-# A minus sign is one where nothing stands before it that could be subtracted from.
-_NUMBER = re.compile(rf"((?<![\w.)\]}}])-)?(?:[$€£](-)?)?({_DIGITS})(?:\s?/\s?({_DIGITS}))?", re.ASCII)
-_AFTER_HASHES = re.compile(r"####([^\n]*)")
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w))?"
+# A minus sign is one where nothing stands before it that could be subtracted from. A whole number before a fraction
+# belongs to it: 2 1/2.
+_NUMBER = re.compile(
+    rf"((?<![\w.)\]}}])-)?(?:[$€£]\s?(-)?)?(?:(\d+)\s+(?=\d+\s?/\s?\d))?({_DIGITS})(?:\s?/\s?({_DIGITS}))?", re.ASCII
+)
+_HASHES = re.compile(r"####([^\n]*)")
+_BEFORE_A_NUMBER = re.compile(r"[\s*_`(\\]*(?:(?:the )?(?:final )?answer(?: is)?\s*[:=]?)?[\s*_`(\\]*", re.IGNORECASE)
+_HEADING = re.compile(r"\d+[.):]\s+[^\W\d]")
+_BOX = re.compile(r"\\f?boxed?\s*\{")
 _LATEX = [
+    (re.compile(r"(?<=\d)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r" \1/\2"),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[,!; ]"), ""),
-    (re.compile(r"\\\$"), "$"),
+    (re.compile(r"\\([$%])"), r"\1"),
     (re.compile("[\N{MINUS SIGN}\N{EN DASH}]"), "-"),
+    (re.compile(r"(^|[=:{(#])([ \t]*[$€£]?)-[ \t]+(?=[$€£]?[\d.])"), r"\1\2-"),
 ]
+_UNIT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}(?:\^(?:\{-?\d+\}|\d|\\circ))?|\^\{?\\circ\}?")
+_MOST_CHARACTERS, _LONGEST_EXPONENT = 200_000, 3
 
 
 def final_number(text: str) -> Fraction | None:
     """The number that the text gives as its answer, or None where there is none."""
+    text = text[-_MOST_CHARACTERS:]
+    given = [*_behind_hashes(text), *_in_boxes(text)]
+    for _, written, is_box in sorted(given, key=lambda one: one[0], reverse=True):
+        value = _boxed(written) if is_box else written
+        if isinstance(value, Fraction):
+            return value
+    numbers = _numbers(_plain(text))
+    return numbers[-1] if numbers else None
+
+
+def _plain(text: str) -> str:
     for pattern, written in _LATEX:
         text = pattern.sub(written, text)
-    after_hashes = [found for part in _AFTER_HASHES.findall(text) if (found := _numbers(part))]
-    if after_hashes:
-        return after_hashes[-1][0]
-    boxed = [found for part in _BOXED.findall(text) if (found := _numbers(part))]
-    if boxed:
-        return boxed[-1][-1]
-    numbers = _numbers(text)
-    return numbers[-1] if numbers else None
+    return text
+
+
+def _behind_hashes(text: str) -> Iterator[tuple[int, Fraction, bool]]:
+    """(place, number, False) for each `####` that a number follows; "#### Step 2" and "#### 2. Add" are headings."""
+    for found in _HASHES.finditer(text):
+        line = _plain("####" + found[1])[4:]
+        begin = _BEFORE_A_NUMBER.match(line).end()
+        number = _NUMBER.match(line, begin)
+        if number and not _HEADING.match(line, begin) and (values := _numbers(number[0])):
+            yield found.start(), values[0], False
+
+
+def _in_boxes(text: str) -> Iterator[tuple[int, str, bool]]:
+    """(place, content, True) of each box that is closed."""
+    for found in _BOX.finditer(text):
+        depth = 1
+        for end in range(found.end(), min(len(text), found.end() + 1000)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                yield found.start(), text[found.end() : end], True
+                break
+
+
+def _boxed(content: str) -> Fraction | None:
+    """The number in a box, which may be an expression."""
+    content = content.replace(r"\%", "").replace("%", "").replace(r"\$", "").replace("$", "")
+    without_units = _UNIT.sub("", content)
+    content = without_units if re.search(r"\d", without_units) else content
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", _plain(content)).strip()
+    if not re.search(r"\d", plain):
+        return None
+    if _NUMBER.fullmatch(plain) and (values := _numbers(plain)):
+        return values[0]
+    return mathematics.number(_plain(content) if "^" not in content and "\\" not in _plain(content) else content)
 
 
 def _numbers(text: str) -> list[Fraction]:
     found = []
-    for minus, inner_minus, above, below in _NUMBER.findall(text):
+    for minus, inner_minus, whole, above, below in _NUMBER.findall(text):
+        if any(len(re.sub(r".*[eE][+-]?", "", part)) > _LONGEST_EXPONENT for part in (above, below) if "e" in part.lower()):
+            continue
         try:
             value = Fraction(above.replace(",", "")) / Fraction(below.replace(",", "") if below else 1)
+            value += Fraction(whole or 0)
         except (ValueError, ZeroDivisionError):  # thousands of digits, which Python does not read; x / 0
             continue
         found.append(-value if minus or inner_minus else value)

@@ -7,6 +7,7 @@ process. Which guards the kernel has is in every verdict; without one that cuts 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,9 @@ JAIL = Path(__file__).with_name("jail")
 GUARDS = ("namespaces", "landlock", "seccomp")
 _MAX_VERDICT = 8192
 _REMOVAL_S = 600.0
+_LOOK_AT_FILES_S = 0.05
+_BYTES_AN_ENTRY = 4096
+"""A file that is empty takes space, too."""
 _READABLE = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/dev/urandom")
 
 
@@ -43,6 +47,8 @@ class SandboxLimits:
     """Address space of each of the two processes."""
     file_mb: int = 16
     """Size of a file."""
+    total_mb: int = 64
+    """Size of all files together."""
     processes: int = 64
     """Processes and threads, in a user namespace and where the user is not root."""
 
@@ -51,14 +57,17 @@ class SandboxLimits:
 class Task:
     """Code and what it must do."""
 
-    programs: tuple[str, ...]
-    """Ways to read the code as a program; the first that runs and defines the entry point is the one."""
+    programs: tuple[str, ...] = ()
+    """Programs; the first that defines the entry point is the one."""
+    answer: str | None = None
+    """Text of an answer to `prompt`, read as jail/programs.py says; its readings come behind `programs`."""
     tests: str
-    """Python: asserts, or a function `check(candidate)` that is called with the entry point."""
+    """Python: asserts, `check(candidate)`, which is called with the entry point, or tests as pytest and unittest
+    find them. They must call the code."""
     entry_point: str | None = None
     """The function that is tested; None: the tests call what they know by name."""
     prompt: str = ""
-    """Python that the tests may use functions of, where it is Python."""
+    """The prompt. Where it is Python, the code may continue it, and the tests may use its functions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,13 +86,34 @@ def run(task: Task, limits: SandboxLimits, *, guards: tuple[str, ...] = GUARDS) 
 
     Raises SandboxError, and has run nothing, when the network cannot be cut off.
     """
-    with _home() as home:
-        said = _run(task, _settings(limits, guards), home, limits.timeout_s)
+    said = _said(task, limits, guards, is_probe=False)
     if said is None:
-        return Verdict(passed=False, why=f"no verdict within {limits.timeout_s:g} s and {limits.memory_mb} MB")
-    if "refused" in said:
-        raise SandboxError(f"code cannot be run here: {said['refused']}")
+        return Verdict(passed=False, why=_no_verdict(limits))
     return Verdict(passed=said["passed"] is True, why=said["why"], guards=tuple(said["guards"]))
+
+
+def probe(task: Task, limits: SandboxLimits) -> str | None:
+    """Why the tests cannot tell answers apart, whatever they are, or None when they can.
+
+    The tests run against made-up functions; `task.programs` and `task.answer` are not looked at. Tests that do not end
+    in time count as those that can fail. Raises SandboxError like `run`.
+    """
+    said = _said(task, limits, GUARDS, is_probe=True)
+    return None if said is None or said["passed"] is True else str(said["why"])
+
+
+def _no_verdict(limits: SandboxLimits) -> str:
+    return f"no verdict within {limits.timeout_s:g} s, {limits.memory_mb} MB and {limits.total_mb} MB of files"
+
+
+def _said(task: Task, limits: SandboxLimits, guards: tuple[str, ...], *, is_probe: bool) -> dict[str, Any] | None:
+    """What the jail says; None when it says nothing."""
+    content = dataclasses.asdict(task) | {"probe": is_probe}
+    with _home() as home:
+        said = _run(content, _settings(limits, guards), home, limits)
+    if said is not None and "refused" in said:
+        raise SandboxError(f"code cannot be run here: {said['refused']}")
+    return said
 
 
 @contextlib.contextmanager
@@ -108,12 +138,12 @@ def _settings(limits: SandboxLimits, guards: tuple[str, ...]) -> dict[str, Any]:
         "file_bytes": limits.file_mb * 2**20,
         "processes": limits.processes,
     }
-    return {"guards": guards, "limits": most, "readable": [*own, *_READABLE]}
+    total = limits.total_mb * 2**20
+    return {"guards": guards, "limits": most, "total_bytes": total, "readable": [*own, *_READABLE]}
 
 
-def _run(task: Task, settings: dict[str, Any], home: str, timeout_s: float) -> dict[str, Any] | None:
+def _run(content: dict[str, Any], settings: dict[str, Any], home: str, limits: SandboxLimits) -> dict[str, Any] | None:
     """What the jail says, or None when it says nothing in time."""
-    content = {"programs": task.programs, "tests": task.tests, "entry_point": task.entry_point, "prompt": task.prompt}
     with tempfile.TemporaryFile() as stdin:  # has no name, so the code cannot find the tests in it
         stdin.write(json.dumps(content).encode())
         stdin.seek(0)
@@ -127,7 +157,7 @@ def _run(task: Task, settings: dict[str, Any], home: str, timeout_s: float) -> d
             start_new_session=True,
         )
     try:
-        said = _read(process, timeout_s)
+        said = _read(process, limits, home)
     finally:
         # Before the process is waited for: until then nobody else can get its number.
         with contextlib.suppress(ProcessLookupError):
@@ -140,13 +170,30 @@ def _run(task: Task, settings: dict[str, Any], home: str, timeout_s: float) -> d
         return None
 
 
-def _read(process: subprocess.Popen, timeout_s: float) -> bytes:
-    """The output up to its end, to the deadline or to what is longer than any verdict."""
-    said, deadline = b"", time.monotonic() + timeout_s
+def _read(process: subprocess.Popen, limits: SandboxLimits, home: str) -> bytes:
+    """The output up to its end, to the deadline, to too many files, or to what is longer than any verdict."""
+    said, deadline = b"", time.monotonic() + limits.timeout_s
     while len(said) < _MAX_VERDICT:
-        ready, _, _ = select.select([process.stdout], [], [], max(deadline - time.monotonic(), 0))
+        left = max(deadline - time.monotonic(), 0)
+        ready, _, _ = select.select([process.stdout], [], [], min(left, _LOOK_AT_FILES_S))
+        if not ready and left > 0 and _bytes_in(home) <= limits.total_mb * 2**20:
+            continue
         part = os.read(process.stdout.fileno(), _MAX_VERDICT) if ready else b""
         if not part:
             break
         said += part
     return said
+
+
+def _bytes_in(home: str) -> int:
+    """Disk space of all files in a directory, as far as it can be looked at. In namespaces they are on a disk of their
+    own, which is limited by itself and cannot be seen from here."""
+    total, folders = 0, [home]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512 + _BYTES_AN_ENTRY
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+    return total

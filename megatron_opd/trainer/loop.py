@@ -44,7 +44,7 @@ def train(config: Config, notice: Notice) -> None:
     Raises Preempted on all ranks, with everything saved, after one of them got notice to make room.
     """
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
-    inputs = parallel.share_world(lambda: read_inputs(config))
+    inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
     with ExitStack() as opened:
         tracker = Tracker()
 

@@ -42,6 +42,7 @@ from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
 from megatron_opd.sglang import serve
 from megatron_opd.sglang.weights.transports import check_sync
+from megatron_opd.trainer.reward_trial import problems_of_rows
 
 _T = TypeVar("_T")
 
@@ -59,8 +60,12 @@ class Inputs:
     """What people should know, a line each: prompts that were left out, how answers are graded here."""
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Check the config against the models and files that it names. Raises ConfigError listing every problem."""
+def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
+    """Check the config against the models and files that it names. Raises ConfigError listing every problem.
+
+    rows_to_try: the most rows of a source whose rewards are tried, where they need that: tests that pass whatever the
+    answer is are a problem.
+    """
     problems: list[str] = []
     limits = _limits(config.student, config.teachers, config.parallel, config.lora, problems)
     problems += _not_evaluated(config.teachers) if config.train.eval_teachers else []
@@ -90,7 +95,7 @@ def read_inputs(config: Config) -> Inputs:
     encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
     if encoder is None:
         raise ConfigError(problems)
-    read = _Reader(config, encoder, context, problems)
+    read = _Reader(config, encoder, context, problems, rows_to_try)
     inputs = Inputs(
         train=read.sources("data.train", config.data.train, are_graded=config.is_graded),
         eval=read.sources("data.eval", config.data.eval, are_graded=True),
@@ -217,6 +222,7 @@ class _Reader:
     encoder: Encoder
     context: int
     problems: list[str]
+    rows_to_try: int
     notes: list[str] = field(default_factory=list)
     rewards: dict[str, Reward | None] = field(default_factory=dict)
     """By name; None for one that cannot be had, which is a problem by then."""
@@ -251,6 +257,8 @@ class _Reader:
                 self.problems,
             )
             found.append((source, prompts or []))
+            if prompts and are_graded:
+                self._try(source, prompts, reward)
             if prompts and prompts.dropped:
                 self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
         return found
@@ -266,6 +274,15 @@ class _Reader:
             is_trained_on=is_trained_on,
             is_measured=config.train.eval_nll and not is_trained_on,
         )
+
+    def _try(self, source: SourceConfig, prompts: Sequence[Prompt], reward: Reward) -> None:
+        """Add the rows whose rewards cannot tell answers apart to the problems."""
+        if reward.trial is None or not self.rows_to_try:
+            return
+        workers = self.config.rewards.code_workers
+        wrong, note = problems_of_rows(source, prompts, reward.trial, most=self.rows_to_try, workers=workers)
+        self.problems.extend(f"data: {problem}" for problem in wrong)
+        self.notes += [note] if note else []
 
     def _reward(self, name: str) -> Reward | None:
         if name not in self.rewards:

@@ -66,7 +66,7 @@ def test_tests_can_be_humanevals_check_or_call_what_they_know():
         "no built-in is replaced"
     )
     helper = "def helper(x):\n    return x\n"
-    task = Task(programs=(helper + RIGHT,), tests="assert helper(7) == 7", entry_point="add", prompt=helper)
+    task = Task(programs=(helper + RIGHT,), tests="assert add(helper(7), 1) == 8", entry_point="add", prompt=helper)
     assert run(task, PATIENT).passed
     broken = Task(programs=("def helper(x): return 8\n" + RIGHT,), tests=task.tests, entry_point="add", prompt=helper)
     assert run(broken, PATIENT).passed, "the tests use the helper of the prompt, not that of the answer"

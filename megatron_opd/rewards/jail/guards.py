@@ -17,7 +17,9 @@ NAMESPACES, LANDLOCK, SECCOMP = "namespaces", "landlock", "seccomp"
 ALL = (NAMESPACES, LANDLOCK, SECCOMP)
 CUT_THE_NETWORK = (NAMESPACES, SECCOMP)
 
-_NEW_USER, _NEW_NET, _NEW_IPC = 0x10000000, 0x40000000, 0x08000000
+_NEW_USER, _NEW_NET, _NEW_IPC, _NEW_MOUNTS = 0x10000000, 0x40000000, 0x08000000, 0x00020000
+_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+_MOST_FILES = 4096
 _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_SECCOMP, _NO_NEW_PRIVILEGES = 1, 4, 22, 38
 _EPERM, _ENOSYS = 1, 38
 _SIGKILL = 9
@@ -43,6 +45,12 @@ _DENIED = {
     "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14), "lremovexattr": (198, 15),
     "fremovexattr": (199, 16), "removexattrat": (466, 466), "file_setattr": (469, 469), "truncate": (76, 45),
+    # How much of the machine other processes of the user get: their priority, processors, memory nodes.
+    "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274), "ioprio_set": (251, 30), "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "process_madvise": (440, 440), "process_mrelease": (448, 448), "kcmp": (312, 272),
+    # Memory that neither the limit of the address space nor that of the disk counts.
+    "memfd_create": (319, 279), "memfd_secret": (447, 447),
 }  # fmt: skip
 """System calls that an answer to a programming task has no use for, with their numbers on x86_64 and on aarch64; None:
 there is no such call."""
@@ -62,6 +70,7 @@ def limit(*, cpu_s: int, memory_bytes: int, file_bytes: int, processes: int | No
         resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
+        **{getattr(resource, name): 0 for name in ("RLIMIT_NICE", "RLIMIT_RTPRIO") if hasattr(resource, name)},
     }
     if processes is not None:
         wanted[resource.RLIMIT_NPROC] = processes
@@ -93,8 +102,24 @@ def drop_privileges() -> None:
 
 
 def enter_namespaces() -> bool:
-    """A user namespace without privileges outside, and a network that has no interface up."""
-    return sys.platform == "linux" and _libc.unshare(_NEW_USER | _NEW_NET | _NEW_IPC) == 0
+    """A user namespace without privileges outside, a network that has no interface up, and mounts of its own."""
+    return sys.platform == "linux" and _libc.unshare(_NEW_USER | _NEW_NET | _NEW_IPC | _NEW_MOUNTS) == 0
+
+
+def small_disk(path: str, total_bytes: int, *, user: int, group: int) -> bool:
+    """In namespaces: an empty disk in memory at `path`, which holds so many bytes and is gone with the processes."""
+    try:  # without a number of its own in the namespace, a user can make no files there
+        for name, content in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as setting:
+                setting.write(content)
+    except OSError:
+        return False
+    options = f"size={total_bytes},nr_inodes={_MOST_FILES},mode=700".encode()
+    return _libc.mount(b"answer", os.fsencode(path), b"tmpfs", _NOSUID_NODEV_NOEXEC, options) == 0
 
 
 def only_files(*, readable: list[str], writable: list[str]) -> bool:
