@@ -11,14 +11,14 @@ import dataclasses
 
 from megatron_opd.config.answers import AnswersConfig
 from megatron_opd.config.crosstok import CrossTokenizerConfig
-from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
+from megatron_opd.config.data import DataConfig, RewardsConfig, SourceConfig
 from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import ParallelConfig, ServersConfig, StudentConfig, TeacherConfig
 from megatron_opd.config.policy import PolicyConfig, RLConfig
 from megatron_opd.config.precision import Fp8Config, PrecisionConfig
 from megatron_opd.config.run import LogConfig, OptimConfig, RunConfig, TrainConfig
-from megatron_opd.config.section import section
+from megatron_opd.config.section import HUB, section
 
 __all__ = [
     "HUB",
