@@ -22,6 +22,11 @@ HEAD = """\
 A run is one YAML file with the sections below. On the command line every setting can be overridden as
 `section.key=value`, entries of a list by their index: `optim.lr=2e-5`, `teachers.0.weight=0.5`. Unknown names and
 values without meaning stop the run before anything is loaded, all of them listed at once.
+
+Values are YAML 1.2, and types are strict. `off`, `no` and `1:30` are texts, `true` and `false` are the only switches,
+and a number is written in digits: `1e-5`, `10`, not `010`. A text that looks like a number or a switch needs quotes. A
+`#` in an override is part of the value. A section with nothing behind its name has its defaults. In a path, `~` and
+`$VAR` are replaced; a variable that is not set is an error.
 """
 TABLE = "| setting | type | default | meaning |\n|---|---|---|---|"
 
@@ -49,6 +54,8 @@ def type_text(setting: Schema) -> str:
         return f"mapping of name to {type_text(value) if 'type' in value else 'value'}"
     if setting["type"] == "array":
         return f"list of {type_text(setting['items'])}".replace("number", "numbers")
+    if setting.get("format") == "path":
+        return "path"
     allowed = bounds(setting)
     return WORDS[setting["type"]] + (f", {allowed}" if allowed else "")
 

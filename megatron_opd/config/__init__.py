@@ -11,7 +11,7 @@ import dataclasses
 
 from megatron_opd.config.answers import AnswersConfig
 from megatron_opd.config.crosstok import CrossTokenizerConfig
-from megatron_opd.config.data import HUB, DataConfig, RewardsConfig, SourceConfig
+from megatron_opd.config.data import DataConfig, RewardsConfig, SourceConfig
 from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import (
@@ -25,7 +25,7 @@ from megatron_opd.config.models import (
 from megatron_opd.config.policy import PolicyConfig, RLConfig, has_policy_gradient
 from megatron_opd.config.precision import Fp8Config, PrecisionConfig
 from megatron_opd.config.run import LogConfig, OptimConfig, RunConfig, TrainConfig
-from megatron_opd.config.section import section
+from megatron_opd.config.section import HUB, section
 
 __all__ = [
     "HUB",

@@ -6,10 +6,7 @@ import dataclasses
 import difflib
 from typing import Literal
 
-from megatron_opd.config.section import AtLeastOne, Positive, section
-
-HUB = "hf:"
-"""Begins the path of a prompt source that is a data set of the Hugging Face hub."""
+from megatron_opd.config.section import AtLeastOne, FilePath, Positive, section
 
 
 @section
@@ -18,7 +15,7 @@ class SourceConfig:
 
     name: str
     """Name of the source: the key for teacher routing and the column in evaluation tables."""
-    path: str
+    path: FilePath
     """A file, .jsonl (or .jsonl.gz), .json or .parquet, or `hf:` and the name of a data set of the Hugging Face hub."""
     weight: Positive = 1.0
     """Share of this source in a batch, relative to the other sources."""
@@ -50,7 +47,7 @@ class DataConfig:
     """Longest prompt in tokens, the chat template's included."""
     on_too_long: Literal["error", "drop"] = "error"
     """A longer prompt is an error that names its line (error), or is left out and counted (drop)."""
-    chat_template: str = "none"
+    chat_template: FilePath = "none"
     """none: prompts are texts, given to the model as they are; tokenizer: prompts and messages go through the chat
     template of the student's tokenizer; anything else: through the template in this file (Jinja)."""
     chat_template_options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)

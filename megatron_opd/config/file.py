@@ -9,7 +9,9 @@ import copy
 import dataclasses
 import difflib
 import functools
+import json
 import operator
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +20,10 @@ from typing import Any
 import pydantic
 import yaml
 
-from megatron_opd.config import Config, methods
+from megatron_opd.config import Config, methods, yaml_text
 from megatron_opd.config.checks import check
-from megatron_opd.config.schema import adapter, bounds, setting_at
+from megatron_opd.config.schema import adapter, bounds, setting_at, without_empty
+from megatron_opd.config.strict import what_to_write
 
 _OUT_OF_BOUNDS = ("greater_than_equal", "greater_than", "less_than_equal", "less_than")
 
@@ -49,7 +52,7 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
         raise ConfigError([f"there is no such file: {path}"], where="config")
     try:
         text = path.read_text(encoding="utf-8")
-        tree, twice = yaml.safe_load(text), _set_twice(yaml.compose(text, Loader=yaml.SafeLoader))
+        tree, twice = yaml_text.load(text), _set_twice(yaml_text.compose(text))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"not valid YAML: {error}"], where=str(path)) from None
     if twice:
@@ -66,15 +69,28 @@ def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
 
     Raises ConfigError listing every problem.
     """
+    tree = without_empty(tree)
     tree = methods.overlaid(_preset(tree, where), tree)
     try:
-        config = adapter().validate_python(tree)
+        config = _validated(tree)
         problems = check(config)
     except pydantic.ValidationError as error:
         problems = [_explain(e) for e in error.errors()] + _further_problems(tree, error.errors())
+    except (RecursionError, TypeError) as error:
+        problems = [f"this is not plain data of texts, numbers, lists and mappings: {error}"]
     if problems:
         raise ConfigError(problems, where)
     return config
+
+
+def _validated(tree: dict[str, Any]) -> Config:
+    """A Config of plain data. As JSON, because pydantic is strict about scalars there and still takes mappings for
+    sections. Raises pydantic.ValidationError; RecursionError and TypeError for what JSON does not have."""
+    try:
+        text = json.dumps(tree, default=os.fspath)
+    except ValueError as error:  # a mapping that contains itself
+        raise RecursionError(str(error)) from None
+    return adapter().validate_json(text, strict=True)
 
 
 def _preset(tree: dict[str, Any], where: str) -> dict[str, Any]:
@@ -109,7 +125,7 @@ def _further_problems(tree: dict[str, Any], errors: Sequence[Any]) -> list[str]:
         else:
             del node[last]
     names = "|".join(re.escape(".".join(map(str, error["loc"]))) for error in errors)
-    return [problem for problem in check(adapter().validate_python(tree)) if not re.search(rf"({names})\b", problem)]
+    return [problem for problem in check(_validated(tree)) if not re.search(rf"({names})\b", problem)]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -119,7 +135,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump(settings: dict[str, Any]) -> str:
     """A resolved config, as `to_dict` gives it, as YAML."""
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return yaml_text.dump(settings)
 
 
 def record(settings: dict[str, Any], path: Path) -> list[str] | None:
@@ -128,7 +144,7 @@ def record(settings: dict[str, Any], path: Path) -> list[str] | None:
     Returns what is not as the last record had it, None when there was none to read.
     """
     try:
-        before = yaml.safe_load(path.read_text())
+        before = yaml_text.load(path.read_text())
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):  # nothing but this message depends on it
         before = None
     temporary = path.with_suffix(".tmp")
@@ -173,10 +189,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
+            node = node[int(part)] if isinstance(node, list) else _opened(node, part)
+        node[int(last) if isinstance(node, list) else last] = yaml_text.load_value(text)
     except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError([f"cannot set {dotted}: {error}"], where="command line") from None
+
+
+def _opened(node: Any, part: str) -> Any:
+    """What a mapping has under a name; an empty mapping where that was nothing."""
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
 
 
 def _explain(error: Any) -> str:
@@ -188,6 +211,8 @@ def _explain(error: Any) -> str:
             near = difflib.get_close_matches(name, list(setting_at(parents).get("properties", {})), n=1, cutoff=0.5)
             hint = f"; did you mean {'.'.join(map(str, [*parents, near[0]]))}?" if near else ""
             return f"{where}: unknown setting{hint}"
+        case "value_error":
+            return f"{where}: {error['ctx']['error']}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: required, but not set"
         case kind if kind in _OUT_OF_BOUNDS:
@@ -195,7 +220,8 @@ def _explain(error: Any) -> str:
             why = f": {setting['why']}" if "why" in setting else ""
             return f"{where} {_refusal(bounds(setting))} {error['input']}{why}"
         case _:
-            return f"{where}: {error['msg']} (got {error['input']!r})"
+            got = "nothing" if error["input"] is None else repr(error["input"])
+            return f"{where}: {error['msg']} (got {got}){what_to_write(error['type'], error['input'])}"
 
 
 def _refusal(allowed: str) -> str:

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
+from megatron_opd.config import yaml_text
 
 _FOLDER = Path(__file__).resolve().parents[1] / "methods"
 _SOURCE = "Source: "
@@ -30,7 +30,7 @@ def text(name: str) -> str:
 
 def preset(name: str) -> dict[str, Any]:
     """The settings of a method. Raises ValueError as `text` does."""
-    return yaml.safe_load(text(name))
+    return yaml_text.load(text(name))
 
 
 def about(name: str) -> tuple[str, str]:
@@ -58,5 +58,5 @@ def taken_and_replaced(below: dict[str, Any], above: dict[str, Any], prefix: str
             inner = taken_and_replaced(value, own, f"{name}.")
             taken, replaced = taken + inner[0], replaced + inner[1]
         else:
-            (taken if own == value else replaced).append(f"{name}: {yaml.safe_dump(value).splitlines()[0]}")
+            (taken if own == value else replaced).append(f"{name}: {yaml_text.dump(value).splitlines()[0]}")
     return taken, replaced

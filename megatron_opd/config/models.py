@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from megatron_opd.config.section import AtLeastOne, Count, NotNegative, Positive, bound, section
+from megatron_opd.config.section import AtLeastOne, Count, FilePath, NotNegative, Positive, bound, section
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -46,7 +46,7 @@ class ParallelConfig:
 class StudentConfig:
     """The model that learns."""
 
-    model: str
+    model: FilePath
     """Hugging Face directory of the student: config.json, safetensors, tokenizer."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 master weights, and with fp16 the
@@ -76,7 +76,7 @@ class ServersConfig:
     """Address that started servers bind to; anything but loopback needs a key in MEGATRON_OPD_API_KEY."""
     port: Annotated[int, bound(ge=1, le=65535)] = 30000
     """First port of started servers; each next one takes the next free port."""
-    python: str = ".venv-sglang/bin/python"
+    python: FilePath = ".venv-sglang/bin/python"
     """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type in which started servers compute; auto: student.dtype for the student's, config.json's for a teacher's."""
@@ -102,7 +102,7 @@ class TeacherConfig:
 
     name: str
     """Name of the teacher in metrics (kl/<name>) and messages."""
-    model: str
+    model: FilePath
     """Hugging Face directory of the teacher."""
     tokenizer: Literal["student", "own"] = "student"
     """student: the teacher's tokenizer must be the student's; own: it reads the same text in its own tokens, and the

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from megatron_opd.config.section import AtLeastOne, Count, NotNegative, Positive, bound, section
+from megatron_opd.config.section import AtLeastOne, Count, FilePath, NotNegative, Positive, bound, section
 
 
 @section
 class RunConfig:
     """Where a run lives and what makes it repeatable."""
 
-    dir: str
+    dir: FilePath
     """Directory of the run: checkpoints, metrics, logs, export. The same command on the same directory resumes.
     Settings may change then, and train.log says which did, but not the student (student.model, student.dtype, lora) nor
     optim.distributed."""

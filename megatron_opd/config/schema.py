@@ -41,6 +41,20 @@ def setting_at(path: Iterable[str | int]) -> dict[str, Any]:
     return node
 
 
+def without_empty(tree: Any, node: dict[str, Any] | None = None) -> Any:
+    """A config's settings, with sections, lists and mappings that have a name and nothing behind it as empty ones."""
+    node = schema() if node is None else node
+    node = section_of(schema(), node) if "$ref" in node else node
+    if tree is None:
+        return {"object": {}, "array": []}.get(node.get("type", ""))
+    if isinstance(tree, list) and "items" in node:
+        return [entry if entry is None else without_empty(entry, node["items"]) for entry in tree]
+    if isinstance(tree, dict) and "properties" in node:
+        known = node["properties"]
+        return {name: without_empty(value, known.get(name, {})) for name, value in tree.items()}
+    return tree
+
+
 def bounds(setting: dict[str, Any]) -> str:
     """The numbers that a setting can have: `at least 1`, `between 0 and 1`; empty where it can have any."""
     low, above, high, below = (

@@ -23,6 +23,11 @@ FAMILIES = {
 }
 
 _SWITCHES = ("tie_word_embeddings", "norm_topk_prob")
+_QUANTISED = ("quantization_config", "compression_config")
+_QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_HEAD_DIM = {"qwen3": 128}
+_KV_HEADS = {"qwen2": 32, "qwen3": 32, "qwen3_moe": 4, "mistral": 8}
+"""Sizes that transformers takes where config.json does not have the key; elsewhere they follow from others."""
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _SIZES = (
     "num_hidden_layers",
@@ -93,6 +98,15 @@ def read_limits(model_dir: str | Path) -> tuple[int, int]:
         raise ValueError(f"{path}: it needs vocab_size and max_position_embeddings") from None
 
 
+def quantised(model_dir: str | Path) -> str | None:
+    """By which method a model's weights are quantised, as its files say; None where they do not."""
+    path, hf = _read(model_dir)
+    told = next((hf[key] for key in _QUANTISED if hf.get(key)), None)
+    if told is not None:
+        return str(told.get("quant_method") or "quantization_config") if isinstance(told, dict) else str(told)
+    return next((name for name in _QUANTISED_FILES if path.with_name(name).is_file()), None)
+
+
 def _read(model_dir: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
@@ -113,11 +127,6 @@ def _check_values(hf: dict[str, Any]) -> None:
         missing = hf.get(key) is None and key in _OPTIONAL_SIZES
         if key in hf and not missing and (type(hf[key]) is not int or hf[key] < 1):
             raise ValueError(f"{key} must be a whole number above 0, not {hf[key]!r}")
-    if hf["num_attention_heads"] % (hf.get("num_key_value_heads") or 1):
-        raise ValueError(
-            f"num_key_value_heads {hf['num_key_value_heads']} does not divide num_attention_heads"
-            f" {hf['num_attention_heads']}"
-        )
     for key in ("rope_parameters", "rope_scaling"):
         if hf.get(key) is not None and not isinstance(hf[key], dict):
             raise ValueError(f"{key} must be an object, not {hf[key]!r}")
@@ -133,6 +142,9 @@ def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architec
         raise ValueError("sliding-window attention is not supported")
     base, factor = _rope(hf)
     heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads", _KV_HEADS.get(family)) or heads
+    if heads % kv_heads:
+        raise ValueError(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
     moe = family.endswith("_moe")
     if moe and (hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers")):
         raise ValueError("a mixture of experts with dense layers in between is not supported")
@@ -142,8 +154,8 @@ def _translate(family: str, hf: dict[str, Any], vocab_multiple: int) -> Architec
         hidden_size=hf["hidden_size"],
         ffn_size=hf["moe_intermediate_size" if moe else "intermediate_size"],
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        num_kv_heads=kv_heads,
+        head_dim=hf.get("head_dim", _HEAD_DIM.get(family)) or hf["hidden_size"] // heads,
         vocab_size=hf["vocab_size"],
         padded_vocab_size=-(-hf["vocab_size"] // vocab_multiple) * vocab_multiple,
         max_positions=hf["max_position_embeddings"],

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megatron_opd.config import yaml_text
 from megatron_opd.core.run_dir import CHECKPOINTS, CONFIG, MARKER, complete
 from megatron_opd.models import output_dir
 from megatron_opd.models.architecture import Architecture, read_architecture
@@ -131,7 +132,7 @@ def find_like(checkpoint_dir: str | Path, like: str | Path | None = None) -> str
     if not config.is_file():
         raise ValueError(f"{checkpoint} has no config.json; name a directory of the same model with --like")
     try:
-        student = str(yaml.safe_load(config.read_text())["student"]["model"])
+        student = str(yaml_text.load(config.read_text())["student"]["model"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"{config} is not the config of a run ({error}); name the model with --like") from None
     if not (Path(student) / "config.json").is_file():

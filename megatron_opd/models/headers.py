@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.architecture import Architecture, quantised
 from megatron_opd.models.checkpoint_keys import is_optimizer, is_vocab, region
 from megatron_opd.models.lora_checkpoint import open_checkpoint
 from megatron_opd.models.safetensors_dir import TensorDir
@@ -20,6 +20,18 @@ from megatron_opd.models.weight_map import all_rules, hf_shapes
 
 _IGNORABLE = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Ends of tensor names that hold no weights: buffers that old versions of transformers saved."""
+
+_QUANTISED = (
+    ".qweight",
+    ".qzeros",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+    ".absmax",
+    ".SCB",
+    ".scales",
+)
+"""Ends of the names that tensors of quantised weights have."""
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 1024
@@ -33,9 +45,26 @@ def check_tensors(model_dir: str | Path, arch: Architecture, *, at_most: int = 3
 
     Raises ValueError when not even the headers can be read.
     """
-    wrong = _wrong_in_checkpoint(model_dir, arch) if is_torch_dist(model_dir) else _wrong_in_hf(model_dir, arch)
+    if is_torch_dist(model_dir):
+        wrong = _wrong_in_checkpoint(model_dir, arch)
+    else:
+        method = quantised(model_dir) or _quantised_tensor(model_dir)
+        wrong = [_is_quantised(method)] if method else _wrong_in_hf(model_dir, arch)
     problems = [f"{model_dir}: {problem}" for problem in wrong[:at_most]]
     return problems + ([f"{model_dir}: and {len(wrong) - at_most} more like these"] if len(wrong) > at_most else [])
+
+
+def _is_quantised(method: str) -> str:
+    return (
+        f"the checkpoint is quantised ({method}), and weights are read in fp32, bf16 or fp16 only; name the model that"
+        " it was made from, or write its weights out in bf16 first. A teacher can stay quantised behind servers"
+        " (teachers.N.backend: sglang)"
+    )
+
+
+def _quantised_tensor(model_dir: str | Path) -> str | None:
+    with TensorDir(model_dir) as tensors:
+        return next((f"tensor {name}" for name in sorted(tensors.names()) if name.endswith(_QUANTISED)), None)
 
 
 def weight_names(tensors: TensorDir, arch: Architecture) -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from megatron_opd.config import DataConfig
 from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.prompts.turn import turn_of
 
 Messages: TypeAlias = list[dict[str, Any]]
 """Turns of a conversation, each with `role` and `content`; templates may read more."""
@@ -39,22 +40,13 @@ class Encoder:
             raise ValueError('messages need a chat template: set data.chat_template to "tokenizer" or to a file')
         return self._apply(self._messages(asked), add_generation_prompt=True)
 
-    def turn(self, asked: str | Messages, rendered: str, answer: str) -> str:
-        """What follows the `rendered` prompt where `answer` is the assistant's: with a template, also its end of turn.
-
-        Where the template does not open turns of the past as it opens one for the model (which may be told not to
-        think), it is the answer and what the template puts behind it. Raises ValueError where that cannot be seen.
-        """
+    def turn(self, asked: str | Messages, rendered: str, reply: dict[str, Any]) -> str:
+        """What follows the `rendered` prompt where the assistant's message is `reply`: with a template, also its end of
+        turn. Raises ValueError where that cannot be told, as `turn_of` does."""
         if self.template is None:
-            return answer
-        messages = [*self._messages(asked), {"role": "assistant", "content": answer}]
-        whole = self._apply(messages, add_generation_prompt=False)
-        if whole.startswith(rendered):
-            return whole[len(rendered) :]
-        before, _, end = whole.rpartition(answer.strip() or "\0")
-        if not before:
-            raise ValueError("the chat template changes the answer, so the student's tokens for the answer are unknown")
-        return answer.strip() + end
+            return str(reply["content"])
+        before = self._messages(asked)
+        return turn_of(lambda last: self._apply([*before, last], add_generation_prompt=False), rendered, reply)
 
     def _messages(self, asked: str | Messages) -> Messages:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
@@ -125,6 +117,8 @@ def checked(messages: list[Any]) -> Messages:
         raise ValueError("there are no messages")
     found = []
     for number, message in enumerate(messages, start=1):
+        if isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None:
+            message = {**message, "content": ""}  # a call needs no words
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f'message {number}: expected an object with text fields "role" and "content"')
         if message["role"] not in _ROLES:

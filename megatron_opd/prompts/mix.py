@@ -47,6 +47,8 @@ class ParsedRow:
     """What it asks, where that is not a text; without the answer."""
     rendered: str
     """The text of `prompt.token_ids`."""
+    reply: dict[str, Any] | None = None
+    """The assistant's message that is the answer, whole; None where the answer is a text of its own."""
 
 
 Complete = Callable[[Sequence[ParsedRow]], list[Prompt | None]]
@@ -95,7 +97,7 @@ def _asked(rows: list[Row], source: SourceConfig, encoder: Encoder, reward: Rewa
     asked = []
     for row in rows:
         try:
-            text, answer, messages = _parse(row.fields, source)
+            text, answer, messages, reply = _parse(row.fields, source)
             rendered = encoder.render(messages or text)
             rendered.encode()  # half a surrogate pair is no text
             extra = _extra(row.fields, source, reward.fields)
@@ -104,7 +106,8 @@ def _asked(rows: list[Row], source: SourceConfig, encoder: Encoder, reward: Rewa
                 reward.check(prompt)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from None
-        asked.append(ParsedRow(where=row.where, fields=row.fields, prompt=prompt, messages=messages, rendered=rendered))
+        told = {"where": row.where, "fields": row.fields, "rendered": rendered}
+        asked.append(ParsedRow(prompt=prompt, messages=messages, reply=reply, **told))
     return asked
 
 
@@ -123,17 +126,18 @@ def _fitting(asked: list[ParsedRow], encoder: Encoder, limit: Limit) -> list[Par
     return fitting
 
 
-def _parse(fields: Any, source: SourceConfig) -> tuple[str, str | None, Messages | None]:
-    """(text, answer, the messages if the prompt is some) of a row."""
+def _parse(fields: Any, source: SourceConfig) -> tuple[str, str | None, Messages | None, dict[str, Any] | None]:
+    """(text, answer, the messages if the prompt is some, the message that is the answer) of a row."""
     asked = at_path(fields, source.prompt_field)
     if asked is None:
         asked = at_path(fields, "messages")
-    messages, answer = None, at_path(fields, source.answer_field)
+    messages, reply, answer = None, None, at_path(fields, source.answer_field)
     if isinstance(asked, list):
         messages = checked(asked)
         if messages[-1]["role"] == "assistant":
-            reference = messages.pop()["content"]
-            answer = reference if answer is None else answer
+            last = messages.pop()
+            if answer is None:
+                reply, answer = last, last["content"]
         if not messages:
             raise ValueError("there is no message before the assistant's")
         asked = messages[-1]["content"]
@@ -141,7 +145,7 @@ def _parse(fields: Any, source: SourceConfig) -> tuple[str, str | None, Messages
         raise ValueError(f'expected an object with a text field "{source.prompt_field}", or a list of messages in it')
     if not asked.strip():
         raise ValueError("the prompt is empty")
-    return asked, answer if isinstance(answer, str) else None, messages
+    return asked, answer if isinstance(answer, str) else None, messages, reply
 
 
 def _extra(fields: Any, source: SourceConfig, wanted: tuple[str, ...] | None) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class RowReader:
                 'answers of the data set are trained on (answers.lmbda), so every row needs a text field "answer" (or'
                 " the one that answer_field names), or a last message of the assistant"
             )
-        turn = self.encoder.turn(one.messages or one.prompt.text, one.rendered, one.prompt.answer)
+        reply = one.reply or {"role": "assistant", "content": one.prompt.answer}
+        turn = self.encoder.turn(one.messages or one.prompt.text, one.rendered, reply)
         turn.encode()  # half a surrogate pair is no text
         return turn
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_opd.config import yaml_text
 from megatron_opd.core.run_dir import CONFIG
 from megatron_opd.tracking.tracker import METRICS_FILE, read_metrics
 
@@ -45,7 +44,7 @@ def read_run(run_dir: Path) -> RecordedRun:
     if not rows:
         raise ValueError(f"{metrics} is empty: the run stopped before its first step, see train.log beside it")
     config_file = run_dir / CONFIG
-    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    config = yaml_text.load(config_file.read_text()) if config_file.is_file() else {}
     names = list(dict.fromkeys(name for row in rows for name in row))
     sources = _captured(names, r"eval/(?:teacher/.+/)?accuracy/(.+)")
     teachers = _captured(names, r"(?:eval/)?kl/(.+)") + _captured(names, r"eval/teacher/(.+)/accuracy/.+")

@@ -280,7 +280,7 @@ def test_teacher_weights_normalise_per_source():
 
 
 def test_dump_round_trips_through_load(tmp_path):
-    tree = tree_with(optim__lr="1e-7", loss__beta=0.3, log__wandb="offline", run__dir="läufe/1")
+    tree = tree_with(optim__lr=1e-7, loss__beta=0.3, log__wandb="offline", run__dir="läufe/1")
     config = cfg.from_dict(tree)
     path = tmp_path / "resolved.yaml"
     path.write_text(cfg.dump(cfg.to_dict(config)), encoding="utf-8")

@@ -96,3 +96,31 @@ def test_layouts_of_a_mixture(tmp_path, layout, problem):
     problems = check_layout(read(tmp_path, "qwen3_moe"), ParallelConfig(**layout), what="student.model")
     assert len(problems) == (problem is not None)
     assert problem is None or problem in problems[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "removed", [["head_dim"], ["num_key_value_heads"], ["head_dim", "num_key_value_heads"]], ids=str
+)
+@pytest.mark.parametrize("heads", [16, 96])
+def test_sizes_that_config_json_lacks_are_those_of_transformers(tmp_path, family, removed, heads):
+    sizes = {"num_attention_heads": heads, "hidden_size": 192, "num_key_value_heads": heads // 2}
+    hf = {**sizes, "sliding_window": None}
+    theirs = transformers_sizes(tmp_path, family, hf, removed)
+    if heads % theirs[0]:
+        with pytest.raises(ValueError, match=f"num_key_value_heads {theirs[0]} does not divide num_attention_heads"):
+            read(tmp_path, family, hf=hf, remove=removed)
+    else:
+        arch = read(tmp_path, family, hf=hf, remove=removed)
+        assert (arch.num_kv_heads, arch.head_dim) == theirs
+
+
+def transformers_sizes(tmp_path, family, hf, removed):
+    """(key-value heads, head dimension) of the attention that transformers builds of such a config.json."""
+    tiny.hf_config(family).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    tree = {**json.loads(path.read_text()), **hf}
+    path.write_text(json.dumps({key: value for key, value in tree.items() if key not in removed}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, head_dim

@@ -251,3 +251,17 @@ def test_what_is_no_text_names_its_line(tmp_path, teacher, row, wrong):
     settings = config([{"name": "t", **teacher}], **OFF_POLICY)
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1: .*{wrong}"):
         read(tmp_path, [{**ROW, **row}], plain(), settings)
+
+
+def test_thought_and_calls_of_the_last_message_are_learnt(tmp_path):
+    import test_turns
+
+    ours, settings = chat(test_turns.QWEN3), config(max_new_tokens=99, **OFF_POLICY)
+    asked, called = {"role": "user", "content": "ox?"}, {"name": "look_up", "arguments": {}}
+    answer = {"role": "assistant", "content": "Soon.", "reasoning_content": "hm", "tool_calls": [called]}
+    (prompt,) = read(tmp_path, [{"messages": [asked, answer]}], ours, settings)
+    assert text(ours, prompt.answer_ids).startswith("<think>\nhm\n</think>\n\nSoon.<tool_call>")
+    assert text(ours, prompt.answer_ids).endswith("<|im_end|>")
+    assert prompt.answer == "Soon."
+    (other,) = read(tmp_path, [{"messages": [asked, answer], "answer": "No."}], ours, settings)
+    assert text(ours, other.answer_ids) == "<think>\n\n</think>\n\nNo.<|im_end|>"  # the row's own answer stands alone

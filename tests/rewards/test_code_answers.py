@@ -4,9 +4,9 @@ import importlib.util
 import json
 from pathlib import Path
 
+import check_rewards as ways_tool
 import pytest
 
-import check_rewards as ways_tool
 from megatron_opd.config import RewardsConfig
 from megatron_opd.core.types import Prompt
 from megatron_opd.rewards import build_reward
@@ -95,7 +95,11 @@ def test_what_an_answer_defines(answer, expected):
 
 def test_a_prompt_in_prose_with_a_block_may_be_continued():
     prompt = "Complete this:\n```python\nimport math\n\ndef root(x):\n    '''Square root.'''\n```\n"
-    for answer in ("    return math.sqrt(x)", "```python\nreturn math.sqrt(x)\n```", "def root(x):\n    return math.sqrt(x)"):
+    for answer in (
+        "    return math.sqrt(x)",
+        "```python\nreturn math.sqrt(x)\n```",
+        "def root(x):\n    return math.sqrt(x)",
+    ):
         assert first_reading(prompt, answer, "root")["root"](9) == 3, answer
 
 
@@ -105,6 +109,8 @@ def test_a_hostile_text_is_read_in_bounded_time():
 
 
 def test_the_namespace_of_a_failed_reading_is_not_kept():
-    row = Prompt(source="s", index=0, text=STUB, token_ids=(), extra={"tests": "assert half(4) == 2", "entry_point": "half"})
+    row = Prompt(
+        source="s", index=0, text=STUB, token_ids=(), extra={"tests": "assert half(4) == 2", "entry_point": "half"}
+    )
     answers = ["import os\nos._exit(0)\ndef half(x): return x / 2", "raise ValueError\ndef half(x): return x / 2"]
     assert build_reward("code", PATIENT).grade([(row, answer) for answer in answers]) == [0, 0]
