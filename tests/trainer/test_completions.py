@@ -127,6 +127,6 @@ def test_a_table_of_wandb(tmp_path, monkeypatch):
         sys.modules, "wandb", SimpleNamespace(Settings=dict, Error=RuntimeError, Table=dict, init=lambda **_: run)
     )
     made = replace(tiny.config("s", []), run=c.RunConfig(dir=str(tmp_path)), log=LogConfig(wandb="offline"))
-    with build_tracker(made, is_main=True) as tracker:
+    with build_tracker(made.log, tmp_path, num_steps=1, settings={}) as tracker:
         tracker.table("completions", [{"step": 4, "response": "x"}, {"step": 4, "response": "y"}], 4)
     assert logged == [{"step": 4, "completions": {"columns": ["step", "response"], "data": [[4, "x"], [4, "y"]]}}]
