@@ -5,11 +5,6 @@ from __future__ import annotations
 from megatron_opd.config import LossConfig, ParallelConfig, PolicyConfig, RLConfig, RolloutConfig, TrainConfig
 from megatron_opd.config.policy import has_policy_gradient
 
-_K1 = (
-    "loss.estimator: k1 is refused: the gradient of log q(y) - log p(y) is that of log q(y), whatever the teachers say;"
-    " policy_gradient has the same value and the gradient that is meant, k2 the same gradient"
-)
-
 
 def check_method(loss: LossConfig, policy: PolicyConfig, rl: RLConfig, rollout: RolloutConfig) -> list[str]:
     """Every such problem of the terms."""
@@ -27,9 +22,7 @@ def _check_clipping(policy: PolicyConfig) -> list[str]:
 
 def _check_distillation(loss: LossConfig, policy: PolicyConfig, rl: RLConfig) -> list[str]:
     problems = []
-    if loss.estimator == "k1":
-        problems.append(_K1)
-    elif loss.estimator != "policy_gradient" and loss.kind != "sampled":
+    if loss.estimator != "policy_gradient" and loss.kind != "sampled":
         problems.append(f"loss.estimator: {loss.estimator} needs loss.kind: sampled, not {loss.kind}")
     if loss.anneal and loss.weight_min > loss.weight:
         problems.append(f"loss.weight_min ({loss.weight_min}) must not be above loss.weight ({loss.weight})")

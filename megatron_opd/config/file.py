@@ -20,7 +20,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from megatron_opd.config import Config, methods, yaml_text
+from megatron_opd.config import Config, methods, retired, yaml_text
 from megatron_opd.config.checks import check
 from megatron_opd.config.schema import adapter, bounds, setting_at, without_empty
 from megatron_opd.config.strict import what_to_write
@@ -207,6 +207,8 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
+            if advice := retired.advice_for_setting(error["loc"]):
+                return f"{where} is no longer a setting: {advice}"
             *parents, name = error["loc"]
             near = difflib.get_close_matches(name, list(setting_at(parents).get("properties", {})), n=1, cutoff=0.5)
             hint = f"; did you mean {'.'.join(map(str, [*parents, near[0]]))}?" if near else ""
@@ -220,6 +222,8 @@ def _explain(error: Any) -> str:
             why = f": {setting['why']}" if "why" in setting else ""
             return f"{where} {_refusal(bounds(setting))} {error['input']}{why}"
         case _:
+            if advice := retired.advice_for_choice(error["loc"], error["input"]):
+                return f"{where}: {error['input']} is refused: {advice}"
             got = "nothing" if error["input"] is None else repr(error["input"])
             return f"{where}: {error['msg']} (got {got}){what_to_write(error['type'], error['input'])}"
 

@@ -29,9 +29,9 @@ class LossConfig:
     policy gradient, which is all that teachers with the carrier sampled allow."""
     importance_cap: Annotated[float, bound(ge=1, why="fresh samples have weight 1")] = 2.0
     """Largest importance weight q/μ of student over sampler on a token of the kind sampled; larger ones are cut."""
-    estimator: Literal["policy_gradient", "k1", "k2", "k3"] = "policy_gradient"
+    estimator: Literal["policy_gradient", "k2", "k3"] = "policy_gradient"
     """The loss of kind sampled: policy_gradient; k2: ½ (log p - log q)², which has the same gradient; k3: p/q - 1 -
-    log p/q, which has that of forward KL. k1, log q - log p, is refused: its gradient does not know the teacher."""
+    log p/q, which has that of forward KL."""
     weight: NotNegative = 1.0
     """Factor of the distillation term, next to rl.weight and policy.kl_coef; 0: it is measured only."""
     anneal: NotNegative = 0.0
@@ -71,8 +71,6 @@ class RolloutConfig:
     sync: str = "broadcast"
     """How new weights reach the servers: broadcast (process group: NCCL, gloo without GPUs), tensor (CUDA IPC on one
     machine; inline without GPUs), or disk (a directory that the servers see too)."""
-    sync_bucket_mb: AtLeastOne = 256
-    """Weights sent at a time, in MiB; bounds the memory that a sync takes on either side."""
     sync_verify: bool = False
     """Compare checksums of all servers with the student's weights after every sync."""
 
@@ -86,3 +84,8 @@ class RolloutConfig:
         """Whether the engine computes on the trainer's GPUs, and gives their memory back while the student trains."""
         traits = ENGINES[self.engine]
         return traits.shares_gpus or (traits.is_served and self.servers.colocated)
+
+    @property
+    def sync_bucket_mb(self) -> int:
+        """Weights sent at a time, in MiB; bounds the memory that a sync takes on either side."""
+        return 256

@@ -5,7 +5,7 @@ names are Schulman's, "Approximating KL Divergence" (2020). A good estimate of t
 drawn from q, so the gradient of the estimate is not an estimate of the gradient.
 
     loss        gradient          its mean over y ~ q
-    k1 = -l     ∇log q            0: the teacher is not in it, so `config/checks_method.py` refuses it
+    k1 = -l     ∇log q            0: the teacher is not in it, so `config/retired.py` refuses it
     k2          -l ∇log q         that of KL(q || p), exactly; token by token it is `losses.sampled_reverse_kl`'s
     k3          (1 - e^l) ∇log q  that of KL(p || q): -sum_v p_v ∇log q_v
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_opd.config import file as cfg
-from megatron_opd.config import schema
+from megatron_opd.config import retired, schema
 from megatron_opd.config.checks_serving import check_vocabulary
 
 MINIMAL = {
@@ -55,6 +55,19 @@ def test_unknown_setting_names_the_nearest_one(tree, wrong, nearest):
     (problem,) = problems_of(tree)
     assert problem.startswith(f"{wrong}: unknown setting")
     assert problem.endswith(f"did you mean {nearest}?")
+
+
+def test_retired_settings_and_choices_are_answered_with_what_to_write():
+    for name, advice in retired.SETTINGS.items():
+        assert problems_of(tree_with(**{name.replace(".", "__"): 1})) == [f"{name} is no longer a setting: {advice}"]
+    for (name, value), advice in retired.CHOICES.items():
+        assert problems_of(tree_with(**{name.replace(".", "__"): value})) == [f"{name}: {value} is refused: {advice}"]
+
+
+def test_no_setting_of_today_is_retired():
+    for name in retired.SETTINGS:
+        *parents, key = name.split(".")
+        assert key not in schema.setting_at(parents)["properties"]
 
 
 def test_unknown_setting_like_no_other_gets_no_guess():
@@ -343,7 +356,6 @@ TOPK, SAMPLED = {**SERVED, "carrier": "topk"}, {**SERVED, "carrier": "sampled"}
         (served(top_p=1.5), ["rollout.top_p must be above 0 and at most 1"]),
         (served(top_k=-1), ["rollout.top_k must not be negative, but is -1: 0 means all tokens"]),
         (served(max_staleness=-1), ["rollout.max_staleness must not be negative"]),
-        (served(sync_bucket_mb=0), ["rollout.sync_bucket_mb must be at least 1"]),
         (served(partial=True), ["rollout.partial needs rollout.max_staleness"]),
         (served({**SERVED, "servers": {"urls": ["http://a:1", "http://a:1/"]}}),
          ["teachers.0.servers.urls names a server twice"]),
