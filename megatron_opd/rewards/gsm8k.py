@@ -94,7 +94,9 @@ def _boxed(content: str) -> Fraction | None:
 def _numbers(text: str) -> list[Fraction]:
     found = []
     for minus, inner_minus, whole, above, below in _NUMBER.findall(text):
-        if any(len(re.sub(r".*[eE][+-]?", "", part)) > _LONGEST_EXPONENT for part in (above, below) if "e" in part.lower()):
+        if any(
+            len(re.sub(r".*[eE][+-]?", "", part)) > _LONGEST_EXPONENT for part in (above, below) if "e" in part.lower()
+        ):
             continue
         try:
             value = Fraction(above.replace(",", "")) / Fraction(below.replace(",", "") if below else 1)

@@ -95,16 +95,24 @@ def test_what_an_answer_defines(answer, expected):
 
 def test_a_prompt_in_prose_with_a_block_may_be_continued():
     prompt = "Complete this:\n```python\nimport math\n\ndef root(x):\n    '''Square root.'''\n```\n"
-    for answer in ("    return math.sqrt(x)", "```python\nreturn math.sqrt(x)\n```", "def root(x):\n    return math.sqrt(x)"):
+    for answer in (
+        "    return math.sqrt(x)",
+        "```python\nreturn math.sqrt(x)\n```",
+        "def root(x):\n    return math.sqrt(x)",
+    ):
         assert first_reading(prompt, answer, "root")["root"](9) == 3, answer
 
 
-@pytest.mark.parametrize("answer", ["(" * 9999, "```\n" * 999, "def f(:\n" * 999, "x = '''\n" * 99, "\0", "a\n" * 10**6])
+@pytest.mark.parametrize(
+    "answer", ["(" * 9999, "```\n" * 999, "def f(:\n" * 999, "x = '''\n" * 99, "\0", "a\n" * 10**6]
+)
 def test_a_hostile_text_defines_nothing(answer):
     assert all("half" not in cells[-1] for cells in PROGRAMS.readings("Write half(x).", answer, "half"))
 
 
 def test_the_namespace_of_a_failed_reading_is_not_kept():
-    row = Prompt(source="s", index=0, text=STUB, token_ids=(), extra={"tests": "assert half(4) == 2", "entry_point": "half"})
+    row = Prompt(
+        source="s", index=0, text=STUB, token_ids=(), extra={"tests": "assert half(4) == 2", "entry_point": "half"}
+    )
     answers = ["import os\nos._exit(0)\ndef half(x): return x / 2", "raise ValueError\ndef half(x): return x / 2"]
     assert build_reward("code", PATIENT).grade([(row, answer) for answer in answers]) == [0, 0]

@@ -89,7 +89,9 @@ def test_tests_without_an_entry_point_are_tried_with_the_names_that_they_use():
 
 def test_an_async_answer():
     prompt = row("async def check(candidate):\n    assert await candidate(2) == 8")
-    assert REWARD.grade([(prompt, "import asyncio\nasync def cube(x):\n    await asyncio.sleep(0)\n    return x**3")]) == [1]
+    assert REWARD.grade(
+        [(prompt, "import asyncio\nasync def cube(x):\n    await asyncio.sleep(0)\n    return x**3")]
+    ) == [1]
     uses_a_loop = "import asyncio\nasync def f(x): return x**3\ndef cube(x): return asyncio.run(f(x))"
     assert REWARD.grade([(row("assert cube(2) == 8"), uses_a_loop)]) == [1]
 
