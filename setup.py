@@ -45,6 +45,7 @@ setup(
         "matplotlib",
         "numpy",
         "packaging",
+        "math-verify>=0.8",
     ],
     extras_require={
         # Fused kernels and FP8. Never add `apex` here: the package of that name on the Python index is an unrelated web
