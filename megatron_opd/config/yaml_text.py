@@ -68,7 +68,7 @@ def _loader(text: str) -> yaml.SafeLoader:
     known = [f"tag:yaml.org,2002:{kind}" for kind in _COLLECTIONS]
     constructors = {tag: loader.yaml_constructors[tag] for tag in (_NULL, _BOOL, *known)}
     others = {_INT: _whole_number, _FLOAT: _number, None: loader.yaml_constructors[None]}
-    loader.yaml_constructors = {**constructors, **others}
+    loader.yaml_constructors = {**constructors, **others}  # type: ignore[misc, dict-item]
     return loader
 
 

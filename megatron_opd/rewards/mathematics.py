@@ -1,7 +1,7 @@
 """Right is what is mathematically equal to the reference: numbers, expressions, sets, intervals, equations.
 
-Reading and comparing are done by math-verify, in a process of its own with a time limit: its own limit works by signals,
-which threads cannot use, and an answer such as 9^9^9^9 would keep a run from going on.
+math-verify reads and compares, in a process of its own with a time limit. Its own limit works by signals, which threads
+cannot use, and an answer such as 9^9^9^9 would stop a run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_CHARACTERS = 10_000
 _MOST_IN_A_NUMBER = 500
 
 
-class Reader:
+class AnswerReader:
     """A process that reads mathematics; it is started when it is first asked, and again when it took too long."""
 
     def __init__(self, answer_s: float = _ANSWER_S) -> None:
@@ -83,14 +83,14 @@ def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
     process.stdout.close()
 
 
-def reader() -> Reader:
+def reader() -> AnswerReader:
     """This process's reader."""
     return _reader_of(os.getpid())
 
 
 @functools.cache
-def _reader_of(process: int) -> Reader:
-    return Reader()  # one for each process: a forked one must not share its parent's pipes
+def _reader_of(process: int) -> AnswerReader:
+    return AnswerReader()  # one for each process: a forked one must not share its parent's pipes
 
 
 def number(expression: str) -> Fraction | None:

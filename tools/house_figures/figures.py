@@ -158,15 +158,18 @@ def _arguments(function: Function) -> list[ast.arg]:
 
 
 def touched(root: Path) -> dict[str, list[str]]:
-    """The files to edit or add for each extension, as the tests in tests/extensions/ declare; tests and docs apart.
+    """The files to edit or add for each extension, as tests in folders called extensions declare; tests and docs apart.
 
     A test module there builds an extension. It lists the files in `TOUCHES = ["config/method.py", …]`, or in its
-    docstring, an indented line each that begins with the path. Its name without `test_` is the extension's.
+    docstring, an indented line each that begins with the path. Its name without `test_` is the extension's. A module
+    of several extensions has `TOUCHES = {"metric": ["…"]}`.
     """
-    found = {}
-    for path in sorted((root / EXTENSIONS).glob("test_*.py")):
+    found: dict[str, list[str]] = {}
+    for path in sorted((root / "tests").glob("**/extensions/test_*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or ""
         files = constant(path, "TOUCHES") or _LISTED.findall(docstring)
-        if files:
+        if isinstance(files, dict):
+            found |= files
+        elif files:
             found[path.stem.removeprefix("test_")] = list(files)
     return found

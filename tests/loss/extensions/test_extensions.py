@@ -24,6 +24,13 @@ from megatron_opd.loss import distillation_loss, linear_distillation_loss
 from megatron_opd.loss.fused import LossSpec, backends
 from megatron_opd.loss.sampled_tokens import Entropy, PolicyGradient
 
+TOUCHES = {
+    "divergence": ["loss/divergences.py"],
+    "carrier": ["core/scores.py", "config/models.py", "teachers/<its scorer>.py"],
+    "term": ["loss/sampled_tokens.py", "config/method.py", "trainer/build_objective.py"],
+    "metric": ["loss/sampled_tokens.py", "trainer/build_objective.py"],
+}
+"""Files of the package to edit or add for each, as tools/house.py counts them."""
 T, COLUMNS, SIZE, BETA, TAU = one.NUM_TOKENS, one.COLUMNS, one.SIZE, 0.3, 0.8
 DENSE = {
     "alpha": lambda q, p, beta: (1 - torch.exp(beta * p + (1 - beta) * q).sum(-1)) / (beta * (1 - beta)),
