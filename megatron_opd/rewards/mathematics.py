@@ -1,7 +1,7 @@
 """Right is what is mathematically equal to the reference: numbers, expressions, sets, intervals, equations.
 
-Reading and comparing are done by math-verify, in a process of its own with a time limit: its own limit works by signals,
-which threads cannot use, and an answer such as 9^9^9^9 would keep a run from going on.
+Reading and comparing are done by math-verify, in a process of its own with a time limit: its own limit works by
+signals, which threads cannot use, and an answer such as 9^9^9^9 would keep a run from going on.
 """
 
 from __future__ import annotations

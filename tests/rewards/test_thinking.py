@@ -25,7 +25,7 @@ def letters(vocabulary, special=(), template=None):
     hf = SimpleNamespace(
         get_vocab=lambda: words, all_special_ids=[words[w] for w in special], decode=decode, chat_template=template
     )
-    return Tokenizer(hf, (0,)), lambda text: [words.get(part, None) or ord(part) for part in text]
+    return Tokenizer(hf, (0,)), lambda text: [words.get(part) or ord(part) for part in text]
 
 
 @pytest.mark.parametrize(
