@@ -23,6 +23,7 @@ ROWS = [json.loads(line) for line in Path(__file__).with_name("problems.jsonl").
 def jail_module(name):
     spec = importlib.util.spec_from_file_location(f"jail_{name}", JAIL / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
