@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import check_rewards as ways_tool
@@ -13,6 +14,9 @@ from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.sandbox import JAIL
 from megatron_opd.rewards.thinking import after_thinking
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import check_rewards as ways_tool  # noqa: E402
+
 PATIENT = RewardsConfig(code_timeout_s=60.0)
 ROWS = [json.loads(line) for line in Path(__file__).with_name("problems.jsonl").read_text().splitlines()]
 
@@ -20,6 +24,7 @@ ROWS = [json.loads(line) for line in Path(__file__).with_name("problems.jsonl").
 def jail_module(name):
     spec = importlib.util.spec_from_file_location(f"jail_{name}", JAIL / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
