@@ -52,3 +52,11 @@ def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path, name):
     whole = text.encode("utf-8-sig")
     (tmp_path / name).write_bytes(gzip.compress(whole) if name.endswith("gz") else whole)
     assert [prompt.text for prompt in test_data.read(tmp_path / name)] == ["é", "b"]
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n"])
+def test_an_empty_reference_is_refused_where_it_grades(tmp_path, answer):
+    path = test_data.write(tmp_path / "p.jsonl", {"prompt": "a", "answer": answer})
+    with pytest.raises(ValueError, match="line 1: the reference answer is empty"):
+        test_data.read(path, is_graded=True)
+    assert len(test_data.read(path)) == 1
