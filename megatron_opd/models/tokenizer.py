@@ -19,11 +19,12 @@ class Tokenizer:
 
     hf: Any
     eos_ids: tuple[int, ...]
-    """Every id that ends a response: the tokenizer's, and those of generation_config.json."""
+    """Every id that ends a response: the model's own first, then the others of tokenizer and generation_config.json."""
 
     @property
     def eos_id(self) -> int:
-        """The tokenizer's own of these, where it has one."""
+        """The model's own of these: the tokenizer's, where it has one, else the first that generation_config.json
+        names."""
         return self.hf.eos_token_id if self.hf.eos_token_id in self.eos_ids else self.eos_ids[0]
 
     def __len__(self) -> int:
@@ -31,14 +32,28 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the special tokens that the tokenizer puts in front (a BOS, where it has one)."""
-        return list(self.hf(text, verbose=False)["input_ids"])  # too long is for us to say
+        return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` of every text, on all cores; without special tokens for texts that have them already."""
+        """`encode` of every text, on all cores; without special tokens for texts that have them already.
+
+        What the tokenizer puts behind a text (an end of sequence) is left out, since the text goes on; so is what it
+        puts in front of one that begins with it already.
+        """
         if not texts:
             return []
-        ids = self.hf(list(texts), verbose=False, add_special_tokens=add_special_tokens)["input_ids"]
-        return [list(one) for one in ids]
+        # How long a text may be is for us to say.
+        found = self.hf(list(texts), verbose=False, add_special_tokens=False)["input_ids"]
+        front = self._front() if add_special_tokens else []
+        return [[*front[: len(front) - _overlap(front, one)], *one] for one in found]
+
+    def _front(self) -> list[int]:
+        """The special tokens that the tokenizer puts in front of a text."""
+        bare, framed = (
+            list(self.hf("a", verbose=False, add_special_tokens=added)["input_ids"]) for added in (False, True)
+        )
+        starts = (i for i in range(len(framed) - len(bare) + 1) if framed[i : i + len(bare)] == bare)
+        return framed[: next(starts, 0)] if bare else []
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""
@@ -56,7 +71,8 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{model_dir}: its tokenizer cannot be loaded: {first_line}") from None
-    eos_ids = tuple(sorted({i for i in [hf.eos_token_id, *_also_named(Path(model_dir))] if i is not None}))
+    named = [i for i in [hf.eos_token_id, *_also_named(Path(model_dir), hf)] if i is not None]
+    eos_ids = tuple(dict.fromkeys([*named[:1], *sorted(named)]))
     # Without any file transformers makes an empty tokenizer up, from the kind of model alone.
     if not any((Path(model_dir) / name).is_file() for name in hf.vocab_files_names.values()):
         raise ValueError(f"{model_dir} has no tokenizer: none of {', '.join(hf.vocab_files_names.values())} is there")
@@ -65,7 +81,12 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     return Tokenizer(hf, eos_ids)
 
 
-def _also_named(model_dir: Path) -> list[int | None]:
+def _overlap(front: list[int], ids: Sequence[int]) -> int:
+    """How many of the last of `front` the ids begin with."""
+    return next((n for n in range(len(front), 0, -1) if front[-n:] == list(ids[:n])), 0)
+
+
+def _also_named(model_dir: Path, hf: Any) -> list[int | None]:
     """The ends of a response by generation_config.json, which may name one or several."""
     path = model_dir / "generation_config.json"
     if not path.is_file():
@@ -77,7 +98,27 @@ def _also_named(model_dir: Path) -> list[int | None]:
     ids = named if isinstance(named, list) else [named]
     if not all(type(i) is int or i is None for i in ids):
         raise ValueError(f"{path}: eos_token_id must be the id of a token, or a list of them, not {named!r}")
+    largest = max(hf.get_vocab().values(), default=-1)
+    if unknown := [i for i in ids if i is not None and not 0 <= i <= largest]:
+        raise ValueError(
+            f"{path}: eos_token_id must be the id of a token, from 0 to {largest}, not {unknown[0]}; take it out"
+        )
     return ids
+
+
+def foreign_ends(student: Tokenizer, teacher: Tokenizer) -> str | None:
+    """Why one of two models of the same tokenizer goes on behind the other's own end of a response; None where none
+    does. `difference` refuses pairs without any end in common."""
+    said = [
+        f"{whose} own end of a response, {of.hf.convert_ids_to_tokens(of.eos_id)!r} ({of.eos_id}), does not end"
+        f" one of the {other}, {to.eos_ids}"
+        for whose, of, other, to in (
+            ("its", teacher, "student", student),
+            ("the student's", student, "teacher", teacher),
+        )
+        if of.eos_id not in to.eos_ids
+    ]
+    return "; ".join(said) or None
 
 
 def difference(student: Tokenizer, teacher: Tokenizer) -> str | None:

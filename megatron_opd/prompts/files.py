@@ -6,6 +6,7 @@ is a ValueError that names the place.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import os
@@ -66,7 +67,7 @@ def _lines(path: Path) -> Iterator[Row]:
 def _starts_an_array(path: Path) -> bool:
     with path.open("rb") as file:
         while chunk := file.read(4096):
-            if text := chunk.strip():
+            if text := chunk.removeprefix(codecs.BOM_UTF8).strip():
                 return text.startswith(b"[")
     return False
 
@@ -79,7 +80,7 @@ def _array(path: Path) -> Iterator[Row]:
 
 def _parse(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
@@ -91,6 +92,15 @@ def _parse(text: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different; JSON would keep the last value of each."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice in an object")
+    return found
+
+
 def _parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow
@@ -100,6 +110,9 @@ def _parquet(path: Path) -> Iterator[Row]:
     index = 0
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{path}: the column {twice[0]!r} is there twice")
             for batch in file.iter_batches(batch_size=_BATCH):
                 for fields in batch.to_pylist():
                     index += 1
@@ -133,6 +146,18 @@ def at_path(fields: Any, name: str) -> Any:
         return fields.get(name)
     first, _, rest = name.partition(".")
     return at_path(fields.get(first), rest)
+
+
+def as_messages(asked: Any) -> Any:
+    """A text that is a JSON list of messages as that list, as some files store them; all else as it is."""
+    if not isinstance(asked, str) or not asked.lstrip().startswith("["):
+        return asked
+    try:
+        found = json.loads(asked)
+    except (ValueError, RecursionError):
+        return asked
+    is_told = isinstance(found, list) and found and all(isinstance(one, dict) and "role" in one for one in found)
+    return found if is_told else asked
 
 
 def _first_line(error: Exception) -> str:

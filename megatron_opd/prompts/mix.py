@@ -16,7 +16,7 @@ import torch
 from megatron_opd.config import SourceConfig
 from megatron_opd.core.types import Prompt
 from megatron_opd.prompts.chat import Encoder, Messages, checked
-from megatron_opd.prompts.files import Row, at_path, read_rows
+from megatron_opd.prompts.files import Row, as_messages, at_path, read_rows
 from megatron_opd.prompts.store import PackedPrompts
 from megatron_opd.rewards.base import Reward
 
@@ -132,6 +132,7 @@ def _parse(fields: Any, source: SourceConfig) -> tuple[str, str | None, Messages
     if asked is None:
         asked = at_path(fields, "messages")
     messages, reply, answer = None, None, at_path(fields, source.answer_field)
+    asked = as_messages(asked)
     if isinstance(asked, list):
         messages = checked(asked)
         if messages[-1]["role"] == "assistant":

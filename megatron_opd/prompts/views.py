@@ -14,7 +14,7 @@ from megatron_opd.config import AnswersConfig, DataConfig, SourceConfig, Teacher
 from megatron_opd.core.types import Prompt
 from megatron_opd.models.tokenizer import load_tokenizer
 from megatron_opd.prompts.chat import Encoder, build_encoder, checked
-from megatron_opd.prompts.files import at_path
+from megatron_opd.prompts.files import as_messages, at_path
 from megatron_opd.prompts.mix import Limit, ParsedRow
 
 
@@ -121,7 +121,7 @@ class View:
 
     def _own(self, asked: ParsedRow) -> Any:
         if self.field:
-            return at_path(asked.fields, self.field)
+            return as_messages(at_path(asked.fields, self.field))
         if self.template is None:
             return asked.messages or asked.prompt.text
         known = {**asked.fields, "prompt": asked.prompt.text, "answer": asked.prompt.answer}

@@ -31,7 +31,7 @@ from megatron_opd.loss.divergences import DIVERGENCES, GKD
 from megatron_opd.models.architecture import check_layout, read_architecture, read_limits
 from megatron_opd.models.headers import check_tensors
 from megatron_opd.models.lora_layout import check_targets
-from megatron_opd.models.tokenizer import Tokenizer, difference, load_tokenizer
+from megatron_opd.models.tokenizer import Tokenizer, difference, foreign_ends, load_tokenizer
 from megatron_opd.models.torch_dist_dir import is_torch_dist
 from megatron_opd.precision import fits as precision
 from megatron_opd.prompts.chat import Encoder, build_encoder
@@ -69,7 +69,8 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
     problems: list[str] = []
     limits = _limits(config.student, config.teachers, config.parallel, config.lora, problems)
     problems += _not_evaluated(config.teachers) if config.train.eval_teachers else []
-    tokenizer = _tokenizers(config.student.model, config.teachers, config.data, problems)
+    of_ends: list[str] = []
+    tokenizer = _tokenizers(config.student.model, config.teachers, config.data, problems, of_ends)
     if tokenizer is None:
         raise ConfigError(problems)
     # Models that cannot be read are a problem already; the prompts are looked at all the same.
@@ -105,6 +106,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
             *read.notes,
             *(reward.note for reward in read.rewards.values() if reward and reward.note),
             *of_precision,
+            *of_ends,
         ),
     )
     if problems:
@@ -177,8 +179,11 @@ def _on_our_ranks(
     return arch.vocab_size, arch.max_positions
 
 
-def _tokenizers(model: str, teachers: list[TeacherConfig], data: DataConfig, problems: list[str]) -> Tokenizer | None:
-    """The student's, whose directory is `model`, after comparing every teacher's with it."""
+def _tokenizers(
+    model: str, teachers: list[TeacherConfig], data: DataConfig, problems: list[str], notes: list[str]
+) -> Tokenizer | None:
+    """The student's, whose directory is `model`, after comparing every teacher's with it. `notes` gets a warning for
+    those that end otherwise."""
     student = _tokenizer("student.model", model, problems)
     for i, teacher in enumerate(teachers):
         theirs = _tokenizer(f"teachers.{i}.model", teacher.model, problems)
@@ -192,6 +197,12 @@ def _tokenizers(model: str, teachers: list[TeacherConfig], data: DataConfig, pro
             problems.append(
                 f"teachers.{i}.model: the tokenizer of teacher '{teacher.name}' is not the student's: {why};"
                 f" teachers.{i}.tokenizer: own compares them by their text"
+            )
+        elif why := foreign_ends(student, theirs):
+            notes.append(
+                f"warning: teachers.{i}.model: of teacher '{teacher.name}', {why}. Answers then go on behind an end, or"
+                " the teacher finds the student's end impossible: name the same ends in eos_token_id of both models'"
+                " generation_config.json"
             )
     return student
 

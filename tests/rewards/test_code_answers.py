@@ -15,7 +15,6 @@ from megatron_opd.rewards.sandbox import JAIL
 from megatron_opd.rewards.thinking import after_thinking
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import check_rewards as ways_tool  # noqa: E402
 
 PATIENT = RewardsConfig(code_timeout_s=60.0)
 ROWS = [json.loads(line) for line in Path(__file__).with_name("problems.jsonl").read_text().splitlines()]

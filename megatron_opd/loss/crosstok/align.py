@@ -83,7 +83,7 @@ class Translator:
         is_whole = len(text.encode()) == len(written)
         if ended and is_whole:
             spans.append((len(body), len(body) + 1, len(theirs), len(theirs) + 1))
-            theirs.append(self.teacher.eos_ids[0])
+            theirs.append(self.teacher.eos_id)
         return theirs, spans, is_whole
 
     def _encode(self, text: str) -> tuple[list[int], list[int]]:

@@ -29,11 +29,11 @@ class Matched:
 
 
 def match(student: tuple[Tokenizer, Pieces], teacher: tuple[Tokenizer, Pieces], sizes: tuple[int, int]) -> Matched:
-    """By bytes; the ends of a response match each other. `sizes`: entries of the two models' vocabularies."""
+    """By bytes; the models' own ends of a response match. `sizes`: entries of the two models' vocabularies."""
     (ours, our_pieces), (theirs, their_pieces) = student, teacher
     known = their_pieces.ids()
     pairs = [(i, known[piece]) for piece, i in our_pieces.ids().items() if piece in known]
-    pairs.append((ours.eos_ids[0], theirs.eos_ids[0]))
+    pairs.append((ours.eos_id, theirs.eos_id))
     pairs = sorted((i, j) for i, j in pairs if i < sizes[0] and j < sizes[1])
     student_M, teacher_M = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
     return Matched(student_M, teacher_M, _others(student_M, sizes[0]), _others(teacher_M, sizes[1]))

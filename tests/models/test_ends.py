@@ -1,0 +1,124 @@
+"""Ends and beginnings of texts: the model's own end among several, and special tokens that a tokenizer adds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Words
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from megatron_opd.loss.crosstok.align import Translator
+from megatron_opd.loss.crosstok.matched import match
+from megatron_opd.loss.crosstok.pieces import read_pieces
+from megatron_opd.models.tokenizer import Tokenizer, foreign_ends, load_tokenizer
+
+MODELS = Path(__file__).resolve().parents[2] / "examples/quickstart/models"
+SPECIAL = ["<pad>", "<text_end>", "<begin>", "<call_end>", "<turn_end>", "<extra>"]
+
+
+def made(eos="<turn_end>", eos_ids=(4, 1, 3), framing="$A", words=("a", "b", "c")):
+    words = Words(WordLevel({token: i for i, token in enumerate([*SPECIAL, *words])}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    ids = [(token, i) for i, token in enumerate(SPECIAL)]
+    words.post_processor = TemplateProcessing(single=framing, special_tokens=ids)
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<begin>", eos_token=eos, additional_special_tokens=SPECIAL[3:]
+    )
+    return Tokenizer(hf, eos_ids)
+
+
+@pytest.mark.parametrize(
+    ("framing", "front"),
+    [
+        ("$A", []),
+        ("$A <turn_end>", []),
+        ("<begin> $A", [2]),
+        ("<begin> $A <turn_end>", [2]),
+        ("<extra> <begin> $A <text_end> <turn_end>", [5, 2]),
+    ],
+)
+def test_prompts_have_the_front_of_the_tokenizer_and_never_its_end(framing, front):
+    tokenizer = made(framing=framing)
+    assert tokenizer.encode("b a") == [*front, 7, 6]
+    assert tokenizer.encode_all(["c", "", "a b"]) == [[*front, 8], front, [*front, 6, 7]]
+    assert tokenizer.encode_all(["c"], add_special_tokens=False) == [[8]]
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("<begin> a", [5, 2, 6]),
+        ("<begin>", [5, 2]),
+        ("<extra> <begin> a", [5, 2, 6]),
+        ("a <begin>", [5, 2, 6, 2]),
+        ("<extra> a", [5, 2, 5, 6]),
+    ],
+)
+def test_a_text_that_begins_as_the_tokenizer_begins_has_no_second_beginning(text, ids):
+    assert made(framing="<extra> <begin> $A <turn_end>").encode(text) == ids
+
+
+# Ends.
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "eos_ids", "eos_id"),
+    [
+        ("</s>", [9, 3], (1, 3, 9), 1),
+        (None, [9, 3, 5], (9, 3, 5), 9),
+        (None, 6, (6,), 6),
+    ],
+)
+def test_the_models_own_end_comes_first(tmp_path, own, named, eos_ids, eos_id):
+    model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": own}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    loaded = load_tokenizer(model)
+    assert (loaded.eos_ids, loaded.eos_id) == (eos_ids, eos_id)
+
+
+@pytest.mark.parametrize("named", [-1, [1, -7], 32, [99999]], ids=str)
+def test_ends_that_are_no_tokens(tmp_path, named):
+    model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    with pytest.raises(ValueError, match=r"eos_token_id must be the id of a token, from 0 to 31, not"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize("order", [(1, 3, 4), (4, 1, 3), (3, 4, 1)])
+def test_another_tokenizers_end_is_the_models_own_and_not_the_lowest(order):
+    """Qwen's and Llama's instruct models have several ends, and their own is not the lowest id."""
+    ours, theirs = made("<turn_end>", order), made("<call_end>", order, words=("b", "a"))
+    pieces = [(tokenizer, read_pieces(tokenizer)) for tokenizer in (ours, theirs)]
+    matched = match(*pieces, (9, 8))
+    pairs = list(zip(matched.student_M.tolist(), matched.teacher_M.tolist(), strict=True))
+    assert [pair for pair in pairs if pair[0] == 4 or pair[1] == 3] == [(4, 3)]
+    assert {(6, 7), (7, 6)} < set(pairs)
+    for end in order:  # whichever the student has said
+        translated = Translator(*pieces[0], *pieces[1]).translate([end], [True])
+        assert (translated.ids, translated.spans) == ((3,), ((0, 1, 0, 1),))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "wrong"),
+    [
+        (("<turn_end>", (4, 1)), ("<turn_end>", (4, 1)), None),
+        (("<turn_end>", (4, 1)), ("<text_end>", (1, 4)), None),
+        # a base student and an instruct teacher
+        (("<text_end>", (1,)), ("<turn_end>", (4, 1)), "its own end of a response, '<turn_end>' (4), does not end one"),
+        # and the other way round
+        (
+            ("<call_end>", (3, 1)),
+            ("<text_end>", (1,)),
+            "the student's own end of a response, '<call_end>' (3), does not",
+        ),
+    ],
+)
+def test_an_end_that_the_other_goes_on_behind(student, teacher, wrong):
+    found = foreign_ends(made(*student), made(*teacher))
+    assert found is None if wrong is None else found.startswith(wrong)
