@@ -87,7 +87,7 @@ def test_a_script_and_a_module(tmp_path):
     script.write_text("import sys; print(__name__, sys.argv, sys.path[0])")
     for arguments in ([script, "a"], ["-m", "megatron_opd", "--version"]):
         forked, fresh = (warm.run(arguments, timeout=TIMEOUT_S, cold=cold) for cold in (False, True))
-        assert (forked.stdout, forked.returncode) == (fresh.stdout, 0)
+        assert (forked.stdout, forked.stderr, forked.returncode) == (fresh.stdout, fresh.stderr, 0)
 
 
 def test_a_hang_ends_with_an_error_and_leaves_nothing():

@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = ROOT / "tests/warm_image.py"
 _READ_AT_IMPORT = re.compile(r"PYTHON.*|LD_.*|OMP_.*|MKL_.*|HF_.*|TRANSFORMERS_.*|CUDA_VISIBLE_DEVICES|TRITON_.*")
-_START_S = 300
+_START_S = 1200
 """For the imports, on a machine that is busy."""
 
 

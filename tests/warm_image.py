@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 _PROGRAM = ["-m", "megatron_opd"]
 _MODULES = (
-    "megatron_opd.__main__",
+    "megatron_opd.core.arguments",  # as `__main__` does, which runpy wants to import itself
+    "megatron_opd.planner.options",
     "megatron_opd.trainer.loop",
     "megatron_opd.trainer.evaluate",
     "megatron_opd.rollout.embedded_engine",

@@ -10,7 +10,8 @@ LOSSES = ["grpo", "kdrl", "minillm", "tinker"]
 
 
 def run(method, run_dir, *overrides):
-    done = opd("train", f"examples/{method}.yaml", f"run.dir={run_dir}", *overrides, env=ALONE)
+    alone = {} if any(setting.startswith("parallel.") for setting in overrides) else ALONE
+    done = opd("train", f"examples/{method}.yaml", f"run.dir={run_dir}", *overrides, env=alone)
     assert done.returncode == 0, done.stderr
     return rows(run_dir)
 
