@@ -71,11 +71,11 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{model_dir}: its tokenizer cannot be loaded: {first_line}") from None
-    named = [i for i in [hf.eos_token_id, *_also_named(Path(model_dir), hf)] if i is not None]
-    eos_ids = tuple(dict.fromkeys([*named[:1], *sorted(named)]))
     # Without any file transformers makes an empty tokenizer up, from the kind of model alone.
     if not any((Path(model_dir) / name).is_file() for name in hf.vocab_files_names.values()):
         raise ValueError(f"{model_dir} has no tokenizer: none of {', '.join(hf.vocab_files_names.values())} is there")
+    named = [i for i in [hf.eos_token_id, *_also_named(Path(model_dir), hf)] if i is not None]
+    eos_ids = tuple(dict.fromkeys([*named[:1], *sorted(named)]))
     if not eos_ids:
         raise ValueError(f"{model_dir}: neither tokenizer nor generation_config.json names an end-of-sequence token")
     return Tokenizer(hf, eos_ids)
