@@ -105,7 +105,9 @@ def test_a_hang_ends_with_an_error_and_leaves_nothing():
 def test_a_terminal_controls_its_program():
     ours, theirs = pty.openpty()
     try:
-        process = warm.start(["-c", "import time; time.sleep(600)"], stdin=theirs, stdout=theirs, stderr=theirs)
+        code = "import time; print('ready', flush=True); time.sleep(600)"
+        process = warm.start(["-c", code], stdin=theirs, stdout=theirs, stderr=theirs)
+        assert os.read(ours, 100).startswith(b"ready")  # Ctrl-C before it has the terminal reaches nobody
         os.write(ours, b"\x03")
         assert process.wait(TIMEOUT_S) == -signal.SIGINT
     finally:
