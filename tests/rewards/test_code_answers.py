@@ -108,7 +108,7 @@ def test_a_prompt_in_prose_with_a_block_may_be_continued():
 
 
 def test_a_hostile_text_defines_nothing():
-    texts = ["(" * 9999, "```\n" * 999, "def f(:\n" * 999, "x = '''\n" * 99, "\0", "a\n" * 10**6]
+    texts = ["(" * 9999, "```\n" * 999, "def f(:\n" * 300, "x = '''\n" * 99, "\0", "a\n" * 10**6]
     for answer in texts:
         found = PROGRAMS.readings("Write half(x).", answer, "half")
         assert all("half" not in cells[-1] for cells in found), answer[:20]
