@@ -111,11 +111,11 @@ def test_a_prompt_in_prose_with_a_block_may_be_continued():
         assert first_reading(prompt, answer, "root")["root"](9) == 3, answer
 
 
-@pytest.mark.parametrize(
-    "answer", ["(" * 9999, "```\n" * 999, "def f(:\n" * 999, "x = '''\n" * 99, "\0", "a\n" * 10**6]
-)
-def test_a_hostile_text_defines_nothing(answer):
-    assert all("half" not in cells[-1] for cells in PROGRAMS.readings("Write half(x).", answer, "half"))
+def test_a_hostile_text_defines_nothing():
+    texts = ["(" * 9999, "```\n" * 999, "def f(:\n" * 300, "x = '''\n" * 99, "\0", "a\n" * 10**6]
+    for answer in texts:
+        found = PROGRAMS.readings("Write half(x).", answer, "half")
+        assert all("half" not in cells[-1] for cells in found), answer[:20]
 
 
 def test_the_namespace_of_a_failed_reading_is_not_kept():

@@ -18,7 +18,7 @@ _CODE_BEGINS = re.compile(
     r"[ \t]*(?:(?:async )?def |class |import |from \S+ import|@\w|[A-Za-z_]\w*[ \t]*(?::[^=]+)?=[^=])"
 )
 _PYTHON = ("", "py", "python", "python2", "python3", "ipython", "sage")
-_MAX_PARSES, _MAX_CHARACTERS = 300, 400_000
+_MAX_PARSES, _MAX_IN_VAIN, _MAX_CHARACTERS = 300, 100, 400_000
 
 
 @dataclass(slots=True)
@@ -157,8 +157,8 @@ def _code_in(text: str) -> list[str]:
     text = textwrap.dedent(text)
     if parsed(text) is not None:
         return [text]
-    lines, found, at = text.split("\n"), [], 0
-    while at < len(lines):
+    lines, found, at, in_vain = text.split("\n"), [], 0, 0
+    while at < len(lines) and in_vain < _MAX_IN_VAIN:
         if _CODE_BEGINS.match(lines[at]):
             margin = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
             kept = _longest_prefix([line.removeprefix(margin) for line in lines[at:]])
@@ -166,6 +166,7 @@ def _code_in(text: str) -> list[str]:
                 found.append(kept)
                 at += kept.count("\n") + 1
                 continue
+            in_vain += 1
         at += 1
     return found
 
