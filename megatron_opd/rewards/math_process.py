@@ -50,7 +50,7 @@ def _is_right(reference: str, text: str) -> bool:
 
 def _is_readable(reference: str) -> bool:
     """True if the reference holds mathematics, not only a word or a sentence."""
-    return bool(_of_reference(reference))
+    return any(not isinstance(part, str) for part in _of_reference(reference))
 
 
 def _number(text: str) -> str | None:
