@@ -14,7 +14,7 @@ from megatron_opd.rewards.sandbox import JAIL
 from megatron_opd.rewards.thinking import after_thinking
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import check_rewards as ways_tool  # noqa: E402
+import check_rewards as ways_tool
 
 PATIENT = RewardsConfig(code_timeout_s=60.0)
 ROWS = [json.loads(line) for line in Path(__file__).with_name("problems.jsonl").read_text().splitlines()]
@@ -78,7 +78,8 @@ STUB = 'def half(x):\n    """x / 2"""\n'
         ("```python def half(x): return x / 2```", 2.0),
         ("- So:\n  ```python\n  def half(x):\n      return x / 2\n  ```\n- Done.", 2.0),
         ("````md\n```python\ndef half(x): return 0\n```\n````\n```python\ndef half(x): return x / 2\n```", 2.0),
-        ("Use a helper.\n\nimport math\n\ndef two(): return 2\n\nThen:\n\ndef half(x):\n    return x / two()\n\nIt's done!", 2.0),
+        ("Use a helper.\n\nimport math\n\ndef two(): return 2\n\nThen:\n\n"
+         "def half(x):\n    return x / two()\n\nIt's done!", 2.0),
         ("\r\n    return x / 2\r\n", 2.0),
         ("    return x / 2\n\ndef half(x):\n    return 7\n", 2.0),
         ("    y = x / 2\n    return y\n\nassert half(4) == 3", 2.0),

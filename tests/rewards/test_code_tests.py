@@ -37,7 +37,8 @@ THAT_CAN_FAIL = {
         "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_it(self):\n"
         "        self.assertEqual(cube(2), 8)\n"
     ),
-    "a class of pytest": "class TestCube:\n    def setup_method(self): self.y = 8\n    def test_it(self): assert cube(2) == self.y",
+    "a class of pytest": "class TestCube:\n    def setup_method(self): self.y = 8\n"
+    "    def test_it(self): assert cube(2) == self.y",
     "parametrize": (
         "import pytest\n@pytest.mark.parametrize('x, y', [(1, 1), (2, 8), pytest.param(3, 27)])\n"
         "def test_it(x, y): assert cube(x) == pytest.approx(y)\n"

@@ -41,7 +41,8 @@ def test_final_numbers(text, number):
         ("[0,4)", r"\boxed{(0,4)}", 0), (r"3\frac{1}{4}", r"\boxed{13/4}", 1), ("-9", r"\boxed{- 9}", 1),
         ("7/3", r"\boxed{2 1/3}", 1), ("12,345", r"\boxed{12{,}345}", 1), ("40", r"\boxed{40\text{ m}^3}", 1),
         (r"15\%", r"\boxed{15}", 1), ("x^2-1", r"$$\boxed{(x-1)(x+1)}$$", 1), (r"\{3,4\}", r"\boxed{4, 3}", 1),
-        (r"So $x=3$ and \boxed{3}", r"\boxed{3}", 1), ("(3,-2)", r"\boxed{(-2,3)}", 0), ("6", "It is six", 0), ("6", "", 0),
+        (r"So $x=3$ and \boxed{3}", r"\boxed{3}", 1), ("(3,-2)", r"\boxed{(-2,3)}", 0), ("6", "It is six", 0),
+        ("6", "", 0),
     ],
 )  # fmt: skip
 def test_equal_mathematics(reference, text, right):

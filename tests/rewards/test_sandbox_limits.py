@@ -53,7 +53,8 @@ def test_files_that_are_deleted_while_open_count_too():
     keep = (
         "import os\nkept = []\ndef add():\n    for i in range(40):\n        kept.append(open('x', 'wb', buffering=0))\n"
     )
-    keep += "        os.remove('x')\n        kept[-1].write(bytes(2**20))\n        assert os.fstat(kept[-1].fileno()).st_size == 2**20\n"
+    keep += "        os.remove('x')\n        kept[-1].write(bytes(2**20))\n"
+    keep += "        assert os.fstat(kept[-1].fileno()).st_size == 2**20\n"
     assert not verdict(keep, "add()", limits=SMALL).passed
 
 
