@@ -231,7 +231,7 @@ class _Reader:
         workers = self.config.rewards.code_workers
         wrong, note = problems_of_rows(source, prompts, reward.trial, most=self.rows_to_try, workers=workers)
         self.problems.extend(f"data: {problem}" for problem in wrong)
-        self.notes += [note] if note else []
+        self.notes.extend([note] if note else [])
 
     def _reward(self, name: str) -> Reward | None:
         if name not in self.rewards:

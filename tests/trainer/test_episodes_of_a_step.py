@@ -17,7 +17,9 @@ from megatron_opd.trainer import advantages, step_metrics
 from megatron_opd.trainer.evaluate import Evaluator
 
 ALONE = SimpleNamespace(gather_leaders=lambda value: [value])
-WORDS = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+WORDS = SimpleNamespace(
+    decode=lambda ids: "".join(map(chr, ids)), hf=SimpleNamespace(get_vocab=dict, all_special_ids=[])
+)
 
 
 def trajectory(turns, *, part=0, index=0, sample=0, **changes):

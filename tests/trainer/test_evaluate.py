@@ -11,7 +11,9 @@ from megatron_opd.config import DataConfig, SourceConfig
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.trainer.evaluate import Evaluator, means, pass_at, tally_greedy, tally_samples, wilson
 
-WORDS = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+WORDS = SimpleNamespace(
+    decode=lambda ids: "".join(map(chr, ids)), hf=SimpleNamespace(get_vocab=dict, all_special_ids=[])
+)
 
 
 def answered(source, answer, said):
