@@ -20,7 +20,7 @@ from megatron_opd.sglang import process
 from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import connect
 from megatron_opd.sglang.weights import broadcast
-from megatron_opd.sglang.weights import sync as sync_module
+from megatron_opd.sglang.weights import stream as stream_module
 from megatron_opd.sglang.weights.sync import WeightPush
 from megatron_opd.sglang.wire import ServerLimits
 
@@ -126,8 +126,8 @@ def test_a_server_killed_in_the_middle_of_answers_and_of_an_update(models, fleet
         return await real(self, clients, bucket, version)
 
     monkeypatch.setattr(broadcast.Broadcast, "send", send)
-    buckets = sync_module.buckets
-    monkeypatch.setattr(sync_module, "buckets", lambda pairs, _: buckets(pairs, 20_000))
+    buckets = stream_module.buckets
+    monkeypatch.setattr(stream_module, "buckets", lambda pairs, _: buckets(pairs, 20_000))
     started = time.monotonic()
     engine.load(weights(models, 4), 4)  # sync_verify: the other one has every bit
     assert time.monotonic() - started < 2 * broadcast.GRACE_S

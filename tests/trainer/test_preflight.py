@@ -416,3 +416,11 @@ def test_what_confines_code_is_said(capsys, tmp_path):
     arguments = ["examples/quickstart.yaml", f"run.dir={tmp_path / 'run'}", f"data.eval.0.path={path}"]
     assert main(["check", *arguments, "data.eval.0.reward=code"]) == 0
     assert "# code runs confined by limits, " in capsys.readouterr().out
+
+
+def test_rows_whose_tests_cannot_fail_are_named(said, tmp_path):
+    path = jsonl(
+        tmp_path, '{"prompt": "?", "tests": "assert f() == 1"}', '{"prompt": "?", "tests": "def verify(): assert f()"}'
+    )
+    (_, problem) = said("check", f"data.eval.0.path={path}", "data.eval.0.reward=code")
+    assert f'{path}, row 2: the "tests" cannot tell a right answer from a wrong one: they never call' in problem
