@@ -24,8 +24,8 @@ import torch
 import yaml
 
 from megatron_opd.config import ServersConfig
-from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY, is_loopback
-from megatron_opd.core import lifeline, rendezvous
+from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY
+from megatron_opd.core import lifeline
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import SGLangError
 
@@ -88,8 +88,6 @@ def start(
             command = [str(python), "-m", "sglang.launch_server", *_arguments(servers, model, port, context)]
             seen, placed = _placed(servers, gpus[i * servers.tensor :][: servers.tensor])
             environment = _environment(seen, servers.tensor)
-            if is_loopback(servers.host):
-                rendezvous.stay_on_loopback(environment)
             command += [*placed, *extra, *servers.args]
             log = Path(log_dir) / f"{name}-{i}.log"
             log.unlink(missing_ok=True)
