@@ -97,7 +97,7 @@ def test_a_run_with_sglang_opens_one_port_that_is_not_ours(tmp_path):
         found = watched(run, 600)
     assert 31500 in {port for _, port, _ in found}
     stores = {one for one in found if one[0] == "::" and "sglang" in one[2] and "megatron_opd" not in one[2]}
-    assert len(stores) <= 1, stores
+    assert len({port for _, port, _ in stores}) <= 1, stores  # one process may have had several titles
     assert_loopback_only(found - stores)
 
 
