@@ -1,0 +1,127 @@
+"""Where a fault is played: a directory of its own, programs that fork from the warm process, and reference runs.
+
+The run under test is the tests' small quickstart: four steps, a checkpoint after each, held-out prompts after every
+second one, answers logged at every step. One rank runs without a launcher, two ranks run with one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import program
+import psutil
+import warm
+
+INJECT = Path(__file__).with_name("inject.py")
+RUN = (
+    *("train.steps=4", "train.save_every=1", "train.eval_every=2", "log.completions_every=1"),
+    f"data.eval=[{{name: add, path: {program.ROOT / 'tests/e2e/few.jsonl'}}}]",
+)
+END_S = 300.0
+"""Tells an end from a hang, on a busy machine too."""
+_MARK = "FAULT_STAGE"
+
+
+@dataclass
+class Ended:
+    """How a program ended: exit code, everything it printed, and the seconds it took."""
+
+    code: int | None
+    """None: it did not end within END_S."""
+    printed: str
+    seconds: float
+
+
+@dataclass
+class Stage:
+    """One injection's directory. `ranks` is 1 (the program is the rank) or 2 (there is a launcher)."""
+
+    ranks: int
+    dir: Path
+    settings: tuple[str, ...] = RUN
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.run_dir, self.tmp, self.mark = self.dir / "run", self.dir / "tmp", self.dir / "happened"
+        self.tmp.mkdir(parents=True)
+
+    def start(self, *overrides: str, fault: dict[str, Any] | None = None) -> warm.Process:
+        """Start the run, or continue it; `fault` is for `inject`."""
+        layout = f"parallel.tensor={self.ranks}"
+        arguments = [*program.SMALL, layout, *self.settings, f"run.dir={self.run_dir}", *overrides]
+        return self._start(["train", program.CONFIG, *arguments], fault)
+
+    def command(self, *arguments: str) -> Ended:
+        """Run another command to its end."""
+        return self.end(self._start(list(arguments), None))
+
+    def run(self, *overrides: str, fault: dict[str, Any] | None = None) -> Ended:
+        """Run to the end, whatever it is."""
+        return self.end(self.start(*overrides, fault=fault))
+
+    def end(self, process: warm.Process) -> Ended:
+        """Wait for the end; a program that hangs is killed with all its processes."""
+        began = time.monotonic()
+        try:
+            printed, _ = process.communicate(END_S)
+        except subprocess.TimeoutExpired:
+            for left in self.processes():
+                left.kill()
+            return Ended(None, process.communicate(60)[0], END_S)
+        return Ended(process.returncode, printed, time.monotonic() - began)
+
+    def happened(self) -> bool:
+        """Whether the injected fault has been reached."""
+        return self.mark.exists()
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of this stage, wherever they are in the tree."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(_MARK) == self.name and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def _start(self, arguments: list[str], fault: dict[str, Any] | None) -> warm.Process:
+        alone = program.ALONE if self.ranks == 1 else {}
+        environment = program.environment(**alone, TMPDIR=str(self.tmp), **{_MARK: self.name})
+        if fault is not None:
+            environment["FAULT"] = json.dumps({**fault, "mark": str(self.mark)})
+            environment["WARM_BEFORE"] = str(INJECT)
+        return warm.start(["-m", "megatron_opd", *arguments], env=environment, stderr=subprocess.STDOUT)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that nothing happened to."""
+
+    run_dir: Path
+    seconds: float
+    """From its start to its end."""
+
+    def before_export(self, stage: Stage) -> None:
+        """Put a copy into the stage, without its export."""
+        shutil.copytree(self.run_dir, stage.run_dir)
+        shutil.rmtree(stage.run_dir / "hf")
+
+
+@cache
+def reference(ranks: int, settings: tuple[str, ...] = RUN) -> Reference:
+    """The whole run on so many ranks; made once a process."""
+    stage = Stage(ranks, Path(tempfile.mkdtemp(prefix=f"reference_{os.getpid()}_")), settings)
+    ended = stage.run()
+    if ended.code:
+        raise RuntimeError(f"the run fails without any fault:\n{ended.printed}")
+    return Reference(stage.run_dir, ended.seconds)
