@@ -14,6 +14,7 @@ from typing import Any
 
 from faults import changes, files, fuzz, limits, servers, signals  # noqa: F401  (each registers its kinds)
 from faults.kind import KINDS, Played
+from megatron_opd.core.whole_file import write_whole
 
 _DRAWS = 8
 """Draws of an injection until one is reached."""
@@ -56,8 +57,8 @@ def results(file: Path) -> list[Result]:
     """What a file of results holds; a last line that was cut off does not count."""
     if not file.is_file():
         return []
-    lines = file.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    *whole, _ = file.read_text().split("\n")
+    return [json.loads(line) for line in whole]
 
 
 def run(seed: int, count: int, kinds: Sequence[str], out: Path) -> Iterator[Result]:
@@ -68,9 +69,14 @@ def run(seed: int, count: int, kinds: Sequence[str], out: Path) -> Iterator[Resu
         if (number, kind) in done:
             continue
         result = play(seed, number, kind)
-        with out.open("a") as lines:
-            lines.write(json.dumps(result, default=str) + "\n")
+        _append(out, json.dumps(result, default=str))
         yield result
+
+
+def _append(out: Path, line: str) -> None:
+    """Add a line, in place of one that was cut off."""
+    whole = out.read_text().rpartition("\n")[0] if out.is_file() else ""
+    write_whole(out, f"{whole}\n{line}\n" if whole else f"{line}\n", durable=False)
 
 
 def by_kind(found: Sequence[Result]) -> dict[str, tuple[int, int, float]]:

@@ -7,8 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
-
 from faults import judge
 from faults.kind import Played, kind
 from faults.points import POINTS, draw_point
@@ -69,7 +67,7 @@ def rank_is_signalled(rng: random.Random, directory: Path) -> Played:
     played = Played({"signal": number.name, "rank": rank, "at_s": round(at, 3)})
     process = stage.start()
     time.sleep(at)
-    found = _rank(stage, rank)
+    found = stage.rank(rank)
     played.reached = found is not None and process.poll() is None
     if found is not None and played.reached:
         found.send_signal(number)
@@ -92,7 +90,7 @@ def rank_is_stopped(rng: random.Random, directory: Path) -> Played:
     until = time.monotonic() + 240
     while not _has_logged(stage, played.facts["after_step"]) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
-    found = _rank(stage, rank)
+    found = stage.rank(rank)
     played.reached = found is not None and process.poll() is None
     if found is not None and played.reached:
         found.send_signal(signal.SIGSTOP)
@@ -200,19 +198,11 @@ def _after(stage: Stage, how: Ended, number: signal.Signals) -> list[str]:
     """What must hold after a signal to the program itself."""
     if number == signal.SIGKILL:
         wrong = judge.ended(how, codes=(_KILLED,))
+    elif stage.ranks == 1 and how.code == -number:
+        wrong = []  # a rank alone: its launcher, which it does not have here, would speak
     else:
         wrong = judge.ended(how, codes=(STOPS[number],)) + judge.one_message(how)
     return wrong + judge.all_gone(stage) + judge.continues(stage, reference(stage.ranks))
-
-
-def _rank(stage: Stage, rank: int) -> psutil.Process | None:
-    for process in stage.processes():
-        try:
-            if process.environ().get("RANK") == str(rank):
-                return process
-        except psutil.Error:
-            continue
-    return None
 
 
 def _has_logged(stage: Stage, step: int) -> bool:

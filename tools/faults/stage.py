@@ -89,8 +89,12 @@ class Stage:
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def _is_ours(self, process: psutil.Process) -> bool:
+        """A fork of the warm process has our directory among its arguments, and what it starts has our variable."""
         try:
-            return process.environ().get(_MARK) == self.name and process.status() != psutil.STATUS_ZOMBIE
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            ours = any(str(self.dir) in argument for argument in process.cmdline())
+            return ours or process.environ().get(_MARK) == self.name
         except psutil.Error:
             return False
 
@@ -101,6 +105,12 @@ class Stage:
             environment["FAULT"] = json.dumps({**fault, "mark": str(self.mark)})
             environment["WARM_BEFORE"] = str(INJECT)
         return warm.start(["-m", "megatron_opd", *arguments], env=environment, stderr=subprocess.STDOUT)
+
+    def rank(self, number: int) -> psutil.Process | None:
+        """The process of a rank that a launcher has started; it starts them in this order."""
+        trainers = [process for process in self.processes() if "train" in process.cmdline()]
+        in_order = sorted(trainers, key=lambda process: (process.create_time(), process.pid))
+        return in_order[1 + number] if len(in_order) == 1 + self.ranks else None
 
 
 @dataclass(frozen=True)
