@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from faults.kind import Played, kind
 
 _END_S = 300.0
-_EXAMPLES = 8
+_EXAMPLES = 25
 _QUICKSTART = yaml.safe_load((program.ROOT / program.CONFIG).read_text())
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

@@ -25,13 +25,13 @@ def ended(how: Ended, *, codes: tuple[int, ...]) -> list[str]:
 
 
 def one_message(how: Ended) -> list[str]:
-    """One error, told last, in words for people."""
+    """One error, told last, in words for people; lines that are set in go on with it."""
     wrong = []
-    errors = [line for line in how.printed.splitlines() if "error: " in line]
-    last = next((line for line in reversed(how.printed.splitlines()) if line.strip()), "")
+    lines = [line for line in how.printed.splitlines() if line.strip()]
+    errors = [i for i, line in enumerate(lines) if "error: " in line]
     if len(errors) != 1:
-        wrong.append(f"{len(errors)} messages instead of one: {errors or _tail(how.printed)}")
-    elif last != errors[0]:
+        wrong.append(f"{len(errors)} messages instead of one: {[lines[i] for i in errors] or _tail(how.printed)}")
+    elif not all(line.startswith("  ") for line in lines[errors[0] + 1 :]):
         wrong.append(f"the message is not last; behind it: {_tail(how.printed)}")
     if noise := _NOISE.search(how.printed):
         wrong.append(f"a message for developers, {noise.group()!r}: {_tail(how.printed)}")

@@ -69,12 +69,12 @@ def only_server_dies(rng: random.Random, directory: Path) -> Played:
     with _servers(1) as (rollout, teacher):
         server = rollout if victim == "rollout" else teacher
         stage = _stage(directory, [rollout], teacher)
-        process = stage.start()
+        running = stage.start()
         until = time.monotonic() + 120
-        while len(server.seen) < played.facts["after_requests"] and process.poll() is None and time.monotonic() < until:
+        while len(server.seen) < played.facts["after_requests"] and running.is_alive() and time.monotonic() < until:
             time.sleep(0.002)
         server.kill()
-        how = stage.end(process)
+        how = stage.end(running)
         played.reached = how.code != 0
         if played.reached:
             played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how) + judge.all_gone(stage)
@@ -92,10 +92,10 @@ def server_comes_and_goes(rng: random.Random, directory: Path) -> Played:
     played = Played({"after_requests": rng.randrange(1, 20), "away_s": round(rng.uniform(0, 1), 3)})
     with _servers(2) as (first, second, teacher):
         stage = _stage(directory, [first, second], teacher)
-        process = stage.start()
+        running = stage.start()
 
         def blink() -> None:
-            while len(first.seen) < played.facts["after_requests"] and process.poll() is None:
+            while len(first.seen) < played.facts["after_requests"] and running.is_alive():
                 time.sleep(0.002)
             first.kill()
             first.version = "default"
@@ -104,7 +104,7 @@ def server_comes_and_goes(rng: random.Random, directory: Path) -> Played:
 
         thread = threading.Thread(target=blink)
         thread.start()
-        how = stage.end(process)
+        how = stage.end(running)
         thread.join()
     played.wrong = judge.ended(how, codes=(0,)) + judge.all_gone(stage)
     played.wrong += _same_weights(stage) if how.code == 0 else []

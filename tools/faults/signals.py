@@ -45,11 +45,11 @@ def _signalled(rng: random.Random, directory: Path, *, number: signal.Signals, r
     stage = Stage(ranks, directory)
     at = rng.uniform(0, reference(ranks).seconds)
     played = Played({"signal": number.name, "at_s": round(at, 3), "ranks": ranks})
-    process = stage.start()
+    running = stage.start()
     time.sleep(at)
-    played.reached = process.poll() is None
-    process.send_signal(number)
-    how = stage.end(process)
+    played.reached = running.is_alive()
+    running.process.send_signal(number)
+    how = stage.end(running)
     if how.code == 0:
         played.reached = False  # it was ending already
     if played.reached:
@@ -65,13 +65,13 @@ def rank_is_signalled(rng: random.Random, directory: Path) -> Played:
     stage = Stage(2, directory)
     at = rng.uniform(0, reference(2).seconds)
     played = Played({"signal": number.name, "rank": rank, "at_s": round(at, 3)})
-    process = stage.start()
+    running = stage.start()
     time.sleep(at)
     found = stage.rank(rank)
-    played.reached = found is not None and process.poll() is None
+    played.reached = found is not None and running.is_alive()
     if found is not None and played.reached:
         found.send_signal(number)
-    how = stage.end(process)
+    how = stage.end(running)
     played.reached &= how.code != 0
     if played.reached:
         named = [] if f"rank {rank} was ended by {number.name}" in how.printed else [f"rank {rank} is not named"]
@@ -86,15 +86,15 @@ def rank_is_stopped(rng: random.Random, directory: Path) -> Played:
     rank = rng.randrange(2)
     stage = Stage(2, directory)
     played = Played({"rank": rank, "after_step": rng.randrange(1, 4)})
-    process = stage.start("run.timeout_s=10")
+    running = stage.start("run.timeout_s=10")
     until = time.monotonic() + 240
-    while not _has_logged(stage, played.facts["after_step"]) and process.poll() is None and time.monotonic() < until:
+    while not _has_logged(stage, played.facts["after_step"]) and running.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
     found = stage.rank(rank)
-    played.reached = found is not None and process.poll() is None
+    played.reached = found is not None and running.is_alive()
     if found is not None and played.reached:
         found.send_signal(signal.SIGSTOP)
-    how = stage.end(process)
+    how = stage.end(running)
     played.reached &= how.code != 0
     if played.reached:
         played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how)
@@ -139,13 +139,13 @@ def two_signals(rng: random.Random, directory: Path) -> Played:
     at = rng.uniform(0, reference(2).seconds)
     stage = Stage(2, directory)
     played = Played({"signals": [first.name, second.name], "at_s": round(at, 3), "gap_s": round(gap, 4)})
-    process = stage.start()
+    running = stage.start()
     time.sleep(at)
-    played.reached = process.poll() is None
-    process.send_signal(first)
+    played.reached = running.is_alive()
+    running.process.send_signal(first)
     time.sleep(gap)
-    process.send_signal(second)
-    how = stage.end(process)
+    running.process.send_signal(second)
+    how = stage.end(running)
     played.reached &= how.code != 0
     if played.reached:
         codes = tuple({STOPS[first], STOPS.get(second, _KILLED)})
@@ -165,11 +165,11 @@ def killed_again_while_resuming(rng: random.Random, directory: Path) -> Played:
     ]
     played = Played({"at_s": [round(at, 3) for at in times]}, reached=False)
     for at in times:
-        process = stage.start()
+        running = stage.start()
         time.sleep(at)
-        alive = process.poll() is None
-        process.kill()
-        how = stage.end(process)
+        alive = running.is_alive()
+        running.process.kill()
+        how = stage.end(running)
         played.reached |= alive and how.code == _KILLED
         played.wrong += [] if how.code in (0, _KILLED) else judge.ended(how, codes=(_KILLED,))
     if played.reached:
@@ -182,12 +182,12 @@ def power_cut(rng: random.Random, directory: Path) -> Played:
     """All processes of a run on two ranks are killed at once, at a random time."""
     stage, at = Stage(2, directory), rng.uniform(0, reference(2).seconds)
     played = Played({"at_s": round(at, 3)})
-    process = stage.start()
+    running = stage.start()
     time.sleep(at)
-    played.reached = process.poll() is None
+    played.reached = running.is_alive()
     for one in stage.processes():
         one.kill()
-    how = stage.end(process)
+    how = stage.end(running)
     played.reached &= how.code == _KILLED
     if played.reached:
         played.wrong = judge.all_gone(stage) + judge.continues(stage, reference(2))

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -30,6 +31,36 @@ RUN = (
 END_S = 300.0
 """Tells an end from a hang, on a busy machine too."""
 _MARK = "FAULT_STAGE"
+
+
+class Running:
+    """A program that runs. It prints into a pipe, as into a terminal: no limit of files keeps it from speaking."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        read, write = os.pipe()
+        self.process = warm.start(arguments, env=environment, stdout=write, stderr=write)
+        os.close(write)
+        self._printed = ""
+        self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
+        self._reader.start()
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def wait(self, timeout: float) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired."""
+        return self.process.wait(timeout)
+
+    def printed(self) -> str:
+        """Everything printed, once the process and all that write to the same pipe have ended, or a minute later."""
+        self._reader.join(60)
+        return self._printed
+
+    def _read(self, descriptor: int) -> None:
+        with open(descriptor, errors="replace") as pipe:
+            for line in pipe:
+                self._printed += line
 
 
 @dataclass
@@ -55,7 +86,7 @@ class Stage:
         self.run_dir, self.tmp, self.mark = self.dir / "run", self.dir / "tmp", self.dir / "happened"
         self.tmp.mkdir(parents=True)
 
-    def start(self, *overrides: str, fault: dict[str, Any] | None = None) -> warm.Process:
+    def start(self, *overrides: str, fault: dict[str, Any] | None = None) -> Running:
         """Start the run, or continue it; `fault` is for `inject`."""
         layout = f"parallel.tensor={self.ranks}"
         arguments = [*program.SMALL, layout, *self.settings, f"run.dir={self.run_dir}", *overrides]
@@ -69,16 +100,16 @@ class Stage:
         """Run to the end, whatever it is."""
         return self.end(self.start(*overrides, fault=fault))
 
-    def end(self, process: warm.Process) -> Ended:
+    def end(self, running: Running) -> Ended:
         """Wait for the end; a program that hangs is killed with all its processes."""
         began = time.monotonic()
         try:
-            printed, _ = process.communicate(END_S)
+            code = running.wait(END_S)
         except subprocess.TimeoutExpired:
             for left in self.processes():
                 left.kill()
-            return Ended(None, process.communicate(60)[0], END_S)
-        return Ended(process.returncode, printed, time.monotonic() - began)
+            return Ended(None, running.printed(), END_S)
+        return Ended(code, running.printed(), time.monotonic() - began)
 
     def happened(self) -> bool:
         """Whether the injected fault has been reached."""
@@ -98,13 +129,13 @@ class Stage:
         except psutil.Error:
             return False
 
-    def _start(self, arguments: list[str], fault: dict[str, Any] | None) -> warm.Process:
+    def _start(self, arguments: list[str], fault: dict[str, Any] | None) -> Running:
         alone = program.ALONE if self.ranks == 1 else {}
         environment = program.environment(**alone, TMPDIR=str(self.tmp), **{_MARK: self.name})
         if fault is not None:
             environment["FAULT"] = json.dumps({**fault, "mark": str(self.mark)})
             environment["WARM_BEFORE"] = str(INJECT)
-        return warm.start(["-m", "megatron_opd", *arguments], env=environment, stderr=subprocess.STDOUT)
+        return Running(["-m", "megatron_opd", *arguments], environment)
 
     def rank(self, number: int) -> psutil.Process | None:
         """The process of a rank that a launcher has started; it starts them in this order."""
