@@ -18,7 +18,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 ELSEWHERE    := not gpu and not sglang and not slurm
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-sglang test-slurm test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -58,6 +58,9 @@ test-all: install ## every test that needs neither a GPU, nor SGLang, nor Slurm
 
 test-durations: install ## the fast tests, and how long each file takes to tests/durations.json (on an idle machine)
 	$(TEST) $(SIDE_BY_SIDE) -m "not slow and $(ELSEWHERE)" --write-durations $(ARGS)
+
+test-faults: install ## inject COUNT faults (500) by SEED (0) into small runs, and judge each by the same rules
+	OMP_NUM_THREADS=1 "$(BIN)/python" tools/fault_campaign.py --seed $(or $(SEED),0) --count $(or $(COUNT),500) $(ARGS)
 
 test-sglang: install sglang ## tests against real SGLang servers, which they start
 	$(TEST) -m sglang $(ARGS)

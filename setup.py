@@ -71,6 +71,7 @@ setup(
         # For the test that reads exported adapters with peft itself; writing them needs nothing.
         "peft": ["peft>=0.15"],
         "dev": [
+            "hypothesis",
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",

@@ -27,6 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _PROGRAM = ["-m", "megatron_opd"]
+BEFORE = "WARM_BEFORE"
+"""Variable that names a Python file, which each fork runs before its program."""
 _MODULES = (
     "megatron_opd.core.arguments",  # as `__main__` does, which runpy wants to import itself
     "megatron_opd.planner.options",
@@ -204,6 +206,8 @@ def become(arguments, environment, cwd, streams):
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     sys.orig_argv = [sys.executable, *arguments]
+    if before := environment.get(BEFORE):
+        runpy.run_path(before)
     _end(_code_of(arguments))
 
 

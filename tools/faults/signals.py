@@ -1,0 +1,210 @@
+"""Signals to a run: at random times, at points of the code, twice in a row, and while it resumes."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+from faults import judge
+from faults.kind import Played, kind
+from faults.points import POINTS, draw_point
+from faults.stage import Ended, Stage, reference
+
+STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+"""Signals that ask a launcher to end, and its exit code then."""
+_KILLED = -signal.SIGKILL
+
+
+@kind
+def launcher_is_signalled(rng: random.Random, directory: Path) -> Played:
+    """SIGTERM, SIGINT or SIGHUP to the launcher at a random time."""
+    return _signalled(rng, directory, number=rng.choice(list(STOPS)), ranks=2)
+
+
+@kind
+def lone_rank_is_signalled(rng: random.Random, directory: Path) -> Played:
+    """SIGTERM, SIGINT or SIGHUP to a run without a launcher, at a random time."""
+    return _signalled(rng, directory, number=rng.choice(list(STOPS)), ranks=1)
+
+
+@kind
+def launcher_is_killed(rng: random.Random, directory: Path) -> Played:
+    """SIGKILL to the launcher at a random time: the ranks end by themselves."""
+    return _signalled(rng, directory, number=signal.SIGKILL, ranks=2)
+
+
+@kind
+def lone_rank_is_killed(rng: random.Random, directory: Path) -> Played:
+    """SIGKILL to a run without a launcher, at a random time."""
+    return _signalled(rng, directory, number=signal.SIGKILL, ranks=1)
+
+
+def _signalled(rng: random.Random, directory: Path, *, number: signal.Signals, ranks: int) -> Played:
+    stage = Stage(ranks, directory)
+    at = rng.uniform(0, reference(ranks).seconds)
+    played = Played({"signal": number.name, "at_s": round(at, 3), "ranks": ranks})
+    running = stage.start()
+    time.sleep(at)
+    played.reached = running.is_alive()
+    running.process.send_signal(number)
+    how = stage.end(running)
+    if how.code == 0:
+        played.reached = False  # it was ending already
+    if played.reached:
+        played.wrong = _after(stage, how, number)
+    return played
+
+
+@kind
+def rank_is_signalled(rng: random.Random, directory: Path) -> Played:
+    """SIGKILL, SIGTERM, SIGSEGV or SIGBUS to one of two ranks at a random time: the launcher names it."""
+    number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGBUS])
+    rank = rng.randrange(2)
+    stage = Stage(2, directory)
+    at = rng.uniform(0, reference(2).seconds)
+    played = Played({"signal": number.name, "rank": rank, "at_s": round(at, 3)})
+    running = stage.start()
+    time.sleep(at)
+    found = stage.rank(rank)
+    played.reached = found is not None and running.is_alive()
+    if found is not None and played.reached:
+        found.send_signal(number)
+    how = stage.end(running)
+    played.reached &= how.code != 0
+    if played.reached:
+        named = [] if f"rank {rank} was ended by {number.name}" in how.printed else [f"rank {rank} is not named"]
+        played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how) + named
+        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
+    return played
+
+
+@kind
+def rank_is_stopped(rng: random.Random, directory: Path) -> Played:
+    """SIGSTOP to one of two ranks: run.timeout_s ends the run and the message names it."""
+    rank = rng.randrange(2)
+    stage = Stage(2, directory)
+    played = Played({"rank": rank, "after_step": rng.randrange(1, 4)})
+    running = stage.start("run.timeout_s=10")
+    until = time.monotonic() + 240
+    while not _has_logged(stage, played.facts["after_step"]) and running.is_alive() and time.monotonic() < until:
+        time.sleep(0.01)
+    found = stage.rank(rank)
+    played.reached = found is not None and running.is_alive()
+    if found is not None and played.reached:
+        found.send_signal(signal.SIGSTOP)
+    how = stage.end(running)
+    played.reached &= how.code != 0
+    if played.reached:
+        played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how)
+        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
+    return played
+
+
+@kind
+def signal_at_a_point(rng: random.Random, directory: Path) -> Played:
+    """A signal that a lone rank gets at a chosen call of a chosen function."""
+    number = rng.choice([*STOPS, signal.SIGKILL])
+    stage = Stage(1, directory)
+    point = draw_point(rng, POINTS)
+    played = Played({"signal": number.name, **point})
+    how = stage.run(fault={"rank": "0", **point, "do": {"signal": int(number)}})
+    played.reached = stage.happened() and how.code != 0
+    if played.reached:
+        played.wrong = _after(stage, how, number)
+    return played
+
+
+@kind
+def kill_at_a_point_of_a_rank(rng: random.Random, directory: Path) -> Played:
+    """SIGKILL of one of two ranks at a chosen call of a chosen function: the other one waits in a collective."""
+    rank, stage = rng.randrange(2), Stage(2, directory)
+    point = draw_point(rng, POINTS)
+    played = Played({"rank": rank, **point})
+    how = stage.run(fault={"rank": str(rank), **point, "do": {"signal": int(signal.SIGKILL)}})
+    played.reached = stage.happened() and how.code != 0
+    if played.reached:
+        named = [] if f"rank {rank} was ended by SIGKILL" in how.printed else [f"rank {rank} is not named"]
+        played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how) + named
+        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
+    return played
+
+
+@kind
+def two_signals(rng: random.Random, directory: Path) -> Played:
+    """Two signals to the launcher within half a second."""
+    first, second = rng.choice(list(STOPS)), rng.choice([*STOPS, signal.SIGKILL])
+    gap = rng.choice([0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.5)])
+    at = rng.uniform(0, reference(2).seconds)
+    stage = Stage(2, directory)
+    played = Played({"signals": [first.name, second.name], "at_s": round(at, 3), "gap_s": round(gap, 4)})
+    running = stage.start()
+    time.sleep(at)
+    played.reached = running.is_alive()
+    running.process.send_signal(first)
+    time.sleep(gap)
+    running.process.send_signal(second)
+    how = stage.end(running)
+    played.reached &= how.code != 0
+    if played.reached:
+        codes = tuple({STOPS[first], STOPS.get(second, _KILLED)})
+        played.wrong = judge.ended(how, codes=codes)
+        played.wrong += [] if how.code == _KILLED else judge.one_message(how)
+        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
+    return played
+
+
+@kind
+def killed_again_while_resuming(rng: random.Random, directory: Path) -> Played:
+    """A lone rank is killed at a random time, and so are one to three of the runs that resume it."""
+    stage, whole = Stage(1, directory), reference(1)
+    times = [
+        rng.uniform(0.2, 1) * whole.seconds,
+        *(rng.uniform(0, 0.9) * whole.seconds for _ in range(rng.randint(1, 3))),
+    ]
+    played = Played({"at_s": [round(at, 3) for at in times]}, reached=False)
+    for at in times:
+        running = stage.start()
+        time.sleep(at)
+        alive = running.is_alive()
+        running.process.kill()
+        how = stage.end(running)
+        played.reached |= alive and how.code == _KILLED
+        played.wrong += [] if how.code in (0, _KILLED) else judge.ended(how, codes=(_KILLED,))
+    if played.reached:
+        played.wrong += judge.all_gone(stage) + judge.continues(stage, whole)
+    return played
+
+
+@kind
+def power_cut(rng: random.Random, directory: Path) -> Played:
+    """All processes of a run on two ranks are killed at once, at a random time."""
+    stage, at = Stage(2, directory), rng.uniform(0, reference(2).seconds)
+    played = Played({"at_s": round(at, 3)})
+    running = stage.start()
+    time.sleep(at)
+    played.reached = running.is_alive()
+    for one in stage.processes():
+        one.kill()
+    how = stage.end(running)
+    played.reached &= how.code == _KILLED
+    if played.reached:
+        played.wrong = judge.all_gone(stage) + judge.continues(stage, reference(2))
+    return played
+
+
+def _after(stage: Stage, how: Ended, number: signal.Signals) -> list[str]:
+    """What must hold after a signal to the program itself."""
+    if number == signal.SIGKILL:
+        wrong = judge.ended(how, codes=(_KILLED,))
+    elif stage.ranks == 1 and how.code == -number:
+        wrong = []  # a rank alone: its launcher, which it does not have here, would speak
+    else:
+        wrong = judge.ended(how, codes=(STOPS[number],)) + judge.one_message(how)
+    return wrong + judge.all_gone(stage) + judge.continues(stage, reference(stage.ranks))
+
+
+def _has_logged(stage: Stage, step: int) -> bool:
+    log = stage.run_dir / "train.log"
+    return log.is_file() and f"step {step}/" in log.read_text()
