@@ -59,6 +59,22 @@ def test_nobody_is_told_about_an_answer_that_is_not_distilled():
     assert len(asked) == 1
 
 
+def test_every_step_draws_other_numbers_and_the_same_ones_when_it_is_repeated():
+    seeds = []
+
+    def to(prompts, how, step, on_finished):
+        seeds.append((how.seed, how.samples_per_prompt, how.temperature))
+        return []
+
+    ours = experience(rollout={"samples_per_prompt": 3, "temperature": 0.7})
+    ours.leader = SimpleNamespace(answers=SimpleNamespace(to=to))
+    for step in (0, 1, 2, 1):
+        ours.answers_to(step, [])
+    assert len(set(seeds)) == 3
+    assert seeds[1] == seeds[3]
+    assert {how[1:] for how in seeds} == {(3, 0.7)}
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_replicas_share_the_prompts(size):
     prompts = [*range(16)]
