@@ -117,11 +117,10 @@ class Tree:
         os.utime(path, (self._stamp, self._stamp))
 
 
-def digest(mutant: Mutant) -> str:
-    """What its verdict depends on, apart from the remainder of the package."""
-    files = {mutant.file: ROOT / "megatron_opd" / mutant.file}
-    files |= {name: ROOT / name for name in (test.partition("::")[0] for test in mutant.tests)}
-    texts = [path.read_text() if path.is_file() else "" for path in files.values()]
+def digest(mutant: Mutant, root: Path) -> str:
+    """What its verdict depends on, apart from the remainder of the tree at `root`."""
+    files = [f"megatron_opd/{mutant.file}", *(test.partition("::")[0] for test in mutant.tests)]
+    texts = [(root / name).read_text() if (root / name).is_file() else "" for name in files]
     return hashlib.sha256(json.dumps([astuple(mutant), texts]).encode()).hexdigest()
 
 
@@ -160,7 +159,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         tree = Tree(Path(directory))
         for mutant in chosen:
-            key, begun = digest(mutant), time.monotonic()
+            key, begun = digest(mutant, tree.root), time.monotonic()
             found = known.get(mutant.name)
             if how.fresh or not found or found["digest"] != key or found["verdict"] != "killed":
                 verdict, note = judge(tree, mutant, how.timeout)
