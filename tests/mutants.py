@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests/mutants.toml"
@@ -71,6 +72,7 @@ class Tree:
     def __init__(self, directory: Path) -> None:
         self.root = directory
         self._stamp = int(time.time())
+        self._sound: dict[tuple[str, ...], str] = {}
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT, check=True, capture_output=True, text=True, timeout=120,
@@ -92,6 +94,13 @@ class Tree:
         finally:
             path.write_bytes(original)
             self._touch(path)
+
+    def without_fault(self, tests: tuple[str, ...], timeout_s: float) -> str:
+        """What is wrong with tests that do not pass without any mutant; nothing where they pass."""
+        if tests not in self._sound:
+            code, said = self.run(tests, timeout_s)
+            self._sound[tests] = said.strip().splitlines()[-1] if code else ""
+        return self._sound[tests]
 
     def run(self, tests: Sequence[str], timeout_s: float) -> tuple[int, str]:
         """(pytest's exit code, the end of what it said). Raises subprocess.TimeoutExpired."""
@@ -129,6 +138,7 @@ def judge(tree: Tree, mutant: Mutant, timeout_s: float) -> tuple[str, str]:
     try:
         with tree.with_fault(mutant):
             code, said = tree.run(mutant.tests, timeout_s)
+        wrong = tree.without_fault(mutant.tests, timeout_s) if code == 1 else ""
     except ValueError as error:
         return "stale", str(error)
     except subprocess.TimeoutExpired:
@@ -136,10 +146,12 @@ def judge(tree: Tree, mutant: Mutant, timeout_s: float) -> tuple[str, str]:
     failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if code != 1:
         return _VERDICTS.get(code, "broken"), said.strip().splitlines()[-1]
-    code, said = tree.run(mutant.tests, timeout_s)
-    if code:
-        return "broken", f"its tests fail without it too: {said.strip().splitlines()[-1]}"
-    return "killed", (failed or [""])[0]
+    return ("broken", f"its tests fail without it too: {wrong}") if wrong else ("killed", (failed or [""])[0])
+
+
+def known() -> dict[str, Any]:
+    """What was found before, by name; another run may be adding to it."""
+    return json.loads(FOUND.read_text()) if FOUND.is_file() else {}
 
 
 def main() -> int:
@@ -154,19 +166,18 @@ def main() -> int:
     if how.list:
         print(*(f"{m.name:45} {' '.join(m.tests)}" for m in chosen), sep="\n")
         return 0
-    known = json.loads(FOUND.read_text()) if FOUND.is_file() else {}
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         tree = Tree(Path(directory))
         for mutant in chosen:
             key, begun = digest(mutant, tree.root), time.monotonic()
-            found = known.get(mutant.name)
+            found = known().get(mutant.name)
             if how.fresh or not found or found["digest"] != key or found["verdict"] != "killed":
                 verdict, note = judge(tree, mutant, how.timeout)
                 seconds = round(time.monotonic() - begun)
-                found = known[mutant.name] = {"digest": key, "verdict": verdict, "note": note, "seconds": seconds}
+                found = {"digest": key, "verdict": verdict, "note": note, "seconds": seconds}
                 FOUND.parent.mkdir(exist_ok=True)
-                FOUND.write_text(json.dumps(known, indent=1))
+                FOUND.write_text(json.dumps({**known(), mutant.name: found}, indent=1))
             counts[found["verdict"]] = counts.get(found["verdict"], 0) + 1
             print(f"{mutant.name:45} {found['verdict']:7} {found['seconds']:4d} s  {found['note']:.150}", flush=True)
     print(f"{len(chosen)} mutants:", ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
