@@ -32,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests/mutants.toml"
 FOUND = ROOT / "runs/mutants.json"
+_FAST = "not slow and not gpu and not sglang and not slurm"
+"""What `make test` runs: it must notice."""
 _VERDICTS = {0: "lived", 1: "killed"}
 """By pytest's exit code; any other one means that it could not run the tests."""
 
@@ -105,7 +107,7 @@ class Tree:
     def run(self, tests: Sequence[str], timeout_s: float) -> tuple[int, str]:
         """(pytest's exit code, the end of what it said). Raises subprocess.TimeoutExpired."""
         with subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", _FAST, *tests],
             cwd=self.root,
             env={**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
