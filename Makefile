@@ -18,7 +18,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 ELSEWHERE    := not gpu and not sglang and not slurm
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -67,6 +67,9 @@ test-sglang: install sglang ## tests against real SGLang servers, which they sta
 
 test-slurm: install ## submit the jobs of slurm/ to a real Slurm of virtual nodes on this machine (root, apt)
 	$(TEST) $(SIDE_BY_SIDE) -m slurm $(ARGS)
+
+test-mutants: install ## put known faults into the code one by one: a test must notice each (hours; ARGS="loss/": some)
+	"$(BIN)/python" tests/mutants.py $(ARGS)
 
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu

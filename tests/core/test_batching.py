@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from megatron_opd.core.batching import NoTeacherLeft, pack, padded_length, renormalised
-from megatron_opd.core.scores import Hidden, Sampled, TopK
+from megatron_opd.core.scores import Foreign, Hidden, Sampled, TopK
 
 CPU = torch.device("cpu")
 EOS = 0  # the same id as padding
@@ -172,3 +172,15 @@ def test_a_rollout_without_any_teacher_is_named():
         renormalised(rollouts, [[0.5, 0.5], [0.5, 0.5]], scores)
     with pytest.raises(NoTeacherLeft):  # the one that answered has no weight
         renormalised(rollouts[:1], [[0.0, 1.0]], [[Hidden(None)], [None]])
+
+
+def test_spans_of_another_tokenizer_are_moved_past_answers_that_were_not_asked():
+    """Student tokens count on over every answer, the teacher's own only over those that it was asked about."""
+    rollouts = [tiny.rollout((1,), range(3, 3 + count), index=i) for i, count in enumerate((2, 3, 1, 2))]
+    spans = [torch.tensor([[0, 1, 0, 1], [1, 3, 1, 4]]), torch.tensor([[0, 1, 0, 1], [1, 2, 1, 3]])]
+    asked = [Foreign(torch.full((n, 1), float(i)), torch.arange(n), spans[i]) for i, n in enumerate((4, 3))]
+    (batch,) = pack_all(rollouts, scores=[[None, asked[0], None, asked[1]]], weights=[[0.0], [1.0], [0.0], [1.0]])
+    (told,) = batch.teachers
+    assert told.spans_G4.tolist() == [[2, 3, 0, 1], [3, 5, 1, 4], [6, 7, 4, 5], [7, 8, 5, 7]]
+    assert told.ids_Q.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert told.hidden_QD[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1]

@@ -11,6 +11,7 @@ import torch
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.core.scores import Hidden
 from megatron_opd.core.vocab import VocabShard
+from megatron_opd.loss import compared
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.fused import FactoredLogits  # noqa: F401  for others' cases
 from megatron_opd.loss.objective import Objective
@@ -195,3 +196,13 @@ def test_half_precision_logits_lose_nothing_in_the_loss():
     assert mine == pytest.approx(float(loss), rel=1e-5)
     assert my_gradient.dtype == torch.bfloat16
     torch.testing.assert_close(my_gradient.double(), gradient, atol=2e-2, rtol=1e-2)
+
+
+def test_mismatch_estimates_the_divergence_from_the_sampler_to_the_trainer():
+    """Of four tokens that the sampler draws equally often its mean is KL(sampler || trainer), not the other one."""
+    trainer = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    batch = tiny.micro_batch(torch.arange(4), torch.full((4,), 0.25).log(), torch.ones(4, 1), (None,))
+    of_student = replace(batch, on_policy_T=torch.tensor([True, False, True, True]))
+    estimates = compared.mismatch(trainer.log(), batch)
+    assert estimates.mean().item() == pytest.approx((0.25 * (0.25 / trainer).log()).sum().item(), rel=1e-6)
+    assert torch.equal(compared.mismatch(trainer.log(), of_student), estimates[[0, 2, 3]])

@@ -52,6 +52,16 @@ def test_the_final_number(text, number):
     assert final_number(text) == number
 
 
+def test_exact_is_all_of_the_answer_and_nothing_else():
+    reward = build_reward("exact")
+    said = ["yes", " yes\n", "yes, sir", "oh yes", "ye", "YES", ""]
+    assert reward.grade([(asked(answer=" yes "), text) for text in said]) == [1, 1, 0, 0, 0, 0, 0]
+
+
+def test_no_number_is_not_right_where_the_reference_has_none_either():
+    assert build_reward("gsm8k").grade([(asked(answer="none"), "nothing"), (asked(), "")]) == [0, 0]
+
+
 def test_gsm8k():
     reward = build_reward("gsm8k")
     prompt = asked(answer="2 * 500 = <<2*500=1000>>1000\n#### 1,000")

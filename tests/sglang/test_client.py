@@ -13,7 +13,7 @@ from standin_model import CONTEXT, END, VOCAB_SIZE, cut, hidden, logps
 from megatron_opd.core.scores import Hidden, Sampled, TopK
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
 from megatron_opd.sglang.errors import BadAnswer, Down, Refused, SGLangError
-from megatron_opd.sglang.wire import Ask, Draw, Drawn
+from megatron_opd.sglang.wire import Ask, Draw, Drawn, ServerLimits, draw_body
 
 PROMPT = (5, 6, 7, 8)
 RESPONSE = (9, 10, 11, 12, 13)
@@ -22,10 +22,11 @@ ASK = Ask(rid="r", ids=PROMPT + RESPONSE, first=len(PROMPT), carrier="sampled")
 
 
 def expected(draw, ids):
-    """Log-probabilities of a drawn answer, after temperature, top-p and top-k."""
+    """Log-probabilities of a drawn answer, after temperature, top-p and top-k; greedy ones are of all tokens."""
     bias = dict.fromkeys(draw.banned_ids, -1e4)
     rows = [logps(draw.ids + ids[:r], temperature=draw.temperature, bias=bias) for r in range(len(ids))]
-    rows = [cut(row, draw.top_p, draw.top_k) for row in rows] if draw.is_cut else rows
+    if draw.temperature > 0 and (draw.top_p < 1 or draw.top_k > 0):
+        rows = [cut(row, draw.top_p, draw.top_k) for row in rows]
     return [row[i] for row, i in zip(rows, ids, strict=True)]
 
 
@@ -280,3 +281,22 @@ def test_loop_time_out_cancels_and_errors_come_through(loop):
 
     with pytest.raises(SGLangError, match="no"):
         loop.run(fails(), 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "top_k", "is_asked"),
+    [
+        ({}, -1, False),
+        ({"top_k": 3}, 3, True),
+        ({"top_p": 0.5}, VOCAB_SIZE, True),
+        ({"top_p": 0.5, "top_k": 3}, 3, True),
+        ({"temperature": 0.0, "top_k": 3}, 3, False),
+        ({"temperature": 0.0, "top_p": 0.5}, -1, False),
+    ],
+    ids=str,
+)
+def test_servers_are_asked_for_the_distribution_that_was_cut(changes, top_k, is_asked):
+    body = draw_body(replace(DRAW, **changes), ServerLimits(vocab_size=VOCAB_SIZE, context=CONTEXT))
+    assert body["sampling_params"]["top_k"] == top_k
+    assert body.get("return_sampling_mask", False) == is_asked
+    assert body.get("sampling_logprobs_mode") == ("selected" if is_asked else None)

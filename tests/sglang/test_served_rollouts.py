@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from standin_model import END, VOCAB_SIZE, cut, logps
 
 from megatron_opd.core.types import Prompt, Sampling
 from megatron_opd.rollout.served_engine import SGLangEngine
-from megatron_opd.sglang.errors import Down, Refused
+from megatron_opd.sglang.errors import BadAnswer, Down, Refused
 from megatron_opd.sglang.follow import Follow
+from megatron_opd.sglang.wire import Draw, Drawn
 
 PROMPTS = [Prompt(source="a", index=i, text="", token_ids=tuple(range(3, 5 + i))) for i in range(6)]
 SAMPLING = Sampling(max_new_tokens=12, temperature=1.0, samples_per_prompt=3, seed=7)
@@ -344,3 +346,26 @@ def test_servers_that_keep_their_weights_need_no_version_of_ours(servers, loop, 
     rollouts = engine.generate(PROMPTS, SAMPLING)
     assert_right(rollouts)
     assert {v for rollout in rollouts for v in rollout.versions} == {0}
+
+
+@pytest.mark.parametrize("versions", [(2, 3, 3), (3, 2), (2, 2)])
+def test_not_even_a_token_of_weights_that_were_replaced_is_accepted(loop, versions):
+    """Each of the answer's tokens counts, and what was replaced when the request was sent."""
+    ids = tuple(range(3, 3 + len(versions)))
+
+    async def generate(draw):
+        return Drawn(ids, (-1.0,) * len(ids), versions, "length")
+
+    async def run(work, **_):
+        return await work(client, "r")
+
+    client = SimpleNamespace(url="there", limits=SimpleNamespace(vocab_size=VOCAB_SIZE), generate=generate)
+    engine = SGLangEngine(
+        SimpleNamespace(clients=[client], run=run), loop, Push(loop), eos_ids=(END,), vocab_size=VOCAB_SIZE
+    )
+    draw = Draw(rid="", ids=(3, 4), max_new_tokens=len(ids), temperature=1.0)
+    engine.oldest = 3
+    with pytest.raises(BadAnswer, match="sampled with weights 2, which 3 has replaced"):
+        loop.run(engine._draw(draw, None, 0))
+    engine.oldest = 2
+    assert loop.run(engine._draw(draw, None, 0)).versions == versions

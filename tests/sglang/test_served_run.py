@@ -78,11 +78,16 @@ def test_a_run_on_servers(tmp_path, model, servers):
 
 
 def test_sampling_ahead_lags_by_one_version_and_uses_the_same_prompts(tmp_path, model, servers):
+    """Its checkpoints end behind what was trained: a resumed run loses none of what was drawn ahead."""
     asked = []
     for staleness in (0, 1):
         rollout, teacher = servers(1), servers(1)
-        done = train(tmp_path / str(staleness), model, rollout, teacher, f"rollout.max_staleness={staleness}")
+        saves = "train.save_every=1", f"train.keep_last={STEPS}", f"rollout.max_staleness={staleness}"
+        done = train(tmp_path / str(staleness), model, rollout, teacher, *saves)
         assert done.returncode == 0, done.stderr
+        saved = sorted(tmp_path.joinpath(str(staleness), "checkpoints").glob("*/loop.json"))
+        trained_on = [sum(json.loads(file.read_text())["prompts"].values()) for file in saved]
+        assert trained_on == [PROMPTS * step for step in range(1, STEPS + 1)]
         trained = [row for row in rows(tmp_path / str(staleness)) if "loss" in row]
         assert [row["rollout/version_lag"] for row in trained] == [0] + [staleness] * (STEPS - 1)
         asked.append(sorted(json.dumps(body["input_ids"]) for body in rollout[0].seen))

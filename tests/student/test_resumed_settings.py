@@ -49,3 +49,36 @@ def test_what_was_changed_counts(ranks, tmp_path, family, distributed, layout):
         assert now == fresh
         assert lr == pytest.approx(steps.learning_rate(changed.optim, 3, changed.train.steps))
         assert num_steps == 3  # the schedule goes on where it was
+
+
+def restored(parallel, config, rollouts, run_dir):
+    """Whether random numbers and the next step after a restore are those of the student that went on."""
+    import torch
+
+    from megatron_opd.student.checkpoint import Checkpoints
+    from megatron_opd.student.student import Student
+
+    student, objective, pack = steps.build(parallel, config, VOCAB_SIZE)
+    batches = pack(rollouts[parallel.data_rank :: parallel.data_size])
+    student.step(batches, objective)
+    torch.manual_seed(100 + parallel.rank)
+    torch.rand(parallel.rank)
+    Checkpoints(run_dir, parallel, keep_last=1).save(student, {"step": 1})
+    drawn = torch.rand(3)
+    metrics = student.step(batches, objective)
+    torch.manual_seed(0)
+    other = Student(config, parallel)
+    Checkpoints(run_dir, parallel, keep_last=1).restore(other)
+    again = torch.rand(3)
+    same = [torch.equal(drawn, again), other.step(batches, objective) == metrics]
+    weights = zip(student.gpt.parameters(), other.gpt.parameters(), strict=True)
+    return [*same, all(torch.equal(a, b) for a, b in weights)], drawn.tolist()
+
+
+@pytest.mark.parametrize("layout", [{"data": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_every_rank_goes_on_with_its_own_random_numbers_and_bitwise(ranks, tmp_path, layout):
+    model = tiny.save(tiny.build("qwen3"), tmp_path / "model")
+    config = tiny.config(model, [{"name": "t", "model": model, "dtype": "fp32"}], optim={"lr": 1e-2})
+    found = ranks.run(2, restored, config, tiny.rollouts(count=4, vocab_size=VOCAB_SIZE), str(tmp_path), **layout)
+    assert [same for same, _ in found] == [[True] * 3] * 2
+    assert found[0][1] != found[1][1]  # otherwise one's would do for both

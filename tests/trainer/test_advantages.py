@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_opd.config import PolicyConfig, RLConfig
+from megatron_opd.core.types import Prompt
 from megatron_opd.trainer import advantages
 
 LENGTHS = (4, 1, 7, 2)
@@ -90,6 +91,14 @@ def test_rewards_are_compared_within_their_group():
     of_a, of_b = 0.5, 0.25  # sqrt((0.25 + 0.25 + 0) / 2), sqrt((0.0625 + 0.0625 + 0) / 2)
     assert scaled == pytest.approx([0.5 / of_a, -0.5 / of_a, -0.25 / of_b, 0.0, 0.25 / of_b, 0.0, 0.0])
     assert advantages.from_rewards(REWARDS, GROUPS, RLConfig(baseline="none")) == REWARDS
+
+
+@pytest.mark.parametrize("other", [{"source": "b"}, {"index": 4}, {"repeat": 1}], ids=str)
+def test_a_group_is_one_draw_of_one_row_of_one_source(other):
+    row = {"source": "a", "index": 3, "text": "", "token_ids": (1,)}
+    prompts = [Prompt(**row), Prompt(**row), Prompt(**row | other), Prompt(**row | other)]
+    groups = [prompt.group for prompt in prompts]
+    assert advantages.from_rewards([1.0, 0.0, 1.0, 1.0], groups, RLConfig(normalise=False)) == [0.5, -0.5, 0.0, 0.0]
 
 
 def test_equal_rewards_teach_nothing():

@@ -1,12 +1,13 @@
 """Both forms of the loss on one rank, by every backend: value and gradient against the dense float64 formula."""
 
 import cases
+import oracle
 import pytest
 import torch
 from cases import COLUMNS, GRADIENT_ERROR, LOSS_ERROR, SIZE, Case
 
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss.fused import api, backends, native
+from megatron_opd.loss.fused import api, backends, native, products
 
 VOCAB = VocabShard(0, COLUMNS, SIZE)
 
@@ -213,3 +214,54 @@ def test_a_leaf_keeps_its_logits(backend, shape):
     made = leaf * 1
     api.distillation_loss(made.view(6, 40), [teacher.view(6, 40)], backend=backend)
     assert not torch.equal(made, before)  # the gradient is there: nothing was copied
+
+
+def plain_linear(num_tokens, dtype, *, columns=40, size=8):
+    """(hidden states, head, teacher's pair): small, without padding."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    shapes = (num_tokens, size), (columns, size), (num_tokens, size), (columns, size)
+    h, head, th, t_head = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
+    return h, head, (th, t_head)
+
+
+@pytest.mark.parametrize(("num_tokens", "chunk_tokens"), [(1, 1), (1, 4), (5, 4), (9, 4), (7, 3), (8, 4), (33, 16)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_last_chunk_of_any_length(num_tokens, chunk_tokens, beta):
+    """Also of a single token."""
+    h, head, (th, t_head) = plain_linear(num_tokens, torch.float64)
+    target = oracle.log_softmax(th @ t_head.T, len(head))
+
+    def dense(x, w):
+        return oracle.divergence(oracle.log_softmax(x @ w.T, len(w)), target, beta).mean()
+
+    expected, of_h = oracle.grad(lambda x: dense(x, head), h)
+    _, of_head = oracle.grad(lambda w: dense(h, w), head)
+    h.requires_grad_()
+    head.requires_grad_()
+    loss = api.linear_distillation_loss(h, head, [(th, t_head)], beta=beta, chunk_tokens=chunk_tokens)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(h.grad, of_h, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(head.grad, of_head, atol=1e-12, rtol=1e-9)
+
+
+def test_the_head_s_gradient_is_summed_over_chunks_in_float32():
+    """In bf16, whose eight bits lose what the 2000th chunk adds; also without Megatron's `main_grad`."""
+    h, head, (th, t_head) = plain_linear(2048, torch.bfloat16)
+    target = oracle.log_softmax((th @ t_head.T).double(), len(head))
+    _, of_logits = oracle.grad(lambda z: oracle.kl(target, oracle.log_softmax(z, 40)).mean(), (h @ head.T).double())
+    expected = of_logits.bfloat16().double().T @ h.double()
+    head.requires_grad_()
+    api.linear_distillation_loss(h, head, [(th, t_head)], beta=0.0, chunk_tokens=1).backward()
+    rounding = cases.relative(expected.bfloat16(), expected)
+    assert cases.relative(head.grad, expected) <= 1.5 * rounding
+
+
+def test_products_that_are_added_up_are_not_rounded_before():
+    """bf16 gradients and hidden states into a float32 sum: as exact as float32 is."""
+    generator = torch.Generator().manual_seed(0)
+    grad, h = (torch.randn(64, size, generator=generator).bfloat16() for size in (20, 12))
+    into = torch.randn(20, 12, generator=generator)
+    expected = into.double() + grad.double().T @ h.double()
+    products.add_head_gradient(grad, h, into)
+    assert cases.relative(into, expected) <= 1e-6
