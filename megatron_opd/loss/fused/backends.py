@@ -71,10 +71,13 @@ def choose(tensors: Iterable[torch.Tensor], name: str = "auto", spec: LossSpec |
 
 
 def refusal(wanted: Wanted, name: str, lacking: str) -> str:
-    """The sentence that says why the backend `name` cannot be had, `lacking` by this machine or else at all."""
+    """The sentence that says that the backend `name` cannot be had, and what this machine is lacking, if it is that."""
     types = ", ".join(sorted(str(d) for d in wanted.dtypes))
-    why = lacking or f"it is not made for {types} on {wanted.device} with the divergence '{wanted.spec.divergence}'"
-    return f"backend '{name}' cannot be had: {why}"
+    why = f" ({lacking})" if lacking else ""
+    return (
+        f"backend '{name}' cannot be had{why} for {types} on {wanted.device} with the divergence"
+        f" '{wanted.spec.divergence}'"
+    )
 
 
 @functools.cache
