@@ -2,8 +2,8 @@
 
 Three digests: of its rows as they are in the file, of the prompts made of them, and of what else of the rows the run
 reads. So a column that no part of the run reads may change, and a setting that makes other prompts of the same rows can
-be told from other rows. Rows are hashed while they are read, about 6 µs each, where
-tokenizing takes ten times that.
+be told from other rows. Rows are hashed while they are read: of prompts of 150 tokens, some 8 µs of the 90 µs that one
+takes to be read and tokenized.
 """
 
 from __future__ import annotations
