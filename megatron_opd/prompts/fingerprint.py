@@ -39,7 +39,7 @@ class Fingerprint:
     asked: str
     """Digest of the prompts' tokens."""
     besides: str
-    """Digest of what answers are graded by, answers to learn, and what teachers see."""
+    """Digest of the prompts' texts, what answers are graded by, answers to learn, and what teachers see."""
     marks: str
     """Short digests of the first `every` rows, the first 2 x `every`, …, one behind the other."""
     every: AtLeastOne
@@ -90,7 +90,7 @@ class Fingerprinting:
         for prompt in prompts:
             self._asked.update(array("q", [prompt.index, len(prompt.token_ids), *prompt.token_ids]).tobytes())
             teacher_ids = {name: list(ids) for name, ids in prompt.teacher_ids.items()}
-            self._besides.update(_text([prompt.answer, prompt.extra, prompt.answer_ids, teacher_ids]))
+            self._besides.update(_text([prompt.text, prompt.answer, prompt.extra, prompt.answer_ids, teacher_ids]))
 
     def done(self) -> Fingerprint:
         """The fingerprint of everything so far."""
