@@ -89,7 +89,8 @@ class Run:
         self.experience = Experience(config, parallel, teachers, leader)
         self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience)
         self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
-        record = RunRecord(inputs.data, conditions.measure(backend, parallel), config.data.on_change)
+        found = conditions.measure(backend, parallel, config.student, config.teachers)
+        record = RunRecord(inputs.data, found, config.data.on_change)
         keep_last = config.train.keep_last
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, keep_last=keep_last)
         self.timed = Stopwatch()

@@ -75,7 +75,7 @@ class RunRecord:
         of_prompts = [f"{_SAID} {line}" for line in changes.other_prompts(before.data, self.data)]
         of_mixture = [f"{_SAID} {line}" for line in changes.other_mixture(before.data, self.data)]
         of_conditions = conditions.differences(before.conditions, self.conditions)
-        return [*of_prompts, *of_mixture, *(f"{_SAID} {line}; last bits may differ" for line in of_conditions)]
+        return [*of_prompts, *of_mixture, *(f"{_SAID} {line}" for line in of_conditions)]
 
 
 def state_of(loop: dict[str, Any]) -> LoopState:

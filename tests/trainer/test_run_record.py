@@ -16,9 +16,11 @@ from megatron_opd.trainer.run_record import OtherData, RunRecord, state_of
 HERE = Conditions(
     loss_backend="native",
     loss_kernels="09cc",
+    loss_note="",
     threads="1",
     device="x86_64 CPU with AVX512",
     versions={"python": "3.11.7", "torch": "2.13.0", "megatron-core": "0.16.1"},
+    models={"student.model": "aa", "teacher 'carry'": "bb"},
 )
 PLACE = Path("runs/mine/checkpoints/step_00000040")
 
@@ -78,7 +80,7 @@ def test_a_mixture_that_the_settings_changed_is_said():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"loss_backend": "torch", "loss_kernels": ""}, "loss backend native -> torch"),
+        ({"loss_backend": "torch", "loss_kernels": "", "loss_note": "why"}, "loss backend native -> torch"),
         ({"loss_backend": "", "loss_kernels": ""}, "loss backend native -> none"),
         ({"loss_kernels": "77aa"}, "compiled kernels of the loss 09cc -> 77aa"),
         ({"threads": "8"}, "threads of a rank 1 -> 8"),
@@ -94,6 +96,16 @@ def test_each_condition_that_changed_is_a_line(changes, said):
     loop, now = saved(record()), record(**changes)
     now.check(PLACE, loop)
     assert now.differences(loop) == [f"changed since the checkpoint: {said}; last bits may differ"]
+
+
+def test_other_models_under_the_same_path_are_said():
+    """Those that the settings name anew, or no longer, the settings' changes tell."""
+    loop = saved(record())
+    now = record(models={"student.model": "a2", "teacher 'carry'": "b2", "teacher 'new'": "cc"})
+    assert now.differences(loop) == [
+        "changed since the checkpoint: the files of student.model are others than before",
+        "changed since the checkpoint: the files of teacher 'carry' are others than before",
+    ]
 
 
 def test_a_checkpoint_that_keeps_no_record_is_accepted_and_said():
