@@ -33,7 +33,7 @@ from megatron_opd.trainer.completions import Completions
 from megatron_opd.trainer.experience import Experience, build_leader
 from megatron_opd.trainer.held_out import HeldOut
 from megatron_opd.trainer.preflight import Inputs, read_inputs
-from megatron_opd.trainer.run_record import RunRecord
+from megatron_opd.trainer.run_record import RunRecord, check_newest
 from megatron_opd.trainer.saving import Saving
 from megatron_opd.trainer.shaping import Shaping
 from megatron_opd.trainer.together import ServersLost, Stopwatch
@@ -47,6 +47,8 @@ def train(config: Config, notice: Notice) -> None:
     """
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
     inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
+    if config.data.on_change == "error":
+        parallel.share_world(lambda: check_newest(config.run.dir, inputs.data))
     with ExitStack() as opened:
         tracker = Tracker()
 

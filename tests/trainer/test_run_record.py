@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.config import SourceConfig
+from megatron_opd.core import marker
 from megatron_opd.core.marker import DamagedMarker
 from megatron_opd.core.types import Prompt
 from megatron_opd.prompts.fingerprint import DataRecord, Fingerprinting
 from megatron_opd.trainer.conditions import Conditions
-from megatron_opd.trainer.run_record import OtherData, RunRecord, state_of
+from megatron_opd.trainer.run_record import OtherData, RunRecord, check_newest, state_of
 
 HERE = Conditions(
     loss_backend="native",
@@ -59,6 +60,18 @@ def test_other_prompts_are_refused_with_the_source_the_change_and_the_setting():
     assert said.startswith(f"{PLACE} was made with other prompts: data.train: source 'add' has changed: rows 3 -> 2")
     assert "data.train: source 'max' has changed: other rows among its 1, row 1 is the first that differs" in said
     assert said.endswith("or set data.on_change: accept to go on at the same place in the new ones")
+
+
+def test_other_prompts_are_noticed_before_models_are_loaded(tmp_path):
+    check_newest(tmp_path, record().data)
+    checkpoint = tmp_path / "checkpoints/step_00000040"
+    checkpoint.mkdir(parents=True)
+    path = checkpoint / "loop.json"
+    for harmless in ("", "[]", marker.text(saved(record()))):  # damage is for others to tell
+        path.write_text(harmless)
+        check_newest(tmp_path, record().data)
+    with pytest.raises(OtherData, match=r"step_00000040 was made with other prompts: .* rows 3 -> 2"):
+        check_newest(tmp_path, record(source("a", "bb")).data)
 
 
 def test_other_prompts_that_are_accepted_are_said():
