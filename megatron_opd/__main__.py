@@ -193,8 +193,8 @@ def _check(arguments: argparse.Namespace) -> int:
     _refuse(arguments, "--plan", planner.DEFAULTS)
     from megatron_opd.config.file import dump, load, method_in, read, to_dict
     from megatron_opd.launch import local
+    from megatron_opd.trainer.other_data import check_newest
     from megatron_opd.trainer.preflight import read_inputs
-    from megatron_opd.trainer.run_record import check_newest
 
     config = load(arguments.config, arguments.overrides)
     origins = [f"# {line}" for line in method_in(read(arguments.config, arguments.overrides))]

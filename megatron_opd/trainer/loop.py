@@ -32,8 +32,9 @@ from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
 from megatron_opd.trainer.experience import Experience, build_leader
 from megatron_opd.trainer.held_out import HeldOut
+from megatron_opd.trainer.other_data import check_newest
 from megatron_opd.trainer.preflight import Inputs, read_inputs
-from megatron_opd.trainer.run_record import RunRecord, check_newest
+from megatron_opd.trainer.run_record import RunRecord
 from megatron_opd.trainer.saving import Saving
 from megatron_opd.trainer.shaping import Shaping
 from megatron_opd.trainer.together import ServersLost, Stopwatch

@@ -13,17 +13,13 @@ from typing import Any, Literal
 
 from megatron_opd.config.section import AtLeastOne, Count, section
 from megatron_opd.core import marker
-from megatron_opd.core.run_dir import CHECKPOINTS, complete
 from megatron_opd.prompts import changes
 from megatron_opd.prompts.fingerprint import DataRecord
 from megatron_opd.trainer import conditions
 from megatron_opd.trainer.conditions import Conditions
+from megatron_opd.trainer.other_data import refuse_others
 
 _SAID = "changed since the checkpoint:"
-
-
-class OtherData(ValueError):
-    """The prompts are not those that the checkpoint was made with."""
 
 
 @section
@@ -59,7 +55,7 @@ class RunRecord:
         """Raises OtherData for a checkpoint of other prompts, unless that is accepted, and DamagedMarker."""
         before = state_of(loop).data
         if before and self.on_change == "error":
-            _refuse_others(checkpoint, before, self.data)
+            refuse_others(checkpoint, before, self.data)
 
     def differences(self, loop: dict[str, Any]) -> list[str]:
         """What people should know of what changed since a checkpoint, a line each."""
@@ -73,25 +69,6 @@ class RunRecord:
         of_mixture = [f"{_SAID} {line}" for line in changes.other_mixture(before.data, self.data)]
         of_conditions = conditions.differences(before.conditions, self.conditions)
         return [*of_prompts, *of_mixture, *(f"{_SAID} {line}" for line in of_conditions)]
-
-
-def check_newest(run_dir: str | Path, data: DataRecord) -> None:
-    """Raises OtherData where the newest checkpoint of a run was made with other prompts: before models are loaded. What
-    else is wrong with it is said where it is restored."""
-    for checkpoint in complete(Path(run_dir) / CHECKPOINTS)[-1:]:
-        try:
-            before = marker.validated(DataRecord, marker.read(checkpoint)["data"])
-        except (marker.DamagedMarker, KeyError):
-            return
-        _refuse_others(checkpoint, before, data)
-
-
-def _refuse_others(checkpoint: Path, before: DataRecord, now: DataRecord) -> None:
-    if refused := changes.other_prompts(before, now):
-        raise OtherData(
-            f"{checkpoint} was made with other prompts: {'; '.join(refused)}. Put them back as they were, or set"
-            " data.on_change: accept to go on at the same place in the new ones"
-        )
 
 
 def state_of(loop: dict[str, Any]) -> LoopState:

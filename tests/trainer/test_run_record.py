@@ -12,7 +12,8 @@ from megatron_opd.core.marker import DamagedMarker
 from megatron_opd.core.types import Prompt
 from megatron_opd.prompts.fingerprint import DataRecord, Fingerprinting
 from megatron_opd.trainer.conditions import Conditions
-from megatron_opd.trainer.run_record import OtherData, RunRecord, check_newest, state_of
+from megatron_opd.trainer.other_data import OtherData, check_newest
+from megatron_opd.trainer.run_record import RunRecord, state_of
 
 HERE = Conditions(
     loss_backend="native",
