@@ -10,10 +10,9 @@ they are.
 from __future__ import annotations
 
 import dataclasses
-import json
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_opd.core import marker
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.core.whole_file import write_whole
@@ -60,9 +60,9 @@ class Checkpoints:
             optim.complete_state(student.optimizer)
             with _writing_in_this_process():
                 dist_checkpointing.save(self._state(student, loading=False, with_rng=True), str(target))
-            marker = {**loop, "student": _fingerprint(student), "layout": self._layout()}
+            told = {**loop, "student": _fingerprint(student), "layout": self._layout()}
             dist.barrier(group=self.parallel.world_group)
-            self.parallel.share_world(lambda: write_whole(target / MARKER, json.dumps(marker, indent=1)))
+            self.parallel.share_world(lambda: write_whole(target / MARKER, marker.text(told)))
         except CheckpointException as error:  # on all ranks alike; only rank 0 is told what failed where
             failure = error
             self.parallel.share_world(lambda: self._give_up(target, _reason(failure)))
@@ -73,17 +73,21 @@ class Checkpoints:
         self.parallel.share_world(self._clean_up)
         return target
 
-    def restore(self, student: Student) -> dict[str, Any] | None:
+    def restore(
+        self, student: Student, look: Callable[[Path, dict[str, Any]], None] | None = None
+    ) -> dict[str, Any] | None:
         """Load the newest complete checkpoint into the student; returns its `loop`, or None when there is none.
 
-        Raises CheckpointError on rank 0 (PeerError on the others) when it is of another model, saved with another kind
-        of optimizer, or damaged.
+        `look` is given the directory and its `loop` on rank 0, before anything is loaded; it raises ValueError where
+        the loop cannot go on from there, DamagedMarker where its own keys are damaged. Raises CheckpointError on rank 0
+        (PeerError on the others) when the checkpoint is of another model, saved with another kind of optimizer, or
+        damaged.
         """
         newest = self.parallel.share_world(lambda: (complete(self.dir) or [None])[-1])
         if newest is None:
             return None
         mine = _fingerprint(student)
-        loop = self.parallel.share_world(lambda: _read_marker(newest, mine))
+        loop = self.parallel.share_world(lambda: _read_marker(newest, mine, look))
         self.parallel.share_world(lambda: _check_small_files(newest))
         with_rng = loop["layout"] == self._layout()
         try:
@@ -181,13 +185,23 @@ def _reason(error: BaseException) -> str:
     return (str(cause or error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _read_marker(checkpoint: Path, mine: dict[str, Any]) -> dict[str, Any]:
-    """loop.json of a checkpoint, which must be of the student with the fingerprint `mine`."""
+def _read_marker(
+    checkpoint: Path, mine: dict[str, Any], look: Callable[[Path, dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """loop.json of a checkpoint, which must be of the student with the fingerprint `mine`, and pass `look`."""
     try:
-        loop: dict[str, Any] = json.loads((checkpoint / MARKER).read_text())
-        theirs = {"lora.rank": 0, **loop["student"]}
-    except (ValueError, KeyError, TypeError):
-        _damaged(checkpoint, f"{MARKER} is not what was written")
+        loop = marker.read(checkpoint)
+        _check_student(checkpoint, loop["student"], mine)
+        if look:
+            look(checkpoint, loop)
+    except marker.DamagedMarker as error:
+        _damaged(checkpoint, str(error))
+    return loop
+
+
+def _check_student(checkpoint: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raises CheckpointError naming the setting by which the student is not that of the checkpoint."""
+    theirs = {"lora.rank": 0, **theirs}
     for key, value in theirs.items():
         if mine.get(key) != value:
             setting = {"optimizer": "optim.distributed", "dtype": "student.dtype"}.get(key, "student.model")
@@ -196,7 +210,6 @@ def _read_marker(checkpoint: Path, mine: dict[str, Any]) -> dict[str, Any]:
                 f"{checkpoint} is of another student: its {key} is {value}, by {setting} it is {mine.get(key)} now;"
                 f" set {setting} back, or give this run a run.dir of its own"
             )
-    return loop
 
 
 def _check_small_files(checkpoint: Path) -> None:

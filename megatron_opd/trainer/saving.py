@@ -18,24 +18,34 @@ from megatron_opd.student.checkpoint import Checkpoints
 from megatron_opd.student.student import Student
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.completions import Completions
+from megatron_opd.trainer.run_record import RunRecord, state_of
 
 
 class Saving:
     """Saves, restores and exports the student of a run."""
 
     def __init__(
-        self, run: RunConfig, parallel: Parallel, student: Student, tracker: Tracker, *, keep_last: int
+        self,
+        run: RunConfig,
+        parallel: Parallel,
+        student: Student,
+        tracker: Tracker,
+        *,
+        record: RunRecord,
+        keep_last: int,
     ) -> None:
         self.dir, self.parallel, self.student, self.tracker = Path(run.dir), parallel, student, tracker
+        self.record = record
         self.checkpoints = Checkpoints(run.dir, parallel, keep_last=keep_last)
         self.saved = 0
 
     def restore(self, prompts: PromptMix, completions: Completions, settings: dict[str, Any]) -> int:
         """The step after which the run goes on; student, prompts and logs are as they were then.
 
-        `settings` are those of the whole run, which are recorded; the log says what changed.
+        `settings` are those of the whole run, which are recorded; the log says what changed, of them and of what else
+        decides results. Raises OtherData on rank 0 (PeerError on the others) as `RunRecord.check` does.
         """
-        loop = self.checkpoints.restore(self.student)
+        loop = self.checkpoints.restore(self.student, look=self.record.check)
         changed = self.parallel.share_world(lambda: config_file.record(settings, self.dir / run_dir.CONFIG))
         if loop is None:
             self.tracker.rewind(-1)
@@ -43,13 +53,16 @@ class Saving:
             if changed is not None:
                 self.tracker.message(f"no complete checkpoint in {self.dir}: starting from the beginning")
             return 0
-        prompts.load_state(loop["prompts"])
-        self.student.skips = loop.get("skips", 0)  # checkpoints did not always have it
+        state = state_of(loop)
+        prompts.load_state(state.prompts)
+        self.student.skips = state.skips
         self.tracker.rewind(loop["step"])
         completions.rewind(loop["step"])
         self.tracker.message(f"resuming after step {loop['step']}")
         for line in changed or []:
             self.tracker.message(f"changed since the last start: {line}")
+        for line in self.record.differences(loop):
+            self.tracker.message(line)
         self.saved = int(loop["step"])
         return self.saved
 
@@ -57,8 +70,7 @@ class Saving:
         """A checkpoint after `step`, whose prompts end at `cursor`; nothing if there is one."""
         if step <= self.saved:
             return
-        loop = {"step": step, "version": step, "prompts": cursor, "skips": self.student.skips}
-        path = self.checkpoints.save(self.student, loop)
+        path = self.checkpoints.save(self.student, self.record.loop(step, cursor, self.student.skips))
         self.saved = step
         self.tracker.message(f"saved {path}")
 
