@@ -296,8 +296,8 @@ class _Wandb:
             raise ValueError(_missing("log.wandb", "wandb")) from None
         # The id lives in the run directory, so that a resumed run goes on with the same curves.
         id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+        if not (id_file.is_file() and id_file.read_text().strip()):
+            write_whole(id_file, secrets.token_hex(4))
         self._wandb: Any = wandb
         online = log.wandb == "online"
         try:
