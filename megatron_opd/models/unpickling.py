@@ -80,9 +80,11 @@ def container(file: str | IO[bytes], where: object) -> Any:
     except OSError:
         raise
     except Exception as error:
-        if named := re.search(r"(?:GLOBAL|global|class) '?([\w.]+)'? was not an allowed", str(error)):
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise Refused(where, named[1]) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if reason.startswith("Weights only"):  # and how to load it all the same, which is no advice
+            reason = "it is not plain data and tensors"
         raise ValueError(f"{where} is damaged or cut short: {reason}") from None
 
 
