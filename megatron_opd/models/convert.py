@@ -12,7 +12,6 @@ type that would turn a finite weight into infinity.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_opd.config import yaml_text
+from megatron_opd.core import marker
 from megatron_opd.core.run_dir import CHECKPOINTS, CONFIG, MARKER, complete
 from megatron_opd.models import output_dir
 from megatron_opd.models.architecture import Architecture, read_architecture
@@ -207,8 +207,8 @@ def _other_student(checkpoint: Path, arch: Architecture, like: str | Path) -> li
     if not (checkpoint / MARKER).is_file():
         return []
     try:
-        theirs = json.loads((checkpoint / MARKER).read_text())["student"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        theirs = marker.read(checkpoint)["student"].items()
+    except marker.DamagedMarker as error:
         return [f"{checkpoint / MARKER} is damaged: {error}"]
     ours = dataclasses.asdict(arch)
     return [

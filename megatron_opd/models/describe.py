@@ -5,12 +5,12 @@ A checkpoint with defects is described too, with the defects; one whose headers 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.core import marker
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, saves
 from megatron_opd.models.architecture import FAMILIES, Architecture, read_architecture
 from megatron_opd.models.checkpoint_keys import is_optimizer
@@ -107,20 +107,23 @@ def _about_run(path: Path, problems: list[str]) -> dict[str, Any]:
             problems.append(f"{path}: there is no {MARKER}: the save was cut short, this is not a whole checkpoint")
         return {}
     try:
-        loop = json.loads((path / MARKER).read_text())
+        loop = marker.read(path)
         tensor, pipeline, data, *context = loop["layout"]
         layout = [f"tensor {tensor}", f"pipeline {pipeline}", *(f"context {size}" for size in context), f"data {data}"]
-        step, student = loop["step"], loop["student"]
-        family = student["family"]
+        student = loop["student"]
+        return {
+            "step": loop["step"],
+            "saved at layout": f"{' x '.join(layout)} (loads at any)",
+            "student": f"{student['family']}, {student.get('num_layers')} layers",
+            **_about_adapters(student),
+        }
     except (ValueError, KeyError, TypeError) as error:
-        problems.append(f"{path / MARKER} is damaged: {error}")
+        problems.append(f"{path / MARKER} is damaged: {_missing(error)}")
         return {}
-    return {
-        "step": step,
-        "saved at layout": f"{' x '.join(layout)} (loads at any)",
-        "student": f"{family}, {student.get('num_layers')} layers",
-        **_about_adapters(student),
-    }
+
+
+def _missing(error: Exception) -> str:
+    return f"student.{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _about_adapters(student: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ needs no more. What the adapters are, loop.json tells."""
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_opd.config import LoraConfig
+from megatron_opd.core import marker
 from megatron_opd.core.run_dir import MARKER
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.lora_layout import SUFFIX, Place, merged, places
@@ -34,7 +34,7 @@ class _Merged(TorchDistDir):
     def __init__(self, plain: TorchDistDir) -> None:
         super().__init__(plain.dir)
         self._plain = plain
-        self._config, arch = _told_by(plain.dir / MARKER)
+        self._config, arch = _told_by(plain.dir)
         self._places: dict[str, Place] = {
             f"decoder.layers.{place.megatron}.weight": place for place in places(arch, self._config)
         }
@@ -60,14 +60,14 @@ class _Merged(TorchDistDir):
         return self._plain.read(Region(key, whole, (layer, 0, 0), (1, *whole[1:])))[0]
 
 
-def _told_by(marker: Path) -> tuple[LoraConfig, Architecture]:
+def _told_by(checkpoint: Path) -> tuple[LoraConfig, Architecture]:
     try:
-        student: dict[str, Any] = json.loads(marker.read_text())["student"]
+        student: dict[str, Any] = marker.read(checkpoint)["student"]
         rank, alpha, targets = (student[f"lora.{name}"] for name in ("rank", "alpha", "targets"))
         names = {field.name for field in dataclasses.fields(Architecture)} - {"padded_vocab_size"}
         arch = Architecture(**{name: student[name] for name in names}, padded_vocab_size=student["vocab_size"])
         return LoraConfig(rank=rank, alpha=alpha, targets=targets), arch
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{marker.parent} has adapters, but their settings in {marker} cannot be read: {error}"
+            f"{checkpoint} has adapters, but their settings in {checkpoint / MARKER} cannot be read: {error}"
         ) from None

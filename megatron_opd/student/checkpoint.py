@@ -84,15 +84,19 @@ class Checkpoints:
         self.parallel.share_world(self._clean_up)
         return target
 
-    def restore(self, student: Student) -> dict[str, Any] | None:
+    def restore(
+        self, student: Student, look: Callable[[Path, dict[str, Any]], None] | None = None
+    ) -> dict[str, Any] | None:
         """Load the newest complete checkpoint into the student; returns its `loop`, or None when there is none.
 
-        Raises CheckpointError on rank 0 (PeerError on the others) when it is of another model, saved with another kind
-        of optimizer, or damaged.
+        `look` is given the directory and its `loop` on rank 0, before anything is loaded; it raises ValueError where
+        the loop cannot go on from there, DamagedMarker where its own keys are damaged. Raises CheckpointError on rank 0
+        (PeerError on the others) when the checkpoint is of another model, saved with another kind of optimizer, or
+        damaged.
         """
         mine = _fingerprint(student)
         reading = whole_checkpoint.Reading(
-            marker=lambda path: _read_marker(path, mine),
+            marker=lambda path: _read_marker(path, mine, look),
             headers=_check_small_files,
             contents=self.verify,
         )
@@ -197,10 +201,21 @@ def _reason(error: BaseException) -> str:
     return (str(cause or error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _read_marker(checkpoint: Path, mine: dict[str, Any]) -> dict[str, Any]:
-    """loop.json of a checkpoint, which must be of the student with the fingerprint `mine`."""
+def _read_marker(
+    checkpoint: Path, mine: dict[str, Any], look: Callable[[Path, dict[str, Any]], None] | None
+) -> dict[str, Any]:
+    """loop.json of a checkpoint, which must be of the student with the fingerprint `mine`, and pass `look`."""
     loop = marker.read(checkpoint)
-    for key, value in {"lora.rank": 0, **loop["student"]}.items():
+    _check_student(checkpoint, loop["student"], mine)
+    if look:
+        look(checkpoint, {key: value for key, value in loop.items() if key != whole_checkpoint.FILES})
+    return loop
+
+
+def _check_student(checkpoint: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raises CheckpointError naming the setting by which the student is not that of the checkpoint."""
+    theirs = {"lora.rank": 0, **theirs}
+    for key, value in theirs.items():
         if mine.get(key) != value:
             setting = {"optimizer": "optim.distributed", "dtype": "student.dtype"}.get(key, "student.model")
             setting = key if key.startswith("lora.") else setting
@@ -208,7 +223,6 @@ def _read_marker(checkpoint: Path, mine: dict[str, Any]) -> dict[str, Any]:
                 f"{checkpoint} is of another student: its {key} is {value}, by {setting} it is {mine.get(key)} now;"
                 f" set {setting} back, or give this run a run.dir of its own"
             )
-    return loop
 
 
 def _check_small_files(checkpoint: Path) -> None:

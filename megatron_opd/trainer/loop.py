@@ -82,7 +82,7 @@ class Run:
         self.experience = Experience(config, parallel, teachers, leader)
         self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience)
         self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
-        self.saving = Saving(config.run, config.train, parallel=parallel, student=self.student, tracker=tracker)
+        self.saving = Saving(config.run, parallel, self.student, tracker, train=config.train)
         self.timed = Stopwatch()
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.trained = self.saving.restore(prompts, self.completions, to_dict(config))

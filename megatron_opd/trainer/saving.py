@@ -25,7 +25,7 @@ class Saving:
     """Saves, restores and exports the student of a run."""
 
     def __init__(
-        self, run: RunConfig, train: TrainConfig, *, parallel: Parallel, student: Student, tracker: Tracker
+        self, run: RunConfig, parallel: Parallel, student: Student, tracker: Tracker, *, train: TrainConfig
     ) -> None:
         self.dir, self.parallel, self.student, self.tracker = Path(run.dir), parallel, student, tracker
         self.checkpoints = Checkpoints(

@@ -284,7 +284,7 @@ def message(_, directory, theirs, mine):
 
     from megatron_opd.student.checkpoint import CheckpointError, _read_marker
 
-    (directory / "loop.json").write_text(json.dumps({"student": theirs}))
+    (directory / "loop.json").write_text(json.dumps({"step": 1, "layout": [1, 1, 1], "student": theirs}))
     try:
         _read_marker(directory, mine)
     except CheckpointError as error:

@@ -29,47 +29,78 @@ class _Candidate:
 
     first_choice_on: tuple[str, ...] | None
     """Device types; None: any. By its name it can be had wherever it supports what is wanted."""
-    find: Callable[[Wanted], Backend | None]
-    """None where it does not support what is wanted, or, after a warning, where this machine lacks what it takes."""
+    find: Callable[[Wanted], Backend | str | None]
+    """None where it does not support what is wanted; why not, where this machine lacks what it takes."""
 
 
-def choose(tensors: Iterable[torch.Tensor], name: str = "auto", spec: LossSpec | None = None) -> Backend:
-    """The backend for models' logits or hidden states like these. By a name other than auto: that one, or ValueError
-    where it cannot be had. `spec` None: the default divergence."""
-    wanted = Wanted.of(tensors, spec or LossSpec(1.0, 1.0, "logits", 1))
-    if name not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, not '{name}'")
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The backend that does the work, or why none can."""
+
+    backend: Backend | None
+    lacking: str = ""
+    """Why this machine does not have a faster one that supports what is wanted; "" where it has."""
+
+
+def find(wanted: Wanted, name: str = "auto") -> Found:
+    """The first backend that supports what is wanted and can be had, by a name other than auto: that one, or none."""
+    lacking: list[str] = []
     for its_name, candidate in _CANDIDATES.items():
         devices = candidate.first_choice_on
         is_asked = its_name == name or (name == "auto" and (devices is None or wanted.device in devices))
         found = candidate.find(wanted) if is_asked else None
-        if found is not None:
-            return found
+        if isinstance(found, str):
+            lacking.append(found)
+        elif found is not None:
+            return Found(found, "; ".join(lacking))
+    return Found(None, "; ".join(lacking))
+
+
+def choose(tensors: Iterable[torch.Tensor], name: str = "auto", spec: LossSpec | None = None) -> Backend:
+    """The backend for models' logits or hidden states like these, after one warning where a faster one is lacking. By a
+    name other than auto: that one, or ValueError where it cannot be had. `spec` None: the default divergence."""
+    wanted = Wanted.of(tensors, spec or LossSpec(1.0, 1.0, "logits", 1))
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, not '{name}'")
+    found = find(wanted, name)
+    if found.backend is None:
+        raise ValueError(refusal(wanted, name, found.lacking))
+    if found.lacking:
+        _warn_once(found.lacking)
+    return found.backend
+
+
+def refusal(wanted: Wanted, name: str, lacking: str) -> str:
+    """The sentence that says why the backend `name` cannot be had, `lacking` by this machine or else at all."""
     types = ", ".join(sorted(str(d) for d in wanted.dtypes))
-    raise ValueError(
-        f"backend '{name}' cannot be had for {types} on {wanted.device} with the divergence"
-        f" '{wanted.spec.divergence}'; use backend='auto'"
-    )
-
-
-def _find_native(wanted: Wanted) -> Backend | None:
-    library = native.library() if native.Native.supports(wanted) else None
-    return None if library is None else native.Native(library)
-
-
-def _find_triton(wanted: Wanted) -> Backend | None:
-    made = _triton()
-    return made if made is not None and made.supports(wanted) else None
+    why = lacking or f"it is not made for {types} on {wanted.device} with the divergence '{wanted.spec.divergence}'"
+    return f"backend '{name}' cannot be had: {why}; use backend='auto'"
 
 
 @functools.cache
-def _triton() -> Backend | None:
-    """The Triton kernels, or None after a warning that they are not there."""
+def _warn_once(lacking: str) -> None:
+    warnings.warn(f"the loss runs without its fastest kernels, several times slower: {lacking}", stacklevel=3)
+
+
+def _find_native(wanted: Wanted) -> Backend | str | None:
+    if not native.Native.supports(wanted):
+        return None
+    library = native.library()
+    return native.Native(library) if library is not None else f"the native kernels are not there: {native.found()}"
+
+
+def _find_triton(wanted: Wanted) -> Backend | str | None:
+    made = _triton()
+    return made if isinstance(made, str) or made.supports(wanted) else None
+
+
+@functools.cache
+def _triton() -> Backend | str:
+    """The Triton kernels, or why they are not there."""
     try:
         from megatron_opd.loss.fused.triton_rows import TritonRows
     except ImportError as error:
-        warnings.warn(f"the loss runs without its Triton kernels, several times slower: {error}", stacklevel=2)
-        return None
+        return f"the Triton kernels are not there: {error}"
     return TritonRows()
 
 

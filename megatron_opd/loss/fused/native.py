@@ -1,47 +1,21 @@
-"""The rows on a CPU by `kernels.cpp`, compiled at first use and kept.
-
-The compiler is called directly: the code needs no header of torch (seconds, not a minute), and several ranks that
-start at once each compile into a file of their own and rename it, so no lock can be left behind by one that was killed.
-Without a compiler, or where it fails, `library` says so once and returns None; the reference then does the work.
-"""
+"""The rows on a CPU by `kernels.cpp`, compiled at first use and kept (`compiled.py`)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-import warnings
-from pathlib import Path
 
 import torch
 
 from megatron_opd.loss.divergences import GKD
+from megatron_opd.loss.fused import compiled
 from megatron_opd.loss.fused.backend import Wanted
 from megatron_opd.loss.fused.reference import Reference
 from megatron_opd.loss.fused.statistics import LogitRows, LossSpec
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("memory.h", "vectors.h"))
 DTYPES = (torch.float32, torch.bfloat16)
 _KINDS = {"forward": 0, "reverse": 1, "jsd": 2}
 _STATS, _SUMS, _GRADIENT = 1, 2, 4
-_INSTRUCTIONS = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
-"""By what torch finds; nothing for others. Not -march=native: the cache may be shared by machines that differ."""
-_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-shared",
-    "-fPIC",
-]
-_COMPILE_TIMEOUT_S = 300
 
 
 class _Matrix(ctypes.Structure):
@@ -136,42 +110,16 @@ def _new(rows: LogitRows, columns: int) -> torch.Tensor:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None after a warning that says why not. Compiles at most once a machine."""
+def found() -> compiled.Kernels | str:
+    """The compiled kernels, or why there are none. Looks, and compiles, at most once a process, so that no process
+    changes over in the middle of its work."""
     try:
-        return ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"the loss runs without its native kernels, several times slower: {said.strip()[-400:]}", stacklevel=2
-        )
-        return None
+        return compiled.load()
+    except compiled.NoKernels as error:
+        return str(error)
 
 
-def _built() -> Path:
-    """The shared library in the cache, compiled where it is not there. Raises OSError, SubprocessError."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise OSError(f"there is no C++ compiler '{compiler}' (CXX names another one)")
-    flags = [*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    code = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
-    key = hashlib.sha256(code + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
-    target = _cache() / f"kernels-{key}.so"
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / "kernels.so"
-        for threads in (["-fopenmp"], []):  # some compilers come without the OpenMP library
-            command = [compiler, *flags, *threads, str(SOURCE), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
-            if done.returncode == 0:
-                made.replace(target)
-                return target
-        raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
-
-
-def _cache() -> Path:
-    """MEGATRON_OPD_CACHE, or a directory in the user's cache."""
-    own = os.environ.get("MEGATRON_OPD_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_opd"
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, if there are any."""
+    kernels = found()
+    return None if isinstance(kernels, str) else kernels.library

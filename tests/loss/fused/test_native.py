@@ -1,6 +1,5 @@
 """The compiled kernels where their loops have edges: widths, orders of logits, kinds of matrices, instruction sets."""
 
-import ctypes
 import itertools
 
 import cases
@@ -8,7 +7,7 @@ import pytest
 import torch
 from cases import Case
 
-from megatron_opd.loss.fused import api, backends, native
+from megatron_opd.loss.fused import api, backends, compiled, native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler here")
 KINDS = [Case(beta, how, 2, 0.8) for beta in (0.0, 0.5, 1.0) for how in ("logits", "probs")]
@@ -146,7 +145,7 @@ def test_lesser_instruction_sets(monkeypatch, tmp_path, capability):
         pytest.skip("this machine has none of them")
     monkeypatch.setenv("MEGATRON_OPD_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    library = ctypes.CDLL(str(native._built()))
+    library = compiled.load().library
     monkeypatch.setattr(native, "library", lambda: library)
     assert backends.choose([torch.zeros(1)], "native")._library is library
     for case in KINDS:
