@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ class ListedReader(dcp.FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """As torch's. Raises ValueError for an entry that is not to be trusted."""
-        return super().read_data(plan, _Listed(planner, self._directory))
+        try:
+            return super().read_data(plan, _Listed(planner, self._directory))
+        except pickle.UnpicklingError as error:
+            raise unpickling.explained(error, f"{self._directory}: a tensor") from None
 
 
 class _Listed:

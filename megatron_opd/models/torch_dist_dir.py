@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -193,7 +192,7 @@ class TorchDistDir:
             raise ValueError(f"{self.dir}: {region.key} has only {found} at {region.offset}")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AssertionError) as error:
+        except (OSError, RuntimeError, EOFError, AssertionError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{self.dir}: {region.key} cannot be read: {reason}") from None
         return target

@@ -50,11 +50,12 @@ _RECIPES = "transformer_engine.common.recipe"
 class Refused(ValueError):
     """A pickle names something that checkpoints have no use for."""
 
-    def __init__(self, where: object, name: str) -> None:
-        super().__init__(
-            f"{where} asks for {name}, which no checkpoint needs: whoever made this directory may want to run code"
-            " here; do not trust it"
-        )
+
+def _refused(where: object, name: str) -> Refused:
+    return Refused(
+        f"{where} asks for {name}, which no checkpoint needs: whoever made this directory may want to run code here; do"
+        " not trust it"
+    )
 
 
 def metadata(file: IO[bytes], where: object) -> Metadata:
@@ -80,12 +81,17 @@ def container(file: str | IO[bytes], where: object) -> Any:
     except OSError:
         raise
     except Exception as error:
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise Refused(where, named[1]) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if reason.startswith("Weights only"):  # and how to load it all the same, which is no advice
-            reason = "it is not plain data and tensors"
-        raise ValueError(f"{where} is damaged or cut short: {reason}") from None
+        raise explained(error, where) from None
+
+
+def explained(error: Exception, where: object) -> ValueError:
+    """What torch.load says of a file that is damaged, or not plain data, without its advice to load it all the same."""
+    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return _refused(where, named[1])
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if reason.startswith("Weights only"):
+        reason = "it is not plain data and tensors"
+    return ValueError(f"{where} is damaged or cut short: {reason}")
 
 
 def check_fp8_state(state: object, where: object) -> None:
@@ -113,11 +119,11 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = self._find(module, name, super().find_class)
         if found is None:
-            raise Refused(self._where, f"{module}.{name}")
+            raise _refused(self._where, f"{module}.{name}")
         return found
 
     def persistent_load(self, pid: object) -> Any:
-        raise Refused(self._where, f"the object {str(pid)[:40]!r} of somebody else")
+        raise _refused(self._where, f"the object {str(pid)[:40]!r} of somebody else")
 
 
 def _of_metadata(module: str, name: str, look_up: Callable[..., Any]) -> Any:
