@@ -20,8 +20,7 @@ from pathlib import Path
 
 import tool
 
-from megatron_opd.core import durable
-from megatron_opd.student import checkpoint_files
+from megatron_opd.core import durable, hashed_files
 
 _READ_BYTES = 1 << 20
 
@@ -62,7 +61,7 @@ def _cases(path: Path, threads: list[int]) -> list[tuple[str, Callable[[], objec
     except ImportError:
         pass
     return cases + [
-        (f"blake2b in pieces, {n} thread{'s' * (n > 1)}", partial(checkpoint_files.blake2b, path, n)) for n in threads
+        (f"blake2b in pieces, {n} thread{'s' * (n > 1)}", partial(hashed_files.blake2b, path, n)) for n in threads
     ]
 
 

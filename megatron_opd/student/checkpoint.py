@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opd.core import durable, marker
+from megatron_opd.core import durable, hashed_files, marker
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.core.whole_file import write_whole
@@ -72,7 +72,7 @@ class Checkpoints:
             files, failed = checkpoint_files.record(target, self.parallel)
             if failed:
                 self.parallel.share_world(lambda: self._give_up(target, failed[0]))
-            facts = {"student": _fingerprint(student), "layout": self._layout(), whole_checkpoint.FILES: files}
+            facts = {"student": _fingerprint(student), "layout": self._layout(), hashed_files.KEY: files}
             self.parallel.share_world(lambda: _complete(target, {**loop, **facts}))
         except CheckpointException as error:  # on all ranks alike; only rank 0 is told what failed where
             failure = error
@@ -208,7 +208,7 @@ def _read_marker(
     loop = marker.read(checkpoint)
     _check_student(checkpoint, loop["student"], mine)
     if look:
-        look(checkpoint, {key: value for key, value in loop.items() if key != whole_checkpoint.FILES})
+        look(checkpoint, {key: value for key, value in loop.items() if key != hashed_files.KEY})
     return loop
 
 

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.core import durable
+from megatron_opd.core import durable, hashed_files
 from megatron_opd.core.marker import DamagedMarker
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.run_dir import MARKER, complete, saves
 from megatron_opd.student import checkpoint_files
 
-FILES = "files"
-"""Key of loop.json: the files of the checkpoint. Checkpoints did not always have it."""
 Loop = dict[str, Any]
 
 
@@ -77,10 +75,10 @@ def _check(path: Path, reading: Reading, parallel: Parallel) -> Whole | str:
     if isinstance(loop, str):
         return loop
     notes = [f"{path} was saved without hashes, by an older version: damage in its files may go unnoticed"]
-    if FILES in loop:
-        files = checkpoint_files.parsed(loop.pop(FILES))
+    if hashed_files.KEY in loop:
+        files = hashed_files.parsed(loop.pop(hashed_files.KEY))
         if files is None:
-            return f"{MARKER}: {FILES} is not what a save writes"
+            return f"{MARKER}: {hashed_files.KEY} is not what a save writes"
         wrong = checkpoint_files.differences(path, files, parallel, contents=reading.contents)
         if wrong:
             return wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")

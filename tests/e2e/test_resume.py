@@ -11,8 +11,7 @@ import torch
 from program import MODELS, assert_user_error, checkpoints, exported, rows, started, train
 from safetensors.torch import load_file
 
-from megatron_opd.core import marker
-from megatron_opd.student import checkpoint_files
+from megatron_opd.core import hashed_files, marker
 
 FOUR_RANKS = ["parallel.tensor=2", "parallel.pipeline=2"]
 SIX_STEPS = [
@@ -186,8 +185,7 @@ def hostile(run_dir):
         checkpoint = run_dir / "checkpoints" / step
         (checkpoint / ".metadata").write_bytes(pickle.dumps(Touches(run_dir / "trace")))
         loop = marker.read(checkpoint)
-        data = (checkpoint / ".metadata").read_bytes()
-        loop["files"][".metadata"] = {"bytes": len(data), "blake2b": checkpoint_files.blake2b(checkpoint / ".metadata")}
+        loop["files"][".metadata"] = hashed_files.measured(checkpoint / ".metadata")
         (checkpoint / "loop.json").write_text(marker.text(loop))
     return "train.resume_from=newest-valid", "asks for posix.mkdir, which no checkpoint needs"
 

@@ -11,9 +11,8 @@ import pytest
 import tiny
 import torch
 
-from megatron_opd.core import marker
+from megatron_opd.core import hashed_files, marker
 from megatron_opd.core.run_dir import MARKER
-from megatron_opd.student import checkpoint_files
 
 STEPS = ("step_00000010", "step_00000020", "step_00000030")
 NEWEST = STEPS[-1]
@@ -117,10 +116,7 @@ def test_the_marker_has_every_file(whole):
         files = marker.read(checkpoint)["files"]
         assert set(files) == {path.name for path in checkpoint.iterdir()} - {MARKER}
         for name, file in files.items():
-            assert file == {
-                "bytes": (checkpoint / name).stat().st_size,
-                "blake2b": checkpoint_files.blake2b(checkpoint / name),
-            }
+            assert file == hashed_files.measured(checkpoint / name)
 
 
 def cut(path, _):
@@ -337,22 +333,3 @@ def test_a_hostile_checkpoint_runs_nothing(whole, restore, tmp_path):
         assert not trace.exists()
         assert "do not trust it" in str(error), (make, error)
         assert "\n" not in error
-
-
-def test_a_file_is_hashed_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "_PIECE_BYTES", 8)
-    monkeypatch.setattr(checkpoint_files, "_READ_BYTES", 3)
-    path, data = tmp_path / "file", os.urandom(8 * 3 + 5)
-    hashes = set()
-    for content in (data, data[:8], data[:16], b"", data[:7], data[8:16] + data[:8], bytes([data[0] ^ 1]) + data[1:]):
-        path.write_bytes(content)
-        assert checkpoint_files.blake2b(path, threads=1) == checkpoint_files.blake2b(path, threads=3)
-        hashes.add(checkpoint_files.blake2b(path))
-    assert len(hashes) == 7
-
-
-def test_every_file_has_one_rank(whole):
-    files = {f"f{i}": {"bytes": size, "blake2b": ""} for i, size in enumerate((7, 0, 100, 3, 3, 50, 49))}
-    shares = [checkpoint_files._share(files, rank, 3) for rank in range(3)]
-    assert sorted(name for share in shares for name in share) == sorted(files)
-    assert max(sum(files[name]["bytes"] for name in share) for share in shares) == 100
