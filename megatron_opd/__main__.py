@@ -193,6 +193,7 @@ def _check(arguments: argparse.Namespace) -> int:
     _refuse(arguments, "--plan", planner.DEFAULTS)
     from megatron_opd.config.file import dump, load, method_in, read, to_dict
     from megatron_opd.launch import local
+    from megatron_opd.trainer.other_data import check_newest
     from megatron_opd.trainer.preflight import read_inputs
 
     config = load(arguments.config, arguments.overrides)
@@ -202,6 +203,8 @@ def _check(arguments: argparse.Namespace) -> int:
         print(*origins, "# models, tokenizers and data were not looked at", *processes, sep="\n")
         return 0
     inputs = read_inputs(config, rows_to_try=_ROWS_OF_CHECK)
+    if config.data.on_change == "error":
+        check_newest(config.run.dir, inputs.data)
     print(dump(to_dict(config)))
     print(*origins, sep="\n")
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):

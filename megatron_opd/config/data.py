@@ -54,6 +54,10 @@ class DataConfig:
     """Variables of the chat template, e.g. {enable_thinking: false}."""
     system_prompt: str = ""
     """System message of every prompt that has none; needs a chat template."""
+    on_change: Literal["error", "accept"] = "error"
+    """What happens when a run continues and a source of data.train has other prompts than its checkpoint was made with:
+    an error that says which and where (error), or the run draws from the new ones at the same place, and train.log says
+    so (accept)."""
 
 
 @section

@@ -24,6 +24,10 @@ class LossConfig:
     """Both student and teacher logits are divided by this in the loss; independent of rollout.temperature."""
     chunk_tokens: AtLeastOne = 1024
     """Tokens whose teacher distribution exists at one time; bounds the memory of the loss."""
+    backend: Literal["auto", "native", "triton", "torch", "readable"] = "auto"
+    """Kernels of the divergence to teachers that tell hidden states (docs/performance.md), which decide its last bits:
+    the fastest that supports it and that all ranks have (auto), or the one named here, an error where a rank lacks
+    it."""
     kind: Literal["distribution", "sampled"] = "distribution"
     """distribution: a divergence over the vocabulary (beta); sampled: reverse KL on the sampled token alone, as a
     policy gradient, which is all that teachers with the carrier sampled allow."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pydantic
 
-from megatron_opd.config.section import AtLeastOne, section
 from megatron_opd.core.run_dir import MARKER
 
 CHECKSUM = "checksum"
+_AtLeastOne = Annotated[int, pydantic.Field(ge=1)]
 _T = TypeVar("_T")
 _Fact = str | int | float | bool | list[str] | None
 
@@ -26,14 +27,16 @@ class DamagedMarker(ValueError):
     """loop.json is not what a save writes."""
 
 
-@section
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Own:
     """The keys that every checkpoint has; the others belong to who saves one."""
 
-    step: AtLeastOne
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    step: _AtLeastOne
     student: dict[str, _Fact]
     """Facts of the model, the optimizer and the adapters that it was saved with."""
-    layout: Annotated[list[AtLeastOne], pydantic.Field(min_length=3, max_length=4)]
+    layout: Annotated[list[_AtLeastOne], pydantic.Field(min_length=3, max_length=4)]
     """Ranks: tensor, pipeline, data and, where there is more than one, context."""
 
 
@@ -81,7 +84,7 @@ def others(loop: dict[str, Any]) -> dict[str, Any]:
 
 
 def validated(kind: type[_T], data: Any) -> _T:
-    """Data out of loop.json as an instance of a `section`, strictly. Raises DamagedMarker naming the first keys that do
+    """Data out of loop.json as an instance of a dataclass, strictly. Raises DamagedMarker naming the first keys that do
     not fit it."""
     try:
         return pydantic.TypeAdapter(kind).validate_json(json.dumps(data), strict=True)

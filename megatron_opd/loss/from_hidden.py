@@ -46,7 +46,7 @@ def exact_loss(
         weights_RN=batch.weights_TN.contiguous(),
         asked=spec,
         vocab=vocab,
-        backend=backends.choose([first, *(t.hidden_TD for t in teachers if t is not None)], spec=spec),
+        backend=backends.choose([first, *(t.hidden_TD for t in teachers if t is not None)], config.backend, spec),
         ids_R=batch.targets_T,
         chunk_tokens=config.chunk_tokens,
     )

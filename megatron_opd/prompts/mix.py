@@ -17,6 +17,7 @@ from megatron_opd.config import SourceConfig
 from megatron_opd.core.types import Prompt
 from megatron_opd.prompts.chat import Encoder, Messages, checked
 from megatron_opd.prompts.files import Row, as_messages, at_path, read_rows
+from megatron_opd.prompts.fingerprint import Fingerprinting
 from megatron_opd.prompts.store import PackedPrompts
 from megatron_opd.rewards.base import Reward
 
@@ -70,15 +71,18 @@ def read_prompts(
     messages, for a prompt that is too long (unless `limit` drops it; an error when nothing is left), for a row without
     what the source's reward needs (`is_graded`), and for what `complete` refuses.
     """
-    prompts = PackedPrompts(source.name)
+    prompts, told = PackedPrompts(source.name), Fingerprinting(source)
     rows, seen = read_rows(source), 0
     with _progress(f"reading {source.name}") as show:
         while batch := list(islice(rows, _BATCH)):
             asked = _asked(batch, source, encoder, reward, is_graded)
             fitting = _fitting(asked, encoder, limit)
-            for prompt in complete(fitting) if complete else [one.prompt for one in fitting]:
-                if prompt is not None:
-                    prompts.append(prompt)
+            completed = complete(fitting) if complete else [one.prompt for one in fitting]
+            ready = [prompt for prompt in completed if prompt is not None]
+            for prompt in ready:
+                prompts.append(prompt)
+            told.rows(row.fields for row in batch)
+            told.prompts(ready)
             prompts.dropped = seen + len(batch) - len(prompts)
             seen += len(batch)
             show(batch[-1].share)
@@ -89,6 +93,7 @@ def read_prompts(
         )
     if not prompts:
         raise ValueError(f"prompt source '{source.name}': {source.path} has no prompts")
+    prompts.fingerprint = told.done()
     return prompts
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import overload
 
 from megatron_opd.core.types import Prompt
+from megatron_opd.prompts.fingerprint import Fingerprint
 
 _OTHERS = [f.name for f in dataclasses.fields(Prompt) if f.name not in ("source", "index", "token_ids")]
 """Fields of a prompt that are kept as JSON."""
@@ -24,6 +25,8 @@ class PackedPrompts(Sequence[Prompt]):
         self.source = source
         self.dropped = 0
         """Prompts of the source that were too long."""
+        self.fingerprint: Fingerprint | None = None
+        """Of the source, once all of it is read."""
         self._index = array("q")
         self._ids, self._ids_end = array("i"), array("q", [0])
         self._others, self._others_end = bytearray(), array("q", [0])

@@ -8,6 +8,7 @@ learn of it together, save what is trained, and stop.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,12 +27,14 @@ from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import build_teachers
 from megatron_opd.tracking.tracker import Tracker, build_tracker
-from megatron_opd.trainer import fp8_fidelity, step_metrics
+from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, step_metrics
 from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
 from megatron_opd.trainer.experience import Experience, build_leader
 from megatron_opd.trainer.held_out import HeldOut
+from megatron_opd.trainer.other_data import check_newest
 from megatron_opd.trainer.preflight import Inputs, read_inputs
+from megatron_opd.trainer.run_record import RunRecord
 from megatron_opd.trainer.saving import Saving
 from megatron_opd.trainer.shaping import Shaping
 from megatron_opd.trainer.together import ServersLost, Stopwatch
@@ -45,6 +48,8 @@ def train(config: Config, notice: Notice) -> None:
     """
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
     inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
+    if config.data.on_change == "error":
+        parallel.share_world(lambda: check_newest(config.run.dir, inputs.data))
     with ExitStack() as opened:
         tracker = Tracker()
 
@@ -71,6 +76,11 @@ class Run:
 
     def __init__(self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker) -> None:
         self.config, self.parallel, self.inputs, self.tracker = config, parallel, inputs, tracker
+        backend = loss_backend.settle(config.loss, config.student, config.teachers, parallel)
+        if backend.note:
+            tracker.message(f"warning: the loss runs on the backend {backend.name}: {backend.note}")
+        loss = dataclasses.replace(config.loss, backend=backend.name or config.loss.backend)
+        config = dataclasses.replace(config, loss=loss)  # self.config stays as it was written
         served = parallel.share_world(lambda: serve.with_urls(config))
         colocated.clear_for_ranks(served.rollout, parallel)
         self.student = Student(config, parallel)
@@ -82,10 +92,12 @@ class Run:
         self.experience = Experience(config, parallel, teachers, leader)
         self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience)
         self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
-        self.saving = Saving(config.run, parallel, self.student, tracker, train=config.train)
+        found = conditions.measure(backend, parallel, config.student, config.teachers)
+        record = RunRecord(inputs.data, found, config.data.on_change)
+        self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed = Stopwatch()
         prompts = PromptMix(inputs.train, seed=config.run.seed)
-        self.trained = self.saving.restore(prompts, self.completions, to_dict(config))
+        self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
         self.cursor = prompts.state()
         """Place in the prompts behind the last batch that the student was trained on."""
         self.experience.start(prompts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from megatron_opd.models.tokenizer import Tokenizer, difference, foreign_ends, l
 from megatron_opd.models.torch_dist_dir import is_torch_dist
 from megatron_opd.precision import fits as precision
 from megatron_opd.prompts.chat import Encoder, build_encoder
+from megatron_opd.prompts.fingerprint import DataRecord, Fingerprint
 from megatron_opd.prompts.mix import Limit, read_prompts
 from megatron_opd.prompts.store import PackedPrompts
 from megatron_opd.prompts.views import RowReader, build_row_reader, build_views
@@ -56,6 +58,8 @@ class Inputs:
     eos_ids: tuple[int, ...]
     vocab_size: int
     """Entries that distributions are normalised over and that may be sampled: those that every model has."""
+    data: DataRecord = field(default_factory=lambda: DataRecord(train=[], eval=[]))
+    """What the sources hold, to be compared when the run goes on another time."""
     notes: tuple[str, ...] = ()
     """What people should know, a line each: prompts that were left out, how answers are graded here."""
 
@@ -102,6 +106,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
         eval=read.sources("data.eval", config.data.eval, are_graded=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,
+        data=DataRecord(train=read.fingerprints["data.train"], eval=read.fingerprints["data.eval"]),
         notes=(
             *read.notes,
             *(reward.note for reward in read.rewards.values() if reward and reward.note),
@@ -235,6 +240,8 @@ class _Reader:
     problems: list[str]
     rows_to_try: int
     notes: list[str] = field(default_factory=list)
+    fingerprints: dict[str, list[Fingerprint]] = field(default_factory=lambda: defaultdict(list))
+    """By data.train and data.eval, of the sources that could be read."""
     rewards: dict[str, Reward | None] = field(default_factory=dict)
     """By name; None for one that cannot be had, which is a problem by then."""
 
@@ -268,6 +275,8 @@ class _Reader:
                 self.problems,
             )
             found.append((source, prompts or []))
+            if prompts and prompts.fingerprint:
+                self.fingerprints[setting].append(prompts.fingerprint)
             if prompts and are_graded:
                 self._try(source, prompts, reward)
             if prompts and prompts.dropped:

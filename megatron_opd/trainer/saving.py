@@ -19,15 +19,24 @@ from megatron_opd.student.checkpoint import Checkpoints
 from megatron_opd.student.student import Student
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.completions import Completions
+from megatron_opd.trainer.run_record import RunRecord, state_of
 
 
 class Saving:
     """Saves, restores and exports the student of a run."""
 
     def __init__(
-        self, run: RunConfig, parallel: Parallel, student: Student, tracker: Tracker, *, train: TrainConfig
+        self,
+        run: RunConfig,
+        parallel: Parallel,
+        student: Student,
+        tracker: Tracker,
+        *,
+        record: RunRecord,
+        train: TrainConfig,
     ) -> None:
         self.dir, self.parallel, self.student, self.tracker = Path(run.dir), parallel, student, tracker
+        self.record = record
         self.checkpoints = Checkpoints(
             run.dir,
             parallel,
@@ -41,9 +50,10 @@ class Saving:
     def restore(self, prompts: PromptMix, completions: Completions, settings: dict[str, Any]) -> int:
         """The step after which the run goes on; student, prompts and logs are as they were then.
 
-        `settings` are those of the whole run, which are recorded; the log says what changed.
+        `settings` are those of the whole run, which are recorded; the log says what changed, of them and of what else
+        decides results. Raises OtherData on rank 0 (PeerError on the others) as `RunRecord.check` does.
         """
-        loop = self.checkpoints.restore(self.student)
+        loop = self.checkpoints.restore(self.student, look=self.record.check)
         path = self.dir / run_dir.CONFIG
         changed = self.parallel.share_world(lambda: config_file.record(settings, path, write_whole))
         if loop is None:
@@ -52,13 +62,16 @@ class Saving:
             if changed is not None:
                 self.tracker.message(f"no complete checkpoint in {self.dir}: starting from the beginning")
             return 0
-        prompts.load_state(loop["prompts"])
-        self.student.skips = loop.get("skips", 0)  # checkpoints did not always have it
+        state = state_of(loop)
+        prompts.load_state(state.prompts)
+        self.student.skips = state.skips
         self.tracker.rewind(loop["step"])
         completions.rewind(loop["step"])
         self.tracker.message(f"resuming after step {loop['step']}")
         for line in changed or []:
             self.tracker.message(f"changed since the last start: {line}")
+        for line in self.record.differences(loop):
+            self.tracker.message(line)
         self.saved = int(loop["step"])
         return self.saved
 
@@ -66,8 +79,7 @@ class Saving:
         """A checkpoint after `step`, whose prompts end at `cursor`; nothing if there is one."""
         if step <= self.saved:
             return
-        loop = {"step": step, "version": step, "prompts": cursor, "skips": self.student.skips}
-        path = self.checkpoints.save(self.student, loop)
+        path = self.checkpoints.save(self.student, self.record.loop(step, cursor, self.student.skips))
         self.saved = step
         self.tracker.message(f"saved {path}")
 

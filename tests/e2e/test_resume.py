@@ -12,6 +12,7 @@ from program import MODELS, assert_user_error, checkpoints, exported, rows, star
 from safetensors.torch import load_file
 
 from megatron_opd.core import hashed_files, marker
+from megatron_opd.loss.fused import native
 
 FOUR_RANKS = ["parallel.tensor=2", "parallel.pipeline=2"]
 SIX_STEPS = [
@@ -127,6 +128,7 @@ def test_finished_run_again_changes_nothing(two_steps, copy_of):
     assert done.returncode == 0, done.stderr
     assert "nothing to train" in done.stderr
     assert "changed since the last start: train" not in done.stderr
+    assert "changed since the checkpoint" not in (run_dir / "train.log").read_text()
     assert (run_dir / "metrics.jsonl").read_bytes() == (two_steps / "metrics.jsonl").read_bytes()
     assert checkpoints(run_dir) == checkpoints(two_steps)
     assert exported(run_dir) == exported(two_steps)
@@ -200,9 +202,31 @@ class Touches:
         return os.mkdir, (str(self.path),)
 
 
+def other_step(run_dir):
+    marker = run_dir / "checkpoints/step_00000002/loop.json"
+    marker.write_text(marker.read_text().replace('"step": 2', '"step": 99'))
+    return "run.seed=1234", "is damaged", "loop.json: step is 99, but the directory is step_00000002"
+
+
+def edited_rows(run_dir):
+    """A copy of the first source, one row less, under the source's name."""
+    rows = (MODELS.parent / "data/add.train.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "add.jsonl").write_text("".join([*rows[:7], *rows[8:]]))
+    told = f"rows {len(rows)} -> {len(rows) - 1}, the first that differs is in 7 to 8"
+    return f"data.train.0.path={run_dir / 'add.jsonl'}", "source 'add' has changed", told, "data.on_change: accept"
+
+
 @pytest.mark.parametrize(
     "make_wrong",
-    [other_student, other_optimizer, damaged_data, hostile, pytest.param(damaged_marker, marks=pytest.mark.slow)],
+    [
+        other_student,
+        other_optimizer,
+        damaged_data,
+        hostile,
+        edited_rows,
+        pytest.param(other_step, marks=pytest.mark.slow),
+        pytest.param(damaged_marker, marks=pytest.mark.slow),
+    ],
 )
 def test_checkpoint_that_does_not_belong_or_is_damaged(two_steps, copy_of, make_wrong):
     run_dir = copy_of(two_steps)
@@ -234,3 +258,24 @@ def test_a_damaged_checkpoint_is_passed_over_on_demand(two_steps, copy_of):
     assert checkpoints(run_dir) == ["step_00000001", "step_00000002", "step_00000002.damaged"]
     assert rows(run_dir) == rows(two_steps)
     assert exported(run_dir) == exported(two_steps)
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler here")
+def test_other_prompts_and_another_backend_are_accepted_and_said(two_steps, copy_of):
+    """And kept with the next checkpoint, so that they are said once."""
+    run_dir = copy_of(two_steps)
+    changed = [edited_rows(run_dir)[0], "data.on_change=accept", *TWO_STEPS, "train.steps=3"]
+    no_kernels = {"CXX": "no-such-compiler", "MEGATRON_OPD_CACHE": str(run_dir / "cache")}
+    said = [
+        "changed since the checkpoint: data.train: source 'add' has changed: rows",
+        "changed since the checkpoint: loss backend native -> torch; last bits may differ",
+        "warning: the loss runs on the backend torch: the native kernels are not there: there is no C++ compiler",
+    ]
+    done = train(run_dir, *changed, env=no_kernels)
+    assert done.returncode == 0, done.stderr
+    for line in said:
+        assert line in (run_dir / "train.log").read_text()
+    log = (run_dir / "train.log").read_text()
+    done = train(run_dir, *changed[:1], *TWO_STEPS, "train.steps=3", env=no_kernels)
+    assert done.returncode == 0, done.stderr
+    assert "changed since the checkpoint" not in (run_dir / "train.log").read_text().removeprefix(log)

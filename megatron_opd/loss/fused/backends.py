@@ -64,17 +64,20 @@ def choose(tensors: Iterable[torch.Tensor], name: str = "auto", spec: LossSpec |
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, not '{name}'")
     found = find(wanted, name)
     if found.backend is None:
-        raise ValueError(refusal(wanted, name, found.lacking))
+        raise ValueError(f"{refusal(wanted, name, found.lacking)}; use backend='auto'")
     if found.lacking:
         _warn_once(found.lacking)
     return found.backend
 
 
 def refusal(wanted: Wanted, name: str, lacking: str) -> str:
-    """The sentence that says why the backend `name` cannot be had, `lacking` by this machine or else at all."""
+    """The sentence that says that the backend `name` cannot be had, and what this machine is lacking, if it is that."""
     types = ", ".join(sorted(str(d) for d in wanted.dtypes))
-    why = lacking or f"it is not made for {types} on {wanted.device} with the divergence '{wanted.spec.divergence}'"
-    return f"backend '{name}' cannot be had: {why}; use backend='auto'"
+    why = f" ({lacking})" if lacking else ""
+    return (
+        f"backend '{name}' cannot be had{why} for {types} on {wanted.device} with the divergence"
+        f" '{wanted.spec.divergence}'"
+    )
 
 
 @functools.cache

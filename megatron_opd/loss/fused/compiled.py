@@ -51,7 +51,7 @@ class _Unusable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class CompiledKernels:
     """A library that is loaded."""
 
     library: ctypes.CDLL
@@ -61,7 +61,7 @@ class Kernels:
     """What people should know about where it came from."""
 
 
-def load() -> Kernels:
+def load() -> CompiledKernels:
     """The library for this machine. Raises NoKernels where there is none and none can be made."""
     compiler = os.environ.get("CXX", "c++")
     flags = [*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
@@ -71,7 +71,7 @@ def load() -> Kernels:
     cache = _cache(notes)
     for path in _there(cache, key, notes):
         try:
-            return Kernels(_opened(path), path.stem.rpartition("-")[2])
+            return CompiledKernels(_opened(path), path.stem.rpartition("-")[2])
         except _Unusable as error:
             notes.append(f"{path} {error}")
     try:
@@ -170,7 +170,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     return process.returncode, said.decode(errors="replace")
 
 
-def _kept(made: Path, cache: Path | None, key: str, notes: list[str]) -> Kernels:
+def _kept(made: Path, cache: Path | None, key: str, notes: list[str]) -> CompiledKernels:
     """What was compiled, loaded, and moved into the cache where that takes files. Raises OSError, _Unusable."""
     content_hash = _hash(made.read_bytes())
     named = made.replace(made.with_name(f"kernels-{key}-{content_hash}.so"))
@@ -186,7 +186,7 @@ def _kept(made: Path, cache: Path | None, key: str, notes: list[str]) -> Kernels
             notes.append(f"{cache} does not keep it ({error.strerror})")
     if not is_kept:
         notes.append("compiled for this process alone, at every start; MEGATRON_OPD_CACHE names another place")
-    return Kernels(library, content_hash, "; ".join(notes))
+    return CompiledKernels(library, content_hash, "; ".join(notes))
 
 
 def _flush(path: Path) -> None:

@@ -110,7 +110,7 @@ def _new(rows: LogitRows, columns: int) -> torch.Tensor:
 
 
 @functools.cache
-def found() -> compiled.Kernels | str:
+def found() -> compiled.CompiledKernels | str:
     """The compiled kernels, or why there are none. Looks, and compiles, at most once a process, so that no process
     changes over in the middle of its work."""
     try:
