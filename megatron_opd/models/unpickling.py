@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 _DCP = "torch.distributed.checkpoint"
 _PLANNER = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
@@ -28,6 +29,7 @@ _IN_METADATA = frozenset(
         *((f"{_DCP}.metadata", name) for name in _METADATA),
         *((f"{_DCP}.planner", name) for name in _PLANNER),
         (f"{_DCP}.filesystem", "_StorageInfo"),
+        *(("torch.distributed._shard.sharded_tensor.metadata", n) for n in ("TensorProperties", "MEM_FORMAT_ENCODING")),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         ("collections", "OrderedDict"),
@@ -35,6 +37,11 @@ _IN_METADATA = frozenset(
         *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
     ]
 )
+_MEGATRONS_OWN = {
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): SavePlan,
+}
+"""What some versions of megatron-core wrote in place of torch's classes; read as those, without Megatron."""
 _IN_FP8_STATES = frozenset(
     [
         ("collections", "OrderedDict"),
@@ -127,7 +134,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _of_metadata(module: str, name: str, look_up: Callable[..., Any]) -> Any:
-    return look_up(module, name) if (module, name) in _IN_METADATA else None
+    return look_up(module, name) if (module, name) in _IN_METADATA else _MEGATRONS_OWN.get((module, name))
 
 
 def _of_fp8_states(module: str, name: str, look_up: Callable[..., Any]) -> Any:

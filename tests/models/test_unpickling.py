@@ -157,6 +157,24 @@ def test_metadata_name_files_of_their_directory_only(tmp_path, elsewhere):
         TorchDistDir(tmp_path / "c")
 
 
+def test_metadata_of_other_versions_of_megatron_are_read(tmp_path):
+    write(tmp_path / "c", [Region("a", (4,), (0,), (4,))], lambda _: torch.arange(4.0), torch.float32)
+    path, theirs = tmp_path / "c/.metadata", "megatron.core.dist_checkpointing.strategies.torch"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.mcore_data = {"a": {"nd_reformulated_orig_global_shape": (2, 2)}}
+    data = pickle.dumps(metadata, 2)
+    for ours, name in (("metadata", "Metadata"), ("planner", "SavePlan")):
+        data = data.replace(
+            f"torch.distributed.checkpoint.{ours}\n{name}\n".encode(), f"{theirs}\nMCore{name}\n".encode()
+        )
+    assert f"{theirs}\nMCoreMetadata".encode() in data
+    path.write_bytes(data)
+    assert TorchDistDir(tmp_path / "c").read(Region("a", (4,), (0,), (4,))).tolist() == [0, 1, 2, 3]
+    path.write_bytes(data.replace(b"MCoreMetadata", b"MCoreSavePlanner"))
+    with pytest.raises(unpickling.Refused, match="MCoreSavePlanner"):
+        TorchDistDir(tmp_path / "c")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchs_containers_call_nothing(trace, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # torch's way to load everything
