@@ -54,12 +54,12 @@ _IN_FP8_STATES = frozenset(
 _RECIPES = "transformer_engine.common.recipe"
 
 
-class Refused(ValueError):
+class Untrusted(ValueError):
     """A pickle names something that checkpoints have no use for."""
 
 
-def _refused(where: object, name: str) -> Refused:
-    return Refused(
+def _untrusted(where: object, name: str) -> Untrusted:
+    return Untrusted(
         f"{where} asks for {name}, which no checkpoint needs: whoever made this directory may want to run code here; do"
         " not trust it"
     )
@@ -69,7 +69,7 @@ def metadata(file: IO[bytes], where: object) -> Metadata:
     """The `.metadata` of a checkpoint; errors call it `where`. Raises ValueError, also for what is damaged."""
     try:
         found = _Unpickler(file, where, _of_metadata).load()
-    except (Refused, OSError):
+    except (Untrusted, OSError):
         raise
     except Exception as error:  # a damaged pickle can make Python raise nearly everything
         reason = str(error) or type(error).__name__
@@ -94,7 +94,7 @@ def container(file: str | IO[bytes], where: object) -> Any:
 def explained(error: Exception, where: object) -> ValueError:
     """What torch.load says of a file that is damaged, or not plain data, without its advice to load it all the same."""
     if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return _refused(where, named[1])
+        return _untrusted(where, named[1])
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if reason.startswith("Weights only"):
         reason = "it is not plain data and tensors"
@@ -110,7 +110,7 @@ def check_fp8_state(state: object, where: object) -> None:
             raise ValueError(f"{where} is of type {state.dtype}, not bytes")
         try:
             _Unpickler(io.BytesIO(state.numpy().tobytes()), where, _of_fp8_states).load()
-        except Refused:
+        except Untrusted:
             raise
         except Exception as error:
             raise ValueError(f"{where} is damaged: {str(error) or type(error).__name__}") from None
@@ -126,11 +126,11 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = self._find(module, name, super().find_class)
         if found is None:
-            raise _refused(self._where, f"{module}.{name}")
+            raise _untrusted(self._where, f"{module}.{name}")
         return found
 
     def persistent_load(self, pid: object) -> Any:
-        raise _refused(self._where, f"the object {str(pid)[:40]!r} of somebody else")
+        raise _untrusted(self._where, f"the object {str(pid)[:40]!r} of somebody else")
 
 
 def _of_metadata(module: str, name: str, look_up: Callable[..., Any]) -> Any:

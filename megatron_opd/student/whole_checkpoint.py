@@ -16,8 +16,6 @@ from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.run_dir import MARKER, complete, saves
 from megatron_opd.student import checkpoint_files
 
-Loop = dict[str, Any]
-
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, is damaged or does not belong to this run."""
@@ -27,7 +25,7 @@ class CheckpointError(ValueError):
 class Reading:
     """How checkpoints are read; both functions are called on rank 0."""
 
-    marker: Callable[[Path], Loop]
+    marker: Callable[[Path], dict[str, Any]]
     """loop.json. Raises DamagedMarker, and CheckpointError for a checkpoint of another student."""
     headers: Callable[[Path], None]
     """Reads what is small in it. Raises CheckpointError for what is damaged or not to be trusted."""
@@ -40,7 +38,7 @@ class Whole:
     """A checkpoint that can be loaded."""
 
     path: Path
-    loop: Loop
+    loop: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     """Lines for the log."""
 

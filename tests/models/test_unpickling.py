@@ -84,7 +84,9 @@ def test_metadata_call_nothing(trace, kind):
             data = pickle.dumps(ways(trace)[kind], protocol)
         except (TypeError, AttributeError):
             continue
-        with pytest.raises(unpickling.Refused, match=r"it asks for [\w.]+, which no checkpoint needs.*do not trust it"):
+        with pytest.raises(
+            unpickling.Untrusted, match=r"it asks for [\w.]+, which no checkpoint needs.*do not trust it"
+        ):
             read(data)
 
 
@@ -114,7 +116,7 @@ def test_only_listed_names_are_looked_up(name):
         + b"\x93.",
     ):
         assert list(pickletools.genops(data))
-        with pytest.raises(unpickling.Refused, match=name.replace(" ", r"\.")):
+        with pytest.raises(unpickling.Untrusted, match=name.replace(" ", r"\.")):
             read(data)
 
 
@@ -130,7 +132,7 @@ def test_what_is_no_list_of_tensors_is_damaged(trace):
     ):
         with pytest.raises(ValueError, match="it is damaged or cut short"):
             read(data)
-    with pytest.raises(unpickling.Refused):
+    with pytest.raises(unpickling.Untrusted):
         read(b"\x80\x04\x8c\x01x\x94Q.")  # an object that the reader is asked to know
 
 
@@ -171,7 +173,7 @@ def test_metadata_of_other_versions_of_megatron_are_read(tmp_path):
     path.write_bytes(data)
     assert TorchDistDir(tmp_path / "c").read(Region("a", (4,), (0,), (4,))).tolist() == [0, 1, 2, 3]
     path.write_bytes(data.replace(b"MCoreMetadata", b"MCoreSavePlanner"))
-    with pytest.raises(unpickling.Refused, match="MCoreSavePlanner"):
+    with pytest.raises(unpickling.Untrusted, match="MCoreSavePlanner"):
         TorchDistDir(tmp_path / "c")
 
 
@@ -191,14 +193,14 @@ def test_torchs_containers_call_nothing(trace, tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_of_layers_call_nothing(trace, kind):
     data = bytearray(pickle.dumps(ways(trace)[kind]))
-    with pytest.raises(unpickling.Refused):
+    with pytest.raises(unpickling.Untrusted):
         unpickling.check_fp8_state(torch.frombuffer(data, dtype=torch.uint8), "it")
     inside = io.BytesIO()
     torch.save(ways(trace)[kind], inside)
-    with pytest.raises(unpickling.Refused):
+    with pytest.raises(unpickling.Untrusted):
         unpickling.check_fp8_state(inside, "it")
     storage = bytearray(pickle.dumps({"scale": Calls(torch.storage._load_from_bytes, inside.getvalue())}))
-    with pytest.raises(unpickling.Refused):  # a pickle within torch's container within a pickle
+    with pytest.raises(unpickling.Untrusted):  # a pickle within torch's container within a pickle
         unpickling.check_fp8_state(torch.frombuffer(storage, dtype=torch.uint8), "it")
 
 
