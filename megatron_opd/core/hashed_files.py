@@ -16,7 +16,7 @@ _THREADS = 4
 KEY = "files"
 """Their key in loop.json. Checkpoints did not always have it."""
 Files = dict[str, dict[str, Any]]
-"""By name: `bytes`, the size, and `blake2b`, the hash in hexadecimal digits."""
+"""By name: `bytes`, the size, and `blake2b`, the hash in hexadecimal digits, or None where none was computed."""
 
 
 def parsed(found: Any) -> Files | None:
@@ -26,14 +26,14 @@ def parsed(found: Any) -> Files | None:
     for name, file in found.items():
         if not isinstance(file, dict) or "/" in name or not isinstance(file.get("bytes"), int):
             return None
-        if not isinstance(file.get("blake2b"), str):
+        if not isinstance(file.get("blake2b", 0), str | None):
             return None
     return found
 
 
-def measured(path: Path) -> dict[str, Any]:
-    """Size and hash of a file. Raises OSError."""
-    return {"bytes": path.stat().st_size, "blake2b": blake2b(path)}
+def measured(path: Path, *, contents: bool = True) -> dict[str, Any]:
+    """Size and hash of a file; its size only without `contents`. Raises OSError."""
+    return {"bytes": path.stat().st_size, "blake2b": blake2b(path) if contents else None}
 
 
 def difference(path: Path, file: dict[str, Any], *, contents: bool = True) -> str | None:
@@ -42,7 +42,7 @@ def difference(path: Path, file: dict[str, Any], *, contents: bool = True) -> st
         size = path.stat().st_size
         if size != file["bytes"]:
             return f"{path.name} has {size} bytes, not the {file['bytes']} that were written"
-        if contents and blake2b(path) != file["blake2b"]:
+        if contents and file["blake2b"] is not None and blake2b(path) != file["blake2b"]:
             return f"{path.name} is not as it was written, by its hash"
     except FileNotFoundError:
         return f"there is no {path.name} in it"

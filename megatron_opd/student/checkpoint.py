@@ -50,8 +50,8 @@ class Checkpoints:
         verify: bool = True,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`skip_damaged`: restore the newest checkpoint that is whole, where the newest is not. `verify`: compare
-        hashes before loading. `say` takes lines for the log."""
+        """`skip_damaged`: restore the newest checkpoint that is whole, where the newest is not. `verify`: record
+        hashes and compare them before loading. `say` takes lines for the log."""
         self.dir = Path(run_dir) / CHECKPOINTS
         self.parallel, self.keep_last, self.say = parallel, keep_last, say
         self.skip_damaged, self.verify = skip_damaged, verify
@@ -69,7 +69,7 @@ class Checkpoints:
             with _writing_in_this_process():
                 dist_checkpointing.save(self._state(student, loading=False, with_rng=True), str(target))
             dist.barrier(group=self.parallel.world_group)
-            files, failed = checkpoint_files.record(target, self.parallel)
+            files, failed = checkpoint_files.record(target, self.parallel, contents=self.verify)
             if failed:
                 self.parallel.share_world(lambda: self._give_up(target, failed[0]))
             facts = {"student": _fingerprint(student), "layout": self._layout(), hashed_files.KEY: files}

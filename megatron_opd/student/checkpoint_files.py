@@ -17,10 +17,10 @@ from megatron_opd.core.run_dir import MARKER
 _DATA_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
-def record(checkpoint: Path, parallel: Parallel) -> tuple[Files, list[str]]:
+def record(checkpoint: Path, parallel: Parallel, *, contents: bool) -> tuple[Files, list[str]]:
     """Have all files of a directory on disk, and what they are, on every rank; and why that failed. Collective.
 
-    What lies in directories below it is left out.
+    Without `contents` nothing is hashed. What lies in directories below it is left out.
     """
     found: Files = {}
     failed = []
@@ -28,7 +28,7 @@ def record(checkpoint: Path, parallel: Parallel) -> tuple[Files, list[str]]:
         for name in sorted(path.name for path in checkpoint.iterdir() if path.is_file()):
             if _writer(name, parallel.world_size) == parallel.rank:
                 durable.sync(checkpoint / name)
-                found[name] = hashed_files.measured(checkpoint / name)
+                found[name] = hashed_files.measured(checkpoint / name, contents=contents)
     except OSError as error:
         failed = [f"{error.strerror or error} (rank {parallel.rank})"]
     everyone = parallel.gather_world((found, failed))

@@ -72,18 +72,30 @@ def _check(path: Path, reading: Reading, parallel: Parallel) -> Whole | str:
     loop = parallel.share_world(lambda: _or_reason(DamagedMarker, lambda: reading.marker(path)))
     if isinstance(loop, str):
         return loop
-    notes = [f"{path} was saved without hashes, by an older version: damage in its files may go unnoticed"]
-    if hashed_files.KEY in loop:
-        files = hashed_files.parsed(loop.pop(hashed_files.KEY))
-        if files is None:
-            return f"{MARKER}: {hashed_files.KEY} is not what a save writes"
+    recorded = loop.pop(hashed_files.KEY, None)
+    files = hashed_files.parsed(recorded)
+    if recorded is not None and files is None:
+        return f"{MARKER}: {hashed_files.KEY} is not what a save writes"
+    if files is not None:
         wrong = checkpoint_files.differences(path, files, parallel, contents=reading.contents)
         if wrong:
             return wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
-        others = parallel.share_world(lambda: checkpoint_files.strangers(path, files))
-        notes = [f"{path} holds {', '.join(others)}, which no save wrote there and nothing reads"] if others else []
     reason = parallel.share_world(lambda: _or_reason(CheckpointError, lambda: reading.headers(path)))
-    return reason if isinstance(reason, str) else Whole(path=path, loop=loop, notes=notes)
+    if isinstance(reason, str):
+        return reason
+    return Whole(path=path, loop=loop, notes=parallel.share_world(lambda: _remarks(path, files, reading.contents)))
+
+
+def _remarks(path: Path, files: hashed_files.Files | None, contents: bool) -> list[str]:
+    """Lines for the log about what was not compared."""
+    if files is None:
+        return [f"{path} was saved without hashes, by an older version: damage in its files may go unnoticed"]
+    notes = []
+    if contents and any(file["blake2b"] is None for file in files.values()):
+        notes.append(f"{path} was saved without hashes (train.verify_checkpoints): only sizes could be compared")
+    if others := checkpoint_files.strangers(path, files):
+        notes.append(f"{path} holds {', '.join(others)}, which no save wrote there and nothing reads")
+    return notes
 
 
 def _or_reason(kind: type[Exception], read: Callable[[], Any]) -> Any:

@@ -30,7 +30,7 @@ def test_every_file_has_one_rank():
     "found",
     [
         *(None, [], {}, 3, {"a": 1}, {"a": {}}, {"a": {"bytes": "3", "blake2b": ""}}, {"a": {"bytes": 3}}),
-        *({"../a": {"bytes": 3, "blake2b": ""}}, {"a": {"bytes": 3, "blake2b": None}}),
+        *({"../a": {"bytes": 3, "blake2b": ""}}, {"a": {"bytes": 3, "blake2b": 7}}),
     ],
 )
 def test_what_no_save_writes_is_none(found):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import random
@@ -241,7 +242,18 @@ def without_hashes(checkpoint):
     """As older versions saved it."""
     loop = marker.read(checkpoint)
     del loop["files"]
-    (checkpoint / MARKER).write_text(io.StringIO(marker.text(loop)).read())
+    (checkpoint / MARKER).write_text(marker.text(loop))
+
+
+def test_files_that_no_save_records_are_damage(whole, restore, tmp_path):
+    """Somebody has taken the checksum out."""
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    checkpoint = run / "checkpoints" / NEWEST
+    loop = marker.read(checkpoint)
+    loop["files"]["common.pt"] = "as before"
+    (checkpoint / MARKER).write_text(json.dumps(loop))
+    ((error, _),) = restore(run)
+    assert f"{checkpoint} is damaged: loop.json: files is not what a save writes" in error
 
 
 def test_checkpoints_of_older_versions_load_with_a_line(whole, restore, tmp_path):
@@ -260,6 +272,23 @@ def test_checkpoints_of_older_versions_load_with_a_line(whole, restore, tmp_path
     for (_, name), (error, _) in zip(cases, errors, strict=True):
         assert name in str(error)
         assert f"{STEPS[1]} is whole" in error
+
+
+def saved_without_hashes(parallel, model, run_dir):
+    from megatron_opd.student.checkpoint import Checkpoints
+
+    Checkpoints(run_dir, parallel, keep_last=1, verify=False).save(student_of(parallel, model), {"step": 10})
+
+
+def test_who_cannot_wait_has_no_hashes_recorded(ranks, model, restore, tmp_path):
+    ranks.run(2, saved_without_hashes, model, str(tmp_path / "run"), tensor=2)
+    files = marker.read(tmp_path / "run/checkpoints" / STEPS[0])["files"]
+    assert {file["blake2b"] for file in files.values()} == {None}
+    damaged = damaged_run(tmp_path / "run", tmp_path / "damaged", (STEPS[0], cut, "__0_1.distcp"))
+    (step, (line,)), (error, _) = restore(tmp_path / "run", damaged)
+    assert step == 10
+    assert line.endswith("was saved without hashes (train.verify_checkpoints): only sizes could be compared")
+    assert "is damaged: __0_1.distcp has" in error
 
 
 class Touches:
