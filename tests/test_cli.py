@@ -9,6 +9,7 @@ from megatron_opd import __version__
 from megatron_opd.__main__ import main
 from megatron_opd.config.file import changes, load, record, to_dict
 from megatron_opd.core import run_dir
+from megatron_opd.core.whole_file import write_whole
 from megatron_opd.launch import local
 from megatron_opd.launch.rank_processes import Failure
 
@@ -166,8 +167,8 @@ def test_how_to_continue(tmp_path):
 def test_a_record_that_cannot_be_read_is_written_anew(tmp_path, content):
     config = load(ROOT / "examples/quickstart.yaml")
     (tmp_path / "config.yaml").write_bytes(content)
-    assert record(to_dict(config), tmp_path / "config.yaml") is None
-    assert record(to_dict(config), tmp_path / "config.yaml") == []
+    assert record(to_dict(config), tmp_path / "config.yaml", write_whole) is None
+    assert record(to_dict(config), tmp_path / "config.yaml", write_whole) == []
 
 
 def test_changes_between_two_configs():

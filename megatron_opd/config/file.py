@@ -13,7 +13,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,8 @@ def dump(settings: dict[str, Any]) -> str:
     return yaml_text.dump(settings)
 
 
-def record(settings: dict[str, Any], path: Path) -> list[str] | None:
-    """Write a resolved config, as `to_dict` gives it.
+def record(settings: dict[str, Any], path: Path, write: Callable[[Path, str], None]) -> list[str] | None:
+    """Have `write` write a resolved config, as `to_dict` gives it.
 
     Returns what is not as the last record had it, None when there was none to read.
     """
@@ -147,9 +147,7 @@ def record(settings: dict[str, Any], path: Path) -> list[str] | None:
         before = yaml_text.load(path.read_text())
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):  # nothing but this message depends on it
         before = None
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump(settings))
-    temporary.replace(path)
+    write(path, dump(settings))
     return None if before is None else changes(before, settings)
 
 

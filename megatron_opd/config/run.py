@@ -57,6 +57,12 @@ class TrainConfig:
     """Save a checkpoint every this many steps and after the last; 0: only after the last."""
     keep_last: AtLeastOne = 2
     """Complete checkpoints kept; older ones are removed after a newer one is complete."""
+    resume_from: Literal["newest", "newest-valid"] = "newest"
+    """Checkpoint that a run continues from. A damaged newest one is an error that names the next older one that is
+    whole; with newest-valid the run goes on from that, and keeps what it passes over as `step_….damaged`."""
+    verify_checkpoints: bool = True
+    """Hash the files of a checkpoint when it is saved, and compare them before it is loaded: each time one more reading
+    of all of it, shared by the ranks. Without, only sizes are recorded and compared."""
     max_skipped: Count = 10
     """Steps in a row that are skipped where loss or gradient is not finite; one more ends the run (0: the first)."""
     export: bool = True

@@ -11,19 +11,18 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_opd.config import LoraConfig
+from megatron_opd.models import output_dir
 
 
 def write(adapters: Iterable[tuple[str, torch.Tensor]], out: str | Path, config: LoraConfig, *, base: str) -> None:
     """Replace the directory `out` by one with these adapters; `base` is the model that they were trained beside."""
-    target = Path(out)
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = output_dir.temporary(out)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapters}
     save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     (temporary / "adapter_config.json").write_text(json.dumps(_config(config, base), indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+    output_dir.put_in_place(temporary, out)
 
 
 def _config(config: LoraConfig, base: str) -> dict[str, object]:

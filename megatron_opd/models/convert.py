@@ -22,7 +22,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_opd.config import yaml_text
-from megatron_opd.core import marker
+from megatron_opd.core import hashed_files, marker
 from megatron_opd.core.run_dir import CHECKPOINTS, CONFIG, MARKER, complete
 from megatron_opd.models import output_dir
 from megatron_opd.models.architecture import Architecture, read_architecture
@@ -163,6 +163,7 @@ def to_hf(
     writer = HFWriter(out, hf_shapes({p.name: p.rule for p in plan.parameters}), plan.dtype, like=like)
 
     def fill() -> None:
+        _check_hashes(Path(checkpoint_dir))
         checkpoint = open_checkpoint(checkpoint_dir)
         for parameter in plan.parameters[_rank() :: _world_size()]:
             for name, tensor in hf_tensors(parameter, checkpoint):
@@ -216,6 +217,19 @@ def _other_student(checkpoint: Path, arch: Architecture, like: str | Path) -> li
         for key, value in theirs
         if key in ours and ours[key] != value
     ]
+
+
+def _check_hashes(checkpoint: Path) -> None:
+    """Compare this process's share of the files with what the run that saved them has recorded, if it has.
+
+    Raises ValueError naming those that differ.
+    """
+    if not (checkpoint / MARKER).is_file():
+        return
+    files = hashed_files.parsed(marker.read(checkpoint).get(hashed_files.KEY)) or {}
+    mine = hashed_files.share(files, _rank(), _world_size())
+    wrong = [line for name in mine if (line := hashed_files.difference(checkpoint / name, files[name]))]
+    _raise_if([f"{checkpoint} is damaged: {line}" for line in wrong])
 
 
 def _only(dtypes: set[torch.dtype], where: str | Path) -> torch.dtype:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_opd.core import durable
+
 WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
     *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"),
@@ -73,14 +75,14 @@ def start(out: str | Path, *, like: str | Path) -> Path:
     """Make the temporary directory, with the tokenizer and whatever else lies beside the weights in `like`."""
     target = temporary(out)
     shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_directory(target.parent)
     shutil.copytree(like, target, ignore=shutil.ignore_patterns(*_NOT_COPIED), ignore_dangling_symlinks=True)
     (target / "config.json").unlink()  # it comes last
     return target
 
 
 def finish(out: str | Path, *, like: str | Path, dtype: torch.dtype) -> None:
-    """Write config.json with the type of the weights, see that all is on disk, and give the directory its name.
+    """Write config.json with the type of the weights, and give the directory its name once all is on disk.
 
     What had this name before is removed.
     """
@@ -89,15 +91,18 @@ def finish(out: str | Path, *, like: str | Path, dtype: torch.dtype) -> None:
     config.pop("torch_dtype", None)  # the older name of the same key
     config["dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in target.iterdir():
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    put_in_place(target, out)
+
+
+def put_in_place(made: Path, out: str | Path) -> None:
+    """Give a directory beside `out` that name once all of it is on disk; what had the name is removed."""
     place, before = Path(out).resolve(), _beside(out, ".old.tmp")
+    durable.sync_tree(made)
     shutil.rmtree(before, ignore_errors=True)
     if place.exists():
         place.rename(before)
-    target.rename(place)
+    made.rename(place)
+    durable.sync(place.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 

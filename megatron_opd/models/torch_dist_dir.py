@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_opd.models.listed_reader import ListedReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +147,15 @@ class TorchDistDir:
 
     def __init__(self, directory: str | Path) -> None:
         self.dir = Path(directory)
-        self._reader = dcp.FileSystemReader(self.dir)
+        self._reader = ListedReader(self.dir)
         if not is_torch_dist(self.dir):
             raise ValueError(f"{self.dir} is not a torch_dist checkpoint: there is no .metadata in it")
         try:
             metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)
             everything = metadata.state_dict_metadata.items()
-        except (OSError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.dir / '.metadata'} is damaged or cut short: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{self.dir / '.metadata'} cannot be read: {error.strerror}") from None
         self.tensors: dict[str, Any] = {k: v for k, v in everything if hasattr(v, "chunks")}
         """What is known of every tensor by key, that of the optimizer included."""
 
@@ -191,7 +192,7 @@ class TorchDistDir:
             raise ValueError(f"{self.dir}: {region.key} has only {found} at {region.offset}")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AssertionError) as error:
+        except (OSError, RuntimeError, EOFError, AssertionError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{self.dir}: {region.key} cannot be read: {reason}") from None
         return target

@@ -1,10 +1,10 @@
 """Checkpoints of a run: Megatron's torch_dist for what is sharded, one JSON file for the loop, written last.
 
 `<run.dir>/checkpoints/step_00000010/` holds the student, the optimizer, the schedule and every rank's random state.
-`loop.json` (step, data cursor, weight version, steps skipped in a row, architecture, layout) appears only when all of
-that is on disk, so a directory without it is not a checkpoint, and a run killed in the middle of a save resumes from
-the one before. Teachers are never saved. A checkpoint can be restored on another layout; random states are then left as
-they are.
+`loop.json` (step, data cursor, weight version, steps skipped in a row, architecture, layout, hashes of the files)
+appears only when all of that is on disk, with the files' names. So a directory without it is not a checkpoint, and a
+run that ends in the middle of a save, with its machine or without, resumes from the one before. Teachers are never
+saved. A checkpoint can be restored on another layout; random states are then left as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -27,26 +26,35 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opd.core import marker
+from megatron_opd.core import durable, hashed_files, marker
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.lora_layout import facts
-from megatron_opd.student import optim
+from megatron_opd.models.torch_dist_dir import TorchDistDir
+from megatron_opd.student import checkpoint_files, listed_loading, optim, whole_checkpoint
 from megatron_opd.student.student import Student
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or does not belong to this run."""
+from megatron_opd.student.whole_checkpoint import CheckpointError
 
 
 class Checkpoints:
     """Saves to and restores from `<run_dir>/checkpoints`."""
 
-    def __init__(self, run_dir: str | Path, parallel: Parallel, *, keep_last: int) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        parallel: Parallel,
+        *,
+        keep_last: int,
+        skip_damaged: bool = False,
+        verify: bool = True,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`skip_damaged`: restore the newest checkpoint that is whole, where the newest is not. `verify`: record
+        hashes and compare them before loading. `say` takes lines for the log."""
         self.dir = Path(run_dir) / CHECKPOINTS
-        self.parallel = parallel
-        self.keep_last = keep_last
+        self.parallel, self.keep_last, self.say = parallel, keep_last, say
+        self.skip_damaged, self.verify = skip_damaged, verify
 
     def save(self, student: Student, loop: dict[str, Any]) -> Path:
         """Write a checkpoint of `loop["step"]` and then remove all but the newest `keep_last`. Collective.
@@ -60,9 +68,12 @@ class Checkpoints:
             optim.complete_state(student.optimizer)
             with _writing_in_this_process():
                 dist_checkpointing.save(self._state(student, loading=False, with_rng=True), str(target))
-            told = {**loop, "student": _fingerprint(student), "layout": self._layout()}
             dist.barrier(group=self.parallel.world_group)
-            self.parallel.share_world(lambda: write_whole(target / MARKER, marker.text(told)))
+            files, failed = checkpoint_files.record(target, self.parallel, contents=self.verify)
+            if failed:
+                self.parallel.share_world(lambda: self._give_up(target, failed[0]))
+            facts = {"student": _fingerprint(student), "layout": self._layout(), hashed_files.KEY: files}
+            self.parallel.share_world(lambda: _complete(target, {**loop, **facts}))
         except CheckpointException as error:  # on all ranks alike; only rank 0 is told what failed where
             failure = error
             self.parallel.share_world(lambda: self._give_up(target, _reason(failure)))
@@ -83,23 +94,28 @@ class Checkpoints:
         (PeerError on the others) when the checkpoint is of another model, saved with another kind of optimizer, or
         damaged.
         """
-        newest = self.parallel.share_world(lambda: (complete(self.dir) or [None])[-1])
-        if newest is None:
-            return None
         mine = _fingerprint(student)
-        loop = self.parallel.share_world(lambda: _read_marker(newest, mine, look))
-        self.parallel.share_world(lambda: _check_small_files(newest))
-        with_rng = loop["layout"] == self._layout()
+        reading = whole_checkpoint.Reading(
+            marker=lambda path: _read_marker(path, mine, look),
+            headers=_check_small_files,
+            contents=self.verify,
+        )
+        found = whole_checkpoint.find(self.dir, reading, self.parallel, skip_damaged=self.skip_damaged)
+        if found is None:
+            return None
+        for line in found.notes:
+            self.say(line)
+        with_rng = found.loop["layout"] == self._layout()
         try:
-            state = dist_checkpointing.load(self._state(student, loading=True, with_rng=with_rng), str(newest))
+            state = listed_loading.load(self._state(student, loading=True, with_rng=with_rng), found.path)
         except CheckpointException as error:
             failure = error
-            self.parallel.share_world(lambda: _damaged(newest, _reason(failure)))
+            self.parallel.share_world(lambda: _damaged(found.path, _reason(failure)))
         student.gpt.load_state_dict(state["model"])
         optim.load_state(student.optimizer, student.scheduler, state)
         if with_rng:
             _set_random_state(state["random"])
-        return loop
+        return found.loop
 
     def _state(self, student: Student, *, loading: bool, with_rng: bool) -> dict[str, Any]:
         metadata = {
@@ -186,16 +202,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _read_marker(
-    checkpoint: Path, mine: dict[str, Any], look: Callable[[Path, dict[str, Any]], None] | None = None
+    checkpoint: Path, mine: dict[str, Any], look: Callable[[Path, dict[str, Any]], None] | None
 ) -> dict[str, Any]:
     """loop.json of a checkpoint, which must be of the student with the fingerprint `mine`, and pass `look`."""
-    try:
-        loop = marker.read(checkpoint)
-        _check_student(checkpoint, loop["student"], mine)
-        if look:
-            look(checkpoint, loop)
-    except marker.DamagedMarker as error:
-        _damaged(checkpoint, str(error))
+    loop = marker.read(checkpoint)
+    _check_student(checkpoint, loop["student"], mine)
+    if look:
+        look(checkpoint, {key: value for key, value in loop.items() if key != hashed_files.KEY})
     return loop
 
 
@@ -214,14 +227,15 @@ def _check_student(checkpoint: Path, theirs: dict[str, Any], mine: dict[str, Any
 
 def _check_small_files(checkpoint: Path) -> None:
     """That the files which every rank reads can be read: Megatron's errors about them neither name them nor agree."""
-    for name in ("metadata.json", "common.pt"):
+    for name in ("metadata.json", "common.pt", ".metadata"):
         if not (checkpoint / name).is_file():
-            _damaged(checkpoint, f"there is no {name} in it")
-    known = (OSError, ValueError, TypeError, EOFError, RuntimeError, UnpicklingError, CheckpointingException)
+            raise CheckpointError(f"there is no {name} in it")
     try:
-        dist_checkpointing.load_common_state_dict(str(checkpoint))
-    except known as error:
-        _damaged(checkpoint, f"metadata.json or common.pt: {_reason(error)}")
+        listed_loading.check_small_files(checkpoint)
+    except (OSError, ValueError, TypeError, CheckpointingException) as error:
+        raise CheckpointError(f"metadata.json, common.pt or .metadata: {_reason(error)}") from None
+    if wrong := TorchDistDir(checkpoint).damage():
+        raise CheckpointError(wrong[0])
 
 
 def _damaged(checkpoint: Path, reason: str) -> NoReturn:
@@ -256,4 +270,11 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 def _make_empty(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    durable.make_directory(directory)
+
+
+def _complete(checkpoint: Path, loop: dict[str, Any]) -> None:
+    """Write the marker, when all other names are on disk: the files' in the checkpoint, and the checkpoint's own."""
+    for directory in (checkpoint, checkpoint.parent):
+        durable.sync(directory)
+    write_whole(checkpoint / MARKER, marker.text(loop))

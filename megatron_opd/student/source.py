@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint import CheckpointException
 
@@ -17,7 +17,7 @@ from megatron_opd.core.parallel import Parallel
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.lora_checkpoint import has_adapters
 from megatron_opd.models.torch_dist_dir import Region, TorchDistDir, is_torch_dist
-from megatron_opd.student import weights
+from megatron_opd.student import listed_loading, weights
 
 
 def load(model: GPTModel, arch: Architecture, model_dir: str | Path, parallel: Parallel) -> None:
@@ -46,8 +46,8 @@ def _load_torch_dist(model: GPTModel, arch: Architecture, model_dir: str | Path,
     # Layers without Transformer Engine have empty extra states, which a converted checkpoint does not hold.
     wanted = {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
     try:
-        loaded = dist_checkpointing.load({"model": wanted}, str(model_dir))
-    except (KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        loaded = listed_loading.load({"model": wanted}, model_dir)
+    except (KeyError, RuntimeError, CheckpointingException) as error:
         raise ValueError(f"{model_dir} does not fit its config.json: {str(error).splitlines()[0]}") from None
     except CheckpointException as error:  # torch's own, and not even an Exception: a file is damaged
         causes = [cause for _, (cause, _) in sorted(error.failures.items())]

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_opd.config import yaml_text
 from megatron_opd.core.run_dir import CONFIG
 from megatron_opd.tracking.tracker import METRICS_FILE, read_metrics
@@ -44,7 +46,7 @@ def read_run(run_dir: Path) -> RecordedRun:
     if not rows:
         raise ValueError(f"{metrics} is empty: the run stopped before its first step, see train.log beside it")
     config_file = run_dir / CONFIG
-    config = yaml_text.load(config_file.read_text()) if config_file.is_file() else {}
+    config = _read_config(config_file) if config_file.is_file() else {}
     names = list(dict.fromkeys(name for row in rows for name in row))
     sources = _captured(names, r"eval/(?:teacher/.+/)?accuracy/(.+)")
     teachers = _captured(names, r"(?:eval/)?kl/(.+)") + _captured(names, r"eval/teacher/(.+)/accuracy/.+")
@@ -55,6 +57,17 @@ def read_run(run_dir: Path) -> RecordedRun:
         sources=_ordered(sources, (config.get("data") or {}).get("eval") or (), without=ALL),
         teachers=_ordered(teachers, config.get("teachers") or (), without="ensemble"),
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml_text.load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read: {reason}; remove it to see the report without it") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not the config of a run; remove it to see the report without it")
+    return config
 
 
 def last_value(series: dict[int, float]) -> float | None:

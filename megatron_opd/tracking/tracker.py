@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_opd.config import LogConfig
 from megatron_opd.core.whole_file import write_whole
+from megatron_opd.tracking import json_lines
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
@@ -46,8 +47,8 @@ class Sink(Protocol):
         """Show a table of equally keyed rows; most sinks show none."""
         ...
 
-    def rewind(self, step: int) -> None:
-        """Forget every row after `step`."""
+    def rewind(self, step: int) -> list[str]:
+        """Forget every row after `step`; returns lines for the log."""
         ...
 
     def close(self) -> None: ...
@@ -79,8 +80,8 @@ class Tracker:
 
     def rewind(self, step: int) -> None:
         """Drop every row after `step`; to be called on resume, and with -1 by a run that starts afresh."""
-        for sink in self._sinks:
-            sink.rewind(step)
+        for line in [line for sink in self._sinks for line in sink.rewind(step)]:
+            self.message(line)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -115,16 +116,23 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
     Raises ValueError naming the line if any other line is not a row.
     """
-    rows = []
-    *lines, _unfinished = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            # float() also reads the strings that stand for NaN and the infinities.
-            row = {name: float(value) for name, value in json.loads(line).items()}
-            rows.append({**row, _STEP: int(row[_STEP])})
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{path}:{number} is not a row of metrics: {line[:80]!r}") from None
-    return rows
+    found = json_lines.parse(path.read_bytes(), _row)
+    for number, line in found.damaged:
+        raise ValueError(
+            f"{path}:{number} is not a row of metrics: {line[:80].rstrip()!r}; take the line out (a run that is resumed"
+            " does so itself)"
+        )
+    return [row for _, row in found.rows]
+
+
+def _row(line: bytes) -> dict[str, float]:
+    """Raises ValueError for what is no row of metrics."""
+    row = json_lines.row(line)
+    try:
+        # float() also reads the strings that stand for NaN and the infinities.
+        return {name: value if name == _STEP else float(value) for name, value in row.items()}
+    except (TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 class _JsonLines:
@@ -134,7 +142,7 @@ class _JsonLines:
         self._path = path
         self._earlier_s = 0.0
         self._started = time.monotonic()
-        _drop_unfinished_line(path)
+        self._unfinished = _cut_unfinished_line(path)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, row: Mapping[str, float], step: int) -> None:
@@ -146,27 +154,27 @@ class _JsonLines:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Rows of numbers only; completions have a file of their own."""
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> list[str]:
         """Keeps the bytes of the rows that stay, and makes `time_s` go on from the last of them."""
-        rows = read_metrics(self._path)
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        kept = [i for i, row in enumerate(rows) if row[_STEP] <= step]
         self._file.close()
-        write_whole(self._path, b"".join(lines[i] for i in kept))
-        self._earlier_s = rows[kept[-1]].get(_TIME, 0.0) if kept else 0.0
+        kept, notes = json_lines.rewind(self._path, step, _row, unfinished=self._unfinished)
+        self._unfinished = b""
+        self._earlier_s = kept[-1].get(_TIME, 0.0) if kept else 0.0
         self._started = time.monotonic()
         self._file = self._path.open("a", encoding="utf-8")
+        return notes
 
     def close(self) -> None:
         self._file.close()
 
 
-def _drop_unfinished_line(path: Path) -> None:
-    """Cut off what a killed run left after its last newline, so that the next row starts on a line of its own."""
-    if path.exists():
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
+def _cut_unfinished_line(path: Path) -> bytes:
+    """Cut off, and return, what a killed run left after its last newline: the next row starts on a line of its own."""
+    data = path.read_bytes() if path.exists() else b""
+    unfinished = data[data.rfind(b"\n") + 1 :]
+    if unfinished:
+        os.truncate(path, len(data) - len(unfinished))
+    return unfinished
 
 
 def _json_float(value: float) -> float | str:
@@ -198,8 +206,9 @@ class _Terminal:
         self._write(text)
         self._print(text)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> list[str]:
         self._first = None  # the pace before and after a resume are different things
+        return []
 
     def close(self) -> None:
         if self._progress:
@@ -280,9 +289,10 @@ class _TensorBoard:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """TensorBoard has no tables."""
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> list[str]:
         self._writer.close()
         self._writer = self._open(step + 1)  # TensorBoard then hides what was written from that step on
+        return []
 
     def close(self) -> None:
         self._writer.close()
@@ -296,8 +306,8 @@ class _Wandb:
             raise ValueError(_missing("log.wandb", "wandb")) from None
         # The id lives in the run directory, so that a resumed run goes on with the same curves.
         id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+        if not (id_file.is_file() and id_file.read_text().strip()):
+            write_whole(id_file, secrets.token_hex(4))
         self._wandb: Any = wandb
         online = log.wandb == "online"
         try:
@@ -325,8 +335,9 @@ class _Wandb:
         made = self._wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
         self._run.log({_STEP: step, name: made})
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> list[str]:
         """Nothing can be taken back there: steps done twice show as two points of the same value."""
+        return []
 
     def close(self) -> None:
         self._run.finish()

@@ -17,9 +17,9 @@ import torch
 from megatron_opd.config import LogConfig
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Rollout
-from megatron_opd.core.whole_file import write_whole
 from megatron_opd.loss.term import TeacherTerm
 from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.tracking import json_lines
 from megatron_opd.tracking.tracker import Tracker
 
 COMPLETIONS_FILE = "completions.jsonl"
@@ -63,13 +63,11 @@ class Completions:
             self.tracker.table("completions", rows, step)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and what a killed run left unfinished."""
-        if not self.parallel.is_main or not self.path.is_file():
-            return
-        # As bytes: in texts there are characters that end a line for str, and half a line may end with half of one.
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-        write_whole(self.path, b"".join(kept), durable=False)
+        """Drop the lines of steps after `step`, and what a killed run left unfinished; damaged ones are put aside."""
+        if self.parallel.is_main and self.path.is_file():
+            _, notes = json_lines.rewind(self.path, step)
+            for line in notes:
+                self.tracker.message(line)
 
 
 def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, step: int) -> dict[str, Any]:

@@ -94,8 +94,7 @@ class Run:
         self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
         found = conditions.measure(backend, parallel, config.student, config.teachers)
         record = RunRecord(inputs.data, found, config.data.on_change)
-        keep_last = config.train.keep_last
-        self.saving = Saving(config.run, parallel, self.student, tracker, record=record, keep_last=keep_last)
+        self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed = Stopwatch()
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))

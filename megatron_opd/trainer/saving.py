@@ -7,11 +7,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megatron_opd.config import RunConfig
+from megatron_opd.config import RunConfig, TrainConfig
 from megatron_opd.config import file as config_file
 from megatron_opd.core import run_dir
 from megatron_opd.core.named_weights import drain
 from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models import adapter_dir, hf_dir
 from megatron_opd.prompts.mix import PromptMix
 from megatron_opd.student.checkpoint import Checkpoints
@@ -32,11 +33,18 @@ class Saving:
         tracker: Tracker,
         *,
         record: RunRecord,
-        keep_last: int,
+        train: TrainConfig,
     ) -> None:
         self.dir, self.parallel, self.student, self.tracker = Path(run.dir), parallel, student, tracker
         self.record = record
-        self.checkpoints = Checkpoints(run.dir, parallel, keep_last=keep_last)
+        self.checkpoints = Checkpoints(
+            run.dir,
+            parallel,
+            keep_last=train.keep_last,
+            skip_damaged=train.resume_from == "newest-valid",
+            verify=train.verify_checkpoints,
+            say=tracker.message,
+        )
         self.saved = 0
 
     def restore(self, prompts: PromptMix, completions: Completions, settings: dict[str, Any]) -> int:
@@ -46,7 +54,8 @@ class Saving:
         decides results. Raises OtherData on rank 0 (PeerError on the others) as `RunRecord.check` does.
         """
         loop = self.checkpoints.restore(self.student, look=self.record.check)
-        changed = self.parallel.share_world(lambda: config_file.record(settings, self.dir / run_dir.CONFIG))
+        path = self.dir / run_dir.CONFIG
+        changed = self.parallel.share_world(lambda: config_file.record(settings, path, write_whole))
         if loop is None:
             self.tracker.rewind(-1)
             completions.rewind(-1)

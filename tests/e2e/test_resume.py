@@ -1,6 +1,8 @@
 """Runs that are cut off, at any time, and started again: they end where an uninterrupted run ends."""
 
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from program import MODELS, assert_user_error, checkpoints, exported, rows, started, train
 from safetensors.torch import load_file
 
+from megatron_opd.core import hashed_files, marker
 from megatron_opd.loss.fused import native
 
 FOUR_RANKS = ["parallel.tensor=2", "parallel.pipeline=2"]
@@ -18,19 +21,17 @@ SIX_STEPS = [
 ]
 TWO_STEPS = ["train.steps=2", "train.save_every=1"]
 
-# Put first on PYTHONPATH: kills the process at a chosen call of os.fsync, of which a save makes several.
+# Put first on PYTHONPATH: kills the process when it is about to have a chosen file on disk.
 KILL_AT_FSYNC = """
 import os, signal
-calls, fsync = 0, os.fsync
+fsync = os.fsync
 
-def counted(fd):
-    global calls
-    calls += 1
-    if calls == int(os.environ["KILL_AT_FSYNC"]) and "RANK" in os.environ:
+def killing(fd):
+    if os.readlink(f"/proc/self/fd/{fd}").endswith(os.environ["KILL_AT_FSYNC"]) and "RANK" in os.environ:
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(fd)
 
-os.fsync = counted
+os.fsync = killing
 """
 
 
@@ -101,10 +102,8 @@ def test_killed_in_the_middle_of_a_save(two_steps, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(KILL_AT_FSYNC)
     run_dir = tmp_path / "run"
-    # Of the fsyncs, the first is metrics.jsonl's; a save has two for data files, one for the metadata and one for
-    # loop.json, before that gets its name. So these are the second save's last data file, and its loop.json.
-    for kill_at, resumed in [(7, None), (5, "resuming after step 1")]:
-        env = {"PYTHONPATH": str(tmp_path / "site"), "KILL_AT_FSYNC": str(kill_at)}
+    for kill_at, resumed in [("__0_1.distcp", None), (".loop.json.tmp", "resuming after step 1")]:
+        env = {"PYTHONPATH": str(tmp_path / "site"), "KILL_AT_FSYNC": f"step_00000002/{kill_at}"}
         done = train(run_dir, *TWO_STEPS, launched=True, env=env)
         assert done.returncode == 1, done.stderr
         assert "rank 0 was ended by SIGKILL" in done.stderr
@@ -168,18 +167,45 @@ def other_optimizer(run_dir):
 
 def damaged_data(run_dir):
     (run_dir / "checkpoints/step_00000002/__0_0.distcp").write_bytes(b"")
-    return "run.seed=1234", "cannot be read", "remove this directory to continue from the one before"
+    whole = run_dir / "checkpoints/step_00000001"
+    return (
+        "run.seed=1234",
+        "is damaged: __0_0.distcp has 0 bytes",
+        f"{whole} is whole",
+        "train.resume_from=newest-valid",
+    )
 
 
 def damaged_marker(run_dir):
     (run_dir / "checkpoints/step_00000002/loop.json").write_text(json.dumps([]))
-    return "run.seed=1234", "cannot be read", "loop.json"
+    return "run.seed=1234", "is damaged: loop.json"
+
+
+def hostile(run_dir):
+    """A directory of somebody who wants to run code here, with a marker as it should be."""
+    for step in ("step_00000001", "step_00000002"):
+        checkpoint = run_dir / "checkpoints" / step
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(Touches(run_dir / "trace")))
+        loop = marker.read(checkpoint)
+        loop["files"][".metadata"] = hashed_files.measured(checkpoint / ".metadata")
+        (checkpoint / "loop.json").write_text(marker.text(loop))
+    return "train.resume_from=newest-valid", "asks for posix.mkdir, which no checkpoint needs"
+
+
+class Touches:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def other_step(run_dir):
     marker = run_dir / "checkpoints/step_00000002/loop.json"
     marker.write_text(marker.read_text().replace('"step": 2', '"step": 99'))
-    return "run.seed=1234", "cannot be read", "loop.json: step is 99, but the directory is step_00000002"
+    return "run.seed=1234", "is damaged", "loop.json: step is 99, but the directory is step_00000002"
 
 
 def edited_rows(run_dir):
@@ -196,6 +222,7 @@ def edited_rows(run_dir):
         other_student,
         other_optimizer,
         damaged_data,
+        hostile,
         edited_rows,
         pytest.param(other_step, marks=pytest.mark.slow),
         pytest.param(damaged_marker, marks=pytest.mark.slow),
@@ -208,6 +235,29 @@ def test_checkpoint_that_does_not_belong_or_is_damaged(two_steps, copy_of, make_
     assert_user_error(done, "step_00000002", *fragments)
     assert checkpoints(run_dir) == checkpoints(two_steps)
     assert rows(run_dir) == rows(two_steps)
+    assert not (run_dir / "trace").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_demand(two_steps, copy_of):
+    """One bit of a weight is enough. The run ends as if it had never saved there, and keeps the damaged files."""
+    run_dir = copy_of(two_steps, without=["hf"])
+    file = run_dir / "checkpoints/step_00000002/__0_1.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+    with (run_dir / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b"\0\0 garbage \xff\n" + b'{"step": 2, "lo')
+    done = train(run_dir, *TWO_STEPS, "train.resume_from=newest-valid")
+    assert done.returncode == 0, done.stderr
+    said = (run_dir / "train.log").read_text()
+    assert f"passed over {file.parent}, which is damaged: __0_1.distcp is not as it was written" in said
+    assert "kept as step_00000002.damaged" in said
+    assert "metrics.jsonl: moved what is no row to metrics.jsonl.damaged: line 3" in said
+    assert "resuming after step 1" in said
+    assert (run_dir / "checkpoints/step_00000002.damaged/__0_1.distcp").read_bytes() == data
+    assert checkpoints(run_dir) == ["step_00000001", "step_00000002", "step_00000002.damaged"]
+    assert rows(run_dir) == rows(two_steps)
+    assert exported(run_dir) == exported(two_steps)
 
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler here")

@@ -1,12 +1,8 @@
 """Which checkpoints of a run are its own and whole."""
 
-import shutil
-
 import pytest
-import tiny
 
 from megatron_opd.core import run_dir
-from megatron_opd.models import convert
 
 
 @pytest.fixture
@@ -33,35 +29,3 @@ def clean_up(parallel, directory):
 def test_copies_are_not_removed(ranks, checkpoints):
     ranks.run(1, clean_up, str(checkpoints.parent))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000010", "step_00000010_best", "step_best"]
-
-
-def complaints(parallel, directories):
-    from megatron_opd.student import checkpoint
-
-    said = []
-    for directory in directories:
-        try:
-            checkpoint._check_small_files(directory)
-            said.append(None)
-        except checkpoint.CheckpointError as error:
-            said.append(str(error))
-    return said
-
-
-def test_small_files_that_are_missing_or_damaged_are_named(ranks, tmp_path):
-    tiny.save(tiny.build("qwen3"), tmp_path / "hf")
-    convert.to_megatron(convert.plan_to_megatron(tmp_path / "hf"), tmp_path / "hf", tmp_path / "whole")
-    damaged = []
-    for name in ("metadata.json", "common.pt"):
-        for kind in ("missing", "short"):
-            damaged.append(shutil.copytree(tmp_path / "whole", tmp_path / f"{kind} {name}"))
-            content = (damaged[-1] / name).read_bytes()
-            (damaged[-1] / name).unlink()
-            if kind == "short":
-                (damaged[-1] / name).write_bytes(content[: len(content) // 2])
-    ((fine, *said),) = ranks.run(1, complaints, [tmp_path / "whole", *damaged])
-    assert fine is None
-    for directory, message in zip(damaged, said, strict=True):
-        assert message.startswith(f"the checkpoint {directory} cannot be read: ")
-        assert directory.name.split()[1] in message.removeprefix(f"the checkpoint {directory}")
-        assert message.endswith("remove this directory to continue from the one before")

@@ -256,6 +256,12 @@ def test_a_runs_own_checkpoint(ranks, tmp_path, family, layout):
     assert exported.keys() == tensors_of(source).keys()
     facts = describe(checkpoint, like=source)
     assert (facts["step"], facts["optimizer"], facts["problems"]) == (3, True, [])
+    data = bytearray((checkpoint / "__1_0.distcp").read_bytes())
+    data[len(data) // 3] ^= 1
+    (checkpoint / "__1_0.distcp").write_bytes(data)
+    with pytest.raises(ValueError, match=r"step_00000003 is damaged: __1_0\.distcp is not as it was written"):
+        to_hf(checkpoint, tmp_path / "damaged", like=source)
+    assert not (tmp_path / "damaged").exists()
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     with pytest.raises(ValueError, match="its student's norm_eps is 1e-06, in the config"):
