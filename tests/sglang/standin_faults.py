@@ -38,6 +38,15 @@ async def _full(server, request):
     return web.json_response({"detail": "The request queue is full."}, status=503)
 
 
+async def _empty(server, request):
+    return web.Response()
+
+
+async def _error_when_long(server, request):
+    """For a prompt of more than three tokens; a shorter one is answered."""
+    return await _error(server, request) if len((await request.json())["input_ids"]) > 3 else None
+
+
 BEFORE = {
     "die": _die,
     "drop": _drop,
@@ -46,6 +55,8 @@ BEFORE = {
     "half": _half,
     "error": _error,
     "full": _full,
+    "empty": _empty,
+    "long": _error_when_long,
 }
 
 

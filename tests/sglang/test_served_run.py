@@ -44,7 +44,7 @@ def listed(servers):
 
 def arguments(run_dir, model, rollout, teacher, *overrides):
     """One rank; the student samples on `rollout`, one teacher is in-process and one on `teacher`, by its top-k."""
-    served = {"retries": 1, "probe_s": 0.2, "patience_s": 1, "request_timeout_s": 20}
+    served = {"retries": 1, "patience_s": 1, "request_timeout_s": 20}
     settings = {
         **{"parallel.tensor": 1, "parallel.pipeline": 1, "run.dir": run_dir, "run.timeout_s": 60},
         **{"student.model": model, "teachers.0.model": model, "teachers.1.model": model},

@@ -23,6 +23,7 @@ from megatron_opd.sglang import server_memory
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, SGLangError
 from megatron_opd.sglang.event_loop import Loop
+from megatron_opd.sglang.pool import PROBE_S
 from megatron_opd.sglang.weights.expected import Expected
 from megatron_opd.sglang.weights.session import Session
 from megatron_opd.sglang.weights.transports import TransportInputs, way_of
@@ -120,9 +121,9 @@ class WeightPush:
         """Whether it answers at all. One that was lost before has less time for it, so as not to hold up the others."""
         was_lost = self._version is not None and self._holders.get(client) != self._version
         try:
-            await asyncio.wait_for(client.model_info(), self._config.servers.probe_s if was_lost else None)
+            await asyncio.wait_for(client.model_info(), PROBE_S if was_lost else None)
         except TimeoutError:
-            raise Down(f"{client.url}: still no answer after {self._config.servers.probe_s:g} s") from None
+            raise Down(f"{client.url}: still no answer after {PROBE_S:g} s") from None
 
 
 async def _release(lock: asyncio.Lock) -> None:
