@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from aiohttp import web
-from standin_faults import AFTER, BEFORE
+from standin_faults import AFTER, BEFORE, KILLS
 from standin_model import CONTEXT, END, VERSION, VOCAB_SIZE, b64, cut, draw, hidden, logps
 
 from megatron_opd.config import ServersConfig
@@ -148,8 +148,8 @@ class StandIn:
         body = await request.json()
         self.seen.append(body)
         fault = self.faults.pop(0) if self.faults else self.always
-        if fault in BEFORE:
-            answer = await BEFORE[fault](self, request)
+        if fault in BEFORE or fault in KILLS:
+            answer = await {**BEFORE, **KILLS}[fault](self, request)
             if answer is not None:
                 return answer
         self._check(body)

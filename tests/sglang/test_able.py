@@ -1,16 +1,20 @@
 """Servers that are up and not able: their health is fine, and requests fail. The others do the work."""
 
 import asyncio
+import threading
 
 import pytest
-from standin import wait_for
-from standin_model import END
+from standin import settings, wait_for
+from standin_model import END, VOCAB_SIZE
 from test_served_rollouts import PROMPTS as ROLLOUT_PROMPTS
 from test_served_rollouts import SAMPLING, Push, make_engine  # noqa: F401
 from test_served_teachers import ROLLOUTS, assert_right, make_teacher  # noqa: F401
 
+from megatron_opd.config import RolloutConfig
+from megatron_opd.rollout.served_engine import SGLangEngine
 from megatron_opd.sglang.errors import Down
 from megatron_opd.sglang.pool import ServerGroup
+from megatron_opd.sglang.weights.sync import WeightPush
 from megatron_opd.sglang.wire import Draw
 
 KINDS = ["error", "long", "garbage", "empty", "hang", "drop", "two", "short", "full"]
@@ -128,3 +132,23 @@ def test_scores_come_from_the_teachers_servers_that_are_able(servers, make_teach
     for _ in range(3):
         assert_right(teacher.score(ROLLOUTS), ROLLOUTS, carrier=carrier)
     assert "teacher/t/unscored" not in teacher.metrics()
+
+
+def test_new_weights_wait_for_the_only_server_while_it_starts_again(servers, loop, make_pool, tmp_path):
+    (server,) = servers(1)
+
+    def write(weights, directory):
+        list(weights)
+        directory.mkdir(parents=True)
+
+    rollout = RolloutConfig(engine="sglang", sync="disk", servers=settings([server], patience_s=900.0))
+    sync = WeightPush(rollout, loop, model="model", write=write, spool=tmp_path / "spool")
+    engine = SGLangEngine(make_pool([server], on_return=sync.give), loop, sync, eos_ids=(END,), vocab_size=VOCAB_SIZE)
+    engine.load(iter([]), 1)
+    server.kill()
+    server.version = "default"
+    restart = threading.Timer(0.5, server.start)
+    restart.start()
+    engine.load(iter([]), 2)
+    restart.join()
+    assert {v for one in engine.generate(ROLLOUT_PROMPTS, SAMPLING) for v in one.versions} == {2}
