@@ -9,17 +9,17 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_opd import __version__
-from megatron_opd.core import lifeline
+from megatron_opd.core import causes, compiler_cache, lifeline
 from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.launch import launchers
 from megatron_opd.planner import options as planner
 
-_GRACE_S = 10.0
-"""How long a rank that stops because of another one stays: launchers end everybody when the first rank exits, and the
-rank that failed should be heard first."""
+if TYPE_CHECKING:
+    from megatron_opd.core.preemption import Notice
+
 _ROWS_OF_CHECK = 1000
 """The most rows of a source whose tests `check` tries; other commands try fewer."""
 
@@ -43,18 +43,21 @@ every setting: docs/config.md
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `megatron-opd`; returns the exit code."""
     lifeline.tie_to_launcher()  # before the imports that take seconds
+    compiler_cache.keep_out_of_temporary()
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
     except BrokenPipeError:  # the reader of our output has seen enough, like `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+    except Exception as error:
+        if (said := causes.foreseen(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr, flush=True)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,54 +140,32 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     """One rank. Whatever goes wrong on all ranks alike is said once."""
-    from megatron_opd.core import preemption
-    from megatron_opd.core.parallel import PeerError, lost_peer
-    from megatron_opd.launch import local
+    from megatron_opd.launch import one_rank
 
-    lifeline.end_with_parent()
-    # Python would notice a signal only after the collective that it waits in; the default action ends it at once.
-    # Nothing is lost: what is saved is complete, and what is being saved is not a checkpoint yet.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    notice = preemption.Notice(preemption.warnings())
+    return one_rank.live(lambda notice: _train_here(arguments, notice))
+
+
+def _train_here(arguments: argparse.Namespace, notice: Notice) -> None:
     from megatron_opd.config.file import load
+    from megatron_opd.core.parallel import PeerError
+    from megatron_opd.core.preemption import Preempted
     from megatron_opd.student import cpu, groups
 
     try:
         config = load(arguments.config, arguments.overrides)
         groups.check_world_size(config.parallel)
-    except ValueError:
+    except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of every machine: each has its own files
             raise
-        return _after_the_others(local.PEER_FAILED)
+        raise PeerError(str(error)) from None
     cpu.enable()
     from megatron_opd.trainer.loop import train
 
     try:
         train(config, notice)
-    except preemption.Preempted as preempted:
+    except Preempted:
         groups.stop()
-        if os.environ["RANK"] != "0":
-            return 0
-        print(f"making room; {preempted}", file=sys.stderr, flush=True)
-        return _after_the_others(preemption.EXIT_CODE)  # which launchers take for a failure of this rank
-    except PeerError:
-        return _after_the_others(local.PEER_FAILED)
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        _after_the_others(local.PEER_FAILED)  # who ends this rank now also says what happened to the other
-        print(f"error: rank {os.environ['RANK']} lost another rank: {error}", file=sys.stderr, flush=True)
-        return local.PEER_FAILED
-    finally:
-        notice.close()
-    return 0
-
-
-def _after_the_others(code: int) -> int:
-    time.sleep(_GRACE_S)
-    return code
+        raise
 
 
 def _check(arguments: argparse.Namespace) -> int:

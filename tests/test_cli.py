@@ -10,7 +10,8 @@ from megatron_opd.__main__ import main
 from megatron_opd.config.file import changes, load, record, to_dict
 from megatron_opd.core import run_dir
 from megatron_opd.core.whole_file import write_whole
-from megatron_opd.launch import local
+from megatron_opd.launch import culprit, local
+from megatron_opd.launch.one_rank import PEER_FAILED
 from megatron_opd.launch.rank_processes import Failure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,11 +101,11 @@ def failed(**ends):
     ("failures", "said"),
     [
         (failed(r0=(1, 5)), "rank 0 failed with exit code 1; the run has stopped"),
-        (failed(r0=(local.PEER_FAILED, 1), r2=(1, 5)), "rank 2 failed with exit code 1; the run has stopped"),
+        (failed(r0=(PEER_FAILED, 1), r2=(1, 5)), "rank 2 failed with exit code 1; the run has stopped"),
         (failed(r0=(-signal.SIGTERM, 1, True), r1=(1, 5)), "rank 1 failed with exit code 1; the run has stopped"),
         (failed(r0=(1, 1), r1=(-signal.SIGSEGV, 5)), "rank 1 was ended by SIGSEGV; the run has stopped"),
         (failed(r1=(1, 5), r3=(2, 4)), "rank 3 failed with exit code 2; the run has stopped"),
-        (failed(r1=(local.PEER_FAILED, 5)), f"rank 1 failed with exit code {local.PEER_FAILED}; the run has stopped"),
+        (failed(r1=(PEER_FAILED, 5)), f"rank 1 failed with exit code {PEER_FAILED}; the run has stopped"),
         (
             failed(r1=(-signal.SIGKILL, 5)),
             "rank 1 was ended by SIGKILL (did this machine run out of memory?); the run has stopped",
@@ -114,14 +115,14 @@ def failed(**ends):
             "rank 3 was ended by SIGTERM; the run has stopped",
         ),
         (
-            failed(r0=(-signal.SIGKILL, 1, True), r2=(local.PEER_FAILED, 5)),
-            f"rank 2 failed with exit code {local.PEER_FAILED}; the run has stopped",
+            failed(r0=(-signal.SIGKILL, 1, True), r2=(PEER_FAILED, 5)),
+            f"rank 2 failed with exit code {PEER_FAILED}; the run has stopped",
         ),
         (failed(r0=(-signal.SIGKILL, 1, True)), "rank 0 was ended by SIGKILL; the run has stopped"),
     ],
 )
 def test_the_rank_that_failed_by_itself_is_named(tmp_path, failures, said):
-    assert local._explain(failures, tmp_path) == said
+    assert culprit.explain(failures, tmp_path) == said
 
 
 def test_the_end_of_a_failed_ranks_log_is_shown(tmp_path):
@@ -129,7 +130,7 @@ def test_the_end_of_a_failed_ranks_log_is_shown(tmp_path):
         log = tmp_path / run / "rank-1.log"
         log.parent.mkdir(parents=True)
         log.write_text(text)
-    head, where, *lines = local._explain({1: Failure(code=1, when=5, log=log)}, tmp_path).splitlines()
+    head, where, *lines = culprit.explain({1: Failure(code=1, when=5, log=log)}, tmp_path).splitlines()
     assert head.startswith("rank 1 failed")
     assert where == f"the end of {log}:"
     assert lines == [str(i) for i in range(80, 100)]

@@ -140,6 +140,14 @@ def test_forks_die_with_whoever_started_them():
     assert_gone(processes, timeout=TIMEOUT_S)
 
 
+def test_programs_are_forks_whatever_the_number_of_threads_is_here(monkeypatch):
+    for number in ("1", "2", None):
+        monkeypatch.setenv("OMP_NUM_THREADS", number) if number else monkeypatch.delenv("OMP_NUM_THREADS")
+        process = warm.start(["-c", "import os; print(os.environ['OMP_NUM_THREADS'])"])
+        assert isinstance(process, warm.Process)
+        assert process.communicate(TIMEOUT_S)[0] == "1\n"
+
+
 def test_ranks_are_forks_of_their_launcher(tmp_path):
     """The launcher's own default would start interpreters, which import for seconds."""
     code = """

@@ -55,7 +55,7 @@ def start(arguments, *, env=None, cwd=ROOT, stdin=None, stdout=None, stderr=None
     reads; `stderr` may be subprocess.STDOUT. A terminal as stdin becomes the one that controls the process. With a
     `preexec_fn` the interpreter is fresh.
     """
-    arguments, env = [*map(str, arguments)], dict(os.environ if env is None else env)
+    arguments, env = [*map(str, arguments)], dict(_environment() if env is None else env)
     if cold or preexec_fn or sys.platform != "linux" or _at_import(env) != _at_import(_environment()):
         return subprocess.Popen(
             [sys.executable, *arguments],

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -26,7 +27,6 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_PROGRAM = ["-m", "megatron_opd"]
 BEFORE = "WARM_BEFORE"
 """Variable that names a Python file, which each fork runs before its program."""
 _MODULES = (
@@ -142,7 +142,7 @@ def fork_rank(environment, arguments, stdout, stderr):
     """Starts a rank in place of `rank_processes.spawn`, which takes over where a fork would lack something."""
     from megatron_opd.launch import rank_processes
 
-    if list(arguments[:2]) != _PROGRAM or _native_threads():
+    if _native_threads():
         return rank_processes.spawn(environment, arguments, stdout, stderr)
     gc.collect()
     gc.freeze()  # nothing of the launcher is cleaned up in the rank, where its descriptors are other files
@@ -203,6 +203,7 @@ def become(arguments, environment, cwd, streams):
     os.chdir(cwd)
     _show([sys.executable, *arguments])
     random.seed()
+    tempfile.tempdir = None  # it follows from the environment when it is first asked for
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     sys.orig_argv = [sys.executable, *arguments]

@@ -90,8 +90,6 @@ class ServersConfig:
     """Times that a failed request is sent again, to another server where there is one, with growing pauses."""
     max_in_flight: AtLeastOne = 256
     """Requests that are with one server at a time; the rest wait here."""
-    probe_s: Positive = 5.0
-    """Seconds between looks at a server that failed; when it answers again, it gets the current weights and work."""
     patience_s: Positive = 60.0
     """Seconds to wait for one of the servers to come back when none is left; then requests fail at once."""
 

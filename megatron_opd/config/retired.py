@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_PROBE = "servers that failed are looked at after 5 s, and after longer when they fail again; leave it out"
 SETTINGS = {
+    "rollout.servers.probe_s": _PROBE,
+    "teachers.N.servers.probe_s": _PROBE,
     "rollout.sync_bucket_mb": "weights always travel 256 MiB at a time; leave it out",
 }
 """By the setting's name, `N` for an index of a list."""

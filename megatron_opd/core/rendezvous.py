@@ -11,11 +11,12 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
+
+from megatron_opd.core.private_file import private_file
 
 STORE = "MEGATRON_OPD_STORE"
 """The environment variable that tells ranks the path of their store."""
@@ -29,16 +30,8 @@ def private_store() -> Iterator[dict[str, str]]:
 
     A run that starts again needs a new store: the old one tells where the dead ranks were.
     """
-    if sys.platform != "linux":
-        with tempfile.TemporaryDirectory(prefix="megatron-opd-") as folder:  # nobody else may enter it
-            yield {STORE: f"{folder}/store"}
-        return
-    store = os.memfd_create("megatron-opd-store")
-    try:
-        # By way of this process, so that a rank needs to inherit nothing, however it is started.
-        yield {STORE: f"/proc/{os.getpid()}/fd/{store}"}
-    finally:
-        os.close(store)
+    with private_file("store") as path:
+        yield {STORE: path}
 
 
 def join(backend: str, timeout: datetime.timedelta, *, stay_here: bool = True) -> None:

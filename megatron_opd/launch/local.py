@@ -7,20 +7,17 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_opd.config import Config
-from megatron_opd.core import preemption, rendezvous, run_dir, watchdog
-from megatron_opd.launch.rank_processes import Failure, Ranks, Start, spawn
+from megatron_opd.core import last_words, preemption, rendezvous, run_dir
+from megatron_opd.launch import culprit, oom
+from megatron_opd.launch.rank_processes import Ranks, Start, spawn
 from megatron_opd.sglang import serve
 from megatron_opd.sglang.keeper import Keeper, kept
 
-PEER_FAILED = 3
-"""Exit code of a rank that stops only because another one failed."""
-_LOG_LINES = 20
 _INTERRUPTIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -147,20 +144,21 @@ def _passing_warnings_on(ranks: Ranks) -> Iterator[None]:
 def _attempt(config: Config, arguments: Sequence[str], restarts: int, start: Start) -> int:
     """Servers and ranks once, to their end. Servers that end before are started again, `restarts` times.
 
-    Rank 0 writes to this terminal; the others write to <run.dir>/logs/<start>/, and the end of the log of a rank that
-    failed by itself is shown. When one rank fails, the others are ended.
+    Rank 0 writes to this terminal, the others to <run.dir>/logs/<start>/. When one rank fails, the others are ended,
+    and the last message says which one failed by itself, and why.
     """
     *_, trainer = plan(config, arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; more threads only get in each other's way
     logs = run_dir.make(config.run.dir) / run_dir.LOGS
     logs.mkdir(exist_ok=True)
     number = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
-    with rendezvous.private_store() as store:
+    kills = oom.Kills()
+    with rendezvous.private_store() as store, last_words.collected() as (listener, heard):
         ranks = Ranks(
             trainer.command[1:],
             trainer.ranks,
             logs=logs / time.strftime("%Y%m%d-%H%M%S"),
-            environment=store,
+            environment={**store, **listener},
             start=start,
         )
         with (
@@ -170,12 +168,15 @@ def _attempt(config: Config, arguments: Sequence[str], restarts: int, start: Sta
         ):
             say(f"starting {number}; this takes some seconds")
             failures = ranks.run()
+        words = heard()
     if not failures:
         return 0
     _mend_terminal()
     if {failure.code for failure in failures.values()} & {preemption.EXIT_CODE, -signal.SIGUSR1}:
         return preemption.EXIT_CODE
-    print(_explain(failures, logs), file=sys.stderr)
+    culprit.keep_trace(words, ranks.logs)
+    why = culprit.explain(failures, logs, words=words, by_kernel=kills.since(), count=trainer.ranks)
+    print(f"error: {why}", file=sys.stderr, flush=True)
     return 1
 
 
@@ -188,24 +189,3 @@ def _mend_terminal() -> None:
     """Show the cursor and begin a line: rank 0 may have been ended in the middle of its progress bar."""
     if sys.stderr.isatty():
         print("\x1b[?25h", file=sys.stderr)
-
-
-def _explain(failures: Mapping[int, Failure], logs: Path) -> str:
-    """Which rank failed first of itself, and the end of its log unless it wrote to this terminal (rank 0)."""
-
-    def suspicion(rank: int) -> tuple[bool, bool, bool, float, int]:
-        failure = failures[rank]
-        # A rank that a signal has ended is what the others failed of.
-        return failure.is_ours, failure.code == PEER_FAILED, failure.code >= 0, failure.when, rank
-
-    rank = min(failures, key=suspicion)
-    code, log = failures[rank].code, failures[rank].log
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    hint = " (did this machine run out of memory?)" if code == -signal.SIGKILL and not failures[rank].is_ours else ""
-    said = [f"rank {rank} {how}{hint}; the run has stopped"]
-    if log is not None:
-        lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        said += [f"the end of {log}:", *lines] if lines else []
-    if stuck := watchdog.stacks(logs):
-        said.append(f"where ranks were when the run did not get on: {', '.join(map(str, stuck))}")
-    return "\n".join(said)

@@ -200,10 +200,9 @@ class SGLangEngine:
 
     async def _settle(self, outcomes: Mapping[Client, Exception | None]) -> None:
         for client, error in outcomes.items():
-            if error is None:
-                self.pool.take_back(client)
-            else:
+            if error is not None:
                 self.pool.evict(client, error)
+        await asyncio.gather(*(self.pool.take_back(client) for client, error in outcomes.items() if error is None))
 
     async def _evict(self, failed: Mapping[str, Exception]) -> None:
         for client in self.pool.clients:

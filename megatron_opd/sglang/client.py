@@ -10,7 +10,9 @@ import asyncio
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -21,7 +23,7 @@ from megatron_opd.config import ServersConfig
 from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY
 from megatron_opd.core.scores import TeacherScore
 from megatron_opd.sglang import wire
-from megatron_opd.sglang.errors import BadAnswer, Down, Refused
+from megatron_opd.sglang.errors import BadAnswer, Down, Refused, SGLangError
 
 _T = TypeVar("_T")
 CONNECT_S = 10.0
@@ -86,6 +88,19 @@ class Client:
         score = self._read(lambda: wire.read_score(ask, answer, self.limits))
         self.usage.tokens += len(ask.ids) - ask.first
         return score
+
+    async def prove(self, timeout_s: float = CONTROL_S) -> None:
+        """Have the server sample one token: one that is up may fail at that. It goes past requests that wait for their
+        turn, and takes whatever weights there are. Raises Down, BadAnswer or Refused."""
+        draw = wire.Draw(rid=uuid.uuid4().hex, ids=(0,), max_new_tokens=1, temperature=0.0, is_fixed=True)
+        body, timeout_s = wire.draw_body(draw, self.limits), min(timeout_s, self.timeout_s)
+        try:
+            answer = await self._request("POST", "/generate", body, timeout_s)
+        except Down:
+            with suppress(SGLangError):  # one that is only slow should not go on with it
+                await self._request("POST", "/abort_request", {"rid": draw.rid}, timeout_s, is_json=False)
+            raise
+        self._read(lambda: wire.read_drawn(draw, answer, self.limits))
 
     async def health(self, timeout_s: float = 30.0) -> None:
         """Returns when the server has just computed something. Raises Down (not: paused servers do not answer)."""

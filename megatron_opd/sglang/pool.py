@@ -1,9 +1,13 @@
 """Several servers of one model: who gets a request, what happens when one fails, and when it gets work again.
 
-A request that failed goes to another server, a bounded number of times with growing, jittered pauses; its result is
-awaited in one place, so it is neither lost nor counted twice. A server that failed gets no work until it answers again
-and `on_return` has made it equal to the others. When none is left, requests wait `servers.patience_s`, from the moment
-the last one failed, for one to come back. Everything here runs on one event loop.
+A request that failed goes to a server that it has not failed on, with growing, jittered pauses. When it has failed on
+all that are up, it goes to them again, a bounded number of times in all. Its result is awaited in one place, so it is
+neither lost nor counted twice.
+
+A server that failed gets no work until `on_return` has made it equal to the others and it has answered a small
+request: one that is up need not be able. Each time that it fails again without an answer in between, it is left alone
+for longer. When none is left, requests wait `servers.patience_s`, from the moment the last one failed, for one to come
+back. Everything here runs on one event loop.
 """
 
 from __future__ import annotations
@@ -12,11 +16,11 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang.client import Client, Usage
@@ -27,6 +31,9 @@ _T = TypeVar("_T")
 Work = Callable[[Client, str], Awaitable[_T]]
 """(server, request id) -> result."""
 MAX_PAUSE_S = 30.0
+PROBE_S = 5.0
+"""Between looks at a server that failed, at first; what it has for its answer when others wait for that, too."""
+MAX_PROBE_S = 300.0
 
 
 class NoneLeft(Down):
@@ -40,6 +47,10 @@ class _Server:
     """Tokens of requests that are with it."""
     error: Exception | None = None
     """Why it gets no work; None while it does."""
+    last_error: Exception | None = None
+    """Why it had none the last time, since when it has answered nothing but the small request that let it back."""
+    strikes: int = 0
+    """Failures since it answered a request."""
     running: set[asyncio.Future[Any]] = field(default_factory=set)
 
 
@@ -61,12 +72,14 @@ class Pool:
         name: str,
         on_return: Callable[[Client], Awaitable[None]] | None = None,
         pause_s: float = 1.0,
+        probe_s: float = PROBE_S,
     ) -> None:
-        """`on_return` is called for a server that answers again, before it gets work; while it raises, it gets none.
-        `pause_s` is the longest first pause before a request is sent again; later ones are longer."""
+        """`on_return` is called for a server that is up again, before it gets work; while it raises, it gets none.
+        `pause_s` is the longest first pause before a request is sent again; later ones are longer. `probe_s` as
+        PROBE_S."""
         self.name = name
         self._servers = [_Server(client) for client in clients]
-        self._attempts, self._probe_s, self._pause_s = servers.retries + 1, servers.probe_s, pause_s
+        self._attempts, self._probe_s, self._pause_s = servers.retries + 1, probe_s, pause_s
         self._patience_s = servers.patience_s
         self._any_up = asyncio.Event()
         self._any_up.set()
@@ -83,17 +96,21 @@ class Pool:
 
     def up(self) -> list[Client]:
         """Servers that get work."""
-        return [server.client for server in self._servers if server.error is None]
+        return [server.client for server in self._up()]
+
+    def _up(self) -> list[_Server]:
+        return [server for server in self._servers if server.error is None]
 
     async def run(self, work: Work[_T], *, group: ServerGroup, tokens: int) -> _T:
         """`work` on a server of the pool. `tokens` says how much it is; `group` keeps related requests together.
 
-        Raises Refused from the first server that says so, and Down when the request failed as often as it may, or
-        when no server is left.
+        Raises Refused from the first server that says so, and Down when the request failed as often as it may, and on
+        every server that is up, or when no server is left.
         """
         request = uuid.uuid4().hex
+        failed: set[_Server] = set()
         attempts = AsyncRetrying(
-            stop=stop_after_attempt(self._attempts),
+            stop=lambda state: state.attempt_number >= self._attempts and failed.issuperset(self._up()),
             wait=wait_random_exponential(multiplier=self._pause_s, max=MAX_PAUSE_S),
             retry=retry_if_exception(lambda error: isinstance(error, RETRIED) and not isinstance(error, NoneLeft)),
             reraise=True,
@@ -104,11 +121,14 @@ class Pool:
                 with attempt:
                     number = attempt.retry_state.attempt_number
                     self._counts["retries"] += number > 1
-                    return await self._once(work, group, tokens, f"{request}-{number}")
+                    server = await self._choose(group, failed)
+                    failed.add(server)  # unless it does not fail
+                    return await self._once(server, work, tokens, f"{request}-{number}")
         except NoneLeft as error:
             raise Down(f"{self.name}: {error}{self.state()}") from error
         except RETRIED as error:
-            raise Down(f"{self.name}: a request failed {self._attempts} times, last: {error}{self.state()}") from error
+            times = attempts.statistics["attempt_number"]
+            raise Down(f"{self.name}: a request failed {times} times, last: {error}{self.state()}") from error
         raise AssertionError("tenacity returns or raises")
 
     def mark_down(self, client: Client, error: Exception) -> None:
@@ -116,6 +136,7 @@ class Pool:
         server = self._server(client)
         is_news, server.error = server.error is None, error
         if is_news:
+            server.strikes += 1
             self._counts["losses"] += 1
             self._start(self._win_back(server))
             if not self.up():
@@ -129,11 +150,21 @@ class Pool:
         while server.running:
             server.running.pop().cancel()
 
-    def take_back(self, client: Client) -> None:
-        """Give the server work again, if it had none: it has just shown that it is equal to the others."""
+    async def take_back(self, client: Client) -> None:
+        """Give the server work again, if it had none and is able to: it has just taken what the others have."""
         server = self._server(client)
+        if server.error is None:
+            return
+        try:
+            await client.prove(self._probe_s)
+        except SGLangError as error:  # it is looked at again later
+            server.error = error
+        else:
+            self._let_in(server)
+
+    def _let_in(self, server: _Server) -> None:
         if server.error is not None:
-            server.error = None
+            server.last_error, server.error = server.error, None
             self._any_up.set()
             self._counts["returns"] += 1
 
@@ -155,12 +186,10 @@ class Pool:
         for server in self._servers:
             await server.client.close()
 
-    async def _once(self, work: Work[_T], group: ServerGroup, tokens: int, rid: str) -> _T:
-        await self._until_one_is_up()
-        server = self._choose(group)
+    async def _once(self, server: _Server, work: Work[_T], tokens: int, rid: str) -> _T:
         server.outstanding += tokens
         try:
-            return await self._run_on(server, work(server.client, rid))
+            result = await self._run_on(server, work(server.client, rid))
         except SGLangError as error:
             self._counts[f"failures/{error.kind}"] += 1
             if isinstance(error, RETRIED):
@@ -169,6 +198,8 @@ class Pool:
             raise
         finally:
             server.outstanding -= tokens
+        server.strikes, server.last_error = 0, None
+        return result
 
     async def _run_on(self, server: _Server, work: Awaitable[_T]) -> _T:
         """`work`, until `evict` takes it from the server. Raises Down then."""
@@ -183,11 +214,14 @@ class Pool:
         finally:
             server.running.discard(task)
 
-    def _choose(self, group: ServerGroup) -> _Server:
-        """The group's server while it works, else the one with the least outstanding work."""
-        if group.server is None or group.server.error is not None:
-            up = [server for server in self._servers if server.error is None]
-            group.server = min(up, key=lambda server: server.outstanding)
+    async def _choose(self, group: ServerGroup, failed: Set[_Server]) -> _Server:
+        """The group's server while it works, else the one with the least outstanding work; none of `failed` while there
+        is another. Waits for one that is up. Raises NoneLeft."""
+        await self._until_one_is_up()
+        up = self._up()
+        able = [server for server in up if server not in failed] or up
+        if group.server not in able:
+            group.server = min(able, key=lambda server: server.outstanding)
         return group.server
 
     async def _until_one_is_up(self) -> None:
@@ -203,24 +237,25 @@ class Pool:
 
     async def _win_back(self, server: _Server) -> None:
         """Until somebody has taken it back."""
+        pause_s = min(self._probe_s * 2 ** min(server.strikes - 1, 16), MAX_PROBE_S)
         while True:
-            await asyncio.sleep(self._probe_s)
+            await asyncio.sleep(pause_s)
             if server.error is None:
                 return
             try:
                 await server.client.health()
                 if self._on_return is not None:
                     await self._on_return(server.client)
+                await server.client.prove()
             except Exception as error:  # whatever it is, the server is not ready; the reason shows when none is left
                 server.error = error
                 continue
-            self.take_back(server.client)
+            self._let_in(server)
             return
 
     def state(self) -> str:
         """Every server and what is wrong with it, for a message; begins a line each."""
-        said = [f"\n  {s.client.url}: {s.error or 'up'}" for s in self._servers]
-        return "".join(said)
+        return "".join(f"\n  {server.client.url}: {_how_it_is(server)}" for server in self._servers)
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -238,6 +273,12 @@ def connect(
     """A pool over `servers.urls`, which serve a model of these limits; nothing is sent yet. `name` is for messages."""
     clients = [Client(url, servers, vocab_size=limits.vocab_size, context=limits.context) for url in servers.urls]
     return Pool(clients, servers, name=name, on_return=on_return)
+
+
+def _how_it_is(server: _Server) -> str:
+    if server.error is not None:
+        return str(server.error) or type(server.error).__name__
+    return "up" if server.last_error is None else f"up, and it failed before: {server.last_error}"
 
 
 async def _abort(client: Client, rid: str) -> None:

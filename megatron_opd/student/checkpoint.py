@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_opd.core import durable, hashed_files, marker
-from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.parallel import Parallel, lost_peer
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.lora_layout import facts
@@ -78,7 +78,7 @@ class Checkpoints:
             failure = error
             self.parallel.share_world(lambda: self._give_up(target, _reason(failure)))
         except (OSError, RuntimeError) as error:
-            if not self.parallel.is_main:
+            if not self.parallel.is_main or (isinstance(error, RuntimeError) and lost_peer(error)):
                 raise  # what a single rank does alone, rank 0 does: this one has only lost its peers
             self._give_up(target, _reason(error))
         self.parallel.share_world(self._clean_up)

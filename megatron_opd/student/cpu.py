@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_opd.student import imports
+
 _CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _ALWAYS_KEPT = 1 << 30, 32 << 20
@@ -31,6 +33,7 @@ _MEGATRON = os.path.join("megatron", "core") + os.sep
 def enable() -> None:
     """Make megatron.core importable and runnable here. Safe to call more than once."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    imports.without_wandb()
     if not torch.cuda.is_available() and torch.cuda.current_device is not _current_device:
         _redirect_cuda()
     from megatron.core.optimizer import distrib_optimizer

@@ -41,10 +41,18 @@ def start(config: ParallelConfig, run: RunConfig, *, stay_here: bool = True) -> 
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=max(1, round(run.timeout_s / 60)),
+        distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),  # Megatron makes a timedelta of it
     )
+    _wait_no_longer_than(timeout)
     model_parallel_cuda_manual_seed(run.seed)
     return _describe(config, timeout)
+
+
+def _wait_no_longer_than(timeout: datetime.timedelta) -> None:
+    """Set the time-out of every group that this rank is in: Megatron gives some of its own none, which is 30 minutes
+    then."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def check_world_size(config: ParallelConfig) -> None:

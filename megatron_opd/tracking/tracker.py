@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -300,15 +301,12 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, log: LogConfig, run_dir: Path, settings: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(_missing("log.wandb", "wandb")) from None
+        wandb = _wandb(run_dir)
         # The id lives in the run directory, so that a resumed run goes on with the same curves.
         id_file = run_dir / "wandb_id"
         if not (id_file.is_file() and id_file.read_text().strip()):
             write_whole(id_file, secrets.token_hex(4))
-        self._wandb: Any = wandb
+        self._wandb = wandb
         online = log.wandb == "online"
         try:
             self._run = wandb.init(
@@ -341,6 +339,20 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb(run_dir: Path) -> Any:
+    """The module. Its import makes temporary directories, which a killed run leaves behind: in its own directory."""
+    scratch = run_dir / "wandb" / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(_missing("log.wandb", "wandb")) from None
+    finally:
+        tempfile.tempdir = before
+    return wandb
 
 
 def _missing(setting: str, extra: str) -> str:

@@ -68,10 +68,11 @@ def engine(tmp_path, monkeypatch):
     for key in (API_KEY, ADMIN_KEY):
         monkeypatch.delenv(key, raising=False)
     started, loop = [StandIn(), StandIn()], Loop()
-    rollout = RolloutConfig(engine="sglang", sync="kept", servers=settings(started, probe_s=0.05))
+    rollout = RolloutConfig(engine="sglang", sync="kept", servers=settings(started))
     sync = WeightPush(rollout, loop, model="model", write=None, spool=tmp_path)
     limits = ServerLimits(vocab_size=VOCAB_SIZE, context=CONTEXT)
     pool = connect(rollout.servers, limits, name="student", on_return=sync.give)
+    pool._probe_s = 0.05
     made = SGLangEngine(pool, loop, sync, eos_ids=(END,), vocab_size=VOCAB_SIZE)
     yield made, sync, started
     made.close()

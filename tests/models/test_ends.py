@@ -1,19 +1,23 @@
 """Ends and beginnings of texts: the model's own end among several, and special tokens that a tokenizer adds."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from megatron_opd.config import CrossTokenizerConfig
 from megatron_opd.loss.crosstok.align import Translator
 from megatron_opd.loss.crosstok.matched import match
 from megatron_opd.loss.crosstok.pieces import read_pieces
+from megatron_opd.loss.crosstok.uld import Spans, uld
 from megatron_opd.models.tokenizer import Tokenizer, foreign_ends, load_tokenizer
 
 MODELS = Path(__file__).resolve().parents[2] / "examples/quickstart/models"
@@ -102,6 +106,40 @@ def test_another_tokenizers_end_is_the_models_own_and_not_the_lowest(order):
     for end in order:  # whichever the student has said
         translated = Translator(*pieces[0], *pieces[1]).translate([end], [True])
         assert (translated.ids, translated.spans) == ((3,), ((0, 1, 0, 1),))
+
+
+def loss_by_hand(student_V, teacher_V, pairs):
+    """KL(teacher || student) over pairs of ids and everything else, from logits, in plain float64."""
+
+    def outcomes(logits_V, ids):
+        most = max(logits_V)
+        weights = [math.exp(x - most) for x in logits_V]
+        p = [weight / sum(weights) for weight in weights]
+        return [*(p[i] for i in ids), sum(x for i, x in enumerate(p) if i not in ids)]
+
+    q, p = outcomes(student_V, [s for s, _ in pairs]), outcomes(teacher_V, [t for _, t in pairs])
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("said", [4, 1, 3, 6])
+@pytest.mark.parametrize("order", [(1, 3, 4), (4, 1, 3)])
+def test_the_loss_at_an_end_is_that_of_the_models_own_ends(order, said):
+    """Of a student that ends with its own token (4), with others of its ends, the lowest among them, or not at all. The
+    teacher ends with its own, 3."""
+    ours, theirs = made("<turn_end>", order), made("<call_end>", order, words=("b", "a"))
+    matched = match((ours, read_pieces(ours)), (theirs, read_pieces(theirs)), (9, 8))
+    student_V, teacher_V = [0.1 * i for i in range(9)], [-0.2 * i for i in range(8)]
+    student_V[said] += 15.0
+    teacher_V[3] += 15.0
+    spans = [
+        Spans(torch.tensor([row], dtype=torch.float64).log_softmax(-1), torch.zeros(1), torch.zeros(1))
+        for row in (student_V, teacher_V)
+    ]
+    how = CrossTokenizerConfig(adaptive=False, matched_weight=1.0)
+    (loss,) = uld(*spans, matched, how, beta=0)[0].tolist()
+    # Own ends, and what is no special token: words, <pad> and <text_end>. The other special tokens have no partner.
+    assert loss == pytest.approx(loss_by_hand(student_V, teacher_V, [(4, 3), (6, 7), (7, 6), (0, 0), (1, 1)]), rel=1e-9)
+    assert loss < 1e-3 if said == 4 else loss > 14
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Fixtures over the stand-in: servers, clients and pools that end with the test."""
 
 import pytest
-from standin import StandIn, settings
+from standin import PROBE_S, StandIn, settings
 from standin_model import CONTEXT, VOCAB_SIZE
 
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
@@ -44,13 +44,13 @@ def loop():
 
 @pytest.fixture
 def make_pool(loop):
-    """A pool over stand-ins; `on_return` as Pool has it, the rest are settings."""
+    """A pool over stand-ins; `on_return` and `probe_s` as Pool has them, the rest are settings."""
     made = []
 
-    def make(servers, *, on_return=None, vocab_size=VOCAB_SIZE, **changes):
+    def make(servers, *, on_return=None, vocab_size=VOCAB_SIZE, probe_s=PROBE_S, **changes):
         config = settings(servers, **changes)
         clients = [Client(url, config, vocab_size=vocab_size, context=CONTEXT) for url in config.urls]
-        made.append(Pool(clients, config, name="student", on_return=on_return, pause_s=0.05))
+        made.append(Pool(clients, config, name="student", on_return=on_return, pause_s=0.05, probe_s=probe_s))
         return made[-1]
 
     yield make

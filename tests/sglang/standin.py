@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 from aiohttp import web
-from standin_faults import AFTER, BEFORE
+from standin_faults import AFTER, BEFORE, KILLS
 from standin_model import CONTEXT, END, VERSION, VOCAB_SIZE, b64, cut, draw, hidden, logps
 
 from megatron_opd.config import ServersConfig
 from megatron_opd.sglang.event_loop import Loop
 
+PROBE_S = 0.05
+"""Between looks at a server that failed, in place of the pool's own."""
 KINDS = ("kv_cache", "weights", "cuda_graph")
 
 
@@ -146,14 +148,16 @@ class StandIn:
         body = await request.json()
         self.seen.append(body)
         fault = self.faults.pop(0) if self.faults else self.always
-        if fault in BEFORE:
-            return await BEFORE[fault](self, request)
+        if fault in BEFORE or fault in KILLS:
+            answer = await {**BEFORE, **KILLS}[fault](self, request)
+            if answer is not None:
+                return answer
         self._check(body)
         answer = await self._answer(body)
-        if fault is not None:
+        if fault in AFTER:
             AFTER[fault](answer)
         self.done.append(body["rid"])
-        return web.json_response(answer)
+        return web.json_response([answer, answer] if fault == "two" else answer)
 
     def _check(self, body):
         ids, sampling = body["input_ids"], body["sampling_params"]
@@ -411,7 +415,7 @@ def _spans(versions):
 
 def settings(servers, **changes):
     """A ServersConfig over stand-ins, quick in everything that waits."""
-    quick = {"request_timeout_s": 10.0, "retries": 3, "probe_s": 0.05, "patience_s": 2.0}
+    quick = {"request_timeout_s": 10.0, "retries": 3, "patience_s": 2.0}
     return ServersConfig(urls=[server.url for server in servers], **{**quick, **changes})
 
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import signal
+from pathlib import Path
 
 from aiohttp import web
 from standin_model import HIDDEN_SIZE, VERSION, b64
@@ -11,6 +14,11 @@ async def _die(server, request):
     await asyncio.sleep(0.02)
     asyncio.get_running_loop().create_task(server._stop())
     await asyncio.sleep(10)
+
+
+async def _killed(server, request):
+    Path(os.environ["STANDIN_DIES_ONCE"]).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def _drop(server, request):
@@ -38,6 +46,15 @@ async def _full(server, request):
     return web.json_response({"detail": "The request queue is full."}, status=503)
 
 
+async def _empty(server, request):
+    return web.Response()
+
+
+async def _error_when_long(server, request):
+    """For a prompt of more than three tokens; a shorter one is answered."""
+    return await _error(server, request) if len((await request.json())["input_ids"]) > 3 else None
+
+
 BEFORE = {
     "die": _die,
     "drop": _drop,
@@ -46,7 +63,13 @@ BEFORE = {
     "half": _half,
     "error": _error,
     "full": _full,
+    "empty": _empty,
+    "long": _error_when_long,
 }
+
+
+KILLS = {"killed": _killed}
+"""Of a stand-in that is a process of its own."""
 
 
 def _shorten(answer):

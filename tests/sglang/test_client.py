@@ -150,7 +150,8 @@ def test_bad_scores_are_not_believed(client, loop, carrier, fault):
     loop.run(client[0].score(ask), 10)
 
 
-KINDS = {"drop": Down, "die": Down, "hang": Down, "error": Down, "full": Down, "garbage": BadAnswer, "half": BadAnswer}
+KINDS = {"drop": Down, "die": Down, "hang": Down, "error": Down, "full": Down, "garbage": BadAnswer, "half": BadAnswer,
+         "empty": BadAnswer, "long": Down}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", sorted(BEFORE))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from standin import KINDS, settings, wait_for
+from standin import KINDS, PROBE_S, settings, wait_for
 from standin_model import END, VOCAB_SIZE
 
 from megatron_opd.config import RolloutConfig
@@ -30,10 +30,10 @@ CACHE = ["kv_cache", "cuda_graph"]
 def make_engine(loop, make_pool, tmp_path):
     """An engine over stand-ins that share our GPUs, with the real weight sync."""
 
-    def make(servers, *, sync=None, way="tensor", **changes):
+    def make(servers, *, sync=None, way="tensor", probe_s=PROBE_S, **changes):
         rollout = RolloutConfig(engine="sglang", sync=way, servers=settings(servers, colocated=True, **changes))
         sync = sync or WeightPush(rollout, loop, model="model", write=write, spool=tmp_path / "spool")
-        pool = make_pool(servers, on_return=sync.give, colocated=True, **changes)
+        pool = make_pool(servers, on_return=sync.give, colocated=True, probe_s=probe_s, **changes)
         return SGLangEngine(pool, loop, sync, eos_ids=(END,), vocab_size=VOCAB_SIZE)
 
     def write(weights, directory):

@@ -10,7 +10,7 @@ import pytest
 import steps
 import tiny
 import torch
-from standin import settings, wait_for
+from standin import PROBE_S, settings, wait_for
 from standin_model import CONTEXT, HIDDEN_SIZE, VOCAB_SIZE, hidden, logps
 
 from megatron_opd.config import Config, DataConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
@@ -35,12 +35,12 @@ def make_teacher():
     """A teacher of one rank over stand-ins; settings of ServersConfig and TeacherConfig by name."""
     made = []
 
-    def make(stand_ins, *, carrier="sampled", top_k=4, on_failure="fail", head_LD=None, **changes):
+    def make(stand_ins, *, carrier="sampled", top_k=4, on_failure="fail", head_LD=None, probe_s=PROBE_S, **changes):
         config = TeacherConfig(
             name="t", model="there", backend="sglang", carrier=carrier, top_k=top_k, on_failure=on_failure
         )
         pool = connect(settings(stand_ins, **changes), LIMITS, name="teacher 't'")
-        pool._pause_s = 0.05
+        pool._pause_s, pool._probe_s = 0.05, probe_s
         made.append(SGLangTeacher(config, ALONE, pool, Loop(), head_LD=head_LD))
         return made[-1]
 

@@ -14,6 +14,7 @@ it back: first the weights' place, then the weights, then the place of the cache
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,12 +24,16 @@ from megatron_opd.sglang import server_memory
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, SGLangError
 from megatron_opd.sglang.event_loop import Loop
+from megatron_opd.sglang.pool import PROBE_S
 from megatron_opd.sglang.weights.expected import Expected
 from megatron_opd.sglang.weights.session import Session
 from megatron_opd.sglang.weights.transports import TransportInputs, way_of
 
 Writer = Callable[[NamedWeights, Path], None]
 """As in TransportInputs."""
+
+
+_LOOK_S = 0.5
 
 
 class WeightPush:
@@ -49,13 +54,14 @@ class WeightPush:
     def push(self, clients: Sequence[Client], weights: NamedWeights, version: int) -> dict[str, SGLangError]:
         """Give them all the weights; returns the failures by url. From the thread that may run `weights`, to its end.
 
-        Raises Down when no server is left.
+        When no server answers, one that is being started again is waited for, `servers.patience_s`. Raises Down when no
+        server is left.
         """
         session = Session(clients, self._loop)
         expected = Expected(self._model) if self._config.sync_verify else None
         self._loop.run(self._lock.acquire())
         try:
-            session.each(self._greet)
+            session = self._greet_all(clients)
             self._holders = {}
             if self._is_colocated:
                 session.each(server_memory.take_for_weights)
@@ -116,13 +122,23 @@ class WeightPush:
         """Give up what the transport holds."""
         self._transport.close()
 
+    def _greet_all(self, clients: Sequence[Client]) -> Session:
+        """A session of those that answer."""
+        deadline = time.monotonic() + self._config.servers.patience_s
+        while True:
+            session = Session(clients, self._loop)
+            session.each(self._greet)
+            if session.alive or time.monotonic() > deadline:
+                return session
+            time.sleep(_LOOK_S)
+
     async def _greet(self, client: Client) -> None:
         """Whether it answers at all. One that was lost before has less time for it, so as not to hold up the others."""
         was_lost = self._version is not None and self._holders.get(client) != self._version
         try:
-            await asyncio.wait_for(client.model_info(), self._config.servers.probe_s if was_lost else None)
+            await asyncio.wait_for(client.model_info(), PROBE_S if was_lost else None)
         except TimeoutError:
-            raise Down(f"{client.url}: still no answer after {self._config.servers.probe_s:g} s") from None
+            raise Down(f"{client.url}: still no answer after {PROBE_S:g} s") from None
 
 
 async def _release(lock: asyncio.Lock) -> None:

@@ -1,0 +1,65 @@
+"""What a run leaves in the temporary directory when it is killed: nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from program import ROOT, environment, started
+
+IMPORTS = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+from megatron_opd.core import compiler_cache
+compiler_cache.keep_out_of_temporary()
+import warm_image
+warm_image.import_what_a_rank_does()
+print(any(name.partition(".")[0] == "wandb" for name in sys.modules), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_imports_of_a_rank(tmp_path):
+    """Weights & Biases makes two directories when it is imported, and torch's compiler one."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        cwd=ROOT,
+        env=environment(TMPDIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "False\n"), done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "victims", ["everybody", *(pytest.param(one, marks=pytest.mark.slow) for one in ("launcher", "a rank"))]
+)
+def test_a_run_that_is_killed(tmp_path, victims):
+    """Between two steps, after an evaluation and a save."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    several = ["parallel.tensor=2", "train.steps=1000", "train.save_every=2", "train.eval_every=2"]
+    with started(tmp_path / "run", *several, env={"TMPDIR": str(temporary)}) as run:
+        run.wait_for_step(3)
+        if victims == "everybody":
+            run.kill_everyone()
+        else:
+            (run.process if victims == "launcher" else run.ranks()[1]).kill()
+            run.end(timeout=600)
+    assert os.listdir(temporary) == []
+
+
+@pytest.mark.slow
+def test_a_run_with_wandb_leaves_its_directories_in_its_own(tmp_path):
+    pytest.importorskip("wandb")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    with started(tmp_path / "run", "train.steps=1000", "log.wandb=offline", env={"TMPDIR": str(temporary)}) as run:
+        run.wait_for_step(3)
+        run.kill_everyone()
+    assert [path for path in temporary.iterdir() if path.is_dir()] == []
+    kept = {path.name.partition("wandb-")[2] for path in (tmp_path / "run/wandb/tmp").iterdir()}
+    assert kept == {"media", "artifacts"}
