@@ -6,8 +6,9 @@ N teachers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, Literal
 
@@ -44,6 +45,12 @@ class Prompt:
         """What the answers to one draw of the row have in common: they are compared with each other."""
         return self.source, self.index, self.repeat
 
+    def seen_by(self, teacher: str) -> Prompt:
+        """The prompt with the token ids that the teacher of this name sees: its own where it has some
+        (`teachers.N.prompt_field`, `prompt_template`), else these."""
+        ids = self.teacher_ids.get(teacher)
+        return self if ids is None else replace(self, token_ids=ids)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -58,6 +65,12 @@ class Sampling:
     seed: int = 0
     """Every token's random number follows from (seed, prompt, sample), the prompt's `repeat` included, so it does not
     depend on layout or batching."""
+
+    def seed_of(self, prompt: Prompt, sample: int) -> int:
+        """The seed of one answer's random numbers in any engine, in [0, 2^63)."""
+        again = f"/repeat {prompt.repeat}" if prompt.repeat else ""
+        text = f"{self.seed}/{prompt.source}/{prompt.index}/{sample}{again}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,13 +125,19 @@ class Rollout:
         """R."""
         return len(self.logps)
 
+    def seen_by(self, teacher: str) -> Rollout:
+        """The same tokens behind the prompt that the teacher of this name sees: self-distillation with privileged
+        information (Snell et al. 2022, arXiv:2209.15189, call it context distillation)."""
+        prompt = self.prompt.seen_by(teacher)
+        return self if prompt is self.prompt else replace(self, prompt=prompt)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """Right-padded sequences for one forward pass, and everything the loss needs about their T learnt tokens.
 
-    Every field is filled. Neutral values (weights of 1, advantages of 0) stand where nothing special is wanted; which
-    terms a loss has is the objective's matter.
+    Every field is filled. Distillation has weight 1 where nothing special is wanted; which terms a loss has is the
+    objective's matter.
     """
 
     tokens_BS: torch.Tensor
@@ -142,14 +161,20 @@ class MicroBatch:
     teachers: tuple[TeacherScore | None, ...]
     """What each of the N teachers says about the T tokens, fillers where its weight is 0; None for a teacher that was
     asked about none of them, and for hidden states on ranks that do not compute the loss."""
-    distill_T: torch.Tensor
-    """float32; weight of the distillation term at each token."""
-    advantage_T: torch.Tensor
-    """float32; advantage of each token, its share in the mean included."""
-    sft_T: torch.Tensor
-    """float32; weight of the cross-entropy -log q(y) at each token."""
+    weights_T: Mapping[str, torch.Tensor]
+    """float32; by the name of a loss term, its weight at each token: `distill`, `sft` (cross-entropy), and `policy`
+    (the advantage). Shares in means are included. A term without an entry has weight 0."""
     on_policy_T: torch.Tensor
     """bool; whether the student sampled the token."""
+
+    def weight(self, term: str) -> torch.Tensor:
+        """The weights of a term of the loss, [T]."""
+        weight_T = self.weights_T.get(term)
+        return torch.zeros_like(self.behaviour_logp_T) if weight_T is None else weight_T
+
+    def weighing(self, **weights_T: torch.Tensor) -> MicroBatch:
+        """The micro-batch with other weights [T] of the terms of these names."""
+        return replace(self, weights_T={**self.weights_T, **weights_T})
 
     @property
     def model_shape(self) -> tuple[int, int]:

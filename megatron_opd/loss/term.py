@@ -15,9 +15,8 @@ from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.core.scores import Head
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss.fused import Logits
+from megatron_opd.loss.fused import Logits, in_graph
 from megatron_opd.loss.metrics import Columns, Sums, added, sums
-from megatron_opd.loss.node import with_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +114,8 @@ def of_chunks(logits_TL: torch.Tensor, chunks: Iterable[Chunk]) -> TermResult:
     if grad_TL is not None:
         loss = with_gradient(loss, logits_TL, grad_TL)
     return TermResult(loss, loss_T, metrics)
+
+
+def with_gradient(loss: torch.Tensor, logits_TL: torch.Tensor, grad_TL: torch.Tensor) -> torch.Tensor:
+    """A scalar loss whose gradient with respect to the logits is already known."""
+    return in_graph(loss, lambda upstream: (grad_TL * upstream.to(grad_TL.dtype),), logits_TL)

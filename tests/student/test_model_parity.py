@@ -9,11 +9,7 @@ from megatron_opd.core.batching import pack
 from megatron_opd.models import hf_dir
 
 LAYOUTS = {
-    "tp1": {"tensor": 1},
-    "tp2": {"tensor": 2},
-    "tp4": {"tensor": 4},
-    "pp2": {"pipeline": 2},
-    "tp2pp2": {"tensor": 2, "pipeline": 2},
+    **pairwise.LAYOUTS,
     "tp2sp": {"tensor": 2, "sequence": True},
     "tp2pp2sp": {"tensor": 2, "pipeline": 2, "sequence": True},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,11 +21,6 @@ class Wanted:
     """Its type: cpu, cuda."""
     dtypes: frozenset[torch.dtype]
     """Of all models' hidden states or logits."""
-
-    @classmethod
-    def of(cls, tensors: Iterable[torch.Tensor], spec: LossSpec) -> Wanted:
-        tensors = list(tensors)
-        return cls(spec, tensors[0].device.type, frozenset(x.dtype for x in tensors))
 
 
 class RowsPass(Protocol):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from megatron_opd.loss.fused.backend import Backend, Wanted
 from megatron_opd.loss.fused.readable import Readable
 from megatron_opd.loss.fused.reference import Reference
 from megatron_opd.loss.fused.statistics import LossSpec
+
+_DEFAULT = LossSpec(1.0, 1.0, "logits", 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,10 @@ class _Candidate:
     """None where it does not support what is wanted, or, after a warning, where this machine lacks what it takes."""
 
 
-def choose(tensors: Iterable[torch.Tensor], name: str = "auto", spec: LossSpec | None = None) -> Backend:
+def choose(tensors: Sequence[torch.Tensor], name: str = "auto", spec: LossSpec | None = None) -> Backend:
     """The backend for models' logits or hidden states like these. By a name other than auto: that one, or ValueError
     where it cannot be had. `spec` None: the default divergence."""
-    wanted = Wanted.of(tensors, spec or LossSpec(1.0, 1.0, "logits", 1))
+    wanted = Wanted(spec or _DEFAULT, tensors[0].device.type, frozenset(x.dtype for x in tensors))
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, not '{name}'")
     for its_name, candidate in _CANDIDATES.items():
@@ -50,6 +52,11 @@ def choose(tensors: Iterable[torch.Tensor], name: str = "auto", spec: LossSpec |
         f"backend '{name}' cannot be had for {types} on {wanted.device} with the divergence"
         f" '{wanted.spec.divergence}'; use backend='auto'"
     )
+
+
+def prepare(device: torch.device) -> None:
+    """Find, and where need be compile, what rows on the device are computed with, so that no step waits for it."""
+    choose([torch.empty(0, device=device)])
 
 
 def _find_native(wanted: Wanted) -> Backend | None:

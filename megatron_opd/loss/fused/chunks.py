@@ -115,7 +115,9 @@ class _Chunks:
     def __init__(self, problem: Problem, gradients: Gradients | None, known: list[Known | None] | None) -> None:
         self.problem, self.gradients, self.known = problem, gradients, known
         self.overlaps = problem.vocab.group is not None
-        self.is_summed = self._can_sum()
+        asked = problem.asked
+        is_each_needed = asked.by_teacher or asked.ensemble != "logits" or asked.num_teachers == 1
+        self.is_summed = not is_each_needed and self._can_sum()
         self.num_tokens = problem.weights_RN.shape[0]
         self.size = min(problem.chunk_tokens or self._suitable_size(), self.num_tokens)
         chunk_of_R = torch.arange(self.num_tokens, device=problem.weights_RN.device) // self.size
@@ -218,16 +220,13 @@ class _Chunks:
         return self.buffers[key][: at.stop - at.start]
 
     def _can_sum(self) -> bool:
-        """Whether teachers' logits can be added up by the matrix products: nobody asks about single ones, and the type
-        loses nothing."""
+        """Whether teachers' logits can be added up by the matrix products: the type loses nothing."""
         teachers = [t for t in self.problem.teachers if t is not None]
         dtypes = {t.hidden_TD.dtype for t in teachers if isinstance(t, FactoredLogits)}
         widths = {t.head_LD.shape[0] for t in teachers if isinstance(t, FactoredLogits)}
         wide = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
         only_linear = all(isinstance(t, FactoredLogits) and isinstance(t.head_LD, torch.Tensor) for t in teachers)
-        asked = self.problem.asked
-        single = asked.by_teacher or asked.ensemble != "logits" or asked.num_teachers == 1
-        return wide and only_linear and len(widths) == 1 and not single
+        return wide and only_linear and len(widths) == 1
 
     def _suitable_size(self) -> int:
         problem = self.problem

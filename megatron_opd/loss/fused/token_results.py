@@ -100,9 +100,8 @@ def outcome(
     if asked.by_teacher:
         teachers_RN = reverse_R[:, None]
         if asked.has_teachers:
-            at = asked.teachers_at
-            gaps_RN = stats_RK[:, [i + GAP_S - T_MAX for i in at]] / stats_RK[:, S_SUM, None]
-            teachers_RN = gaps_RN - log_s_R[:, None] + stats_RK[:, [i + 1 for i in at]].log()
+            gaps_RN = stats_RK[:, [at.gap_s for at in asked.teachers]] / stats_RK[:, S_SUM, None]
+            teachers_RN = gaps_RN - log_s_R[:, None] + stats_RK[:, [at.sum for at in asked.teachers]].log()
         teachers_RN = teachers_RN.masked_fill(weights_RN == 0, math.nan)
     found = _sampled(asked, weights_RN, stats_RK, sampled) if sampled is not None else (None, None, None)
     return TokenResults(loss_R.masked_fill(is_bad_R, math.nan), reverse_R, teachers_RN, *found, is_bad_R)
@@ -112,15 +111,13 @@ def _is_finite(asked: LossSpec, stats_RK: torch.Tensor) -> torch.Tensor:
     """Of the statistics that the loss depends on, [R]. A teacher that rules a token out is infinitely far from a
     student that does not, yet its average with others is not."""
     is_finite_RK = stats_RK.isfinite()
-    if asked.teacher_columns > 2:
-        is_finite_RK[:, [i + GAP_S - T_MAX for i in asked.teachers_at]] = True
+    is_finite_RK[:, [at.gap_s for at in asked.teachers if at.gap_s is not None]] = True
     return is_finite_RK.all(-1)
 
 
 def _log_normalisers(asked: LossSpec, stats_RK: torch.Tensor) -> torch.Tensor:
     """Log of every teacher's sum of exponentials, [R, N]."""
-    at = asked.teachers_at
-    return stats_RK[:, at] + stats_RK[:, [i + 1 for i in at]].log()
+    return stats_RK[:, [at.max for at in asked.teachers]] + stats_RK[:, [at.sum for at in asked.teachers]].log()
 
 
 def _sampled(
