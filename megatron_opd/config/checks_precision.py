@@ -17,8 +17,8 @@ def check_precision(
     problems = _check_names(fp8, teachers)
     if fp8.recipe == "delayed" and (fp8.first_layers_bf16 or fp8.last_layers_bf16):
         problems.append(
-            "precision.fp8.recipe delayed shares its scales between all layers: set first_layers_bf16 and last_layers_bf16"
-            " to 0, or take another recipe"
+            "precision.fp8.recipe delayed shares its scales between all layers: set first_layers_bf16 and"
+            " last_layers_bf16 to 0, or take another recipe"
         )
     if fp8.resident and not fp8.teachers:
         problems.append("precision.fp8.resident has no effect without precision.fp8.teachers")

@@ -214,9 +214,9 @@ def _tokenizers(
             )
         elif why := foreign_ends(student, theirs):
             notes.append(
-                f"warning: teachers.{i}.model: teacher '{teacher.name}': {why}. Then answers continue behind an end, or the"
-                " teacher gives the student's end no probability: put the same ends into eos_token_id of both models'"
-                " generation_config.json"
+                f"warning: teachers.{i}.model: teacher '{teacher.name}': {why}. Then answers continue behind an end, or"
+                " the teacher gives the student's end no probability: put the same ends into eos_token_id of both"
+                " models' generation_config.json"
             )
     return student
 
