@@ -150,6 +150,6 @@ def config(student_dir, teachers, **sections):
         run=c.RunConfig(dir="unused"),
         student=c.StudentConfig(model=student_dir, **given.pop("student", {})),
         teachers=[c.TeacherConfig(**teacher) for teacher in teachers],
-        data=c.DataConfig(train=[]),
+        data=c.DataConfig(train=[c.SourceConfig(name=name, path="") for name in ("a", "b")]),
         **{name: made[name](**settings) for name, settings in given.items()},
     )

@@ -20,7 +20,6 @@ from megatron_opd.core.scores import Head, Level, TokenRows
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import ensemble, told
-from megatron_opd.loss.fused import products
 from megatron_opd.loss.listed_ids import Outcomes
 from megatron_opd.loss.told import OnlySampled, StudentLogps, Told
 
@@ -114,7 +113,8 @@ class _Told:
     def exact(self, hidden_CD: torch.Tensor) -> Told | None:
         """The whole distribution, by the teacher's head."""
         assert self.head_LD is not None, "a teacher tells hidden states, but its output head is not here"
-        z_CL = products.project(hidden_CD, self.head_LD)
+        head_LD, hidden_CD = self.head_LD, hidden_CD.to(self.head_LD.dtype)
+        z_CL = hidden_CD @ head_LD.T if isinstance(head_LD, torch.Tensor) else head_LD.logits(hidden_CD)
         return told.exact(z_CL.float() / self.config.temperature, self.ids_C, self.vocab)
 
     def listed(self, ids_CK: torch.Tensor, logp_CK: torch.Tensor) -> Told | None:

@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeVar
 
 from megatron_opd.config import AnswersConfig, Config, Fp8Config, ParallelConfig, TrainConfig
@@ -79,7 +78,8 @@ class Experience:
         self.shares_gpus = rollout.shares_gpus
         """Whether nobody can sample between `release` and `sync`, because the trainer has the engine's GPUs then."""
         self.drawn = sampling.drawn(rollout, samples=rollout.samples_per_prompt, seed=config.run.seed)
-        self.weights_of_source = cache(config.teacher_weights)
+        sources = [source.name for source in (*config.data.train, *config.data.eval)]
+        self.weights_by_source = {source: config.teacher_weights(source) for source in sources}
         self.packing = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
         """The arguments of `pack` for what the student is to see."""
         self.together: Callable[[], AbstractContextManager[None]]
@@ -140,7 +140,7 @@ class Experience:
     def score(self, rollouts: list[Rollout], teachers: Sequence[TeacherScorer] | None = None) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
         answers = self.config.answers
-        weights = [teacher_weights(self.weights_of_source, answers, r) for r in rollouts]
+        weights = [teacher_weights(self.weights_by_source, answers, r) for r in rollouts]
         scores = ask_all(self.teachers if teachers is None else teachers, rollouts, weights)
         batches = pack(
             rollouts,
@@ -180,15 +180,15 @@ class Experience:
         return prompts[self.parallel.data_rank :: self.parallel.data_size]
 
     def _submit(self, rollout: Rollout) -> None:
-        weights = teacher_weights(self.weights_of_source, self.config.answers, rollout)
+        weights = teacher_weights(self.weights_by_source, self.config.answers, rollout)
         for teacher, weight in zip(self.teachers, weights, strict=True):
             if weight > 0:
                 teacher.submit(rollout)
 
 
-def teacher_weights(of_source: Callable[[str], list[float]], answers: AnswersConfig, rollout: Rollout) -> list[float]:
+def teacher_weights(by_source: Mapping[str, list[float]], answers: AnswersConfig, rollout: Rollout) -> list[float]:
     """Ensemble weights of all teachers for a rollout, in their order; all 0 where none is asked about it."""
-    weights = of_source(rollout.prompt.source)
+    weights = by_source[rollout.prompt.source]
     is_asked = rollout.origin == "student" or answers.distill_alpha > 0
     return weights if is_asked else [0.0] * len(weights)
 

@@ -186,7 +186,8 @@ def test_nobody_else_is_asked_where_the_student_alone_answers(settings, has_othe
 def test_no_teacher_is_asked_about_answers_that_are_not_distilled(teachers):
     settings = config(teachers, lmbda=0.5, sft_alpha=1.0, distill_alpha=0.0)
     student, *others = three()
-    weights = [teacher_weights(settings.teacher_weights, settings.answers, r) for r in (student, *others)]
+    by_source = {student.prompt.source: settings.teacher_weights(student.prompt.source)}
+    weights = [teacher_weights(by_source, settings.answers, r) for r in (student, *others)]
     assert [any(w) for w in weights] == [bool(teachers), False, False]
     weights = weights[1:]
     assert renormalised(others, weights, [[None, None]] * len(teachers)) == weights
