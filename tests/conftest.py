@@ -9,8 +9,9 @@ from durations import pytest_addoption, pytest_collection_modifyitems, pytest_te
 from ranks import Ranks
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs do, whose children then do so too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as a shell's background jobs and nohup do, and then all children
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

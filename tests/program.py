@@ -50,7 +50,8 @@ def environment(**extra):
     """Ours without what would make the program take itself for a rank."""
     hidden = re.compile(r"RANK|LOCAL_RANK|WORLD_SIZE|SLURM_.*|MASTER_.*|TORCHELASTIC_.*")
     own = {name: value for name, value in os.environ.items() if not hidden.fullmatch(name)}
-    return {**own, "OMP_NUM_THREADS": "1", **extra}
+    # A tokenizer's threads in the launcher would keep its ranks from being forks of it (`warm_image.fork_rank`).
+    return {**own, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
 
 
 def opd(*arguments, timeout=PATIENCE_S, env=None, **how):

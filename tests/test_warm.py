@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 import warm
-from program import assert_gone
+from program import assert_gone, started
 
 TIMEOUT_S = 120
 
@@ -151,6 +151,14 @@ assert (handle.wait(60), handle.poll()) == (0, 0)
 print(type(handle).__name__)
 """
     assert run(code).stdout.split()[-1] == "Child"
+
+
+def test_ranks_of_a_run_are_forks_too(tmp_path):
+    """What the launcher has done before, reading models and data, must not have started a thread."""
+    with started(tmp_path, "parallel.tensor=2", "train.steps=100000") as run:
+        run.wait_for_step(1)
+        # A fork shows the environment that the warm process began with; a fresh interpreter that of a rank.
+        assert [rank.environ().get("RANK") for rank in run.ranks()] == [None, None]
 
 
 def test_what_a_rank_imports_is_there():
