@@ -12,7 +12,7 @@ from megatron_opd.config import LossConfig, ParallelConfig, RolloutConfig, Serve
 from megatron_opd.config.rollout_engines import ENGINES, engines_that_take
 
 API_KEY = "MEGATRON_OPD_API_KEY"
-"""Environment variable of the key that servers ask for."""
+"""Environment variable of the servers' key."""
 ADMIN_KEY = "MEGATRON_OPD_ADMIN_KEY"
 """The same for control requests."""
 _SETTINGS_OF = {
@@ -208,7 +208,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _wrong_url(url: str) -> str | None:
-    """What is wrong with a server's address; not repeated where it may hold a password."""
+    """The problem with a server's address, without the address where it may hold a password."""
     if "@" in url:
         return f"an address must not hold a user or password; put the key into the environment variable {API_KEY}"
     try:

@@ -78,7 +78,7 @@ REWARDS = ("exact", "gsm8k", "math", "code", "ifeval")
 
 
 def problem_with_reward(name: str) -> str | None:
-    """Why there cannot be a reward of this name, as far as the name tells."""
+    """Why there is no reward of this name, as far as the name shows."""
     module, colon, function = name.partition(":")
     if name in REWARDS or (
         colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))

@@ -7,7 +7,7 @@ import dataclasses
 from megatron_opd.config.section import Count, Positive, section
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What can be adapted, by Hugging Face's names."""
+"""Modules that can be adapted, by Hugging Face's names."""
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 GROUPS = {"qkv": LORA_MODULES[:3], "all-linear": LORA_MODULES}
 """Names for several of them."""

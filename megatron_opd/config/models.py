@@ -37,7 +37,7 @@ class ParallelConfig:
 
     @property
     def length_multiple(self) -> int:
-        """What divides the padded length of sequences, so that the ranks of a replica have equal parts of them: two
+        """The divisor of the padded length of sequences, so that the ranks of a replica have equal parts of them: two
         chunks of each context-parallel rank, split over the tensor-parallel ranks with `sequence`."""
         return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence else 1)
 

@@ -1,4 +1,4 @@
-"""What travels between the parts: prompts, rollouts and micro-batches; `scores.py` has what teachers say.
+"""The data that travels between the parts: prompts, rollouts and micro-batches; `scores.py` has the teachers' scores.
 
 Shapes: R learnt tokens of one rollout, T learnt tokens of a micro-batch, B sequences, S padded length,
 N teachers.
@@ -26,12 +26,13 @@ class Prompt:
     index: int
     """Line or row of the source (from 0); with `source` it identifies the row."""
     text: str
-    """What the row asks; of messages, the last one's content. Templates and special tokens are only in `token_ids`."""
+    """Text of the prompt; the last message's content where the row has messages. Templates and special tokens are only
+    in `token_ids`."""
     token_ids: tuple[int, ...]
     answer: str | None = None
     """Reference answer, where the source's reward needs one; for `exact` the text that a right response decodes to."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What else of its row the source's reward needs, as it is in the file."""
+    """Other fields of its row that the source's reward needs, as they are in the file."""
     answer_ids: tuple[int, ...] = ()
     """`answer` as a response, its end-of-sequence token included; only where runs train on
     answers of the data set, or measure their cross-entropy."""
@@ -42,7 +43,7 @@ class Prompt:
 
     @property
     def group(self) -> tuple[str, int, int]:
-        """What the answers to one draw of the row have in common: they are compared with each other."""
+        """The key that the answers to one draw of the row share: they are compared with each other."""
         return self.source, self.index, self.repeat
 
     def seen_by(self, teacher: str) -> Prompt:
@@ -89,9 +90,9 @@ class Rollout:
 
     prompt: Prompt
     sample: int
-    """Which of the prompt's samples this is, from 0."""
+    """Number of this sample among the prompt's, from 0."""
     part: int = 0
-    """Which of its episode's trajectories this is, from 0."""
+    """Number of this trajectory in its episode, from 0."""
     token_ids: tuple[int, ...]
     """All tokens behind the prompt."""
     learnt: tuple[bool, ...]
@@ -159,7 +160,7 @@ class MicroBatch:
     weights_TN: torch.Tensor
     """float32; ensemble weights of the teachers, rows summing to 1; 0 where a teacher was not asked."""
     teachers: tuple[TeacherScore | None, ...]
-    """What each of the N teachers says about the T tokens, fillers where its weight is 0; None for a teacher that was
+    """Score of the T tokens by each of the N teachers, with fillers where its weight is 0; None for a teacher that was
     asked about none of them, and for hidden states on ranks that do not compute the loss."""
     weights_T: Mapping[str, torch.Tensor]
     """float32; by the name of a loss term, its weight at each token: `distill`, `sft` (cross-entropy), and `policy`

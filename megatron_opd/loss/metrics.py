@@ -25,14 +25,14 @@ Sums: TypeAlias = dict[str, torch.Tensor]
 
 
 def sums(columns: Columns) -> Sums:
-    """Of the values of some tokens."""
+    """The sums of some tokens' values."""
     return {
         name: torch.stack([x.detach().double().sum(), x.new_tensor(len(x)).double()]) for name, x in columns.items()
     }
 
 
 def added(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> Sums:
-    """Of the tokens of both."""
+    """The sums over the tokens of both."""
     both = {name: one[name] + other[name] for name in one if name in other}
     return {**one, **other, **both}
 
@@ -54,7 +54,7 @@ def rows(names: Sequence[str], found: Iterable[Sums], device: torch.device) -> t
 
 
 def means(names: Sequence[str], total_M2: torch.Tensor) -> dict[str, float]:
-    """Of those that have tokens."""
+    """The means of the metrics that have tokens."""
     return {name: total / count for name, (total, count) in zip(names, total_M2.tolist(), strict=True) if count}
 
 

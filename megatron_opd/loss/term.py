@@ -1,4 +1,4 @@
-"""What terms of the loss are: one that compares the student with its teachers, and others on sampled tokens.
+"""The terms of the loss: one that compares the student with its teachers, and others on sampled tokens.
 
 Shape suffixes: T learnt tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns, N teachers.
 """
@@ -28,7 +28,7 @@ class TermResult:
     loss_T: torch.Tensor
     """By token, float64, without."""
     metrics: Sums
-    """Those of the term's `metric_names`, or some of them."""
+    """Metrics by the names of the term's `metric_names`, all or some of them."""
 
 
 class TeacherTerm(Protocol):
@@ -94,8 +94,8 @@ class StudentTokens:
 
 
 Chunk: TypeAlias = tuple[slice | torch.Tensor, torch.Tensor | None, torch.Tensor, Columns]
-"""Which of a micro-batch's tokens; the gradient of their loss with respect to their logits [C, L], None without grad
-mode; their loss [C]; their metrics."""
+"""(the chunk's tokens in the micro-batch; the gradient of their loss with respect to their logits [C, L], None without
+grad mode; their loss [C]; their metrics)."""
 
 
 def of_chunks(logits_TL: torch.Tensor, chunks: Iterable[Chunk]) -> TermResult:

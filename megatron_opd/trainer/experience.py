@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leader:
-    """What the leader of a replica has and its other ranks have not."""
+    """The parts that only the leader of a replica has."""
 
     engine: RolloutEngine
     answers: Answers | None

@@ -20,7 +20,6 @@ from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.core.preemption import Notice, Preempted
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.core.watchdog import Watch
-from megatron_opd.loss.fused import backends
 from megatron_opd.prompts.mix import PromptMix
 from megatron_opd.rollout import colocated
 from megatron_opd.sglang import serve
@@ -79,8 +78,6 @@ class Run:
         vocab = self.student.vocab_shard(inputs.vocab_size)
         teachers = build_teachers(served, parallel, vocab)
         self.objective = build_objective(config, vocab, teachers, has_answers_of_others=config.answers.lmbda < 1)
-        if self.objective.takes_hidden and parallel.is_last_stage:
-            backends.prepare(groups.device())
         self.shaping = Shaping(config, parallel, self.objective.distillation) if is_shaped(config) else None
         leader = build_leader(config, served, parallel, inputs)
         self.experience = Experience(config, parallel, teachers, leader)

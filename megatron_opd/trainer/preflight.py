@@ -316,7 +316,7 @@ class _Reader:
 
 
 def _dropped(what: str, prompts: PackedPrompts, limit: Limit) -> str:
-    """What was left out of a source, in one line; a warning when it is more than a tenth."""
+    """A line about the prompts that were left out of a source; a warning when they are more than a tenth."""
     total = len(prompts) + prompts.dropped
     line = f"{what}: left out {prompts.dropped} of {total} prompts, longer than {limit.tokens} tokens ({limit.why})"
     return f"warning: {line}" if prompts.dropped > total / 10 else line

@@ -34,7 +34,7 @@ def is_shaped(config: Config) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Shaped:
-    """What is said about the rollouts before shares: R factors of the distillation, R advantages of rewards."""
+    """Numbers of the rollouts before shares: R factors of the distillation, R advantages of rewards."""
 
     distill_R: list[float]
     rewarded_R: list[float]
@@ -160,7 +160,7 @@ class _Share:
     """The rollouts of a micro-batch among those of an update."""
 
     sequence_T: torch.Tensor
-    """Which of the R rollouts each token is of."""
+    """Number of each token's rollout, of R."""
     lengths_R: list[int]
     """Learnt tokens of the rollouts' episodes."""
     tokens: int

@@ -38,7 +38,7 @@ def update(
 
 
 def joined(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of several updates on different answers: means weighted by their tokens, of tokens the sum, of `lr` and
+    """Metrics of several updates on different answers: means weighted by their tokens, of tokens the sum, of `lr` and
     `loss_scale` the last."""
     if len(metrics) == 1:
         return metrics[0]

@@ -1,4 +1,4 @@
-"""Which backend does the rows' work: the first one that supports what is wanted and can be had on this machine.
+"""The backends, and the choice of one: the first that supports the case and works on this machine.
 
     triton    Triton kernels on CUDA         native    compiled C++ on a CPU
     torch     the same algorithm in plain PyTorch, for any device and type
@@ -22,8 +22,6 @@ from megatron_opd.loss.fused.readable import Readable
 from megatron_opd.loss.fused.reference import Reference
 from megatron_opd.loss.fused.statistics import LossSpec
 
-_DEFAULT = LossSpec(1.0, 1.0, "logits", 1)
-
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
@@ -38,7 +36,9 @@ class _Candidate:
 def choose(tensors: Sequence[torch.Tensor], name: str = "auto", spec: LossSpec | None = None) -> Backend:
     """The backend for models' logits or hidden states like these. By a name other than auto: that one, or ValueError
     where it cannot be had. `spec` None: the default divergence."""
-    wanted = Wanted(spec or _DEFAULT, tensors[0].device.type, frozenset(x.dtype for x in tensors))
+    wanted = Wanted(
+        spec or LossSpec(1.0, 1.0, "logits", 1), tensors[0].device.type, frozenset(x.dtype for x in tensors)
+    )
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, not '{name}'")
     for its_name, candidate in _CANDIDATES.items():
@@ -52,11 +52,6 @@ def choose(tensors: Sequence[torch.Tensor], name: str = "auto", spec: LossSpec |
         f"backend '{name}' cannot be had for {types} on {wanted.device} with the divergence"
         f" '{wanted.spec.divergence}'; use backend='auto'"
     )
-
-
-def prepare(device: torch.device) -> None:
-    """Find, and where need be compile, what rows on the device are computed with, so that no step waits for it."""
-    choose([torch.empty(0, device=device)])
 
 
 def _find_native(wanted: Wanted) -> Backend | None:

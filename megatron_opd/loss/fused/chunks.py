@@ -27,7 +27,7 @@ from megatron_opd.loss.fused.statistics import LogitRows, LossSpec
 from megatron_opd.loss.fused.token_results import TokenResults
 
 _BUFFER_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""What the chunks' logits may take; larger products run better, up to a point that these are past."""
+"""Memory for the chunks' logits; larger products run better, up to a point that these are past."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of it, and what a gradient later on needs."""
+    """The results, and the findings that a later gradient needs."""
 
     outcome: TokenResults
     known: list[Known | None]

@@ -1,4 +1,4 @@
-"""What shards of a vocabulary tell each other about their rows: one packed gather, or one sum, and no more.
+"""Exchanges between the shards of a vocabulary about their rows: one packed gather, or one sum, and no more.
 
 Statistics are relative to local maxima; `merged` puts the shards' on one scale. Both exchanges are started and waited
 for separately, so that other work can lie between; on CUDA, NCCL runs them on a stream of its own.

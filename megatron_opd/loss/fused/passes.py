@@ -21,7 +21,7 @@ from megatron_opd.loss.fused.token_results import SampledLogits, TokenResults, o
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What all shards together found out about rows: enough for their gradient."""
+    """Statistics and sums of rows over all shards: enough for their gradient."""
 
     stats_RK: torch.Tensor
     sums_R3: torch.Tensor | None
@@ -30,7 +30,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class PassInputs:
-    """What a pass is about."""
+    """The inputs of a pass."""
 
     rows: LogitRows
     asked: LossSpec
@@ -40,7 +40,7 @@ class PassInputs:
     ids_R: torch.Tensor | None
     """Sampled tokens, for metrics about them."""
     known: Known | None = None
-    """What an earlier pass over the same rows found out; then only the gradient is made."""
+    """Findings of an earlier pass over the same rows; then only the gradient is made."""
 
 
 class Kernels(Protocol):
@@ -107,7 +107,7 @@ class Pass:
         return outcome(self.asked, self.rows.weights_RN, known.stats_RK, known.sums_R3, sampled)
 
     def known(self) -> Known:
-        """What the exchanges told."""
+        """The findings; after `middle`."""
         assert self._known is not None
         return self._known
 

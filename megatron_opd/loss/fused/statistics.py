@@ -1,4 +1,4 @@
-"""What is asked of a pass over rows of logits, the rows, and the columns of statistics that a pass gives for each.
+"""The loss that a pass computes, the rows it computes it for, and the columns of statistics that it gives for each.
 
 A pass knows log-probabilities only up to normalisers that lie on other shards, so it gives statistics that can be put
 together afterwards (`exchange.py`), each exponential relative to the local maximum of its row:
@@ -84,7 +84,7 @@ class LossSpec:
     """K."""
 
     def __post_init__(self) -> None:
-        """What follows from the settings, once."""
+        """Compute everything that follows from the settings."""
         kind: Kind = "forward" if self.beta == 0 else "reverse" if self.beta == 1 else "jsd"
         is_probs = self.ensemble == "probs" and self.num_teachers > 1
         tau = self.sampling_temperature
@@ -139,7 +139,7 @@ class LogitRows:
     width: int
     """Real columns; what follows is padding, which is not read, and whose gradient is 0."""
     index_R: torch.Tensor | None = None
-    """Which rows of the matrices are meant (int64); None: all."""
+    """Indices of the rows of the matrices (int64); None: all rows."""
 
     @property
     def num_rows(self) -> int:

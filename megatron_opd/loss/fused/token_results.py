@@ -27,7 +27,7 @@ from megatron_opd.loss.fused.statistics import (
 
 @dataclass(frozen=True, slots=True)
 class TokenResults:
-    """What is known of each token, float64, without a gradient."""
+    """Loss and metrics of each token, float64, without a gradient."""
 
     loss_R: torch.Tensor
     """The divergence, in nats; NaN where the logits are not finite."""
@@ -78,7 +78,7 @@ def outcome(
     sums_R3: torch.Tensor | None,
     sampled: SampledLogits | None,
 ) -> TokenResults:
-    """What the statistics of the whole vocabulary say."""
+    """Loss and metrics from the statistics of the whole vocabulary."""
     log_s_R = stats_RK[:, S_SUM].log()
     forward_R = None
     if asked.has_target:
@@ -108,8 +108,8 @@ def outcome(
 
 
 def _is_finite(asked: LossSpec, stats_RK: torch.Tensor) -> torch.Tensor:
-    """Of the statistics that the loss depends on, [R]. A teacher that rules a token out is infinitely far from a
-    student that does not, yet its average with others is not."""
+    """Whether the statistics that the loss depends on are finite, [R]. A teacher that rules a token out is infinitely
+    far from a student that does not, yet its average with others is not."""
     is_finite_RK = stats_RK.isfinite()
     is_finite_RK[:, [at.gap_s for at in asked.teachers if at.gap_s is not None]] = True
     return is_finite_RK.all(-1)
