@@ -16,6 +16,14 @@ from typing import Any
 
 import pytest
 
+LAYOUTS = {
+    "tp1": {"tensor": 1},
+    "tp2": {"tensor": 2},
+    "tp4": {"tensor": 4},
+    "pp2": {"pipeline": 2},
+    "tp2pp2": {"tensor": 2, "pipeline": 2},
+}
+"""The layouts of dense models without sequence parallelism."""
 Value = tuple[Any, ...]
 """Where it stands in a case, and what stands there."""
 

@@ -63,8 +63,8 @@ def reference_nll(parallel, config, sources, vocab_size):
 def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
     """The same with the weights and advantages of a step, and its updates: ([metrics by step], exported weights)."""
     from megatron_opd.trainer.build_objective import build_objective
-    from megatron_opd.trainer.shaping import Shaping
-    from megatron_opd.trainer.updates import update
+    from megatron_opd.trainer.shaping import Shaping, is_shaped
+    from megatron_opd.trainer.updates import split, update
 
     student, objective, pack = build(parallel, config, vocab_size)
     term = objective.distillation
@@ -73,7 +73,9 @@ def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
     shaping = Shaping(config, parallel, objective.distillation)
     mine, metrics = rollouts[parallel.data_rank :: parallel.data_size], []
     for step in range(num_steps):
-        parts, shaped = shaping(mine, pack(mine), step)
+        parts, shaped = split(pack(mine), config.train.minibatches), {}
+        if is_shaped(config):
+            parts, shaped = shaping(mine, parts, step)
         metrics.append({**update(student, parts, objective, config.train), **shaped})
     return metrics, {name: tensor.clone() for name, tensor in student.export()}
 

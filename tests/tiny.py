@@ -1,6 +1,7 @@
 """Tiny random Hugging Face models, rollouts and configs for tests. Ranks never import transformers through it."""
 
 import random
+import shutil
 from dataclasses import replace
 
 import torch
@@ -72,6 +73,15 @@ def save(model, directory, **kwargs):
     return str(directory)
 
 
+def save_with_tokenizer(source, directory, *, vocab_size):
+    """A tiny Qwen3 of another vocabulary beside the tokenizer files of the directory `source`; where it is."""
+    save(build("qwen3", vocab_size=vocab_size, max_position_embeddings=64), directory)
+    for file in source.iterdir():
+        if "token" in file.name:
+            shutil.copy(file, directory)
+    return directory
+
+
 def rollouts(*, count=8, vocab_size=90, seed=0, sources=("a", "b"), longest_prompt=9, longest_response=7):
     """Rollouts of unequal lengths with made-up behaviour log-probabilities, sources in turn."""
     draw = random.Random(seed)
@@ -115,9 +125,7 @@ def micro_batch(targets, behaviour_logp, weights, teachers, **changes):
         "row_length": num_tokens,
         "sequence_T": torch.zeros(num_tokens, dtype=torch.long),
         "predicted_at_T": torch.arange(num_tokens),
-        "distill_T": torch.ones(num_tokens),
-        "advantage_T": torch.zeros(num_tokens),
-        "sft_T": torch.zeros(num_tokens),
+        "weights_T": {"distill": torch.ones(num_tokens)},
         "on_policy_T": torch.ones(num_tokens, dtype=torch.bool),
     }
     told = {"targets_T": targets, "behaviour_logp_T": behaviour_logp, "weights_TN": weights, "teachers": teachers}
@@ -142,6 +150,6 @@ def config(student_dir, teachers, **sections):
         run=c.RunConfig(dir="unused"),
         student=c.StudentConfig(model=student_dir, **given.pop("student", {})),
         teachers=[c.TeacherConfig(**teacher) for teacher in teachers],
-        data=c.DataConfig(train=[]),
+        data=c.DataConfig(train=[c.SourceConfig(name=name, path="") for name in ("a", "b")]),
         **{name: made[name](**settings) for name, settings in given.items()},
     )

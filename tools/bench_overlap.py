@@ -21,13 +21,11 @@ from typing import Any
 from megatron_opd import config as c
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.prompts.mix import PromptMix
-from megatron_opd.rollout.answers import Answers, Choice
 from megatron_opd.student import cpu, groups
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.completions import Completions
 from megatron_opd.trainer.experience import Experience, Leader
-from megatron_opd.trainer.loop import Run
-from megatron_opd.trainer.together import Stopwatch
+from megatron_opd.trainer.loop import Run, Stopwatch
 
 FILLING = 3
 PROMPTS = [Prompt(source="all", index=i, text="", token_ids=(1, 2)) for i in range(64)]
@@ -86,11 +84,9 @@ class StubRun(Run):
         self.config, self.parallel, self.tracker = config, parallel, Tracker()
         self.student = stages  # type: ignore[assignment]
         self.objective = SimpleNamespace(distillation=None)  # type: ignore[assignment]
-        self.shaping = lambda rollouts, batches, step: ([batches], {})  # type: ignore[assignment]
+        self.shaping = None
         self.completions = Completions(config.log, config.run.dir, parallel, None, self.tracker)
-        choice = Choice(answers=config.answers, teachers=[], seed=config.run.seed)
-        answers = Answers(choice, stages, {}, {}, eos_ids=())  # type: ignore[arg-type]
-        leader = Leader(engine=stages, answers=answers, grader=None, evaluator=None, tokenizer=None)  # type: ignore[arg-type]
+        leader = Leader(engine=stages, answers=None, grader=None, evaluator=None, tokenizer=None)  # type: ignore[arg-type]
         self.experience = StubExperience(config, parallel, [], leader)
         self.timed, self.trained = Stopwatch(), 0
         self.experience.start(PromptMix([(c.SourceConfig(name="all", path=""), PROMPTS)], seed=1))

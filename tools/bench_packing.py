@@ -131,7 +131,7 @@ def _measure(folder: str, arguments: argparse.Namespace) -> dict[str, dict[str, 
             told = [teachers[way][0].score(rollouts)]
             scored = time.perf_counter()
             how = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
-            batches = pack(rollouts, **how, device=groups.device(), scores=told, weights=[[1.0]] * len(rollouts))
+            batches = pack(rollouts, **how, scores=told, weights=[[1.0]] * len(rollouts))
             metrics = student.step(batches, build_objective(config, vocab, teachers[way]))
             if number:
                 found[way]["scoring"].append(scored - started)

@@ -16,6 +16,7 @@ function, file   lines and parameters, over the package and tools (p90: the pack
 touched          files of the package to edit or add for an extension, as tests/extensions/test_*.py list them
 way, everything  files and lines of functions to read from the command line to the first gradient (--reading):
                  `way` is `main` to the loop and its first step, `everything` has the set-up too
+                 (`--reading --details way_functions` lists the functions of the way, the longest first)
 """
 
 from __future__ import annotations
@@ -80,11 +81,13 @@ def read_step(root: Path) -> dict[str, Any]:
         if done.returncode:
             raise ValueError(f"the training step failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         sets = json.loads(out.read_text())
-    return {
+    functions = sets.pop("functions")
+    found = {
         f"{kind}_{unit}": lines if unit == "files" else sum(lines.values())
         for kind, lines in sets.items()
         for unit in ("files", "lines")
     }
+    return {**found, "way_functions": functions}
 
 
 def size(figure: Any) -> int | None:

@@ -58,10 +58,10 @@ class Config:
     """A whole run."""
 
     method: str = "opd"
-    """Name of the method, a preset of settings: `megatron-opd methods` lists them. Settings given beside it replace its
-    own."""
+    """Name of the method, a preset of settings: `megatron-opd methods` lists them. Settings beside it replace the
+    preset's."""
     run: RunConfig
-    """Where the run lives and what makes it repeatable."""
+    """The run's directory, seed and limits."""
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     """The layout of ranks."""
     student: StudentConfig
@@ -69,31 +69,31 @@ class Config:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     """Adapters in place of the whole student."""
     teachers: list[TeacherConfig]
-    """The models it learns from."""
+    """The models that the student learns from."""
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
     """FP8, and whose layers are used on a GPU."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    """What is minimised."""
+    """The loss."""
     cross_tokenizer: CrossTokenizerConfig = dataclasses.field(default_factory=CrossTokenizerConfig)
-    """How teachers with another tokenizer are compared with the student."""
+    """Comparison of the student with teachers that have another tokenizer."""
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     """The policy gradient of sampled tokens."""
     rl: RLConfig = dataclasses.field(default_factory=RLConfig)
     """Reinforcement learning next to the distillation, or instead of it."""
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
-    """How answers are sampled."""
+    """Sampling of answers."""
     answers: AnswersConfig = dataclasses.field(default_factory=AnswersConfig)
-    """Who answers the training prompts."""
+    """Origin of the training answers."""
     data: DataConfig
     """The prompts."""
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
-    """How answers are graded."""
+    """Grading of answers."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """The optimizer."""
     train: TrainConfig
     """The loop."""
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
-    """Extra metric sinks."""
+    """Further places for metrics."""
 
     @property
     def is_served(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the settings alone reveal to be wrong, each problem naming the setting to change."""
+"""Problems that the settings alone reveal; each names the setting to change."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _check_thinking(rewards: RewardsConfig) -> list[str]:
 def _check_tokenizers(
     teachers: list[TeacherConfig], answers: AnswersConfig, loss: LossConfig, policy: PolicyConfig, train: TrainConfig
 ) -> list[str]:
-    """What teachers with another tokenizer do not allow."""
+    """Settings that do not go with teachers that have another tokenizer."""
     if not crosses_tokenizers(teachers):
         return []
     problems = []
@@ -170,7 +170,7 @@ def _check_tokenizers(
             problems.append(f"teachers.{i}.tokenizer: where one teacher has its own tokenizer, all must say own")
         if teacher.carrier != "hidden":
             problems.append(
-                f"teachers.{i}.carrier: a teacher with its own tokenizer must tell hidden states, not {teacher.carrier}"
+                f"teachers.{i}.carrier: a teacher with its own tokenizer needs hidden, not {teacher.carrier}"
             )
     if answers.seq_kd or answers.teacher_mixed_alpha:
         problems.append("answers.seq_kd, answers.teacher_mixed_alpha: a teacher with its own tokenizer cannot sample")

@@ -1,4 +1,4 @@
-"""What is wrong about settings of where answers come from, and of what teachers see; each problem names the setting."""
+"""Problems of `answers` and of teachers' own prompts; each names the setting to change."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def _check_sampling_teachers(
             )
         if answers.seq_kd and not teacher.is_served and (rollout.top_p != 1 or rollout.top_k != 0):
             problems.append(
-                f"answers.seq_kd: teachers.{i} samples in the embedded engine, which knows no rollout.top_p and"
-                f" rollout.top_k; unset these, or serve it (teachers.{i}.backend: sglang)"
+                f"answers.seq_kd: teachers.{i} samples in the embedded engine, which does not support"
+                f" rollout.top_p and rollout.top_k; remove these, or serve it (teachers.{i}.backend: sglang)"
             )
     return problems
 

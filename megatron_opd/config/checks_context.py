@@ -1,4 +1,4 @@
-"""What does not go together with context parallelism, by the settings alone."""
+"""Problems of context parallelism that the settings alone reveal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_context(
             " ranks; set it to 1, or give the teachers the student's tokenizer"
         )
     if train.packing:
-        problems.append("train.packing does not go with parallel.context > 1; set one of them back")
+        problems.append("train.packing does not work with parallel.context > 1; set packing to false, or context to 1")
     if parallel.length_multiple > longest:
         problems.append(
             f"parallel.context={parallel.context} splits sequences into {parallel.length_multiple} pieces, more than"

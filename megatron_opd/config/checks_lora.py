@@ -1,4 +1,4 @@
-"""What can be wrong about adapters, by the settings alone."""
+"""Problems of adapters that the settings alone reveal."""
 
 from __future__ import annotations
 

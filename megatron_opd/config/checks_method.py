@@ -1,4 +1,4 @@
-"""What is wrong about the terms of the loss: distillation, policy gradient, rewards, and updates from one batch."""
+"""Problems of the loss terms: distillation, policy gradient, rewards, and updates from one batch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def _check_distillation(loss: LossConfig, policy: PolicyConfig, rl: RLConfig) ->
     if loss.anneal and loss.weight_min > loss.weight:
         problems.append(f"loss.weight_min ({loss.weight_min}) must not be above loss.weight ({loss.weight})")
     if loss.anneal and not loss.weight:
-        problems.append("loss.anneal has no effect without a loss.weight to begin with")
+        problems.append("loss.anneal has no effect while loss.weight is 0")
     if loss.weight_min and not loss.anneal:
         problems.append("loss.weight_min has no effect without loss.anneal")
     if not (loss.weight or has_policy_gradient(policy, rl)):
         problems.append("nothing is trained: give loss.weight, policy.kl_coef, or rl.weight a value above 0")
     if policy.kl_from == "next" and policy.kl_coef and not policy.kl_discount:
-        problems.append("policy.kl_from: next needs policy.kl_discount above 0: with 0 there is nothing after a token")
+        problems.append("policy.kl_from: next needs policy.kl_discount above 0: with 0 no later token counts")
     return problems
 
 

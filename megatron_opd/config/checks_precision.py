@@ -1,4 +1,4 @@
-"""What the settings of `precision` alone reveal to be wrong, each problem naming the setting to change."""
+"""Problems that the settings of `precision` alone reveal; each names the setting to change."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ STUDENT = "student"
 def check_precision(
     precision: PrecisionConfig, student: StudentConfig, teachers: list[TeacherConfig], *, has_adapters: bool
 ) -> list[str]:
-    """Every such problem; what depends on models and on this machine is `precision/fits.py`."""
+    """Every such problem; `precision/fits.py` checks the models and this machine."""
     fp8 = precision.fp8
     problems = _check_names(fp8, teachers)
     if fp8.recipe == "delayed" and (fp8.first_layers_bf16 or fp8.last_layers_bf16):
         problems.append(
-            "precision.fp8.recipe delayed keeps its scales over all layers: set first_layers_bf16 and last_layers_bf16"
-            " to 0, or take another recipe"
+            "precision.fp8.recipe delayed shares its scales between all layers: set first_layers_bf16 and"
+            " last_layers_bf16 to 0, or take another recipe"
         )
     if fp8.resident and not fp8.teachers:
-        problems.append("precision.fp8.resident keeps FP8 teachers small, but precision.fp8.teachers names none")
+        problems.append("precision.fp8.resident has no effect without precision.fp8.teachers")
     if fp8.resident and not fp8.emulate:
         offloaded = [t.name for t in teachers if t.offload and is_named(t, fp8.teachers)]
         problems += [f"precision.fp8.resident: set offload=false for teacher '{name}'" for name in offloaded]
     if not fp8.is_on:
-        return problems + (["precision.fp8.emulate: nothing is in FP8 to be emulated"] if fp8.emulate else [])
+        return problems + (
+            ["precision.fp8.emulate: nothing is in FP8; set student, teachers or heads"] if fp8.emulate else []
+        )
     if has_adapters and fp8.student != "off":
-        problems.append("precision.fp8.student: adapters (lora.rank) are not in FP8; set one of the two off")
+        problems.append("precision.fp8.student: adapters (lora.rank) do not work in FP8; turn one of the two off")
     if crosses_tokenizers(teachers):
-        problems.append("precision.fp8 is not for teachers with their own tokenizer (teachers.N.tokenizer)")
+        problems.append("precision.fp8 does not support teachers with their own tokenizer (teachers.N.tokenizer)")
     if not fp8.emulate:
         problems += _check_real(precision, student, teachers)
     return problems
 
 
 def is_named(teacher: TeacherConfig, names: list[str]) -> bool:
-    """Whether a list of models means this teacher; `all` means those that the list can be about."""
+    """Whether a list of models names this teacher, or all."""
     return teacher.name in names or ALL in names
 
 
@@ -58,28 +60,28 @@ def _check_names(fp8: Fp8Config, teachers: list[TeacherConfig]) -> list[str]:
     for name in set(fp8.teachers) & set(by_name):
         if by_name[name].backend != "megatron":
             problems.append(
-                f"precision.fp8.teachers: '{name}' is behind servers; ask them for FP8, e.g. servers.args="
+                f"precision.fp8.teachers: '{name}' is behind servers; set FP8 there, e.g. servers.args="
                 "[--quantization, fp8]"
             )
     for name in set(fp8.heads) & set(by_name):
         if by_name[name].carrier != "hidden":
-            problems.append(f"precision.fp8.heads: the head of '{name}' is not applied here (carrier hidden is)")
+            problems.append(f"precision.fp8.heads: '{name}' needs the carrier hidden, or the trainer has no head of it")
     return problems
 
 
 def _check_real(precision: PrecisionConfig, student: StudentConfig, teachers: list[TeacherConfig]) -> list[str]:
-    """What only the emulation can do."""
+    """Settings that only the emulation supports."""
     fp8, problems = precision.fp8, []
     if fp8.student == "forward":
         problems.append(
-            "precision.fp8.student=forward is emulated only: Transformer Engine has a backward pass in bf16 from 2.15"
-            " on, and those for this megatron-core, 2.9 to 2.11, drop what it says of that without a word; set full,"
-            " or off with teachers and heads in FP8, or precision.fp8.emulate=true (docs/fp8.md)"
+            "precision.fp8.student=forward is emulated only: Transformer Engine has a backward pass in bf16 since 2.15,"
+            " but the versions for this megatron-core, 2.9 to 2.11, silently ignore that setting; set full, or off with"
+            " teachers and heads in FP8, or precision.fp8.emulate=true (docs/fp8.md)"
         )
     if fp8.recipe == "delayed" and fp8.teachers:
         problems.append(
-            "precision.fp8.recipe=delayed: Transformer Engine moves scales on in passes with gradients only, so those"
-            " of teachers would stay at 1 for good; set recipe=tensorwise, or precision.fp8.teachers=[]"
+            "precision.fp8.recipe=delayed: Transformer Engine updates scales only in passes with gradients, so those"
+            " of teachers would stay at 1; set recipe=tensorwise, or precision.fp8.teachers=[]"
         )
     if fp8.heads and fp8.recipe != "tensorwise":
         problems.append(

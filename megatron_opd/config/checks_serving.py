@@ -1,4 +1,4 @@
-"""What is wrong about settings of servers, carriers and the losses that they allow; each problem names the setting."""
+"""Problems of servers, carriers and the losses that they allow; each names the setting to change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_opd.config import LossConfig, ParallelConfig, RolloutConfig, Serve
 from megatron_opd.config.rollout_engines import ENGINES, engines_that_take
 
 API_KEY = "MEGATRON_OPD_API_KEY"
-"""Environment variable of the key that servers ask for."""
+"""Environment variable of the servers' key."""
 ADMIN_KEY = "MEGATRON_OPD_ADMIN_KEY"
 """The same for control requests."""
 _SETTINGS_OF = {
@@ -23,7 +23,7 @@ _SETTINGS_OF = {
     "--tensor-parallel-size": "tensor",
     "--dtype": "dtype",
 }
-"""Arguments of servers that we must know about: by another port, they would be waited for in vain."""
+"""Arguments of servers that have a setting here: with another port, say, we would wait on the wrong one."""
 
 
 def check_serving(
@@ -46,7 +46,7 @@ def check_serving(
 
 
 def check_vocabulary(rollout: RolloutConfig, teachers: list[TeacherConfig], size: int) -> list[str]:
-    """What asks for more tokens than the vocabulary of the models has, which would kill a server."""
+    """Settings that ask a server for more tokens than the vocabulary has, which would end it."""
     asked = {"rollout.top_k": rollout.top_k}
     asked |= {f"teachers.{i}.top_k": t.top_k for i, t in enumerate(teachers) if t.carrier == "topk"}
     return [
@@ -101,7 +101,7 @@ def _check_teacher(what: str, teacher: TeacherConfig) -> list[str]:
 
 
 def _check_colocated(rollout: RolloutConfig, teachers: list[TeacherConfig], *, ranks: int) -> list[str]:
-    """What servers on the trainer's own GPUs cannot do."""
+    """Settings that do not go with servers on the trainer's own GPUs."""
     what = "rollout.servers.colocated"
     problems = [
         f"teachers.{i}.servers.colocated: only the student's servers can be; a teacher on the trainer's GPUs is"
@@ -141,23 +141,23 @@ def _check_colocated(rollout: RolloutConfig, teachers: list[TeacherConfig], *, r
 
 
 def _check_loss(loss: LossConfig, teachers: list[TeacherConfig]) -> list[str]:
-    """What the carriers of the teachers allow to be minimised, and how they can be combined."""
+    """Losses and ensembles that the carriers of the teachers do not allow."""
     problems = []
     if loss.kind == "sampled" and loss.beta != 1:
         problems.append(f"loss.kind: sampled is reverse KL, so loss.beta must be 1, not {loss.beta}")
     for i, teacher in enumerate(teachers):
         what = f"teachers.{i}.carrier: {teacher.carrier}"
         if teacher.carrier == "sampled" and loss.kind != "sampled":
-            problems.append(f"{what} needs loss.kind: sampled; for a divergence ask for hidden or topk")
+            problems.append(f"{what} needs loss.kind: sampled; a divergence needs hidden or topk")
         if teacher.carrier != "hidden" and loss.temperature != 1:
             problems.append(
-                f"{what} needs loss.temperature: 1, not {loss.temperature}, because the normaliser of tempered"
-                " probabilities is not known; it is allowed for hidden"
+                f"{what} needs loss.temperature: 1, not {loss.temperature}, because it does not say how"
+                " tempered probabilities sum; it is allowed for hidden"
             )
         if teacher.carrier != "hidden" and loss.ensemble == "logits" and len(teachers) > 1:
             problems.append(
-                f"{what} with several teachers needs loss.ensemble: probs; an average of logits needs all tokens of"
-                " every teacher, which hidden has"
+                f"{what} with several teachers needs loss.ensemble: probs; an average of logits needs"
+                " every teacher's whole distribution (carrier hidden)"
             )
     return problems
 
@@ -170,7 +170,7 @@ def _check_servers(what: str, servers: ServersConfig) -> list[str]:
 
 
 def _check_started(what: str, servers: ServersConfig) -> list[str]:
-    """Of servers that `train` starts."""
+    """Problems of servers that `train` starts."""
     given = {word.partition("=")[0] for word in servers.args}
     problems = [
         f"{what}.args: {option} would show its key to everybody on the machine, in logs and in the recorded settings;"
@@ -208,7 +208,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _wrong_url(url: str) -> str | None:
-    """What is wrong with a server's address; not repeated where it may hold a password."""
+    """The problem with a server's address, without the address where it may hold a password."""
     if "@" in url:
         return f"an address must not hold a user or password; put the key into the environment variable {API_KEY}"
     try:

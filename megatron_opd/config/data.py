@@ -16,23 +16,23 @@ class SourceConfig:
     name: str
     """Name of the source: the key for teacher routing and the column in evaluation tables."""
     path: FilePath
-    """A file, .jsonl (or .jsonl.gz), .json or .parquet, or `hf:` and the name of a data set of the Hugging Face hub."""
+    """File of prompts, .jsonl (or .jsonl.gz), .json or .parquet; or `hf:` and the name of a data set of the Hugging
+    Face hub."""
     weight: Positive = 1.0
     """Share of this source in a batch, relative to the other sources."""
     prompt_field: str = "prompt"
-    """Field of a row that holds the prompt: a text, or messages (`role` and `content`); a.b is field b of field a. A
-    row without it may have `messages`."""
+    """Field of a row with the prompt: a text, or messages (`role` and `content`); a.b is field b of field a. A row
+    without it may have `messages`."""
     answer_field: str = "answer"
-    """Field that holds the reference answer for evaluation; without it, the assistant's last message is the answer."""
+    """Field of a row with the reference answer; without it, the assistant's last message is the answer."""
     subset: str = ""
     """Subset of a data set of the hub (its configuration), e.g. main."""
     split: str = "train"
     """Split of a data set of the hub."""
     reward: str = "exact"
-    """How answers are graded: exact (equal to `answer`), gsm8k (the final number is that of `answer`), math (the
-    mathematics of `answer`, by math-verify), code (passes
-    `tests`, which call `entry_point`), ifeval (follows `instruction_id_list`), or module:function, your own; see
-    docs/rewards.md."""
+    """Grader of answers: exact (equal to `answer`), gsm8k (the final number is that of `answer`), math (the mathematics
+    of `answer`, by math-verify), code (passes `tests`, which call `entry_point`), ifeval (follows
+    `instruction_id_list`), or your own as module:function; see docs/rewards.md."""
 
 
 @section
@@ -40,16 +40,16 @@ class DataConfig:
     """The prompts."""
 
     train: list[SourceConfig]
-    """Sources to sample training prompts from."""
+    """Sources of training prompts."""
     eval: list[SourceConfig] = dataclasses.field(default_factory=list)
-    """Sources to evaluate on, each by its `reward`."""
+    """Sources of evaluation prompts, each with its own `reward`."""
     max_prompt_tokens: AtLeastOne = 1024
-    """Longest prompt in tokens, the chat template's included."""
+    """Longest prompt in tokens, including those of the chat template."""
     on_too_long: Literal["error", "drop"] = "error"
-    """A longer prompt is an error that names its line (error), or is left out and counted (drop)."""
+    """Reaction to a longer prompt: error (the message names its line), or drop (it is left out and counted)."""
     chat_template: FilePath = "none"
-    """none: prompts are texts, given to the model as they are; tokenizer: prompts and messages go through the chat
-    template of the student's tokenizer; anything else: through the template in this file (Jinja)."""
+    """Chat template: none (prompts are texts, which the model reads as they are), tokenizer (the template of the
+    student's tokenizer, for prompts and messages), or a file with a Jinja template."""
     chat_template_options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     """Variables of the chat template, e.g. {enable_thinking: false}."""
     system_prompt: str = ""
@@ -65,24 +65,24 @@ class RewardsConfig:
     """How answers are graded, where a source's reward has a choice."""
 
     code_timeout_s: Positive = 10.0
-    """Seconds in which an answer of the reward code must have passed its tests."""
+    """Longest time in which an answer of the reward code can pass its tests, in seconds."""
     code_memory_mb: AtLeastOne = 512
     """Largest address space of a process that runs an answer, in MiB."""
     code_workers: AtLeastOne = 4
     """Answers of the reward code that one replica tests at a time; each takes up to two processes."""
     thinking: list[str] = dataclasses.field(default_factory=list)
-    """Two markers, what opens a model's thinking and what closes it; only what follows it is graded. Empty: the
+    """Markers that open and close a model's thinking, two of them; only the text behind it is graded. Empty: the
     markers of the student's tokenizer or chat template, [THINK] or <thinking>, else <think> and </think>."""
     ifeval: Literal["prompt", "instruction"] = "prompt"
-    """What the reward ifeval is: 1 for an answer that follows every instruction of its prompt, else 0 (prompt), or the
-    share of them that it follows (instruction)."""
+    """Value of the reward ifeval: prompt (1 for an answer that follows every instruction of its prompt, else 0), or
+    instruction (the share of the instructions that it follows)."""
 
 
 REWARDS = ("exact", "gsm8k", "math", "code", "ifeval")
 
 
 def problem_with_reward(name: str) -> str | None:
-    """Why there cannot be a reward of this name, as far as the name tells."""
+    """Why there is no reward of this name, as far as the name shows."""
     module, colon, function = name.partition(":")
     if name in REWARDS or (
         colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))

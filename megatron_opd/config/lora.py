@@ -7,7 +7,7 @@ import dataclasses
 from megatron_opd.config.section import Count, Positive, section
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What can be adapted, by Hugging Face's names."""
+"""Modules that can be adapted, by Hugging Face's names."""
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 GROUPS = {"qkv": LORA_MODULES[:3], "all-linear": LORA_MODULES}
 """Names for several of them."""
@@ -20,7 +20,7 @@ class LoraConfig:
     rank: Count = 0
     """Rows of A and columns of B in W + alpha / rank * B A; 0: no adapters, every weight is trained."""
     alpha: Positive = 32.0
-    """Scale of what is added, divided by the rank."""
+    """Factor of the adapters' product, divided by the rank."""
     targets: list[str] = dataclasses.field(default_factory=list)
     """Modules with adapters: q_proj, k_proj, v_proj (together qkv), o_proj, gate_proj, up_proj, down_proj, or
     all-linear, which an empty list means too."""

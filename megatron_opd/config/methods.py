@@ -34,7 +34,7 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def about(name: str) -> tuple[str, str]:
-    """What a method is, in a line, and where it comes from."""
+    """A method's description in a line, and its source."""
     what, source = (line.removeprefix("# ") for line in text(name).splitlines()[:2])
     return what, source.removeprefix(_SOURCE)
 

@@ -37,7 +37,7 @@ class ParallelConfig:
 
     @property
     def length_multiple(self) -> int:
-        """What divides the padded length of sequences, so that the ranks of a replica have equal parts of them: two
+        """The divisor of the padded length of sequences, so that the ranks of a replica have equal parts of them: two
         chunks of each context-parallel rank, split over the tensor-parallel ranks with `sequence`."""
         return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence else 1)
 
@@ -54,7 +54,7 @@ class StudentConfig:
     recompute: Recompute = "none"
     """Activation recompute: none, only attention (selective), or every layer (full)."""
     vocab_multiple: AtLeastOne = 1
-    """Pad the vocabulary to a multiple of this; it must make the vocabulary divisible by parallel.tensor."""
+    """Multiple to which the vocabulary is padded; parallel.tensor must divide the padded vocabulary."""
 
 
 @section
@@ -62,34 +62,35 @@ class ServersConfig:
     """SGLang servers of one model: some that run already, or some that `train` starts and ends."""
 
     urls: list[str] = dataclasses.field(default_factory=list)
-    """Addresses of servers that run already, e.g. [http://node7:30000]; empty: start `count` on this machine."""
+    """Addresses of servers that run already, e.g. [http://node7:30000]; empty: `count` servers are started on this
+    machine."""
     count: AtLeastOne = 1
     """Servers to start."""
     tensor: AtLeastOne = 1
-    """Tensor-parallel size of a server (its --tp-size), which is also the GPUs that a started one takes."""
+    """Tensor-parallel size of a server (its --tp-size); a server that is started takes as many GPUs."""
     gpus: list[Count] = dataclasses.field(default_factory=list)
-    """GPUs of started servers, tensor x count of them, in order; empty: all that are visible, counted from 0."""
+    """GPUs of started servers, tensor x count of them, in order; empty: all visible ones, counted from 0."""
     colocated: bool = False
-    """The servers are on the trainer's GPUs, and give their memory back while it scores and trains. For the student's
-    servers only, with rollout.sync tensor (one machine) or disk; running ones need --enable-memory-saver."""
+    """Servers on the trainer's GPUs, which give their memory back while it scores and trains. Only the student's
+    servers can do this, with rollout.sync tensor (one machine) or disk; running servers need --enable-memory-saver."""
     host: str = "127.0.0.1"
     """Address that started servers bind to; anything but loopback needs a key in MEGATRON_OPD_API_KEY."""
     port: Annotated[int, bound(ge=1, le=65535)] = 30000
     """First port of started servers; each next one takes the next free port."""
     python: FilePath = ".venv-sglang/bin/python"
-    """Python of the environment that has SGLang, for starting servers (`make sglang` makes one without a GPU)."""
+    """Python of the environment with SGLang, which starts the servers (`make sglang` makes one without a GPU)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type in which started servers compute; auto: student.dtype for the student's, config.json's for a teacher's."""
     args: list[str] = dataclasses.field(default_factory=list)
     """More arguments of sglang.launch_server, e.g. [--mem-fraction-static, "0.8"]."""
     start_timeout_s: Positive = 1800.0
-    """Seconds in which a started server must be ready."""
+    """Longest time until a started server is ready, in seconds."""
     request_timeout_s: Positive = 600.0
-    """Seconds in which a server must answer a request; one that does not counts as failed."""
+    """Longest time of a request, in seconds; a server that has not answered by then counts as failed."""
     retries: Count = 3
-    """Times that a failed request is sent again, to another server where there is one, with growing pauses."""
+    """Further attempts of a failed request, at another server where there is one, with growing pauses."""
     max_in_flight: AtLeastOne = 256
-    """Requests that are with one server at a time; the rest wait here."""
+    """Largest number of requests at one server at a time; the others wait."""
     patience_s: Positive = 60.0
     """Seconds to wait for one of the servers to come back when none is left; then requests fail at once."""
 
@@ -103,36 +104,39 @@ class TeacherConfig:
     model: FilePath
     """Hugging Face directory of the teacher."""
     tokenizer: Literal["student", "own"] = "student"
-    """student: the teacher's tokenizer must be the student's; own: it reads the same text in its own tokens, and the
-    section cross_tokenizer says how the two are compared."""
+    """Tokenizer of the teacher: student (it must be the same one), or own (the teacher reads the same text in its own
+    tokens, and the section cross_tokenizer says how the two are compared)."""
     weight: NotNegative = 1.0
     """Weight in the ensemble for every prompt source not listed in `sources`; weights are normalised per source."""
     sources: dict[str, NotNegative] = dataclasses.field(default_factory=dict)
-    """Weight by prompt source (routing): 0 means that this teacher is never asked about that source."""
+    """Weights by prompt source (routing); with 0 the teacher does not score that source."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the teacher's weights and activations."""
     offload: bool = False
     """Keep the weights in host memory while the teacher is not scoring (no effect without a GPU)."""
     prefetch: bool = True
-    """With offload: fetch the weights while the teacher before this one scores, when both are on the GPU; false: only
-    when that one has gone."""
+    """With offload: fetch the weights while the teacher before this one scores, so that both are on the GPU; false:
+    fetch them when that one has left it."""
     backend: Literal["megatron", "sglang"] = "megatron"
-    """megatron: on the trainer's own ranks; sglang: behind the servers of `servers`, which have `model` loaded."""
+    """Place of the teacher: megatron (the trainer's own ranks), or sglang (the servers of `servers`, which have `model`
+    loaded)."""
     servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
-    """Where the teacher is served (backend sglang)."""
+    """Servers of the teacher (backend sglang)."""
     carrier: Literal["hidden", "topk", "sampled"] = "hidden"
-    """What a teacher tells about a token: hidden states (exact), its top_k with their log-probabilities, or the sampled
-    token's alone; megatron teachers are always exact, so they have hidden."""
+    """Form of the teacher's output for a token: hidden (its hidden state, which is exact), topk (the top_k likeliest
+    tokens and their log-probabilities), or sampled (the log-probability of the sampled token alone). Teachers of the
+    backend megatron have hidden only."""
     top_k: AtLeastOne = 64
-    """Log-probabilities a token of the carrier topk; the sampled token is always one of them."""
+    """Log-probabilities for each token with the carrier topk; the sampled token is always one of them."""
     on_failure: Literal["fail", "renormalise"] = "fail"
-    """When no server of it answers: save and stop, or go on with the other teachers, weights raised to sum to 1."""
+    """Reaction when none of its servers answers: fail (save and stop), or renormalise (go on with the other teachers,
+    whose weights are raised to sum to 1)."""
     prompt_field: str = ""
-    """Field of a row with the prompt that this teacher sees instead of the student's, a text or messages (privileged
+    """Field of a row with a prompt of this teacher's own, a text or messages, in place of the student's (privileged
     information, self-distillation); a.b is field b of field a. Empty: the student's prompt."""
     prompt_template: str = ""
-    """The same, made from the row: a Jinja template of its fields, `prompt` and `answer` among them, e.g.
-    "{{ prompt }} Reference: {{ answer }}". It stands in place of the row's prompt, or of its last message."""
+    """Jinja template of a prompt of this teacher's own, with the fields of the row, `prompt` and `answer` among them,
+    e.g. "{{ prompt }} Reference: {{ answer }}". It stands in place of the row's prompt, or of its last message."""
 
     @property
     def is_served(self) -> bool:

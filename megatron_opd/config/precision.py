@@ -10,19 +10,20 @@ from megatron_opd.config.section import AtLeastOne, Count, Positive, section
 
 @section
 class Fp8Config:
-    """FP8 matrix products. Each part is on its own; what is not named computes in its model's dtype."""
+    """FP8 matrix products. Each part is chosen by itself; all others compute in their model's dtype."""
 
     student: Literal["off", "forward", "full"] = "off"
-    """The student's layers: forward is FP8 in the forward pass alone (the backward pass uses the rounded operands, its
-    gradients stay in student.dtype; emulate only), full is FP8 in both."""
+    """FP8 of the student's layers: off, forward (in the forward pass alone; the backward pass uses the rounded
+    operands, and its gradients stay in student.dtype; needs emulate), or full (in both passes)."""
     teachers: list[str] = dataclasses.field(default_factory=list)
     """Names of the in-process teachers whose layers compute in FP8; [all]: every one of them."""
     heads: list[str] = dataclasses.field(default_factory=list)
-    """Models whose output head computes in FP8: student, names of teachers that tell hidden states, or [all]. On a
-    device by the recipe tensorwise alone, and a teacher's head then stays in FP8, whatever resident says."""
+    """Models whose output head computes in FP8: student, names of teachers with the carrier hidden, or [all]. Without
+    emulate this needs the recipe tensorwise, and a teacher's head stays in FP8, whatever resident says."""
     recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
-    """Scales: tensorwise, one a tensor from its own values; delayed, one from earlier passes; blockwise, one for
-    1x128 activations and 128x128 weights; mxfp8, a power of two for 1x32 (Blackwell)."""
+    """Recipe of the scales: tensorwise (one a tensor, from its own values), delayed (one a tensor, from earlier
+    passes), blockwise (one for 1x128 activations and 128x128 weights), or mxfp8 (a power of two for 1x32;
+    Blackwell)."""
     first_layers_bf16: Count = 0
     """Layers at the start of each model that stay in its dtype (not with delayed)."""
     last_layers_bf16: Count = 0
@@ -35,7 +36,7 @@ class Fp8Config:
     """Largest KL(without FP8||with FP8) of a teacher, the ensemble or the student, as a share of the KL between
     student and teachers that is to be learned, measured on held-out answers before the first step."""
     on_exceed: Literal["refuse", "warn"] = "refuse"
-    """What happens above max_kl_ratio: the run stops before it trains, or says so and goes on."""
+    """Reaction above max_kl_ratio: refuse (the run stops before it trains), or warn."""
     check_prompts: AtLeastOne = 32
     """Prompts answered for that measurement, from data.eval, or data.train where there is none."""
 
@@ -55,6 +56,7 @@ class PrecisionConfig:
     """FP8, and whose layers are used on a GPU."""
 
     layers: Literal["auto", "local"] = "auto"
-    """auto: Transformer Engine's layers where it and CUDA are there, else Megatron's own; local: Megatron's own."""
+    """Implementation of the layers: auto (Transformer Engine's where it and CUDA are there, else Megatron's own), or
+    local (Megatron's own)."""
     fp8: Fp8Config = dataclasses.field(default_factory=Fp8Config)
     """FP8 matrix products."""

@@ -1,4 +1,4 @@
-"""Settings and choices that there were, and what to write instead."""
+"""Settings and choices of earlier versions, and what to write instead."""
 
 from __future__ import annotations
 

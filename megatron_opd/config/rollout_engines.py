@@ -13,7 +13,7 @@ EngineName = Literal["local", "sglang"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineTraits:
-    """What an engine needs and can do."""
+    """An engine's needs and abilities."""
 
     is_served: bool = False
     """Whether it samples from the servers of `rollout.servers`, which are started before the ranks."""

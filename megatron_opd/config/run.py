@@ -13,18 +13,18 @@ class RunConfig:
 
     dir: FilePath
     """Directory of the run: checkpoints, metrics, logs, export. The same command on the same directory resumes.
-    Settings may change then, and train.log says which did, but not the student (student.model, student.dtype, lora) nor
-    optim.distributed, and the contents of data.train only with data.on_change."""
+    Settings may change in between, and train.log lists the changes; the student (student.model, student.dtype, lora)
+    and optim.distributed may not, and the contents of data.train only with data.on_change."""
     seed: Annotated[int, bound(gt=-(2**62), lt=2**62)] = 1234
-    """Seeds the order of prompts, every sampled token and dropout: same seed, same numbers."""
+    """Seed of the order of prompts, of every sampled token and of dropout: the same seed gives the same numbers."""
     deterministic: bool = False
-    """The same numbers bit for bit on GPUs too, from the same seed in the same layout, with slower kernels there; on a
-    CPU they always are. Servers need --enable-deterministic-inference in servers.args for it."""
+    """Bitwise repeatable numbers on GPUs too, for one seed and one layout, with slower kernels; CPUs always give them.
+    Servers also need --enable-deterministic-inference in servers.args."""
     timeout_s: Positive = 1800.0
-    """Seconds a rank waits for another one in a collective before the run stops with an error."""
+    """Longest wait of a rank for another one in a collective, in seconds; then the run stops with an error."""
     max_restarts: Count = 0
-    """Times that `megatron-opd launch` and Slurm jobs start the run again from its newest checkpoint after a failure;
-    `train` never does. `launch` and `serve` start servers that have ended again as often, while the others go on."""
+    """Number of times that `megatron-opd launch` and Slurm jobs start a failed run again from its newest checkpoint;
+    `train` never does. `launch` and `serve` restart a server that has ended as often, while the others go on."""
 
 
 @section
@@ -32,31 +32,34 @@ class TrainConfig:
     """The loop."""
 
     steps: AtLeastOne
-    """Steps of the whole run: answers are sampled, scored and trained on, in minibatches x epochs updates."""
+    """Steps of the whole run. A step samples answers, scores them, and trains on them in minibatches x epochs
+    updates."""
     micro_batch_size: AtLeastOne = 8
     """Sequences in one forward pass of one replica; gradients accumulate over the micro-batches of a step."""
     packing: bool = False
-    """Let the sequences of a micro-batch go through student and in-process teachers as one row, without padding between
-    them; the share of padding that goes through the student is `batch/padding` in the metrics."""
+    """Packing: the sequences of a micro-batch go through the student and the in-process teachers as one row, without
+    padding between them. The metric `batch/padding` is the share of padding in what the student computes."""
     minibatches: AtLeastOne = 1
-    """Parts into which the answers of a step are cut, in order, with an update of the weights for each."""
+    """Parts into which the answers of a step are cut, in order; each part is one update of the weights."""
     epochs: AtLeastOne = 1
-    """Times that the answers of a step are trained on."""
+    """Passes over the answers of a step."""
     measure_after: bool = False
-    """Also measure the divergences on the step's answers after the update (one more forward pass)."""
+    """Measure the divergences on the step's answers again after the update (one more forward pass)."""
     eval_every: Count = 0
-    """Evaluate every this many steps, and before the first and after the last; 0: never."""
+    """Steps between evaluations; the first one is before the first step, the last one after the last. 0: no
+    evaluation."""
     eval_samples: AtLeastOne = 1
-    """Above 1: also draw this many answers to each evaluation prompt at rollout.temperature, for avg@k and pass@k."""
+    """Answers drawn to each evaluation prompt at rollout.temperature, for avg@k and pass@k; 1: the greedy answer
+    alone."""
     eval_nll: bool = False
-    """Also measure the cross-entropy of the reference answers of data.eval under the student, where rows have one; what
-    is longer than rollout.max_new_tokens is cut there."""
+    """Evaluate the cross-entropy of the reference answers of data.eval under the student too, where rows have one.
+    Answers longer than rollout.max_new_tokens are cut there."""
     eval_teachers: bool = False
-    """Also measure each teacher's own accuracy once, before the first step (loads it whole on one rank)."""
+    """Evaluate each teacher's own accuracy too, once before the first step (loads it whole on one rank)."""
     save_every: Count = 0
-    """Save a checkpoint every this many steps and after the last; 0: only after the last."""
+    """Steps between checkpoints; there is always one after the last step. 0: only that one."""
     keep_last: AtLeastOne = 2
-    """Complete checkpoints kept; older ones are removed after a newer one is complete."""
+    """Complete checkpoints to keep; an older one is removed when a newer one is complete."""
     resume_from: Literal["newest", "newest-valid"] = "newest"
     """Checkpoint that a run continues from. A damaged newest one is an error that names the next older one that is
     whole; with newest-valid the run goes on from that, and keeps what it passes over as `step_….damaged`."""
@@ -64,7 +67,7 @@ class TrainConfig:
     """Hash the files of a checkpoint when it is saved, and compare them before it is loaded: each time one more reading
     of all of it, shared by the ranks. Without, only sizes are recorded and compared."""
     max_skipped: Count = 10
-    """Steps in a row that are skipped where loss or gradient is not finite; one more ends the run (0: the first)."""
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
     export: bool = True
     """Write the final student as a Hugging Face directory, <run.dir>/hf."""
 
@@ -85,7 +88,7 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay from lr to min_lr over train.steps, an update at a time."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up; as the decay, counted in updates where a step has several."""
+    """Steps of linear warm-up, counted in updates, like the decay, where a step has several."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
     beta1: Annotated[float, bound(ge=0, lt=1)] = 0.9
@@ -97,8 +100,9 @@ class OptimConfig:
     clip_grad: NotNegative = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     initial_loss_scale: Annotated[float, bound(ge=1)] = 4096.0
-    """Factor of the loss in the backward pass of an fp16 student, at first: halved, and the step skipped, where a
-    gradient overflows, doubled after 1,000 steps without. The norm is logged, and clipped, without it."""
+    """Factor of the loss in the backward pass of an fp16 student at the start. It is halved, and the step skipped, when
+    a gradient overflows, and doubled after 1,000 steps without an overflow. The gradient norm is logged and clipped
+    without it."""
     distributed: bool = True
     """Shard optimizer state over data-parallel replicas (Megatron's distributed optimizer)."""
 
@@ -114,7 +118,7 @@ class LogConfig:
     wandb_project: str = "megatron-opd"
     """Project name for Weights & Biases."""
     completions_every: Count = 0
-    """Write answers of a training step to <run.dir>/completions.jsonl (and a table of W&B) every this many steps; 0:
-    never."""
+    """Steps between tables of answers: those of one training step go to <run.dir>/completions.jsonl (and to a table of
+    W&B). 0: no tables."""
     completions: AtLeastOne = 32
-    """Answers that are written then, the first ones of the step."""
+    """Answers in such a table, the first ones of the step."""

@@ -1,4 +1,4 @@
-"""What makes a class a section of the config, and the bounds that its settings can have."""
+"""The decorator that makes a class a section of the config, and the bounds that its settings can have."""
 
 from __future__ import annotations
 

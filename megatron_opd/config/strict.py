@@ -9,7 +9,8 @@ _YES, _NO = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
 
 
 def what_to_write(kind: str, value: Any) -> str:
-    """What to write instead of `value`, as the end of an error; empty where the error says it. `kind` is pydantic's."""
+    """The end of an error that says what to write instead of `value`; empty where the error says it. `kind` is
+    pydantic's."""
     match kind:
         case "int_type" | "int_from_float" | "int_parsing":
             number = _number(value)

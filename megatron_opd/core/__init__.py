@@ -1,1 +1,1 @@
-"""What everything else stands on: the types that travel, batching, the sharded vocabulary, the grid of ranks."""
+"""The base of everything else: the types that travel, batching, the sharded vocabulary, the grid of ranks."""

@@ -110,9 +110,7 @@ def _packed(
         behaviour_logp_T=logp_T,
         weights_TN=weights_TN,
         teachers=told,
-        distill_T=torch.ones_like(logp_T),
-        advantage_T=torch.zeros_like(logp_T),
-        sft_T=torch.zeros_like(logp_T),
+        weights_T={"distill": torch.ones_like(logp_T)},
         on_policy_T=torch.ones_like(logp_T, dtype=torch.bool),
     )
 
@@ -147,8 +145,8 @@ def _weights(rollouts: Sequence[Rollout], weights: EnsembleWeights) -> torch.Ten
 
 def select(batch: MicroBatch, keep_T: torch.Tensor) -> MicroBatch:
     """The micro-batch with some of its learnt tokens (bool) only."""
-    by_token = ("sequence_T", "predicted_at_T", "targets_T", "behaviour_logp_T", "weights_TN")
-    by_token += ("distill_T", "advantage_T", "sft_T", "on_policy_T")
+    by_token = ("sequence_T", "predicted_at_T", "targets_T", "behaviour_logp_T", "weights_TN", "on_policy_T")
     kept = {name: getattr(batch, name)[keep_T] for name in by_token}
+    weights_T = {term: weight_T[keep_T] for term, weight_T in batch.weights_T.items()}
     teachers = tuple(None if score is None else score.at(keep_T) for score in batch.teachers)
-    return replace(batch, teachers=teachers, **kept)
+    return replace(batch, teachers=teachers, weights_T=weights_T, **kept)

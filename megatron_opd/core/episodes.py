@@ -1,4 +1,4 @@
-"""Which rollouts are one episode: its trajectories follow each other in a list, the first one with `part` 0."""
+"""Episodes in a list of rollouts: an episode's trajectories follow each other, the first one with `part` 0."""
 
 from __future__ import annotations
 

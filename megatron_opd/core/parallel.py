@@ -76,7 +76,7 @@ class Parallel:
 
     @property
     def counts_whole(self) -> bool:
-        """Of the ranks that know the same of their replica's whole micro-batches, the one that counts in sums."""
+        """Whether this rank counts in sums, among those that hold the same micro-batches of their replica whole."""
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
     def share(self, compute: Callable[[], _T]) -> _T:

@@ -1,4 +1,4 @@
-"""What parts expect of each other: a rollout engine, an output head, anything that counts and is closed.
+"""The protocols of the parts: a rollout engine, an output head, anything that counts and is closed.
 
 Teachers' scorers, weight transports and launchers have theirs in their own rooms (docs/design.md lists all seams).
 """
@@ -16,14 +16,14 @@ OnFinished: TypeAlias = Callable[[Rollout], None]
 
 
 class Lost(RuntimeError):
-    """What the run needs is gone for good, for instance its servers: all ranks save what is trained, and stop."""
+    """The run lost something that it needs, its servers for instance: all ranks save what is trained, and stop."""
 
 
 class Part(Protocol):
     """Something that works for the loop and may have things of its own running."""
 
     def metrics(self) -> dict[str, float]:
-        """What happened since the last call, to be summed over replicas."""
+        """Counts since the last call, to be summed over replicas."""
 
     def close(self) -> None:
         """End what runs beside the caller; requests under way fail."""

@@ -1,4 +1,4 @@
-"""What a teacher says about tokens, a class for each carrier (`teachers.N.carrier`).
+"""A teacher's scores of tokens, a class for each carrier (`teachers.N.carrier`).
 
 A class owns everything that depends on the form: how rollouts' scores become one micro-batch's, what is left of some
 tokens, what the loss can read from it, and which numbers to look at when a loss is not finite. A further carrier is a
@@ -19,7 +19,7 @@ import torch
 
 _T = TypeVar("_T", covariant=True)
 TokenRows: TypeAlias = slice | torch.Tensor
-"""Which tokens: a range, their indices, or a mask."""
+"""Some tokens: a range, their indices, or a mask."""
 
 
 class OwnHead(Protocol):
@@ -31,7 +31,7 @@ class OwnHead(Protocol):
     shape: torch.Size
     """[L, D]."""
     dtype: torch.dtype
-    """Of hidden states and logits."""
+    """Type of hidden states and logits."""
     device: torch.device
 
     def logits(self, hidden_CD: torch.Tensor, out_CL: torch.Tensor | None = None) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Reader(Protocol[_T]):
 
 
 class TeacherScore(Protocol):
-    """What a teacher says about one rollout; in a micro-batch about all its tokens, so R is T there."""
+    """A teacher's score of one rollout; in a micro-batch of all its tokens, so R is T there."""
 
     level: ClassVar[Level]
     is_hidden: ClassVar[bool]
@@ -81,7 +81,7 @@ class TeacherScore(Protocol):
         `learnt_ids` are the rollouts' tokens. None on a rank that does not compute the loss."""
 
     def at(self, rows: TokenRows) -> TeacherScore | None:
-        """What it says about some tokens; None where it has no part that is about tokens of the student."""
+        """The score of some tokens; None where it has no part for single tokens of the student."""
 
     def hidden(self) -> torch.Tensor | None:
         """Hidden states of all tokens [T, D], where `is_hidden`, on ranks that compute the loss."""

@@ -1,4 +1,4 @@
-"""What travels between the parts: prompts, rollouts and micro-batches; `scores.py` has what teachers say.
+"""The data that travels between the parts: prompts, rollouts and micro-batches; `scores.py` has the teachers' scores.
 
 Shapes: R learnt tokens of one rollout, T learnt tokens of a micro-batch, B sequences, S padded length,
 N teachers.
@@ -6,8 +6,9 @@ N teachers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, Literal
 
@@ -25,12 +26,13 @@ class Prompt:
     index: int
     """Line or row of the source (from 0); with `source` it identifies the row."""
     text: str
-    """What the row asks; of messages, the last one's content. Templates and special tokens are only in `token_ids`."""
+    """Text of the prompt; the last message's content where the row has messages. Templates and special tokens are only
+    in `token_ids`."""
     token_ids: tuple[int, ...]
     answer: str | None = None
     """Reference answer, where the source's reward needs one; for `exact` the text that a right response decodes to."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What else of its row the source's reward needs, as it is in the file."""
+    """Other fields of its row that the source's reward needs, as they are in the file."""
     answer_ids: tuple[int, ...] = ()
     """`answer` as a response, its end-of-sequence token included; only where runs train on
     answers of the data set, or measure their cross-entropy."""
@@ -41,8 +43,14 @@ class Prompt:
 
     @property
     def group(self) -> tuple[str, int, int]:
-        """What the answers to one draw of the row have in common: they are compared with each other."""
+        """The key that the answers to one draw of the row share: they are compared with each other."""
         return self.source, self.index, self.repeat
+
+    def seen_by(self, teacher: str) -> Prompt:
+        """The prompt with the token ids that the teacher of this name sees: its own where it has some
+        (`teachers.N.prompt_field`, `prompt_template`), else these."""
+        ids = self.teacher_ids.get(teacher)
+        return self if ids is None else replace(self, token_ids=ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +66,12 @@ class Sampling:
     seed: int = 0
     """Every token's random number follows from (seed, prompt, sample), the prompt's `repeat` included, so it does not
     depend on layout or batching."""
+
+    def seed_of(self, prompt: Prompt, sample: int) -> int:
+        """The seed of one answer's random numbers in any engine, in [0, 2^63)."""
+        again = f"/repeat {prompt.repeat}" if prompt.repeat else ""
+        text = f"{self.seed}/{prompt.source}/{prompt.index}/{sample}{again}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +90,9 @@ class Rollout:
 
     prompt: Prompt
     sample: int
-    """Which of the prompt's samples this is, from 0."""
+    """Number of this sample among the prompt's, from 0."""
     part: int = 0
-    """Which of its episode's trajectories this is, from 0."""
+    """Number of this trajectory in its episode, from 0."""
     token_ids: tuple[int, ...]
     """All tokens behind the prompt."""
     learnt: tuple[bool, ...]
@@ -112,13 +126,19 @@ class Rollout:
         """R."""
         return len(self.logps)
 
+    def seen_by(self, teacher: str) -> Rollout:
+        """The same tokens behind the prompt that the teacher of this name sees: self-distillation with privileged
+        information (Snell et al. 2022, arXiv:2209.15189, call it context distillation)."""
+        prompt = self.prompt.seen_by(teacher)
+        return self if prompt is self.prompt else replace(self, prompt=prompt)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """Right-padded sequences for one forward pass, and everything the loss needs about their T learnt tokens.
 
-    Every field is filled. Neutral values (weights of 1, advantages of 0) stand where nothing special is wanted; which
-    terms a loss has is the objective's matter.
+    Every field is filled. Distillation has weight 1 where nothing special is wanted; which terms a loss has is the
+    objective's matter.
     """
 
     tokens_BS: torch.Tensor
@@ -140,16 +160,22 @@ class MicroBatch:
     weights_TN: torch.Tensor
     """float32; ensemble weights of the teachers, rows summing to 1; 0 where a teacher was not asked."""
     teachers: tuple[TeacherScore | None, ...]
-    """What each of the N teachers says about the T tokens, fillers where its weight is 0; None for a teacher that was
+    """Score of the T tokens by each of the N teachers, with fillers where its weight is 0; None for a teacher that was
     asked about none of them, and for hidden states on ranks that do not compute the loss."""
-    distill_T: torch.Tensor
-    """float32; weight of the distillation term at each token."""
-    advantage_T: torch.Tensor
-    """float32; advantage of each token, its share in the mean included."""
-    sft_T: torch.Tensor
-    """float32; weight of the cross-entropy -log q(y) at each token."""
+    weights_T: Mapping[str, torch.Tensor]
+    """float32; by the name of a loss term, its weight at each token: `distill`, `sft` (cross-entropy), and `policy`
+    (the advantage). Shares in means are included. A term without an entry has weight 0."""
     on_policy_T: torch.Tensor
     """bool; whether the student sampled the token."""
+
+    def weight(self, term: str) -> torch.Tensor:
+        """The weights of a term of the loss, [T]."""
+        weight_T = self.weights_T.get(term)
+        return torch.zeros_like(self.behaviour_logp_T) if weight_T is None else weight_T
+
+    def weighing(self, **weights_T: torch.Tensor) -> MicroBatch:
+        """The micro-batch with other weights [T] of the terms of these names."""
+        return replace(self, weights_T={**self.weights_T, **weights_T})
 
     @property
     def model_shape(self) -> tuple[int, int]:

@@ -3,8 +3,8 @@
     p = ensemble(what teachers told, weights)      q = softmax(student logits / τ)
     loss = Σ_tokens w D_β(p, q)                    or, of the sampled token alone, `divergences.py`, `estimators.py`
 
-with w the micro-batch's `distill_T`. What p is made of, and over which outcomes, is in `targets.py`. A teacher's
-distribution exists only there, for `chunk_tokens` tokens, on the rank that owns the vocabulary shard. The gradient with
+with w the micro-batch's weights of `distill`. What p is made of, and over which outcomes, is in `targets.py`. A
+teacher's distribution exists only there, for `chunk_tokens` tokens, on the rank that owns the shard. The gradient with
 respect to the logits is computed with the loss, chunk by chunk, so nothing of a chunk is kept for the backward pass but
 that gradient, and the backward pass does no collective.
 
@@ -13,7 +13,7 @@ Shape suffixes: T response tokens of a micro-batch, C tokens of a chunk, L local
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,12 +22,11 @@ from megatron_opd.core.batching import select
 from megatron_opd.core.scores import CARRIERS, Head, Level, TokenRows
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss import compared, divergence, importance, reverse_kl, sampled_reverse_kl
-from megatron_opd.loss.compared import Compared
+from megatron_opd.loss import divergence, importance, reverse_kl, sampled_reverse_kl
 from megatron_opd.loss.estimators import k2, k3
 from megatron_opd.loss.from_hidden import exact_loss
-from megatron_opd.loss.fused import FactoredLogits, Logits
-from megatron_opd.loss.metrics import Columns, sums
+from megatron_opd.loss.fused import FactoredLogits, Logits, LossSpec
+from megatron_opd.loss.metrics import Columns, Compared, comparison, comparison_names, sums
 from megatron_opd.loss.targets import Target, Targets
 from megatron_opd.loss.term import Chunk, TermResult, of_chunks
 from megatron_opd.loss.told import StudentLogps, chunks
@@ -48,11 +47,22 @@ class Distillation:
     heads: tuple[Head | None, ...]
     """By teacher: the output-head rows of this shard [L, D_n] in the teacher's dtype; None for one that does not tell
     hidden states, and on ranks that do not compute the loss."""
+    spec: LossSpec = field(init=False)
+    """The divergence and the metrics, as the fused loss is asked for them."""
+
+    def __post_init__(self) -> None:
+        """The settings as the fused loss reads them."""
+        config = self.config
+        spec = LossSpec(
+            config.beta, config.temperature, config.ensemble, len(self.teachers),
+            by_teacher=True, sampling_temperature=self.sampling_temperature, divergence=config.divergence,
+        )  # fmt: skip
+        object.__setattr__(self, "spec", spec)
 
     def metric_names(self) -> list[str]:
         """As `TeacherTerm`."""
         return [
-            *compared.metric_names(self._names),
+            *comparison_names(self._names),
             *(f"topk/{name}/{what}" for name in self._list_sizes for what in ("mass_outside", "overlap")),
             *(("importance/mean", "importance/capped_frac") if self.config.kind == "sampled" else ()),
         ]
@@ -72,14 +82,16 @@ class Distillation:
         return self.config.kind == "distribution" and all(CARRIERS[t.carrier].is_hidden for t in self.teachers)
 
     def __call__(self, batch: MicroBatch, student: Logits) -> TermResult:
-        """The term at all tokens; those that no teacher is asked about, whose `distill_T` is 0, have no part in it.
+        """The term at all tokens; those that no teacher is asked about, whose weight is 0, have no part in it.
 
         `student` are the student's logits at `batch.predicted_at_T`, or their factors; with gradients on, logits may be
         overwritten.
         """
         asked_T = (batch.weights_TN > 0).any(-1)
-        if bool(asked_T.all()):
-            return self._at_all(batch, student)
+        return self._at_all(batch, student) if bool(asked_T.all()) else self._at_some(batch, student, asked_T)
+
+    def _at_some(self, batch: MicroBatch, student: Logits, asked_T: torch.Tensor) -> TermResult:
+        """The term where teachers are asked about some tokens (bool) only."""
         loss_T = torch.zeros(len(asked_T), dtype=torch.float64, device=asked_T.device)
         if not bool(asked_T.any()):
             rows = student.hidden_TD if isinstance(student, FactoredLogits) else student
@@ -119,9 +131,11 @@ class Distillation:
     def _at_all(self, batch: MicroBatch, student: Logits) -> TermResult:
         """The term where teachers are asked about every token."""
         if len(batch.targets_T) and self.takes_hidden:
-            settings = self.config, self.sampling_temperature, self.vocab, self.heads
-            loss, found = exact_loss(*settings, batch, student)
-            return TermResult(loss, found.loss_C, sums(compared.columns(found, self._names, batch)))
+            chunk_tokens, backend = self.config.chunk_tokens, self.config.backend
+            loss, found = exact_loss(
+                self.spec, self.vocab, self.heads, batch, student, chunk_tokens=chunk_tokens, backend=backend
+            )
+            return TermResult(loss, found.loss_C, sums(comparison(found, self._names, batch)))
         assert isinstance(student, torch.Tensor), "logits are needed where a teacher tells less than hidden states"
         parts = chunks(batch, self.config.chunk_tokens)
         return of_chunks(student, (self._chunk(batch, student[rows].detach(), rows, level) for level, rows in parts))
@@ -134,7 +148,7 @@ class Distillation:
         target = targets.at(batch, rows, level)
         student = targets.student(student_CL, batch.targets_T[rows], target)
         loss_C, weights = self._loss(batch, student, target, rows)
-        loss_C = loss_C * batch.distill_T[rows]
+        loss_C = loss_C * batch.weight("distill")[rows]
         grad_CL = torch.autograd.grad(loss_C.sum(), logits_CL)[0] if torch.is_grad_enabled() else None
         with torch.no_grad():
             found = Compared(
@@ -144,7 +158,7 @@ class Distillation:
                 target.sampled_C,
                 self._at_sampling_temperature(batch, logits_CL, student, rows),
             )
-            its = compared.columns(found, self._names, batch, rows)
+            its = comparison(found, self._names, batch, rows)
             return rows, grad_CL, loss_C, {**its, **self._lists(batch, student, target, rows), **weights}
 
     def _loss(

@@ -33,7 +33,8 @@ class Outcomes:
 
     @classmethod
     def union(cls, lists: Sequence[tuple[torch.Tensor, torch.Tensor]], vocab: VocabShard) -> Outcomes:
-        """Of teachers' ids [T, K_n] where each was asked, bool [T]. Ids outside the vocabulary are left out."""
+        """The union of teachers' ids [T, K_n], each where it was asked, bool [T]. Ids outside the vocabulary are left
+        out."""
         valid = [
             ids_TK.masked_fill(~asked_T[:, None] | (ids_TK < 0) | (ids_TK >= vocab.size), vocab.size)
             for ids_TK, asked_T in lists
@@ -49,7 +50,7 @@ class Outcomes:
         return VocabShard.whole(self.ids_TU.shape[-1] + 1)
 
     def exist(self) -> torch.Tensor:
-        """Which outcomes there are at each token, bool [T, O]."""
+        """Mask of the outcomes that exist at each token, bool [T, O]."""
         listed_TU = self.ids_TU < self.vocab.size
         return torch.cat([listed_TU, listed_TU.sum(-1, keepdim=True) < self.vocab.size], dim=-1)
 
@@ -70,7 +71,7 @@ class Outcomes:
         return torch.cat([listed_TU, rest_T[:, None]], dim=-1)
 
     def normalised(self, logp_TO: torch.Tensor) -> torch.Tensor:
-        """What outcomes that exist hold of a distribution, as a distribution (floors add up to 1e-6)."""
+        """A distribution over the outcomes that exist, scaled to sum to 1 (floors add up to 1e-6)."""
         return self.space.log_softmax(logp_TO.masked_fill(~self.exist(), PADDING_LOGP))
 
 

@@ -1,6 +1,6 @@
 """The loss of a run: the sum of its terms at the learnt tokens of a micro-batch.
 
-    loss = Σ_tokens   w D(teachers, student)       `distillation`, always; its weights are `distill_T`
+    loss = Σ_tokens   w D(teachers, student)       `distillation`, always
                     + terms of `sampled`           policy gradient, cross-entropy: `sampled_tokens.py`
 
 The distillation and the sampled terms together each make their gradient with respect to the logits in the forward pass;
@@ -63,8 +63,9 @@ class Objective:
         return self._total(batch, student).loss_T
 
     def _total(self, batch: MicroBatch, student: Logits) -> TermResult:
-        if not self.sampled:
-            return self.distillation(batch, student)
+        return self._with_sampled(batch, student) if self.sampled else self.distillation(batch, student)
+
+    def _with_sampled(self, batch: MicroBatch, student: Logits) -> TermResult:
         assert isinstance(student, torch.Tensor), "the terms of sampled tokens need logits"
         base = self.distillation
         how = {"sampling_temperature": base.sampling_temperature, "chunk_tokens": base.config.chunk_tokens}

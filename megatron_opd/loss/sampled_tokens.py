@@ -24,7 +24,7 @@ from megatron_opd.loss.term import StudentTokens, TermResult, TokenTerm, of_chun
 
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
-    """Advantages times log-probabilities, by ratios to the sampler (`MicroBatch.advantage_T`)."""
+    """Advantages times log-probabilities, by ratios to the sampler; the advantages are the weights of `policy`."""
 
     how: PolicyConfig
 
@@ -35,8 +35,8 @@ class PolicyGradient:
     def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[torch.Tensor, Columns]:
         """As `TokenTerm`."""
         logp_C = student.sampled(student.sampling_temperature)
-        behaviour_C, advantage_C, own_C = batch.behaviour_logp_T[rows], batch.advantage_T[rows], batch.on_policy_T[rows]
-        loss_C, ratio_C, cut_C = policy_gradient(logp_C, behaviour_C, advantage_C, self.how)
+        behaviour_C, own_C = batch.behaviour_logp_T[rows], batch.on_policy_T[rows]
+        loss_C, ratio_C, cut_C = policy_gradient(logp_C, behaviour_C, batch.weight("policy")[rows], self.how)
         return loss_C, {
             "loss/policy": loss_C,
             "policy/ratio": ratio_C[own_C],
@@ -46,7 +46,7 @@ class PolicyGradient:
 
 @dataclass(frozen=True, slots=True)
 class CrossEntropy:
-    """-w log q(y), for answers that the student did not write (`MicroBatch.sft_T`).
+    """-w log q(y), for answers that the student did not write; w are the weights of `sft`.
 
     On answers of a teacher it is sequence-level KD (Kim and Rush, arXiv:1606.07947).
     """
@@ -57,7 +57,7 @@ class CrossEntropy:
 
     def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[torch.Tensor, Columns]:
         """As `TokenTerm`."""
-        logp_C, weight_C = student.sampled(1.0), batch.sft_T[rows]
+        logp_C, weight_C = student.sampled(1.0), batch.weight("sft")[rows]
         loss_C = -weight_C * logp_C
         return loss_C, {"loss/sft": loss_C, "sft/nll": -logp_C.detach()[weight_C > 0]}
 

@@ -1,4 +1,4 @@
-"""From what the teachers told about a chunk of tokens to the one target that the student is compared with.
+"""From the teachers' scores at a chunk of tokens to the one target that the student is compared with.
 
     EXACT   every teacher with weight is exact: an average of logits or of probabilities over the vocabulary
     LISTED  a top-k teacher has weight: an average of probabilities over the union of listed ids and the rest
@@ -20,7 +20,6 @@ from megatron_opd.core.scores import Head, Level, TokenRows
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import ensemble, told
-from megatron_opd.loss.fused import products
 from megatron_opd.loss.listed_ids import Outcomes
 from megatron_opd.loss.told import OnlySampled, StudentLogps, Told
 
@@ -36,7 +35,7 @@ class Target:
     logp: torch.Tensor | None
     """The combined log-probabilities, [C, L] or [C, O]; None at the level SAMPLED."""
     outcomes: Outcomes | None
-    """What the top-k teachers listed; None where none was asked."""
+    """The ids that top-k teachers listed; None without such a teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class Targets:
         return Outcomes.union(lists, self.vocab) if lists else None
 
     def _average(self, told: list[Told | None], weights_CN: torch.Tensor) -> torch.Tensor:
-        """Of exact teachers, [C, L]; others have no weight at the level EXACT."""
+        """The average of exact teachers, [C, L]; others have no weight at the level EXACT."""
         if self.config.ensemble == "probs":
             return ensemble.mean_probs(*_known([t and t.logp_CL for t in told], weights_CN))
         return ensemble.mean_logits(*_known([t and t.logits_CL for t in told], weights_CN), self.vocab)
@@ -103,7 +102,7 @@ class _Ids:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """What a score tells about a chunk of tokens; None where that is of no use at their level."""
+    """Reads a score at a chunk of tokens; None where it has no use at their level."""
 
     config: LossConfig
     vocab: VocabShard
@@ -114,7 +113,8 @@ class _Told:
     def exact(self, hidden_CD: torch.Tensor) -> Told | None:
         """The whole distribution, by the teacher's head."""
         assert self.head_LD is not None, "a teacher tells hidden states, but its output head is not here"
-        z_CL = products.project(hidden_CD, self.head_LD)
+        head_LD, hidden_CD = self.head_LD, hidden_CD.to(self.head_LD.dtype)
+        z_CL = hidden_CD @ head_LD.T if isinstance(head_LD, torch.Tensor) else head_LD.logits(hidden_CD)
         return told.exact(z_CL.float() / self.config.temperature, self.ids_C, self.vocab)
 
     def listed(self, ids_CK: torch.Tensor, logp_CK: torch.Tensor) -> Told | None:

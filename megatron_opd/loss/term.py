@@ -1,4 +1,4 @@
-"""What terms of the loss are: one that compares the student with its teachers, and others on sampled tokens.
+"""The terms of the loss: one that compares the student with its teachers, and others on sampled tokens.
 
 Shape suffixes: T learnt tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns, N teachers.
 """
@@ -15,9 +15,8 @@ from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.core.scores import Head
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss.fused import Logits
+from megatron_opd.loss.fused import Logits, in_graph
 from megatron_opd.loss.metrics import Columns, Sums, added, sums
-from megatron_opd.loss.node import with_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class TermResult:
     loss_T: torch.Tensor
     """By token, float64, without."""
     metrics: Sums
-    """Those of the term's `metric_names`, or some of them."""
+    """Metrics by the names of the term's `metric_names`, all or some of them."""
 
 
 class TeacherTerm(Protocol):
@@ -95,8 +94,8 @@ class StudentTokens:
 
 
 Chunk: TypeAlias = tuple[slice | torch.Tensor, torch.Tensor | None, torch.Tensor, Columns]
-"""Which of a micro-batch's tokens; the gradient of their loss with respect to their logits [C, L], None without grad
-mode; their loss [C]; their metrics."""
+"""(the chunk's tokens in the micro-batch; the gradient of their loss with respect to their logits [C, L], None without
+grad mode; their loss [C]; their metrics)."""
 
 
 def of_chunks(logits_TL: torch.Tensor, chunks: Iterable[Chunk]) -> TermResult:
@@ -115,3 +114,8 @@ def of_chunks(logits_TL: torch.Tensor, chunks: Iterable[Chunk]) -> TermResult:
     if grad_TL is not None:
         loss = with_gradient(loss, logits_TL, grad_TL)
     return TermResult(loss, loss_T, metrics)
+
+
+def with_gradient(loss: torch.Tensor, logits_TL: torch.Tensor, grad_TL: torch.Tensor) -> torch.Tensor:
+    """A scalar loss whose gradient with respect to the logits is already known."""
+    return in_graph(loss, lambda upstream: (grad_TL * upstream.to(grad_TL.dtype),), logits_TL)

@@ -1,4 +1,4 @@
-"""What teachers told about some tokens, whichever way it came: hidden states, a list of ids, the sampled token.
+"""One teacher's score at some tokens, in any form: hidden states, a list of ids, the sampled token.
 
 Each kind answers the same questions as far as it can, so that the objective asks them of any mixture of teachers.
 `Level` says what a token's teachers allow together: the whole vocabulary, the listed ids and the rest, or the sampled

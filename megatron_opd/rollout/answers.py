@@ -13,7 +13,6 @@ from functools import partial
 from megatron_opd.config import AnswersConfig, TeacherConfig
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import OnFinished, RolloutEngine
-from megatron_opd.core.seen import seen_by
 from megatron_opd.core.types import Prompt, Rollout, Sampling
 
 _Ask = Callable[[list[Prompt], Sampling, OnFinished], list[Rollout]]
@@ -115,7 +114,7 @@ class Answers:
             prompt = own[rollout.prompt.source, rollout.prompt.index, rollout.prompt.repeat]
             return replace(rollout, prompt=prompt, origin="teacher", versions=(0,) * rollout.num_learnt)
 
-        seen = [seen_by(name, prompt) for prompt in prompts]
+        seen = [prompt.seen_by(name) for prompt in prompts]
         found = self.teachers[name].generate(seen, sampling, lambda rollout: on_finished(as_ours(rollout)))
         return [as_ours(rollout) for rollout in found]
 

@@ -1,6 +1,6 @@
 """The embedded engine: transformers with a KV cache inside the trainer's leader rank. For one machine, no servers.
 
-Every random number is a function of (seed, prompt, sample, position) alone, `seeds.py`, so the same weights give the
+Every random number is a function of (seed, prompt, sample, position) alone, so the same weights give the
 same rollouts whatever the layout, the batch or the number of replicas; there is no generator state to save.
 
 Shape suffixes: B sequences decoded together, R response positions, V vocabulary.
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_opd.core.types import Prompt, Rollout, Sampling
-from megatron_opd.rollout.seeds import seed_of
 
 MAX_BATCH = 256
 """Sequences decoded together; bounds the KV cache."""
@@ -174,5 +173,5 @@ def _places(model: Any) -> dict[str, torch.Tensor]:
 
 def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> torch.Tensor:
     """The random numbers of one rollout, [R] in [0, 1)."""
-    generator = torch.Generator().manual_seed(seed_of(sampling, prompt, sample))
+    generator = torch.Generator().manual_seed(sampling.seed_of(prompt, sample))
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)

@@ -17,7 +17,6 @@ from typing import Literal, Protocol
 from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.core.protocols import OnFinished
 from megatron_opd.core.types import Prompt, Rollout, Sampling
-from megatron_opd.rollout.seeds import seed_of
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Down
 from megatron_opd.sglang.event_loop import Loop
@@ -146,7 +145,7 @@ class SGLangEngine:
             top_k=sampling.top_k,
             stop_ids=self.eos_ids,
             banned_ids=self.banned_ids,
-            seed=seed_of(sampling, prompt, sample),
+            seed=sampling.seed_of(prompt, sample),
             is_fixed=self.sync is None,
         )
         drawn = await self._finish(draw, group)

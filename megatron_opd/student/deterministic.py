@@ -7,9 +7,10 @@ sample with the embedded engine on a GPU (its cumulative sums).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 _ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # NVIDIA's cuBLAS manual, "Results reproducibility"
@@ -33,15 +34,13 @@ def is_on() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
-def strictly(compute: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What `compute` makes of `inputs`, and its gradient, where an operator without one order is an error: so torch's
-    attention takes its form that has one. Where that is a warning, its flash and memory-efficient kernels warn in their
-    backward pass, and sum as they like, and cuDNN's, which has no such form, may be chosen."""
-    if not is_on():
-        return compute()
+def attention(*inputs: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """torch's scaled_dot_product_attention of `inputs` (query, key, value), and its gradient, where an operator without
+    one order is an error: so it takes its form that has one. Where that is a warning, its flash and memory-efficient
+    kernels warn in their backward pass, and sum as they like, and cuDNN's, which has no such form, may be chosen."""
     try:
         _without_is_an_error(True)
-        made = compute()
+        made = F.scaled_dot_product_attention(*inputs, **settings)
     finally:
         _without_is_an_error(False)
     if made.requires_grad:

@@ -33,9 +33,8 @@ class Switch:
     model: GPTModel
     emulated: dict[str, _Emulated] = field(default_factory=dict)
     """By module name, counted from this rank's first layer."""
-    scaled_head: Scaled | None = None
-    """The output head's product in FP8 proper."""
-    is_on: bool = True
+    head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """The product of hidden states and output head, which the loss does; None where it is not in FP8."""
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -43,24 +42,15 @@ class Switch:
         assert not any(module.resident for module in self.emulated.values())
         # Megatron's block looks at its config in every pass.
         before, self.model.config.fp8 = self.model.config.fp8, None
-        self.is_on = False
+        head, self.head = self.head, None
         for module in self.emulated.values():
             module.is_on = False
         try:
             yield
         finally:
-            self.model.config.fp8 = before
-            self.is_on = True
+            self.model.config.fp8, self.head = before, head
             for module in self.emulated.values():
                 module.is_on = True
-
-    @property
-    def head(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-        """The product of hidden states and output head, which the loss does; None where it is not in FP8."""
-        if self.scaled_head is not None:
-            return self.scaled_head if self.is_on else None
-        found = self.emulated.get("output_layer")
-        return found.product if found and found.is_on else None
 
     @property
     def resident_bytes(self) -> int:
@@ -81,9 +71,10 @@ def install(model: GPTModel, plan: ModelPlan, parallel: Parallel) -> Switch:
             continue
         if plan.emulate:
             assert isinstance(module, Linear), name
-            switch.emulated[name] = _Emulated(module, products, parallel, resident=plan.resident)
+            made = switch.emulated[name] = _Emulated(module, products, parallel, resident=plan.resident)
+            switch.head = made.product if name == HEAD else switch.head
         elif name == HEAD:
-            switch.scaled_head = Scaled(products)
+            switch.head = Scaled(products)
         elif not _is_transformer_engine(module):
             raise ValueError(
                 f"precision.fp8: {name} of {plan.model} is a {type(module).__name__}, which ignores FP8: Transformer"

@@ -110,10 +110,9 @@ def step(optimizer: MegatronOptimizer) -> float | None:
     return float(norm)
 
 
-def loss_scale(optimizer: MegatronOptimizer) -> float | None:
-    """What the loss is multiplied by in the backward pass; None where it is not: in all but fp16."""
-    scalers = _scalers(optimizer)
-    return float(scalers[0].scale) if scalers else None
+def scaler(optimizer: MegatronOptimizer) -> DynamicGradScaler | None:
+    """What multiplies the loss in the backward pass; None where nothing does: in all but fp16."""
+    return next(iter(_scalers(optimizer)), None)
 
 
 def complete_state(optimizer: MegatronOptimizer) -> None:

@@ -31,10 +31,14 @@ class Sequences(PackedSeqParams):
 
 def inputs(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Tokens and positions in the shape `MicroBatch.model_shape`, and what else the model is to be called with."""
+    if batch.is_packed:
+        return _in_one_row(batch)
     size, length = batch.tokens_BS.shape
+    return batch.tokens_BS, torch.arange(length, device=batch.tokens_BS.device).expand(size, length), {}
+
+
+def _in_one_row(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     device = batch.tokens_BS.device
-    if not batch.is_packed:
-        return batch.tokens_BS, torch.arange(length, device=device).expand(size, length), {}
     real = [row_S[:n] for row_S, n in zip(batch.tokens_BS, batch.lengths, strict=True)]
     tokens_P = F.pad(torch.cat(real), (0, batch.row_length - sum(batch.lengths)))
     lengths = _with_padding(batch.lengths, batch.row_length)
@@ -53,13 +57,15 @@ def inputs(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any
 
 def rows(batch: MicroBatch) -> torch.Tensor:
     """`batch.predicted_at_T` in the flat output of a model that saw `inputs`, [T]."""
-    if not batch.is_packed:
-        return batch.predicted_at_T
+    return batch.predicted_at_T - _earlier(batch) if batch.is_packed else batch.predicted_at_T
+
+
+def _earlier(batch: MicroBatch) -> torch.Tensor:
+    """By how much each learnt token's sequence begins earlier in the row than with padding before it, [T]."""
     length = batch.tokens_BS.shape[1]
-    # By how much each sequence begins earlier in the row than it does with padding before it.
     starts = [0, *accumulate(batch.lengths)][:-1]
-    earlier_B = torch.tensor([b * length - start for b, start in enumerate(starts)], device=batch.predicted_at_T.device)
-    return batch.predicted_at_T - earlier_B[batch.sequence_T]
+    earlier_B = torch.tensor([b * length - start for b, start in enumerate(starts)], device=batch.sequence_T.device)
+    return earlier_B[batch.sequence_T]
 
 
 def _with_padding(lengths: tuple[int, ...], row: int) -> tuple[int, ...]:

@@ -55,6 +55,7 @@ class CausalAttention(MegatronModule):
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.dropout = config.attention_dropout
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.attention = deterministic.attention if deterministic.is_on() else F.scaled_dot_product_attention
 
     def forward(
         self,
@@ -93,12 +94,8 @@ class CausalAttention(MegatronModule):
         is_square = len(query) == len(key)
         mask = None if is_square else _lower_right(query, key)
         dropout, is_grouped = self.dropout if self.training else 0.0, q.shape[1] != k.shape[1]
-        out = deterministic.strictly(
-            lambda: F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=is_square, scale=self.scale, enable_gqa=is_grouped
-            ),
-            (q, k, v),
-        )
+        how = {"dropout_p": dropout, "is_causal": is_square, "scale": self.scale, "enable_gqa": is_grouped}
+        out = self.attention(q, k, v, attn_mask=mask, **how)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 

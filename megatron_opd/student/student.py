@@ -47,6 +47,7 @@ class Student:
             self.model, config.optim, dtype, num_steps=config.train.steps * config.train.updates_per_step
         )
         megatron.grad_scale_func = self.optimizer.scale_loss
+        self.scaler = optim.scaler(self.optimizer)
         self.max_skipped = config.train.max_skipped
         self.skips = 0
         """How many of the last steps in a row left the weights as they were; a resumed run sets it."""
@@ -73,8 +74,8 @@ class Student:
         self.optimizer.zero_grad()
         metrics = self._means(pipeline.train(self.model, batches, self._at_rows(objective), self.split), objective)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        if (scale := optim.loss_scale(self.optimizer)) is not None:
-            metrics["loss_scale"] = scale
+        if self.scaler is not None:
+            metrics["loss_scale"] = self._loss_scale()
         if not math.isfinite(metrics["loss"]):
             where = nonfinite.first(self.parallel.gather_world(self._bad_tokens(batches, objective)))
             why = f"the loss is {metrics['loss']} {where}; lower optim.lr, or look for NaN in the models"
@@ -94,8 +95,7 @@ class Student:
     def _overflow(self, metrics: dict[str, float]) -> dict[str, float]:
         """Leave everything as it is but the loss scale. That a scale settles is no failure, and ends by itself: only
         overflows at the smallest scale, where no other can help, count. Raises FloatingPointError."""
-        used, now = metrics["loss_scale"], optim.loss_scale(self.optimizer)
-        assert now is not None
+        used, now = metrics["loss_scale"], self._loss_scale()
         names = dict.fromkeys(chain(*self.parallel.gather_world(nonfinite.parameters(self.gpt))))
         why = f"gradients overflow fp16 (first of {', '.join(names) or 'none alone'}) at a loss scale of {used:g}"
         if now == used:
@@ -152,7 +152,7 @@ class Student:
             pipeline.train(self.model, batches, self._at_rows(objective), self.split)
         finally:
             config.finalize_model_grads_func = reduce
-        scale = optim.loss_scale(self.optimizer) or 1.0
+        scale = self._loss_scale()
         made = [p.main_grad.float().cpu() / scale for p in self.gpt.parameters() if p.requires_grad]
         self.model.zero_grad_buffer()
         return made
@@ -185,8 +185,12 @@ class Student:
 
     def _output(self, objective: Objective, batch: MicroBatch, hidden_BSD: torch.Tensor) -> Logits:
         if objective.takes_hidden and len(batch.predicted_at_T) and not self.fp8.head:
-            return replace(head.at_rows(self.gpt, batch, hidden_BSD), upstream=optim.loss_scale(self.optimizer) or 1.0)
+            return replace(head.at_rows(self.gpt, batch, hidden_BSD), upstream=self._loss_scale())
         return self._logits(batch, hidden_BSD)
+
+    def _loss_scale(self) -> float:
+        """What the loss is multiplied by in the backward pass."""
+        return 1.0 if self.scaler is None else float(self.scaler.scale)
 
     def _logits(self, batch: MicroBatch, hidden_BSD: torch.Tensor) -> torch.Tensor:
         return head.logits(head.at_rows(self.gpt, batch, hidden_BSD), self.fp8.head)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 
 from megatron_opd.config import Config, TeacherConfig, TrainConfig
@@ -85,7 +85,8 @@ def ask_all(
     """
     wanted = [[w[n] > 0 for w in weights] for n in range(len(teachers))]
     fetched = [t.offloaded if any(w) else None for t, w in zip(teachers, wanted, strict=True)]
-    with closing(in_turn(fetched)) as turns:  # where one fails, the others' weights go back at once
+    # Where one fails, the others' weights go back at once.
+    with closing(in_turn(fetched)) if any(fetched) else nullcontext(range(len(teachers))) as turns:
         return [_ask(teachers[n], rollouts, wanted[n]) for n in turns]
 
 

@@ -19,7 +19,6 @@ from megatron_opd.config import TeacherConfig
 from megatron_opd.core import batching
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.scores import Hidden
-from megatron_opd.core.seen import rollout_seen_by
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.models.architecture import read_architecture
@@ -50,7 +49,7 @@ class MegatronTeacher:
         self.name = config.name
         self.parallel, self.split = parallel, context.split_of(parallel)
         self.micro_batch_size = micro_batch_size
-        self.packing = batching.packing_for(packs, parallel)
+        self.packing, self.device = batching.packing_for(packs, parallel), groups.device()
         arch = read_architecture(config.model, vocab_multiple=parallel.tensor_size)
         dtype = DTYPES[config.dtype]
         body = dataclasses.replace(arch, tied_embeddings=False)  # without a head there is nothing to tie
@@ -79,10 +78,10 @@ class MegatronTeacher:
         if not rollouts:
             return []
         batches = batching.pack(
-            [rollout_seen_by(self.name, rollout) for rollout in rollouts],
+            [rollout.seen_by(self.name) for rollout in rollouts],
             micro_batch_size=self.micro_batch_size,
             length_multiple=self.length_multiple,
-            device=groups.device(),
+            device=self.device,
             packing=self.packing,
         )
         with self.offloaded.there() if self.offloaded else nullcontext():

@@ -14,7 +14,6 @@ import torch
 from megatron_opd.config import TeacherConfig
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.scores import Head, Hidden, TeacherScore
-from megatron_opd.core.seen import seen_by
 from megatron_opd.core.types import Rollout
 from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.sglang.errors import RETRIED
@@ -105,7 +104,7 @@ class SGLangTeacher:
 
     async def _ask(self, rollout: Rollout) -> TeacherScore:
         assert self._pool is not None
-        prompt_ids = seen_by(self.name, rollout.prompt).token_ids
+        prompt_ids = rollout.prompt.seen_by(self.name).token_ids
         # Servers tell about every token from a first one on: ask from the first learnt one to the last.
         learnt_at = [i for i, is_learnt in enumerate(rollout.learnt) if is_learnt] or [0]
         within = slice(learnt_at[0], learnt_at[-1] + 1)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,13 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_opd.config import LogConfig
-from megatron_opd.core.whole_file import write_whole
-from megatron_opd.tracking import json_lines
+from megatron_opd.tracking import json_lines, services
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
 
-_STEP, _TIME = "step", "time_s"  # the two fields of a row that are not metrics
+_STEP, _TIME = services.STEP, "time_s"  # the two fields of a row that are not metrics
 
 # Label and format of the few numbers shown for a training step; everything else is in metrics.jsonl.
 _HEADLINES = {
@@ -105,9 +102,9 @@ def build_tracker(
     run_dir.mkdir(parents=True, exist_ok=True)
     extra: list[Sink] = []  # made first: these may be refused, and then no file is left open
     if log.tensorboard:
-        extra.append(_TensorBoard(run_dir / "tensorboard"))
+        extra.append(services.TensorBoard(run_dir / "tensorboard"))
     if log.wandb != "off":
-        extra.append(_Wandb(log, run_dir, settings))
+        extra.append(services.WeightsAndBiases(log, run_dir, settings))
     terminal = _Terminal(run_dir / LOG_FILE, num_steps, console or Console(stderr=True))
     return Tracker([_JsonLines(run_dir / METRICS_FILE), *extra], terminal)
 
@@ -272,88 +269,3 @@ def _clock_time(seconds: float | None) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-class _TensorBoard:
-    def __init__(self, directory: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError(_missing("log.tensorboard", "tensorboard")) from None
-        self._open: Any = lambda purge_step: SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
-        self._writer = self._open(None)
-
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        for name, value in row.items():
-            self._writer.add_scalar(name, value, step)
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """TensorBoard has no tables."""
-
-    def rewind(self, step: int) -> list[str]:
-        self._writer.close()
-        self._writer = self._open(step + 1)  # TensorBoard then hides what was written from that step on
-        return []
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, log: LogConfig, run_dir: Path, settings: dict[str, Any]) -> None:
-        wandb = _wandb(run_dir)
-        # The id lives in the run directory, so that a resumed run goes on with the same curves.
-        id_file = run_dir / "wandb_id"
-        if not (id_file.is_file() and id_file.read_text().strip()):
-            write_whole(id_file, secrets.token_hex(4))
-        self._wandb = wandb
-        online = log.wandb == "online"
-        try:
-            self._run = wandb.init(
-                project=log.wandb_project,
-                name=run_dir.name,
-                id=id_file.read_text().strip(),
-                resume="allow" if online else None,
-                dir=str(run_dir),
-                mode="online" if online else "offline",
-                config=settings,
-                settings=wandb.Settings(quiet=True),  # without its own tables at the end; `report` has ours
-            )
-        except wandb.Error as error:
-            raise ValueError(f"log.wandb: {error} (or set log.wandb=offline)") from None
-        # Its own step only grows; ours goes back on resume and repeats, so it is logged as a metric and used as x axis.
-        self._run.define_metric(_STEP)
-        self._run.define_metric("*", step_metric=_STEP)
-
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        self._run.log({_STEP: step, **row})
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        columns = list(rows[0]) if rows else []
-        made = self._wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
-        self._run.log({_STEP: step, name: made})
-
-    def rewind(self, step: int) -> list[str]:
-        """Nothing can be taken back there: steps done twice show as two points of the same value."""
-        return []
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _wandb(run_dir: Path) -> Any:
-    """The module. Its import makes temporary directories, which a killed run leaves behind: in its own directory."""
-    scratch = run_dir / "wandb" / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
-    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(_missing("log.wandb", "wandb")) from None
-    finally:
-        tempfile.tempdir = before
-    return wandb
-
-
-def _missing(setting: str, extra: str) -> str:
-    return f"{setting} is on, but {extra} is not installed: pip install 'megatron-opd[{extra}]', or turn it off"

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from megatron_opd.config import Config, Fp8Config, ParallelConfig, TrainConfig
+from megatron_opd.config import AnswersConfig, Config, Fp8Config, ParallelConfig, TrainConfig
 from megatron_opd.core.batching import pack, packing_for, renormalised
 from megatron_opd.core.named_weights import drain
 from megatron_opd.core.parallel import Parallel
@@ -30,7 +31,7 @@ from megatron_opd.student.student import Student
 from megatron_opd.teachers import ask_all
 from megatron_opd.teachers.scorer import TeacherScorer
 from megatron_opd.trainer.evaluate import Evaluator
-from megatron_opd.trainer.origin_weights import teacher_weights, weighted
+from megatron_opd.trainer.origin_weights import weighted
 from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.together import Together
 
@@ -39,11 +40,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leader:
-    """What the leader of a replica has and its other ranks have not."""
+    """The parts that only the leader of a replica has."""
 
     engine: RolloutEngine
-    answers: Answers
-    grader: Grader
+    answers: Answers | None
+    """Who answers beside the student; None: nobody."""
+    grader: Grader | None
+    """None where no term needs rewards."""
     evaluator: Evaluator
     tokenizer: Tokenizer
 
@@ -57,8 +60,8 @@ def build_leader(config: Config, served: Config, parallel: Parallel, inputs: Inp
     engine = build_engine(served, parallel, **ids)
     return Leader(
         engine=engine,
-        answers=build_answers(served, engine, **ids),
-        grader=Grader(config.data.train if config.is_graded else [], config.rewards, tokenizer),
+        answers=build_answers(served, engine, **ids) if config.answers.has_others else None,
+        grader=Grader(config.data.train, config.rewards, tokenizer) if config.is_graded else None,
         evaluator=Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer),
         tokenizer=tokenizer,
     )
@@ -71,9 +74,17 @@ class Experience:
         self, config: Config, parallel: Parallel, teachers: Sequence[TeacherScorer], leader: Leader | None
     ) -> None:
         self.config, self.parallel, self.teachers, self.leader = config, parallel, teachers, leader
+        rollout = config.rollout
+        self.shares_gpus = rollout.shares_gpus
+        """Whether nobody can sample between `release` and `sync`, because the trainer has the engine's GPUs then."""
+        self.drawn = sampling.drawn(rollout, samples=rollout.samples_per_prompt, seed=config.run.seed)
+        sources = [source.name for source in (*config.data.train, *config.data.eval)]
+        self.weights_by_source = {source: config.teacher_weights(source) for source in sources}
         self.packing = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
         """The arguments of `pack` for what the student is to see."""
-        self.together = Together(parallel, is_served=config.is_served)
+        self.together: Callable[[], AbstractContextManager[None]]
+        self.together = Together(parallel) if config.is_served else nullcontext
+        """Guards work for which some ranks talk to servers."""
         self.ahead: Ahead | None = None
 
     def start(self, prompts: PromptMix) -> None:
@@ -96,7 +107,8 @@ class Experience:
     @property
     def parts(self) -> list[Part]:
         """The parts that count what happens and that are closed at the end."""
-        return [*((self.leader.engine, self.leader.answers) if self.leader else ()), *self.teachers]
+        leader = (self.leader.engine, self.leader.answers) if self.leader else ()
+        return [part for part in (*leader, *self.teachers) if part is not None]
 
     def close(self) -> None:
         """End what runs beside the loop."""
@@ -116,30 +128,27 @@ class Experience:
         Each goes to the served teachers as soon as it is finished.
         """
         assert self.leader is not None, "leaders sample"
-        rollout = self.config.rollout
-        how = sampling.drawn(rollout, samples=rollout.samples_per_prompt, seed=self.config.run.seed + step)
-        rollouts = self.leader.answers.to(self.mine(prompts), how, step, on_finished=self._submit)
-        if not self.config.is_graded:
+        how = replace(self.drawn, seed=self.drawn.seed + step)
+        if self.leader.answers is None:
+            rollouts = self.leader.engine.generate(self.mine(prompts), how, on_finished=self._submit)
+        else:
+            rollouts = self.leader.answers.to(self.mine(prompts), how, step, on_finished=self._submit)
+        if self.leader.grader is None:
             return rollouts
         return [replace(r, reward=x) for r, x in zip(rollouts, self.leader.grader.grade(rollouts), strict=True)]
 
     def score(self, rollouts: list[Rollout], teachers: Sequence[TeacherScorer] | None = None) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""
-        weights = [teacher_weights(self.config.teachers, self.config.answers, r) for r in rollouts]
+        answers = self.config.answers
+        weights = [teacher_weights(self.weights_by_source, answers, r) for r in rollouts]
         scores = ask_all(self.teachers if teachers is None else teachers, rollouts, weights)
         batches = pack(
             rollouts,
             **self.packing,
-            device=groups.device(),
             scores=scores,
             weights=renormalised(rollouts, weights, scores),
         )
-        return weighted(self.config.teachers, self.config.answers, batches, rollouts)
-
-    @property
-    def shares_gpus(self) -> bool:
-        """Whether nobody can sample between `release` and `sync`, because the trainer has the engine's GPUs then."""
-        return self.config.rollout.shares_gpus
+        return weighted(answers, batches, rollouts, weights) if answers.lmbda < 1 else batches
 
     def release(self) -> None:
         """An engine on our GPUs gives their memory back until the next `sync`; nobody samples any more. Does nothing
@@ -171,10 +180,17 @@ class Experience:
         return prompts[self.parallel.data_rank :: self.parallel.data_size]
 
     def _submit(self, rollout: Rollout) -> None:
-        weights = teacher_weights(self.config.teachers, self.config.answers, rollout)
+        weights = teacher_weights(self.weights_by_source, self.config.answers, rollout)
         for teacher, weight in zip(self.teachers, weights, strict=True):
             if weight > 0:
                 teacher.submit(rollout)
+
+
+def teacher_weights(by_source: Mapping[str, list[float]], answers: AnswersConfig, rollout: Rollout) -> list[float]:
+    """Ensemble weights of all teachers for a rollout, in their order; all 0 where none is asked about it."""
+    weights = by_source[rollout.prompt.source]
+    is_asked = rollout.origin == "student" or answers.distill_alpha > 0
+    return weights if is_asked else [0.0] * len(weights)
 
 
 def packing_settings(train: TrainConfig, fp8: Fp8Config, layout: ParallelConfig, parallel: Parallel) -> dict[str, Any]:
@@ -183,4 +199,5 @@ def packing_settings(train: TrainConfig, fp8: Fp8Config, layout: ParallelConfig,
         "micro_batch_size": train.micro_batch_size,
         "length_multiple": length_multiple(fp8, layout, shards=parallel.length_multiple),
         "packing": packing_for(train.packing, parallel),
+        "device": groups.device(),
     }

@@ -1,4 +1,4 @@
-"""What FP8 does to teachers, target, student and gradient, measured on answers of the student to held-out prompts.
+"""FP8's effect on teachers, target, student and gradient, measured on answers of the student to held-out prompts.
 
 Every model is asked twice about the same tokens, with FP8 and without. A teacher in FP8 is loaded a second time for
 that, one after the other, and given back afterwards; the student has its FP8 switched off.

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_opd.config import Config
@@ -36,9 +37,9 @@ from megatron_opd.trainer.other_data import check_newest
 from megatron_opd.trainer.preflight import Inputs, read_inputs
 from megatron_opd.trainer.run_record import RunRecord
 from megatron_opd.trainer.saving import Saving
-from megatron_opd.trainer.shaping import Shaping
-from megatron_opd.trainer.together import ServersLost, Stopwatch
-from megatron_opd.trainer.updates import update
+from megatron_opd.trainer.shaping import Shaping, is_shaped
+from megatron_opd.trainer.together import ServersLost
+from megatron_opd.trainer.updates import split, update
 
 
 def train(config: Config, notice: Notice) -> None:
@@ -87,7 +88,8 @@ class Run:
         vocab = self.student.vocab_shard(inputs.vocab_size)
         teachers = build_teachers(served, parallel, vocab)
         self.objective = build_objective(config, vocab, teachers, has_answers_of_others=config.answers.lmbda < 1)
-        self.shaping = Shaping(config, parallel, self.objective.distillation)
+        shaped = is_shaped(config.loss, is_rewarded=config.has_policy_gradient or config.is_graded)
+        self.shaping = Shaping(config, parallel, self.objective.distillation) if shaped else None
         leader = build_leader(config, served, parallel, inputs)
         self.experience = Experience(config, parallel, teachers, leader)
         self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience)
@@ -143,10 +145,14 @@ class Run:
         step, started, together = self.trained, time.perf_counter(), self.experience.together
         with self.timed("generate"), together():
             rollouts = self.experience.sample(step)
-        self._release()
+        if self.experience.shares_gpus:
+            with self.timed("release"):
+                self.experience.release()
         with self.timed("score"), together():
             batches = self.experience.score(rollouts)
-        parts, shaped = self.shaping(rollouts, batches, step)
+        parts, shaped = split(batches, self.config.train.minibatches), {}
+        if self.shaping is not None:
+            parts, shaped = self.shaping(rollouts, parts, step)
         with self.timed("step"):
             metrics = update(self.student, parts, self.objective, self.config.train)
         self.trained, self.cursor = step + 1, self.experience.cursor
@@ -174,11 +180,6 @@ class Run:
             **step_metrics.of_parts(self.experience.parts, self.parallel),
             **{f"time/{stage}": seconds for stage, seconds in self.timed.times.items()},
         }
-
-    def _release(self) -> None:
-        if self.experience.shares_gpus:
-            with self.timed("release"):
-                self.experience.release()
 
     def _settle(self) -> None:
         """Answers under way are not to change weights in their middle."""
@@ -209,6 +210,20 @@ class Run:
 
     def _save(self) -> None:
         self.saving.save(self.trained, self.cursor)
+
+
+class Stopwatch:
+    """The seconds of each stage, the last time it ran."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times the block as `stage`."""
+        started = time.perf_counter()
+        yield
+        self.times[stage] = time.perf_counter() - started
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -1,4 +1,4 @@
-"""What is learnt on an answer by who gave it: which teachers are asked about it, and the weights of the loss terms."""
+"""The weights of the loss terms by who gave an answer, for runs in which the student is not the only one."""
 
 from __future__ import annotations
 
@@ -7,47 +7,32 @@ from dataclasses import replace
 
 import torch
 
-from megatron_opd.config import AnswersConfig, TeacherConfig
-from megatron_opd.config.models import ensemble_weights
+from megatron_opd.config import AnswersConfig
+from megatron_opd.core.batching import EnsembleWeights
 from megatron_opd.core.types import MicroBatch, Rollout
 
 
-def teacher_weights(teachers: Sequence[TeacherConfig], answers: AnswersConfig, rollout: Rollout) -> list[float]:
-    """Ensemble weights of all teachers for a rollout, in their order; all 0 where none is asked about it."""
-    weights = ensemble_weights(teachers, rollout.prompt.source)
-    is_asked = rollout.origin == "student" or answers.distill_alpha > 0
-    return weights if is_asked else [0.0] * len(weights)
-
-
 def weighted(
-    teachers: Sequence[TeacherConfig],
-    answers: AnswersConfig,
-    batches: Sequence[MicroBatch],
-    rollouts: Sequence[Rollout],
+    answers: AnswersConfig, batches: Sequence[MicroBatch], rollouts: Sequence[Rollout], weights: EnsembleWeights
 ) -> list[MicroBatch]:
-    """The micro-batches of the rollouts, in order, with weights by token; untouched where every answer is the
-    student's by the settings."""
-    if answers.lmbda >= 1:
-        return list(batches)
+    """The micro-batches of the rollouts, in order, with weights by token. `weights` are the teachers', by rollout."""
     made, start = [], 0
     for batch in batches:
-        part = rollouts[start : start + len(batch.tokens_BS)]
-        start += len(part)
+        its = slice(start, start + len(batch.tokens_BS))
+        part, start = rollouts[its], its.stop
+        distill = [_distilled(answers, r, any(row)) for r, row in zip(part, weights[its], strict=True)]
         is_ours = [r.origin == "student" for r in part]
         sft = [0.0 if ours else answers.sft_alpha for ours in is_ours]
         made.append(
-            replace(
-                batch,
-                distill_T=_by_token(part, [_distilled(teachers, answers, r) for r in part], batch),
-                sft_T=_by_token(part, sft, batch),
-                on_policy_T=_by_token(part, [float(ours) for ours in is_ours], batch) > 0,
+            replace(batch, on_policy_T=_by_token(part, [float(ours) for ours in is_ours], batch) > 0).weighing(
+                distill=_by_token(part, distill, batch), sft=_by_token(part, sft, batch)
             )
         )
     return made
 
 
-def _distilled(teachers: Sequence[TeacherConfig], answers: AnswersConfig, rollout: Rollout) -> float:
-    if not any(teacher_weights(teachers, answers, rollout)):
+def _distilled(answers: AnswersConfig, rollout: Rollout, is_asked: bool) -> float:
+    if not is_asked:
         return 0.0
     return 1.0 if rollout.origin == "student" else answers.distill_alpha
 

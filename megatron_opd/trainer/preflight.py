@@ -1,7 +1,7 @@
-"""Everything that can be known to be wrong before a rank starts, and the inputs that come out of looking.
+"""Checks of a config against its models and files before a rank starts, and the inputs that they read on the way.
 
-Reads config.json files, headers of weights, tokenizers and prompt files; loads no weights, needs no process group. All
-problems are collected and said at once. `megatron-opd check` is this, and every run begins with it.
+They read config.json files, headers of weights, tokenizers and prompt files; they load no weights and need no process
+group. All problems are reported at once. `megatron-opd check` runs this, and every run begins with it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -51,7 +52,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What a run reads besides weights."""
+    """Everything that a run reads besides weights."""
 
     train: list[tuple[SourceConfig, Sequence[Prompt]]]
     eval: list[tuple[SourceConfig, Sequence[Prompt]]]
@@ -61,14 +62,14 @@ class Inputs:
     data: DataRecord = field(default_factory=lambda: DataRecord(train=[], eval=[]))
     """What the sources hold, to be compared when the run goes on another time."""
     notes: tuple[str, ...] = ()
-    """What people should know, a line each: prompts that were left out, how answers are graded here."""
+    """Lines for the user: prompts that were left out, how answers are graded here."""
 
 
 def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
     """Check the config against the models and files that it names. Raises ConfigError listing every problem.
 
-    rows_to_try: the most rows of a source whose rewards are tried, where they need that: tests that pass whatever the
-    answer is are a problem.
+    `rows_to_try` is the largest number of rows of a source whose tests are tried: tests that no answer fails are a
+    problem.
     """
     problems: list[str] = []
     limits = _limits(config.student, config.teachers, config.parallel, config.lora, problems)
@@ -77,7 +78,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
     tokenizer = _tokenizers(config.student.model, config.teachers, config.data, problems, of_ends)
     if tokenizer is None:
         raise ConfigError(problems)
-    # Models that cannot be read are a problem already; the prompts are looked at all the same.
+    # A model that cannot be read is reported above; the prompts are checked all the same.
     vocab_size = min((entries for entries, _ in limits), default=len(tokenizer))
     context = min((positions for _, positions in limits), default=sys.maxsize)
     if vocab_size < len(tokenizer):
@@ -120,7 +121,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
 
 
 def _check_divergence(loss: LossConfig) -> list[str]:
-    """Settings know no formulas, so this is not a check of theirs."""
+    """The settings do not know the formulas, so `config/checks.py` cannot check this."""
     if loss.divergence not in DIVERGENCES:
         return [f"loss.divergence must be one of {', '.join(DIVERGENCES)}, not {loss.divergence}"]
     if loss.kind == "sampled" and loss.divergence != GKD:
@@ -128,12 +129,20 @@ def _check_divergence(loss: LossConfig) -> list[str]:
     return []
 
 
-def _attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | None:
+@contextmanager
+def _collecting(what: str, problems: list[str]) -> Iterator[None]:
+    """A block whose ValueError becomes one of the problems, with the name of the setting before it."""
     try:
-        return compute()
+        yield
     except ValueError as error:
         problems.append(f"{what}: {error}")
-        return None
+
+
+def _attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | None:
+    """The result, or None where it raises ValueError, which becomes one of the problems."""
+    with _collecting(what, problems):
+        return compute()
+    return None
 
 
 def _limits(
@@ -148,16 +157,18 @@ def _limits(
     found = [fits("student.model", student.model, student.vocab_multiple)]
     for i, teacher in enumerate(teachers):
         what = f"teachers.{i}.model"
-        if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
-            _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
-        elif not teacher.is_served:
+        if teacher.tokenizer == "student" and not teacher.is_served:
             # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
             found.append(fits(what, teacher.model, parallel.tensor))
-        elif teacher.carrier == "hidden":  # of which only the head is applied here
-            arch = _attempt(what, lambda: read_architecture(teacher.model), problems)  # noqa: B023
-            found.append((arch.vocab_size, arch.max_positions) if arch else None)
-        else:
-            found.append(_attempt(what, lambda: read_limits(teacher.model), problems))  # noqa: B023
+            continue
+        with _collecting(what, problems):
+            if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
+                read_architecture(teacher.model)
+            elif teacher.carrier == "hidden":  # only its head is applied here
+                arch = read_architecture(teacher.model)
+                found.append((arch.vocab_size, arch.max_positions))
+            else:
+                found.append(read_limits(teacher.model))
     return [limits for limits in found if limits is not None]
 
 
@@ -187,17 +198,20 @@ def _on_our_ranks(
 def _tokenizers(
     model: str, teachers: list[TeacherConfig], data: DataConfig, problems: list[str], notes: list[str]
 ) -> Tokenizer | None:
-    """The student's, whose directory is `model`, after comparing every teacher's with it. `notes` gets a warning for
-    those that end otherwise."""
+    """The student's tokenizer, whose directory is `model`, after comparing every teacher's with it. `notes` gets a
+    warning for teachers with other end-of-sequence tokens."""
     student = _tokenizer("student.model", model, problems)
     for i, teacher in enumerate(teachers):
         theirs = _tokenizer(f"teachers.{i}.model", teacher.model, problems)
         if not student or not theirs:
             continue
         if teacher.tokenizer == "own":
-            _attempt("student.model", lambda: read_pieces(student), problems)
-            _attempt(f"teachers.{i}.model", lambda: read_pieces(theirs), problems)  # noqa: B023
-            _attempt(f"teachers.{i}.model", lambda: build_encoder(data, theirs), problems)  # noqa: B023
+            with _collecting("student.model", problems):
+                read_pieces(student)
+            with _collecting(f"teachers.{i}.model", problems):
+                read_pieces(theirs)
+            with _collecting(f"teachers.{i}.model", problems):
+                build_encoder(data, theirs)
         elif why := difference(student, theirs):
             problems.append(
                 f"teachers.{i}.model: the tokenizer of teacher '{teacher.name}' is not the student's: {why};"
@@ -205,9 +219,9 @@ def _tokenizers(
             )
         elif why := foreign_ends(student, theirs):
             notes.append(
-                f"warning: teachers.{i}.model: of teacher '{teacher.name}', {why}. Answers then go on behind an end, or"
-                " the teacher finds the student's end impossible: name the same ends in eos_token_id of both models'"
-                " generation_config.json"
+                f"warning: teachers.{i}.model: teacher '{teacher.name}': {why}. Then answers continue behind an end, or"
+                " the teacher gives the student's end no probability: put the same ends into eos_token_id of both"
+                " models' generation_config.json"
             )
     return student
 
@@ -228,7 +242,7 @@ def check_model(model: str | Path, student: str) -> None:
 
 def _tokenizer(what: str, model: str, problems: list[str]) -> Tokenizer | None:
     if not Path(model).is_dir():
-        return None  # which is a problem that its missing config.json has made known
+        return None  # the missing config.json is reported already
     return _attempt(what, lambda: load_tokenizer(model), problems)
 
 
@@ -243,7 +257,7 @@ class _Reader:
     fingerprints: dict[str, list[Fingerprint]] = field(default_factory=lambda: defaultdict(list))
     """By data.train and data.eval, of the sources that could be read."""
     rewards: dict[str, Reward | None] = field(default_factory=dict)
-    """By name; None for one that cannot be had, which is a problem by then."""
+    """By name; None for one that cannot be built, which is reported already."""
 
     def sources(
         self, setting: str, sources: list[SourceConfig], *, are_graded: bool
@@ -269,11 +283,9 @@ class _Reader:
                 continue
             read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
             rows = functools.partial(self._rows, source, within, is_trained_on=setting == "data.train")
-            prompts = _attempt(
-                "data",
-                lambda: read(is_graded=are_graded, complete=rows()),  # noqa: B023
-                self.problems,
-            )
+            prompts = None
+            with _collecting("data", self.problems):
+                prompts = read(is_graded=are_graded, complete=rows())
             found.append((source, prompts or []))
             if prompts and prompts.fingerprint:
                 self.fingerprints[setting].append(prompts.fingerprint)
@@ -296,7 +308,7 @@ class _Reader:
         )
 
     def _try(self, source: SourceConfig, prompts: Sequence[Prompt], reward: Reward) -> None:
-        """Add the rows whose rewards cannot tell answers apart to the problems."""
+        """Report the rows whose tests cannot tell right answers from wrong ones."""
         if reward.trial is None or not self.rows_to_try:
             return
         workers = self.config.rewards.code_workers
@@ -313,7 +325,7 @@ class _Reader:
 
 
 def _dropped(what: str, prompts: PackedPrompts, limit: Limit) -> str:
-    """What was left out of a source, in one line; a warning when it is more than a tenth."""
+    """A line about the prompts that were left out of a source; a warning when they are more than a tenth."""
     total = len(prompts) + prompts.dropped
     line = f"{what}: left out {prompts.dropped} of {total} prompts, longer than {limit.tokens} tokens ({limit.why})"
     return f"warning: {line}" if prompts.dropped > total / 10 else line

@@ -6,7 +6,6 @@ Shape suffix: T learnt tokens of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
 from megatron_opd.loss.sampled_tokens import CrossEntropy
-from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.trainer.evaluate import ALL
 
@@ -69,5 +67,5 @@ def _packed(answers: Sequence[Rollout], packing: Mapping[str, Any]) -> list[Micr
     """With the weights of a plain cross-entropy."""
     if not answers:
         return []
-    batches = pack(answers, **packing, device=groups.device())
-    return [replace(batch, sft_T=torch.ones_like(batch.behaviour_logp_T)) for batch in batches]
+    batches = pack(answers, **packing)
+    return [batch.weighing(sft=torch.ones_like(batch.behaviour_logp_T)) for batch in batches]

@@ -1,8 +1,8 @@
-"""From the scored micro-batches of a step to what is trained on: parts for its updates, weights, and advantages.
+"""From the scored micro-batches of a step to what is trained on: weights and advantages by token.
 
 Everything that concerns more than one micro-batch happens here, before the first forward pass: which episodes belong to
 one prompt, means and deviations over the step, and shares in means that count episodes. Sums over replicas make these
-the same numbers in every layout. With the defaults micro-batches stay as they are.
+the same numbers in every layout. With the defaults there is no shaping (`is_shaped`).
 
 Shape suffixes: T tokens of a micro-batch, R rollouts of this replica, N teachers.
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, LossConfig
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Rollout
@@ -26,9 +25,16 @@ from megatron_opd.trainer import advantages
 from megatron_opd.trainer.shaping_metrics import Totals, count_rewards
 
 
+def is_shaped(loss: LossConfig, *, is_rewarded: bool) -> bool:
+    """Whether the settings give tokens other weights or advantages than the micro-batches have. `is_rewarded`: there
+    is a policy gradient, or answers are graded."""
+    is_weighted = loss.weight not in (0.0, 1.0) or loss.anneal > 0
+    return is_rewarded or loss.aggregation != "token-mean" or is_weighted
+
+
 @dataclass(frozen=True, slots=True)
 class _Shaped:
-    """What is said about the rollouts before shares: R factors of the distillation, R advantages of rewards."""
+    """Numbers of the rollouts before shares: R factors of the distillation, R advantages of rewards."""
 
     distill_R: list[float]
     rewarded_R: list[float]
@@ -44,21 +50,19 @@ class Shaping:
     """For what teachers that tell hidden states have to say about sampled tokens."""
 
     def __call__(
-        self, rollouts: Sequence[Rollout], batches: Sequence[MicroBatch], step: int
+        self, rollouts: Sequence[Rollout], parts: Sequence[Sequence[MicroBatch]], step: int
     ) -> tuple[list[list[MicroBatch]], dict[str, float]]:
-        """(the micro-batches of each update of one pass over the answers, metrics). Collective.
+        """(`parts` with weights and advantages, metrics). Collective.
 
-        `batches` hold `rollouts` in order; `step` counts from 0.
+        `parts` are the micro-batches of each update, which hold `rollouts` in order; `step` counts from 0.
         """
-        parts = _parts(batches, self.config.train.minibatches)
-        if not self._is_needed(step):
-            return parts, {}
+        parts = [list(part) for part in parts]
         shaped = self._of_rollouts(rollouts, step)
         totals = Totals(self.config.policy, self.config.rl, self.config.data.train)
         count_rewards(totals, rollouts)
         lengths_R, counts = self._episodes(rollouts, parts)
         if self.parallel.is_last_stage:
-            taught = iter(self._from_teachers(batches, totals))
+            taught = iter(self._from_teachers([batch for part in parts for batch in part], totals))
             at = 0
             for part, count in zip(parts, counts, strict=True):
                 for j, batch in enumerate(part):
@@ -67,16 +71,6 @@ class Shaping:
                     part[j] = self._weighted(batch, _of(shaped, its), next(taught), share, totals)
                     at = its.stop
         return parts, totals.means(self.parallel)
-
-    def _is_needed(self, step: int) -> bool:
-        config, loss = self.config, self.config.loss
-        return (
-            config.has_policy_gradient
-            or config.is_graded
-            or loss.aggregation != "token-mean"
-            or self._weight(step) not in (0.0, 1.0)
-            or loss.anneal > 0
-        )
 
     def _weight(self, step: int) -> float:
         loss = self.config.loss
@@ -151,13 +145,14 @@ class Shaping:
         """The micro-batch with its weights and advantages."""
         loss_T = share.of(self.config.loss.aggregation)
         distill_T = loss_T * share.spread(shaped.distill_R)
-        weights = {"distill_T": (batch.distill_T * distill_T).float(), "sft_T": (batch.sft_T * loss_T).float()}
+        weights = {term: (weight_T * loss_T).float() for term, weight_T in batch.weights_T.items()}
+        weights["distill"] = (batch.weight("distill") * distill_T).float()
         if self.config.has_policy_gradient:
             advantage_T = share.spread(shaped.rewarded_R) * batch.on_policy_T
             advantage_T = advantage_T if taught_T is None else advantage_T + taught_T
             totals.add_advantages(advantage_T[batch.on_policy_T])
-            weights["advantage_T"] = (advantage_T * share.of(self.config.policy.aggregation)).float()
-        return replace(batch, **weights)
+            weights["policy"] = (advantage_T * share.of(self.config.policy.aggregation)).float()
+        return batch.weighing(**weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +160,7 @@ class _Share:
     """The rollouts of a micro-batch among those of an update."""
 
     sequence_T: torch.Tensor
-    """Which of the R rollouts each token is of."""
+    """Number of each token's rollout, of R."""
     lengths_R: list[int]
     """Learnt tokens of the rollouts' episodes."""
     tokens: int
@@ -179,12 +174,6 @@ class _Share:
     def spread(self, values_R: Sequence[float]) -> torch.Tensor:
         """From rollouts to their tokens, [T] float64."""
         return torch.tensor(values_R, dtype=torch.float64, device=self.sequence_T.device)[self.sequence_T]
-
-
-def _parts(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatch]]:
-    """`count` runs of micro-batches, as equal as they can be."""
-    ends = [len(batches) * i // count for i in range(count + 1)]
-    return [list(batches[start:end]) for start, end in pairwise(ends)]
 
 
 def _is_graded(rollout: Rollout) -> bool:

@@ -1,4 +1,4 @@
-"""What a step's metrics are made of besides the objective's: rollouts, micro-batches, servers, and what follows from
+"""Metrics of a step besides the objective's: of rollouts, micro-batches and servers, and those that follow from
 other metrics."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def of_batches(batches: Sequence[MicroBatch], parallel: Parallel) -> dict[str, f
 
 
 def of_parts(parts: Sequence[Part], parallel: Parallel) -> dict[str, float]:
-    """What engine and teachers counted on the leaders of all replicas since the last step. Collective."""
+    """Counts of engines and teachers since the last step, over the leaders of all replicas. Collective."""
     totals: Counter[str] = Counter()
     mine = [part.metrics() for part in parts]
     for replica in parallel.gather_leaders(mine):

@@ -1,8 +1,7 @@
-"""Ranks that stop together when servers are lost, and the seconds that each stage of a step takes."""
+"""Ranks that stop together when servers are lost."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +16,8 @@ class ServersLost(ValueError):
 class Together:
     """Guards work for which some ranks talk to servers."""
 
-    def __init__(self, parallel: Parallel, *, is_served: bool) -> None:
-        """`is_served`: whether the run depends on servers at all; without them nothing is exchanged."""
-        self.parallel, self.is_served = parallel, is_served
+    def __init__(self, parallel: Parallel) -> None:
+        self.parallel = parallel
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -27,9 +25,6 @@ class Together:
 
         So the end of the block is a barrier, and no rank waits for one that has stopped. Collective over all ranks.
         """
-        if not self.is_served:
-            yield
-            return
         error, is_lost = None, False
         try:
             yield
@@ -44,17 +39,3 @@ class Together:
             if is_lost:
                 raise ServersLost(message) from error
             raise error or PeerError(message)
-
-
-class Stopwatch:
-    """The seconds of each stage, the last time it ran."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Times the block as `stage`."""
-        started = time.perf_counter()
-        yield
-        self.times[stage] = time.perf_counter() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import fmean
 
 from megatron_opd.config import TrainConfig
@@ -12,6 +13,12 @@ from megatron_opd.student.student import Student
 
 AFTER = "after/"
 """Begins the names of what is measured after the updates."""
+
+
+def split(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each of `count` updates of one pass over the answers, in order, as equal as they can be."""
+    ends = [len(batches) * i // count for i in range(count + 1)]
+    return [list(batches[start:end]) for start, end in pairwise(ends)]
 
 
 def update(
@@ -31,7 +38,7 @@ def update(
 
 
 def joined(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of several updates on different answers: means weighted by their tokens, of tokens the sum, of `lr` and
+    """Metrics of several updates on different answers: means weighted by their tokens, of tokens the sum, of `lr` and
     `loss_scale` the last."""
     if len(metrics) == 1:
         return metrics[0]

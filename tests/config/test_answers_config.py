@@ -97,7 +97,7 @@ def test_methods(sections):
         ),
         (
             {"answers": {"lmbda": 0.5, "seq_kd": True}, "rollout": {"engine": "sglang", "top_p": 0.9}},
-            "answers.seq_kd: teachers.0 samples in the embedded engine, which knows no rollout.top_p",
+            "answers.seq_kd: teachers.0 samples in the embedded engine, which does not support rollout.top_p",
         ),
         (
             {"teachers": [{"name": "a", "model": "t", "prompt_field": "x", "prompt_template": "y"}]},

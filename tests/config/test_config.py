@@ -238,7 +238,7 @@ def test_the_ends_of_the_ranges_are_allowed(setting, value):
         (tree_with(parallel__context=999, rollout__max_new_tokens=8), ["parallel.context=999", "1998 pieces"]),
         ({**MINIMAL, "parallel": {"context": 2}, "teachers": [{"name": "a", "model": "t", "tokenizer": "own"}]},
          ["parallel.context", "its own tokenizer"]),
-        (tree_with(parallel__context=2, train__packing=True), ["train.packing does not go with parallel.context"]),
+        (tree_with(parallel__context=2, train__packing=True), ["train.packing does not work with parallel.context"]),
         (tree_with(parallel__data=3), ["rollout.prompts_per_step (16)", "parallel.data (3)"]),
         (tree_with(train__micro_batch_size=5), ["train.micro_batch_size (5)", "16 answers"]),
         ({**tree_with(train__micro_batch_size=16), "parallel": {"data": 2}},

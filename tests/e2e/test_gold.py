@@ -35,8 +35,6 @@ def test_the_student_learns_from_teachers_that_read_other_tokens(teachers, tmp_p
 def test_what_such_teachers_do_not_allow(teachers, tmp_path):
     settings = ["check", "examples/gold.yaml", *teachers, f"run.dir={tmp_path / 'run'}"]
     assert_user_error(here(*settings, "teachers.0.tokenizer=student"), "all must say own")
-    assert_user_error(
-        here(*settings, "teachers.0.carrier=topk", "teachers.0.backend=sglang"), "must tell hidden states"
-    )
+    assert_user_error(here(*settings, "teachers.0.carrier=topk", "teachers.0.backend=sglang"), "needs hidden, not topk")
     assert_user_error(here(*settings, "policy.kl_coef=1"), "policy.kl_coef")
     assert_user_error(here(*settings, "answers.lmbda=0.5", "answers.seq_kd=true"), "cannot sample")

@@ -34,10 +34,10 @@ class Kept:
     """Sends weights inside the requests, and keeps the newest in memory for servers that lose them."""
 
     def __init__(self, inputs):
-        self.max_bytes, self.kept, self.is_closed = inputs.rollout.sync_bucket_mb << 20, [], False
+        self.kept, self.is_closed = [], False
 
     def send(self, session, weights, version, label):
-        self.kept = list(buckets(weights, self.max_bytes))
+        self.kept = list(buckets(weights))
         session.each(lambda client: self._give(client, label))
 
     async def again(self, client, version):

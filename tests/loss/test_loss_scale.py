@@ -52,7 +52,7 @@ def made():
     head, their_head = (torch.randn(COLUMNS, D, generator=generator).mul(0.5).half() for _ in range(2))
     ids = torch.randint(0, COLUMNS, (NUM_TOKENS,), generator=generator)
     weights, share = torch.ones(NUM_TOKENS, 1), torch.full((NUM_TOKENS,), SHARE)
-    batch = tiny.micro_batch(ids, torch.zeros(NUM_TOKENS), weights, (Hidden(theirs),), distill_T=share)
+    batch = tiny.micro_batch(ids, torch.zeros(NUM_TOKENS), weights, (Hidden(theirs),), weights_T={"distill": share})
     vocab = VocabShard(0, COLUMNS, COLUMNS)
     term = Distillation(LossConfig(beta=1.0), 1.0, vocab, (TeacherConfig(name="t", model="m"),), (their_head,))
     target = oracle.log_softmax(theirs.double() @ their_head.double().T, COLUMNS)

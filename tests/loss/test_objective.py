@@ -11,7 +11,7 @@ import torch
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.core.scores import Hidden
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss import compared
+from megatron_opd.loss import metrics as term_metrics
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.fused import FactoredLogits  # noqa: F401  for others' cases
 from megatron_opd.loss.objective import Objective
@@ -203,6 +203,6 @@ def test_mismatch_estimates_the_divergence_from_the_sampler_to_the_trainer():
     trainer = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     batch = tiny.micro_batch(torch.arange(4), torch.full((4,), 0.25).log(), torch.ones(4, 1), (None,))
     of_student = replace(batch, on_policy_T=torch.tensor([True, False, True, True]))
-    estimates = compared.mismatch(trainer.log(), batch)
+    estimates = term_metrics.mismatch(trainer.log(), batch)
     assert estimates.mean().item() == pytest.approx((0.25 * (0.25 / trainer).log()).sum().item(), rel=1e-6)
-    assert torch.equal(compared.mismatch(trainer.log(), of_student), estimates[[0, 2, 3]])
+    assert torch.equal(term_metrics.mismatch(trainer.log(), of_student), estimates[[0, 2, 3]])

@@ -27,9 +27,13 @@ def mixed_batch(sampling_temperature=1.0):
     weights[NOT_ASKED] = 0.0
     logp_T = batch.behaviour_logp_T.clone()
     logp_T[~OURS] = 0.0  # there are none
-    return hidden, heads, replace(
-        batch, weights_TN=weights, distill_T=DISTILL, sft_T=SFT, on_policy_T=OURS, behaviour_logp_T=logp_T
-    )  # fmt: skip
+    return (
+        hidden,
+        heads,
+        replace(batch, weights_TN=weights, on_policy_T=OURS, behaviour_logp_T=logp_T).weighing(
+            distill=DISTILL, sft=SFT
+        ),
+    )
 
 
 def objective(parallel, heads, config):
@@ -95,9 +99,8 @@ def test_answers_that_nobody_is_asked_about():
     _, _, batch = mixed_batch()
     term = Distillation(LossConfig(), 1.0, VocabShard(0, one.COLUMNS, SIZE), (), ())
     alone = Objective(term, sampled=(CrossEntropy(), Entropy()), has_answers_of_others=True)
-    batch = replace(
-        batch, weights_TN=torch.zeros(T, 0), teachers=(), distill_T=torch.zeros(T), sft_T=torch.full((T,), 0.5)
-    )
+    batch = replace(batch, weights_TN=torch.zeros(T, 0), teachers=())
+    batch = batch.weighing(distill=torch.zeros(T), sft=torch.full((T,), 0.5))
     loss, gradient, num_tokens, means = one.loss_gradient_metrics(alone, batch, one.student_logits())
 
     def nats(z):
@@ -115,7 +118,7 @@ def test_sampled_teachers_have_no_part_in_others_answers():
     _, _, batch = mixed_batch()
     teachers = (TeacherConfig(name="t", model="", backend="sglang", carrier="sampled"),)
     told = torch.linspace(-3, -1, T)
-    batch = replace(batch, teachers=(Sampled(told),), weights_TN=OURS[:, None].float(), distill_T=OURS.float())
+    batch = replace(batch, teachers=(Sampled(told),), weights_TN=OURS[:, None].float()).weighing(distill=OURS.float())
     term = Distillation(LossConfig(kind="sampled"), 1.0, VocabShard(0, one.COLUMNS, SIZE), teachers, (None,))
     made = Objective(term, sampled=(CrossEntropy(), Entropy()), has_answers_of_others=True)
     changed = replace(batch, teachers=(Sampled(torch.where(OURS, told, -50.0)),))

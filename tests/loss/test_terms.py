@@ -158,12 +158,10 @@ def everything(loss):
         targets_T=targets,
         behaviour_logp_T=logp - torch.randn(NUM_TOKENS, generator=generator) / 2,
         weights_TN=weights,
-        distill_T=distill,
-        advantage_T=torch.randn(NUM_TOKENS, generator=generator) * own,
-        sft_T=(~own).float() * 0.7,
         on_policy_T=own,
     )
-    return heads, batch
+    policy = torch.randn(NUM_TOKENS, generator=generator) * own
+    return heads, batch.weighing(distill=distill, policy=policy, sft=(~own).float() * 0.7)
 
 
 def summed(parallel):
@@ -206,12 +204,12 @@ def dense(name):
             "not trained": lambda: 0 * q,
         }[name]()
         distill = torch.zeros(NUM_TOKENS, dtype=torch.float64).index_put(
-            (torch.tensor(asked),), batch.distill_T.double()[asked] * at_asked
+            (torch.tensor(asked),), batch.weight("distill").double()[asked] * at_asked
         )
         logq = at_tokens(z, SAMPLING)
         ratio = torch.exp(logq.detach() - behaviour).clamp(max=POLICY.importance_cap)
-        policy = -ratio * batch.advantage_T.double() * (1 + logq - logq.detach())
-        return distill, policy, -batch.sft_T.double() * at_tokens(z, 1.0)
+        policy = -ratio * batch.weight("policy").double() * (1 + logq - logq.detach())
+        return distill, policy, -batch.weight("sft").double() * at_tokens(z, 1.0)
 
     loss, gradient = oracle.grad(lambda z: UPSTREAM * sum(parts(z)), student_logits())
     return loss / UPSTREAM, [x.detach() for x in parts(student_logits().double())], gradient
@@ -259,7 +257,9 @@ def test_metrics_beside_the_loss(computed):
 
 def test_micro_batch_without_any_teacher():
     heads, batch = everything(LOSSES["distribution"])
-    batch = replace(batch, weights_TN=0 * batch.weights_TN, teachers=(None, None), distill_T=torch.zeros(NUM_TOKENS))
+    batch = replace(batch, weights_TN=0 * batch.weights_TN, teachers=(None, None)).weighing(
+        distill=torch.zeros(NUM_TOKENS)
+    )
     objective = alone(LOSSES["distribution"], heads, SAMPLING)
     loss, gradient, _, means = loss_gradient_metrics(objective, batch, student_logits())
     assert loss == 0
@@ -278,7 +278,7 @@ def test_what_the_objective_has_no_term_for_changes_no_bit(kind):
     _, heads, batch = teachers_and_batch()
     config = LossConfig(kind=kind, chunk_tokens=4)
     plain = loss_gradient_metrics(alone(config, heads), batch, student_logits())
-    more = replace(batch, advantage_T=torch.randn(NUM_TOKENS), sft_T=torch.ones(NUM_TOKENS))
+    more = batch.weighing(policy=torch.randn(NUM_TOKENS), sft=torch.ones(NUM_TOKENS))
     weighted = loss_gradient_metrics(alone(config, heads), more, student_logits())
     assert (plain[0], plain[3]) == (weighted[0], weighted[3])
     assert torch.equal(plain[1], weighted[1])
@@ -287,7 +287,7 @@ def test_what_the_objective_has_no_term_for_changes_no_bit(kind):
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 def test_distillation_weight_scales_gradient_and_loss_but_no_other_metric(weight):
     _, heads, batch = teachers_and_batch()
-    batch = replace(batch, distill_T=torch.full((NUM_TOKENS,), weight))
+    batch = batch.weighing(distill=torch.full((NUM_TOKENS,), weight))
     loss, gradient, _, means = loss_gradient_metrics(alone(LossConfig(beta=1.0), heads), batch, student_logits())
     wanted, wanted_gradient, wanted_means = expected(1.0, "logits", 1.0)
     assert loss == pytest.approx(weight * float(wanted), rel=1e-5)

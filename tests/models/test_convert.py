@@ -20,13 +20,7 @@ FAMILIES = {
     "qwen3_tied": {},
     "qwen3_moe": {},
 }
-LAYOUTS = {
-    "tp1": {"tensor": 1},
-    "tp2": {"tensor": 2},
-    "tp4": {"tensor": 4},
-    "pp2": {"pipeline": 2},
-    "tp2pp2": {"tensor": 2, "pipeline": 2},
-}
+LAYOUTS = pairwise.LAYOUTS
 MOE_LAYOUTS = {
     "tp1": {"tensor": 1},
     "pp2": {"pipeline": 2},

@@ -82,7 +82,7 @@ def measured(parallel, config, rollouts, trace):
     term = exact.distillation
     objective = build_objective(config, term.vocab, [SimpleNamespace(head_LD=head) for head in term.heads])
     mine = rollouts[parallel.data_rank :: parallel.data_size]
-    [batches], _ = Shaping(config, parallel, objective.distillation)(mine, pack(mine), 0)
+    [batches], _ = Shaping(config, parallel, objective.distillation)(mine, [pack(mine)], 0)
     student.step(batches, objective)
     found = {
         "weights": together(student.gpt.parameters()),

@@ -21,11 +21,7 @@ from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.prompts.chat import build_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
-QWEN3_LIKE = """\
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor -%}
+ASSISTANT_BEGINS = """\
 {%- if add_generation_prompt -%}
 <|im_start|>assistant
 {% if enable_thinking is defined and enable_thinking is false -%}
@@ -36,6 +32,10 @@ QWEN3_LIKE = """\
 {% endif -%}
 {%- endif -%}
 """
+QWEN3_LIKE = (
+    "{%- for message in messages -%}\n<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor -%}\n"
+    + ASSISTANT_BEGINS
+)
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + QWEN3_LIKE
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 ASKED = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1=?"}]

@@ -7,7 +7,8 @@ import test_chat
 
 from megatron_opd.prompts.chat import Encoder, checked
 
-QWEN3 = """\
+QWEN3 = (
+    """\
 {%- for message in messages -%}
 {%- set reasoning = message.reasoning_content or '' -%}
 {%- set content = message.content -%}
@@ -28,16 +29,9 @@ QWEN3 = """\
 {%- endfor -%}
 <|im_end|>
 {% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% if enable_thinking is defined and enable_thinking is false -%}
-<think>
-
-</think>
-
-{% endif -%}
-{%- endif -%}
 """
+    + test_chat.ASSISTANT_BEGINS
+)
 R1 = (
     "{{ '<s>' }}{% for m in messages %}{% if m.role == 'assistant' %}{% set content = m.content %}"
     "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"

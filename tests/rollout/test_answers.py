@@ -14,7 +14,8 @@ from megatron_opd.rollout.answers import Answers, Choice
 from megatron_opd.rollout.embedded_engine import LocalEngine
 from megatron_opd.rollout.engines import build_answers
 from megatron_opd.rollout.mixed import MixedEngine
-from megatron_opd.trainer.origin_weights import teacher_weights, weighted
+from megatron_opd.trainer.experience import teacher_weights
+from megatron_opd.trainer.origin_weights import weighted
 
 EOS = (2,)
 SAMPLING = Sampling(max_new_tokens=4, temperature=1.0, samples_per_prompt=2, seed=3)
@@ -168,30 +169,32 @@ def test_weights_by_token(micro_batch_size):
     settings = config(lmbda=0.5, sft_alpha=0.3, distill_alpha=0.6)
     rollouts = three()
     plain = pack(rollouts, micro_batch_size=micro_batch_size, length_multiple=1, device=torch.device("cpu"))
-    made = weighted(settings.teachers, settings.answers, plain, rollouts)
-    torch.testing.assert_close(torch.cat([b.distill_T for b in made]), torch.tensor([1.0, *[0.6] * 5]))
-    torch.testing.assert_close(torch.cat([b.sft_T for b in made]), torch.tensor([0.0, *[0.3] * 5]))
+    made = weighted(settings.answers, plain, rollouts, [[1.0]] * 3)
+    torch.testing.assert_close(torch.cat([b.weight("distill") for b in made]), torch.tensor([1.0, *[0.6] * 5]))
+    torch.testing.assert_close(torch.cat([b.weight("sft") for b in made]), torch.tensor([0.0, *[0.3] * 5]))
     assert torch.cat([b.on_policy_T for b in made]).tolist() == [True, *[False] * 5]
 
 
-def test_on_policy_runs_have_no_weights():
-    rollouts = three(["student"])
-    plain = pack(rollouts, micro_batch_size=1, length_multiple=1, device=torch.device("cpu"))
-    assert weighted(config().teachers, config().answers, plain, rollouts) == plain
+@pytest.mark.parametrize(
+    ("settings", "has_others"), [({}, False), ({"lmbda": 0.5}, True), ({"teacher_mixed_alpha": 0.5}, True)]
+)
+def test_nobody_else_is_asked_where_the_student_alone_answers(settings, has_others):
+    assert config(**settings).answers.has_others == has_others
 
 
 @pytest.mark.parametrize("teachers", [TEACHERS, ()])
 def test_no_teacher_is_asked_about_answers_that_are_not_distilled(teachers):
     settings = config(teachers, lmbda=0.5, sft_alpha=1.0, distill_alpha=0.0)
     student, *others = three()
-    weights = [teacher_weights(settings.teachers, settings.answers, r) for r in (student, *others)]
+    by_source = {student.prompt.source: settings.teacher_weights(student.prompt.source)}
+    weights = [teacher_weights(by_source, settings.answers, r) for r in (student, *others)]
     assert [any(w) for w in weights] == [bool(teachers), False, False]
     weights = weights[1:]
     assert renormalised(others, weights, [[None, None]] * len(teachers)) == weights
     plain = pack(others, micro_batch_size=2, length_multiple=1, device=torch.device("cpu"))
-    (made,) = weighted(settings.teachers, settings.answers, plain, others)
-    assert made.distill_T.tolist() == [0.0] * 5
-    assert made.sft_T.tolist() == [1.0] * 5
+    (made,) = weighted(settings.answers, plain, others, weights)
+    assert made.weight("distill").tolist() == [0.0] * 5
+    assert made.weight("sft").tolist() == [1.0] * 5
 
 
 # The mixture.

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from megatron_opd.core.types import Prompt, Sampling
 from megatron_opd.rollout.embedded_engine import LocalEngine
-from megatron_opd.rollout.seeds import seed_of
 
 EOS, VOCAB_SIZE = (2, 5), 90  # of the model's 96 entries
 
@@ -114,8 +113,8 @@ def test_seeds_are_those_of_runs_without_repeats():
     """Which began with this text."""
     prompt, sampling = Prompt(source="a", index=4, text="", token_ids=(7,)), Sampling(max_new_tokens=1, temperature=1)
     first = hashlib.blake2b(b"0/a/4/2", digest_size=8).digest()
-    assert seed_of(sampling, prompt, 2) == int.from_bytes(first, "big") // 2
-    assert seed_of(sampling, replace(prompt, repeat=1), 2) != seed_of(sampling, prompt, 2)
+    assert sampling.seed_of(prompt, 2) == int.from_bytes(first, "big") // 2
+    assert sampling.seed_of(replace(prompt, repeat=1), 2) != sampling.seed_of(prompt, 2)
 
 
 def test_a_rollout_does_not_depend_on_its_company(engine, prompts):

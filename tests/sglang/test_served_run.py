@@ -1,7 +1,6 @@
 """Whole runs over stand-in servers, as another process: what is asked and trained, and what happens when they die."""
 
 import json
-import shutil
 import sys
 import threading
 
@@ -16,12 +15,7 @@ STEPS, PROMPTS, SAMPLES = 4, 4, 2
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model with the vocabulary of the stand-ins, and a tokenizer of fewer words."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    tiny.save(tiny.build("qwen3", vocab_size=VOCAB_SIZE, max_position_embeddings=64), directory)
-    for file in MODELS.joinpath("student").iterdir():
-        if "token" in file.name:
-            shutil.copy(file, directory)
-    return directory
+    return tiny.save_with_tokenizer(MODELS / "student", tmp_path_factory.mktemp("models"), vocab_size=VOCAB_SIZE)
 
 
 @pytest.fixture

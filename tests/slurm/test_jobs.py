@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,12 +83,7 @@ def test_the_step_benchmark_over_two_and_four_nodes(submit, tmp_path):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model with the vocabulary of the stand-in server."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    tiny.save(tiny.build("qwen3", vocab_size=VOCAB_SIZE, max_position_embeddings=64), directory)
-    for file in MODELS.joinpath("student").iterdir():
-        if "token" in file.name:
-            shutil.copy(file, directory)
-    return directory
+    return tiny.save_with_tokenizer(MODELS / "student", tmp_path_factory.mktemp("models"), vocab_size=VOCAB_SIZE)
 
 
 def test_servers_on_nodes_of_their_own(submit, tmp_path, model):

@@ -1,6 +1,7 @@
 """run.deterministic: what is switched on for a process."""
 
 import os
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -57,9 +58,8 @@ def test_attention_takes_the_form_that_has_one_order(enabled, monkeypatch, froze
         "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, *_, **__: Attention.apply(q, k, v)[:]
     )
     monkeypatch.setattr(Attention, "seen", [])
-    layer = CausalAttention.__new__(CausalAttention)
-    torch.nn.Module.__init__(layer)
-    layer.scale, layer.dropout, layer.context_group = 1.0, 0.0, None
+    settings = SimpleNamespace(context_parallel_size=1, kv_channels=4, attention_dropout=0.0)
+    layer = CausalAttention(settings, pg_collection=None)
     q, k, v = (torch.ones(3, 1, 2, 4, requires_grad=not frozen or i == 2) for i in range(3))
     out = layer(q, k, v, None)
     assert torch.is_deterministic_algorithms_warn_only_enabled()

@@ -107,7 +107,7 @@ def train_on(parallel, config, rollouts, scores):
     term = Distillation(config.loss, 1.0, student.vocab_shard(VOCAB_SIZE), tuple(config.teachers), (None,))
     settings = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
     weights = [[1.0]] * len(rollouts)
-    batches = pack(rollouts, **settings, device=torch.device("cpu"), scores=[scores], weights=weights)
+    batches = pack(rollouts, **settings, scores=[scores], weights=weights)
     metrics = [student.step(batches, Objective(term)) for _ in range(NUM_STEPS)]
     return metrics, {name: tensor.clone() for name, tensor in student.export()}
 

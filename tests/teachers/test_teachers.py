@@ -16,14 +16,7 @@ TEACHERS = {  # family, what differs from the student's sizes
     "biases": ("qwen2", {"tie_word_embeddings": False}),
     "mixture": ("qwen3_moe", {"vocab_size": 93}),
 }
-LAYOUTS = {
-    "tp1": {"tensor": 1},
-    "tp2": {"tensor": 2},
-    "tp4": {"tensor": 4},
-    "pp2": {"pipeline": 2},
-    "tp2pp2": {"tensor": 2, "pipeline": 2},
-    "tp2pp2sp": {"tensor": 2, "pipeline": 2, "sequence": True},
-}
+LAYOUTS = {**pairwise.LAYOUTS, "tp2pp2sp": {"tensor": 2, "pipeline": 2, "sequence": True}}
 
 
 def score(parallel, model_dir, rollouts, micro_batch_size, dtype):

@@ -114,6 +114,7 @@ def test_lines_to_the_first_gradient(root):
     # main, train and _step, read with its inner function, loss with its decorator; _step ends after backward began.
     assert found["way_files"] == {"loop/run.py": 9, "data/answers.py": 6, "__main__.py": 3, "loop/part.py": 3}
     assert found["way_lines"] == 21
+    assert found["way_functions"]["loop/part.py: loss"] == 3
     assert found["everything_files"]["loop/run.py"] == 11
     assert found["everything_lines"] == 23
 

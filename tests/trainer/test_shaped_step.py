@@ -281,16 +281,16 @@ def one_by_one(parallel, config, parts, vocab_size):
 
 
 def shaped_beside_answers_of_others(parallel, config, rollouts, vocab_size):
-    """Per rollout: (distill_T, sft_T, advantage_T), and the metrics, where every other rollout is not the student's."""
+    """Per rollout the weights of (distill, sft, policy), and the metrics; every other rollout is not the student's."""
     from megatron_opd.trainer.shaping import Shaping
 
     _, objective, pack = steps.build(parallel, config, vocab_size)
     batches = []
     for i, batch in enumerate(pack(rollouts)):
         own = torch.full(batch.targets_T.shape, rollouts[i].origin == "student")
-        batches.append(replace(batch, on_policy_T=own, sft_T=0.5 * (~own).float()))
-    parts, metrics = Shaping(config, parallel, objective.distillation)(rollouts, batches, 0)
-    return [(b.distill_T, b.sft_T, b.advantage_T) for part in parts for b in part], metrics
+        batches.append(replace(batch, on_policy_T=own).weighing(sft=0.5 * (~own).float()))
+    parts, metrics = Shaping(config, parallel, objective.distillation)(rollouts, [batches], 0)
+    return [tuple(map(b.weight, ("distill", "sft", "policy"))) for part in parts for b in part], metrics
 
 
 def test_answers_of_others_have_no_advantage_and_their_share_of_the_cross_entropy(ranks, paths):

@@ -86,6 +86,16 @@ def lines(codes: Iterable[CodeType]) -> dict[str, int]:
     return {name: len(numbers) for name, numbers in sorted(found.items(), key=lambda item: -len(item[1]))}
 
 
+def functions(codes: Iterable[CodeType]) -> dict[tuple[str, str], int]:
+    """Lines of each function with a name, by file and name, the longest first."""
+    found = {}
+    for code in codes:
+        end = _ends(code.co_filename).get(code.co_firstlineno)
+        if end:
+            found[code.co_filename, code.co_qualname] = end - code.co_firstlineno + 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 @cache
 def _ends(path: str) -> dict[int, int]:
     """The last line of each function of a file, by its first one, which is that of its first decorator."""
@@ -102,7 +112,7 @@ def small_run(root: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def main(root: Path, out: Path) -> int:
-    """Run the step and write {set: {file: lines}} to `out`."""
+    """Run the step and write {set: {file: lines}}, and as "functions" those of the way, to `out`."""
     sys.path.insert(0, str(root))
     os.chdir(root)
     arguments, environment = small_run(root)
@@ -119,6 +129,8 @@ def main(root: Path, out: Path) -> int:
     below = {
         kind: {os.path.relpath(f, root / PACKAGE): n for f, n in lines(codes).items()} for kind, codes in sets.items()
     }
+    named = functions(watch.way()).items()
+    below["functions"] = {f"{os.path.relpath(f, root / PACKAGE)}: {name}": n for (f, name), n in named}
     out.write_text(json.dumps(below))
     return 0
 

@@ -22,13 +22,10 @@ from megatron_opd.config import CrossTokenizerConfig, LossConfig, TeacherConfig
 from megatron_opd.core.scores import Foreign
 from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss import compared
-from megatron_opd.loss.compared import Compared
 from megatron_opd.loss.crosstok.matched import Matched
 from megatron_opd.loss.crosstok.uld import Spans, other_tokens, uld
-from megatron_opd.loss.metrics import Columns, sums
-from megatron_opd.loss.node import with_gradient
-from megatron_opd.loss.term import TermResult
+from megatron_opd.loss.metrics import Columns, Compared, comparison, comparison_names, sums
+from megatron_opd.loss.term import TermResult, with_gradient
 
 _ULD = "matched", "unmatched", "aligned_frac"
 """What is measured of each teacher, besides."""
@@ -60,7 +57,7 @@ class CrossTokenizer:
     def metric_names(self) -> list[str]:
         """As `TeacherTerm`; what begins with kl/ and uld/ is by span."""
         names = [teacher.name for teacher in self.teachers]
-        return [*compared.metric_names(names), *(f"uld/{name}/{what}" for name in names for what in _ULD)]
+        return [*comparison_names(names), *(f"uld/{name}/{what}" for name in names for what in _ULD)]
 
     @property
     def heads(self) -> tuple[torch.Tensor | None, ...]:
@@ -146,7 +143,7 @@ class CrossTokenizer:
         config = self.config
         parts = uld(ours, theirs, foreigner.matched, self.how, beta=config.beta, name=config.divergence)
         last_G = spans_G4[:, 1] - 1
-        weight_G = batch.weights_TN[last_G, n] * batch.distill_T[last_G]
+        weight_G = batch.weights_TN[last_G, n] * batch.weight("distill")[last_G]
         loss_G = weight_G * (parts[0] + parts[1])
         if grad_TL is not None:
             grad_TL[first:stop] += torch.autograd.grad(loss_G.sum(), logits_CL)[0]
@@ -196,7 +193,7 @@ class _Told:
         some_T = torch.stack(ends).any(0)
         text = [weights_TN[:, n] * told[3] for n, told in enumerate(self.by_teacher)]
         found = Compared(self.loss_T, sum(weighted)[some_T], kls, sampled[0], sum(text), sampled[1])
-        columns = dict(compared.columns(found, names, batch))
+        columns = dict(comparison(found, names, batch))
         for n, (name, told, end_T) in enumerate(zip(names, self.by_teacher, ends, strict=True)):
             values = told[0][end_T], told[1][end_T], told[5][weights_TN[:, n] > 0]
             columns |= {f"uld/{name}/{what}": x for what, x in zip(_ULD, values, strict=True)}

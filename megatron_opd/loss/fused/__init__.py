@@ -7,7 +7,7 @@ they and the student's step call.
 from megatron_opd.loss.fused import backends
 from megatron_opd.loss.fused.api import NonFiniteLogits, distillation_loss, linear_distillation_loss
 from megatron_opd.loss.fused.chunks import FactoredLogits, Gradients, Logits, Problem, run
-from megatron_opd.loss.fused.differentiable import WeightedSum, loss_of
+from megatron_opd.loss.fused.differentiable import WeightedSum, in_graph, loss_of
 from megatron_opd.loss.fused.statistics import LossSpec
 from megatron_opd.loss.fused.token_results import TokenResults
 
@@ -22,6 +22,7 @@ __all__ = [
     "WeightedSum",
     "backends",
     "distillation_loss",
+    "in_graph",
     "linear_distillation_loss",
     "loss_of",
     "run",

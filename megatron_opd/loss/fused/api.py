@@ -31,8 +31,8 @@ class Settings(TypedDict, total=False):
     """Keyword arguments of both forms; all may be left out."""
 
     weights: torch.Tensor | Sequence[float] | None
-    """Of the teachers: N numbers, or N for every token; they are made to sum to 1. A teacher with weight 0 at a token
-    is not looked at there. None: equal."""
+    """Weights of the teachers: N numbers, or N for every token; they are scaled to sum to 1. A teacher with weight 0 at
+    a token is not looked at there. None: equal."""
     mask: torch.Tensor | None
     """Nonzero: the token counts. The others cost nothing and have gradient 0. None: all count."""
     beta: float
@@ -42,7 +42,7 @@ class Settings(TypedDict, total=False):
     temperature: float
     """Both sides' logits are divided by it. Default 1."""
     ensemble: Literal["logits", "probs"]
-    """What is averaged over teachers. Default logits."""
+    """Average over teachers: of logits (default) or of probabilities."""
     vocab: VocabShard | None
     """This rank's columns; None: the whole vocabulary is here, and all models have the same one."""
     reduction: Literal["mean", "none"]
@@ -54,7 +54,7 @@ class Settings(TypedDict, total=False):
     """Make the gradient in memory of its own. By default it overwrites the student's logits, unless they are a leaf of
     the graph: who reads them afterwards sees the gradient, and autograd refuses to."""
     backend: Literal["auto", "torch", "native", "triton", "readable"]
-    """What does the work; auto (default) goes by device, type and divergence."""
+    """Backend that computes; auto (default) goes by device, type and divergence."""
     chunk_tokens: int
     """Hidden-state form: tokens whose logits exist at one time; 0 (default): as many as suit the device."""
     upstream: float

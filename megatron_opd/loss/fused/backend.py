@@ -1,8 +1,7 @@
-"""What a backend of the loss is: it says what it supports, and makes passes over rows of logits."""
+"""The protocol of a backend: it says what it supports, and makes passes over rows of logits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,18 +14,13 @@ from megatron_opd.loss.fused.token_results import TokenResults
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a backend is asked to compute, and on what."""
+    """The loss to compute, and the tensors to compute it on."""
 
     spec: LossSpec
     device: str
     """Its type: cpu, cuda."""
     dtypes: frozenset[torch.dtype]
-    """Of all models' hidden states or logits."""
-
-    @classmethod
-    def of(cls, tensors: Iterable[torch.Tensor], spec: LossSpec) -> Wanted:
-        tensors = list(tensors)
-        return cls(spec, tensors[0].device.type, frozenset(x.dtype for x in tensors))
+    """Types of all models' hidden states or logits."""
 
 
 class RowsPass(Protocol):
@@ -44,7 +38,7 @@ class RowsPass(Protocol):
         """The results, with the gradient in place of the student's logits where one is wanted."""
 
     def known(self) -> Known | None:
-        """What another pass over the same rows can be spared; None: nothing."""
+        """Findings that spare another pass over the same rows some work; None: there are none."""
 
 
 class Backend(Protocol):

@@ -1,4 +1,4 @@
-"""Which backend does the rows' work: the first one that supports what is wanted and can be had on this machine.
+"""The backends, and the choice of one: the first that supports the case and works on this machine.
 
     triton    Triton kernels on CUDA         native    compiled C++ on a CPU
     torch     the same algorithm in plain PyTorch, for any device and type

@@ -5,6 +5,9 @@ the gradient, and two more products turn that into gradients of hidden states an
 nothing of a chunk survives it. Under tensor parallelism there are two sets of buffers: while one chunk's statistics
 travel, the next one's products run, and while its sums travel, the next one's statistics are made.
 
+A teacher's head may be one that makes its product itself (`OwnHead`: FP8); the student's, which has gradients, is a
+tensor. Sums into a head's gradient are in that gradient's own type.
+
 Shape suffixes: T tokens, R tokens that count, C tokens of a chunk, L local columns, D hidden size, N teachers.
 """
 
@@ -18,14 +21,13 @@ import torch
 
 from megatron_opd.core.scores import Head
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss.fused import products
 from megatron_opd.loss.fused.backend import Backend, RowsPass
 from megatron_opd.loss.fused.passes import Known, PassInputs
 from megatron_opd.loss.fused.statistics import LogitRows, LossSpec
 from megatron_opd.loss.fused.token_results import TokenResults
 
 _BUFFER_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""What the chunks' logits may take; larger products run better, up to a point that these are past."""
+"""Memory for the chunks' logits; larger products run better, up to a point that these are past."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of it, and what a gradient later on needs."""
+    """The results, and the findings that a later gradient needs."""
 
     outcome: TokenResults
     known: list[Known | None]
@@ -115,7 +117,9 @@ class _Chunks:
     def __init__(self, problem: Problem, gradients: Gradients | None, known: list[Known | None] | None) -> None:
         self.problem, self.gradients, self.known = problem, gradients, known
         self.overlaps = problem.vocab.group is not None
-        self.is_summed = self._can_sum()
+        asked = problem.asked
+        is_each_needed = asked.by_teacher or asked.ensemble != "logits" or asked.num_teachers == 1
+        self.is_summed = not is_each_needed and self._can_sum()
         self.num_tokens = problem.weights_RN.shape[0]
         self.size = min(problem.chunk_tokens or self._suitable_size(), self.num_tokens)
         chunk_of_R = torch.arange(self.num_tokens, device=problem.weights_RN.device) // self.size
@@ -177,12 +181,12 @@ class _Chunks:
     def _add_gradients(self, grad_CL: torch.Tensor, student: FactoredLogits, at: slice, into: Gradients) -> None:
         keep_R = self.problem.keep_R
         if into.hidden_TD is not None and keep_R is None:
-            products.hidden_gradient(grad_CL, student.head_LD, into.hidden_TD[at])
+            torch.mm(grad_CL, student.head_LD, out=into.hidden_TD[at])
         elif into.hidden_TD is not None:
             made_CD = into.hidden_TD.new_empty(len(grad_CL), into.hidden_TD.shape[1])
-            into.hidden_TD[keep_R[at]] = products.hidden_gradient(grad_CL, student.head_LD, made_CD)
+            into.hidden_TD[keep_R[at]] = torch.mm(grad_CL, student.head_LD, out=made_CD)
         if into.head_LD is not None:
-            products.add_head_gradient(grad_CL, self._hidden(student, at), into.head_LD)
+            add_head_gradient(grad_CL, self._hidden(student, at), into.head_LD)
 
     def _hidden(self, source: FactoredLogits, at: slice) -> torch.Tensor:
         keep_R = self.problem.keep_R
@@ -192,7 +196,7 @@ class _Chunks:
         if isinstance(source, torch.Tensor):
             assert self.problem.keep_R is None, "tokens are left out of one form only"
             return source[at]
-        return products.logits(self._hidden(source, at), source.head_LD, self._buffer(source, at, number, which))
+        return logits(self._hidden(source, at), source.head_LD, self._buffer(source, at, number, which))
 
     def _mean_logits(self, at: slice, number: int) -> torch.Tensor:
         """Σ w_n h_n W_nᵀ as one product after the other into one buffer."""
@@ -203,10 +207,10 @@ class _Chunks:
             w_C1 = self.problem.weights_RN[at, n, None].to(teacher.hidden_TD.dtype)
             weighted_CD = (self._hidden(teacher, at) * w_C1).masked_fill(w_C1 == 0, 0.0)
             if out_CL is None:
-                out_CL = products.logits(weighted_CD, teacher.head_LD, self._buffer(teacher, at, number, 1))
+                out_CL = logits(weighted_CD, teacher.head_LD, self._buffer(teacher, at, number, 1))
             else:
                 width = min(out_CL.shape[1], teacher.head_LD.shape[0])
-                products.add_logits(weighted_CD, teacher.head_LD[:width], out_CL[:, :width])
+                out_CL[:, :width].addmm_(weighted_CD, teacher.head_LD[:width].T)
         assert out_CL is not None, "weights sum to 1 at every token"
         return out_CL
 
@@ -218,16 +222,13 @@ class _Chunks:
         return self.buffers[key][: at.stop - at.start]
 
     def _can_sum(self) -> bool:
-        """Whether teachers' logits can be added up by the matrix products: nobody asks about single ones, and the type
-        loses nothing."""
+        """Whether teachers' logits can be added up by the matrix products: the type loses nothing."""
         teachers = [t for t in self.problem.teachers if t is not None]
         dtypes = {t.hidden_TD.dtype for t in teachers if isinstance(t, FactoredLogits)}
         widths = {t.head_LD.shape[0] for t in teachers if isinstance(t, FactoredLogits)}
         wide = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
         only_linear = all(isinstance(t, FactoredLogits) and isinstance(t.head_LD, torch.Tensor) for t in teachers)
-        asked = self.problem.asked
-        single = asked.by_teacher or asked.ensemble != "logits" or asked.num_teachers == 1
-        return wide and only_linear and len(widths) == 1 and not single
+        return wide and only_linear and len(widths) == 1
 
     def _suitable_size(self) -> int:
         problem = self.problem
@@ -235,3 +236,20 @@ class _Chunks:
         row = sum(m.head_LD.shape[0] * m.hidden_TD.element_size() for m in models if isinstance(m, FactoredLogits))
         budget = _BUFFER_BYTES.get(problem.weights_RN.device.type, _BUFFER_BYTES["cpu"])
         return max(budget // (row * (2 if self.overlaps else 1)) // 16 * 16, 16)
+
+
+def logits(hidden_CD: torch.Tensor, head_LD: Head, out_CL: torch.Tensor) -> torch.Tensor:
+    """out = h Wᵀ, in the type of the three."""
+    if not isinstance(head_LD, torch.Tensor):
+        return head_LD.logits(hidden_CD, out_CL)
+    return torch.mm(hidden_CD, head_LD.T, out=out_CL)
+
+
+def add_head_gradient(grad_CL: torch.Tensor, hidden_CD: torch.Tensor, into_LD: torch.Tensor) -> None:
+    """into += gᵀ h, summed in the type of `into`, float32 as a rule, whatever the others are."""
+    if grad_CL.dtype == into_LD.dtype:
+        into_LD.addmm_(grad_CL.T, hidden_CD)
+    elif into_LD.is_cuda:
+        torch.addmm(into_LD, grad_CL.T, hidden_CD, out_dtype=into_LD.dtype, out=into_LD)
+    else:
+        into_LD.addmm_(grad_CL.T.to(into_LD.dtype), hidden_CD.to(into_LD.dtype))

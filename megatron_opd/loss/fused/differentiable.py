@@ -11,16 +11,39 @@ Shape suffixes: T tokens, R tokens that count, L local columns, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from megatron_opd.loss.fused.backend import Backend
 from megatron_opd.loss.fused.chunks import FactoredLogits, Gradients, Logits, Problem, Result, run
 from megatron_opd.loss.fused.token_results import TokenResults
-from megatron_opd.loss.node import in_graph
+
+Backward: TypeAlias = Callable[[torch.Tensor], Sequence[torch.Tensor | None]]
+"""From the upstream factor to the gradients of the inputs, in order; None for an input that gets none."""
+
+
+class _Node(torch.autograd.Function):
+    """The one autograd function of the losses: a value whose gradients were made with it, outside the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, backward: Backward, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.make_gradients = backward
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        make_gradients, ctx.make_gradients = ctx.make_gradients, None
+        if make_gradients is None:
+            raise RuntimeError("the loss gave its gradient away in the first backward pass; compute the loss again")
+        return None, None, *make_gradients(upstream)
+
+
+def in_graph(value: torch.Tensor, backward: Backward, *inputs: torch.Tensor) -> torch.Tensor:
+    """`value` as a function of `inputs`, whose gradients `backward` gives, once."""
+    return _Node.apply(value, backward, *inputs)
 
 
 class Reduction(Protocol):
@@ -91,12 +114,9 @@ def loss_of(problem: Problem, reduction: Reduction, *, keep_logits: bool = False
     return (in_graph(value, backward, *inputs) if any(needs) else value), found
 
 
-_Backward = Callable[[torch.Tensor], tuple[torch.Tensor | None, ...]]
-
-
 def _on_logits(
     problem: Problem, student: Logits, reduction: Reduction, needs: list[bool], keep_logits: bool
-) -> tuple[TokenResults, _Backward]:
+) -> tuple[TokenResults, Backward]:
     """`problem` is outside the graph, `student` in it."""
     student_TL = problem.student
     assert isinstance(student_TL, torch.Tensor)
@@ -116,7 +136,7 @@ def _on_logits(
 
 def _on_hidden(
     problem: Problem, student: Logits, reduction: Reduction, needs: list[bool], keep_logits: bool
-) -> tuple[TokenResults, _Backward]:
+) -> tuple[TokenResults, Backward]:
     """`problem` is outside the graph, `student` in it."""
     assert isinstance(student, FactoredLogits)
     factors_R = reduction.factors(_a_number_a_row(problem)) if any(needs) else None

@@ -21,7 +21,7 @@ from megatron_opd.loss.fused.token_results import SampledLogits, TokenResults, o
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What all shards together found out about rows: enough for their gradient."""
+    """Statistics and sums of rows over all shards: enough for their gradient."""
 
     stats_RK: torch.Tensor
     sums_R3: torch.Tensor | None
@@ -30,7 +30,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class PassInputs:
-    """What a pass is about."""
+    """The inputs of a pass."""
 
     rows: LogitRows
     asked: LossSpec
@@ -40,7 +40,7 @@ class PassInputs:
     ids_R: torch.Tensor | None
     """Sampled tokens, for metrics about them."""
     known: Known | None = None
-    """What an earlier pass over the same rows found out; then only the gradient is made."""
+    """Findings of an earlier pass over the same rows; then only the gradient is made."""
 
 
 class Kernels(Protocol):
@@ -76,11 +76,10 @@ class Pass:
             return
         sampled_RM = self._sampled_logits()
         if self.vocab.group is None:
-            stats_RK, sums_R3 = self.backend.whole(self.rows, self.asked, self.scale_R)
-            self._sums = None if sums_R3 is None else exchange.Pending(sums_R3)
-        else:
-            stats_RK = self.backend.stats(self.rows, self.asked)
-        self._gathered = exchange.gather(torch.cat([sampled_RM, stats_RK], dim=-1), self.vocab)
+            self._known = Known(*self.backend.whole(self.rows, self.asked, self.scale_R), sampled_RM)
+            return
+        stats_RK = self.backend.stats(self.rows, self.asked)
+        self._gathered = exchange.gather(torch.cat([sampled_RM, stats_RK], dim=-1), self.vocab.group)
 
     def middle(self) -> None:
         """Learn the normalisers; where sums need them, make and send those. Once, however often it is called."""
@@ -89,8 +88,9 @@ class Pass:
         everyone_WRK, self._gathered = self._gathered.wait(), None
         num_sampled = everyone_WRK.shape[-1] - self.asked.num_stats
         stats_RK = exchange.merged(everyone_WRK[..., num_sampled:], self.asked).contiguous()
-        if self.vocab.group is not None and self.asked.has_sums:
-            self._sums = exchange.add(self.backend.sums(self.rows, self.asked, stats_RK), self.vocab)
+        if self.asked.has_sums:
+            assert self.vocab.group is not None
+            self._sums = exchange.add(self.backend.sums(self.rows, self.asked, stats_RK), self.vocab.group)
         self._known = Known(stats_RK, None, everyone_WRK[..., :num_sampled].sum(0))
 
     def finish(self) -> TokenResults:
@@ -107,7 +107,7 @@ class Pass:
         return outcome(self.asked, self.rows.weights_RN, known.stats_RK, known.sums_R3, sampled)
 
     def known(self) -> Known:
-        """What the exchanges told."""
+        """The findings; after `middle`."""
         assert self._known is not None
         return self._known
 

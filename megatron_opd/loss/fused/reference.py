@@ -116,8 +116,7 @@ def _sums(rows: LogitRows, asked: LossSpec, stats_CK: torch.Tensor) -> torch.Ten
 
 def _of_no_columns(rows: LogitRows, asked: LossSpec) -> torch.Tensor:
     stats_RK = torch.zeros(rows.num_rows, asked.num_stats, dtype=torch.float64, device=rows.student_RL.device)
-    maxima = [S_MAX, *([T_MAX] if asked.has_target else [])]
-    stats_RK[:, [*maxima, *asked.teachers_at]] = NOTHING
+    stats_RK[:, [S_MAX, *(at.max for at in asked.targets)]] = NOTHING
     return stats_RK
 
 
@@ -149,8 +148,8 @@ def _logp(rows: LogitRows, asked: LossSpec, stats_CK: torch.Tensor) -> torch.Ten
     if asked.has_target:
         return _mean_logits(rows, asked) - (stats_CK[:, T_MAX] + stats_CK[:, T_SUM].log())[:, None]
     shares = []
-    for at, teacher, w_C in zip(asked.teachers_at, rows.teachers, rows.weights_RN.double().unbind(-1), strict=True):
-        max_C, sum_C = stats_CK[:, at], stats_CK[:, at + 1]
+    for at, teacher, w_C in zip(asked.teachers, rows.teachers, rows.weights_RN.double().unbind(-1), strict=True):
+        max_C, sum_C = stats_CK[:, at.max], stats_CK[:, at.sum]
         share_CL = _scaled(rows, teacher, asked) - (max_C + sum_C.log() - w_C.log())[:, None]
         shares.append(share_CL.masked_fill((w_C == 0)[:, None], NOTHING))
     return torch.logsumexp(torch.stack(shares), dim=0)

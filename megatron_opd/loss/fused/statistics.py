@@ -1,4 +1,4 @@
-"""What is asked of a pass over rows of logits, the rows, and the columns of statistics that a pass gives for each.
+"""The loss that a pass computes, the rows it computes it for, and the columns of statistics that it gives for each.
 
 A pass knows log-probabilities only up to normalisers that lie on other shards, so it gives statistics that can be put
 together afterwards (`exchange.py`), each exponential relative to the local maximum of its row:
@@ -17,8 +17,8 @@ Shape suffixes: R rows, L local columns, N teachers, K statistics.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -28,6 +28,24 @@ NOTHING = -1e30
 """The maximum of no columns; finite, so that differences are."""
 
 Kind = Literal["forward", "reverse", "jsd"]
+
+
+class TargetColumns(NamedTuple):
+    """Columns of what the student is compared with: the target, or one teacher. None: that one is not kept."""
+
+    max: int
+    sum: int
+    gap_s: int | None
+    """Σ e^u (u - v)."""
+    gap_t: int | None = None
+    """Σ e^v (v - u)."""
+
+
+S_MAX, S_SUM = range(2)
+"""The student's columns."""
+T_MAX, T_SUM, GAP_S, GAP_T = range(2, 6)
+"""The target's, where there is one; a teacher's come behind (`LossSpec.teachers`), the sampler's last."""
+TARGET = TargetColumns(T_MAX, T_SUM, GAP_S, GAP_T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,59 +64,57 @@ class LossSpec:
     divergence: str = GKD
     """A name of `DIVERGENCES`; kernels know only the default, which interpolates between the two KLs."""
 
-    @property
-    def kind(self) -> Kind:
-        return "forward" if self.beta == 0 else "reverse" if self.beta == 1 else "jsd"
+    kind: Kind = field(init=False)
+    is_probs: bool = field(init=False)
+    """Whether several distributions are averaged, which needs every teacher's normaliser. One is itself."""
+    has_sums: bool = field(init=False)
+    """Whether the loss needs sums that can only be made once the normalisers are known."""
+    sampler_ratio: float = field(init=False)
+    """Loss temperature over sampling temperature; 0 where nothing is asked at that one."""
+    has_target: bool = field(init=False)
+    """Whether there are columns of one target, `TARGET`."""
+    teachers: tuple[TargetColumns, ...] = field(init=False)
+    """Every teacher's columns; nothing where their own are not needed."""
+    has_teachers: bool = field(init=False)
+    first_teacher: int = field(init=False)
+    """Column where the teachers' begin."""
+    teacher_columns: int = field(init=False)
+    """Columns of one teacher."""
+    num_stats: int = field(init=False)
+    """K."""
+
+    def __post_init__(self) -> None:
+        """Compute everything that follows from the settings."""
+        kind: Kind = "forward" if self.beta == 0 else "reverse" if self.beta == 1 else "jsd"
+        is_probs = self.ensemble == "probs" and self.num_teachers > 1
+        tau = self.sampling_temperature
+        sampler_ratio = 0.0 if tau is None or tau == self.temperature else self.temperature / tau
+        first = 2 if is_probs else 6
+        has_gap = self.by_teacher or (is_probs and kind == "jsd")  # for a teacher's KL, and for Triton's JSD
+        each = 3 if has_gap else 2
+        count = self.num_teachers if is_probs or (self.by_teacher and self.num_teachers > 1) else 0
+        starts = [first + each * n for n in range(count)]
+        found = {
+            "kind": kind,
+            "is_probs": is_probs,
+            "has_sums": is_probs or kind == "jsd",
+            "sampler_ratio": sampler_ratio,
+            "has_target": not is_probs,
+            "teachers": tuple(TargetColumns(at, at + 1, at + 2 if has_gap else None) for at in starts),
+            "has_teachers": count > 0,
+            "first_teacher": first,
+            "teacher_columns": each,
+            "num_stats": first + each * count + (sampler_ratio > 0),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     @property
-    def is_probs(self) -> bool:
-        """Whether several distributions are averaged, which needs every teacher's normaliser. One is itself."""
-        return self.ensemble == "probs" and self.num_teachers > 1
-
-    @property
-    def has_sums(self) -> bool:
-        """Whether the loss needs sums that can only be made once the normalisers are known."""
-        return self.is_probs or self.kind == "jsd"
-
-    @property
-    def sampler_ratio(self) -> float:
-        """Loss temperature over sampling temperature; 0 where nothing is asked at that one."""
-        if self.sampling_temperature in (None, self.temperature):
-            return 0.0
-        assert self.sampling_temperature is not None
-        return self.temperature / self.sampling_temperature
-
-    @property
-    def has_target(self) -> bool:
-        return not self.is_probs
-
-    @property
-    def has_teachers(self) -> bool:
-        return self.is_probs or (self.by_teacher and self.num_teachers > 1)
-
-    @property
-    def first_teacher(self) -> int:
-        """Column of the first teacher's."""
-        return 6 if self.has_target else 2
-
-    @property
-    def teacher_columns(self) -> int:
-        """Columns of one teacher: the last of three is for its KL, where asked for, and Triton's JSD."""
-        return 3 if self.by_teacher or (self.is_probs and self.kind == "jsd") else 2
-
-    @property
-    def teachers_at(self) -> list[int]:
-        """The first column of every teacher's."""
-        count = self.num_teachers if self.has_teachers else 0
-        return [self.first_teacher + self.teacher_columns * n for n in range(count)]
-
-    @property
-    def num_stats(self) -> int:
-        return self.first_teacher + self.teacher_columns * len(self.teachers_at) + (self.sampler_ratio > 0)
+    def targets(self) -> tuple[TargetColumns, ...]:
+        """The columns of everything that the student is compared with."""
+        return (*([TARGET] if self.has_target else []), *self.teachers)
 
 
-S_MAX, S_SUM, T_MAX, T_SUM, GAP_S, GAP_T = range(6)
-"""Columns of statistics with one target. A teacher's are like the target's first two or three."""
 FIRST, SECOND, REVERSE = range(3)
 """Columns of the sums: a KL's value and 0, or with JSD KL(q||m) and KL(p||m); then KL(q||p)."""
 
@@ -123,7 +139,7 @@ class LogitRows:
     width: int
     """Real columns; what follows is padding, which is not read, and whose gradient is 0."""
     index_R: torch.Tensor | None = None
-    """Which rows of the matrices are meant (int64); None: all."""
+    """Indices of the rows of the matrices (int64); None: all rows."""
 
     @property
     def num_rows(self) -> int:

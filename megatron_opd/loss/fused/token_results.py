@@ -27,7 +27,7 @@ from megatron_opd.loss.fused.statistics import (
 
 @dataclass(frozen=True, slots=True)
 class TokenResults:
-    """What is known of each token, float64, without a gradient."""
+    """Loss and metrics of each token, float64, without a gradient."""
 
     loss_R: torch.Tensor
     """The divergence, in nats; NaN where the logits are not finite."""
@@ -78,7 +78,7 @@ def outcome(
     sums_R3: torch.Tensor | None,
     sampled: SampledLogits | None,
 ) -> TokenResults:
-    """What the statistics of the whole vocabulary say."""
+    """Loss and metrics from the statistics of the whole vocabulary."""
     log_s_R = stats_RK[:, S_SUM].log()
     forward_R = None
     if asked.has_target:
@@ -100,27 +100,24 @@ def outcome(
     if asked.by_teacher:
         teachers_RN = reverse_R[:, None]
         if asked.has_teachers:
-            at = asked.teachers_at
-            gaps_RN = stats_RK[:, [i + GAP_S - T_MAX for i in at]] / stats_RK[:, S_SUM, None]
-            teachers_RN = gaps_RN - log_s_R[:, None] + stats_RK[:, [i + 1 for i in at]].log()
+            gaps_RN = stats_RK[:, [at.gap_s for at in asked.teachers]] / stats_RK[:, S_SUM, None]
+            teachers_RN = gaps_RN - log_s_R[:, None] + stats_RK[:, [at.sum for at in asked.teachers]].log()
         teachers_RN = teachers_RN.masked_fill(weights_RN == 0, math.nan)
     found = _sampled(asked, weights_RN, stats_RK, sampled) if sampled is not None else (None, None, None)
     return TokenResults(loss_R.masked_fill(is_bad_R, math.nan), reverse_R, teachers_RN, *found, is_bad_R)
 
 
 def _is_finite(asked: LossSpec, stats_RK: torch.Tensor) -> torch.Tensor:
-    """Of the statistics that the loss depends on, [R]. A teacher that rules a token out is infinitely far from a
-    student that does not, yet its average with others is not."""
+    """Whether the statistics that the loss depends on are finite, [R]. A teacher that rules a token out is infinitely
+    far from a student that does not, yet its average with others is not."""
     is_finite_RK = stats_RK.isfinite()
-    if asked.teacher_columns > 2:
-        is_finite_RK[:, [i + GAP_S - T_MAX for i in asked.teachers_at]] = True
+    is_finite_RK[:, [at.gap_s for at in asked.teachers if at.gap_s is not None]] = True
     return is_finite_RK.all(-1)
 
 
 def _log_normalisers(asked: LossSpec, stats_RK: torch.Tensor) -> torch.Tensor:
     """Log of every teacher's sum of exponentials, [R, N]."""
-    at = asked.teachers_at
-    return stats_RK[:, at] + stats_RK[:, [i + 1 for i in at]].log()
+    return stats_RK[:, [at.max for at in asked.teachers]] + stats_RK[:, [at.sum for at in asked.teachers]].log()
 
 
 def _sampled(

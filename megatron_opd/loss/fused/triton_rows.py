@@ -134,17 +134,15 @@ def _constants(
         # The mean of log p - log q under q, where it is known; with JSD nearly that.
         reference_R = zero_R if center_R is None or asked.kind != "reverse" else -center_R
         if asked.kind == "jsd":
-            at = asked.teachers_at
-            apart_RN = (
-                stats_RK[:, [i + 2 for i in at]] / stats_RK[:, S_SUM, None] + stats_RK[:, [i + 1 for i in at]].log()
-            )
+            gaps_RN = stats_RK[:, [at.gap_s for at in asked.teachers]] / stats_RK[:, S_SUM, None]
+            apart_RN = gaps_RN + stats_RK[:, [at.sum for at in asked.teachers]].log()
             shares_RN = rows.weights_RN.double().log() - apart_RN
             reference_R = log_s_R + shares_RN.masked_fill(rows.weights_RN == 0, -math.inf).logsumexp(-1)
         gap_R = (reference_R - log_s_R).float().double()
         reference_R = gap_R + log_s_R
         weights_RN = rows.weights_RN.double()
-        for at, w_R in zip(asked.teachers_at, weights_RN.unbind(-1), strict=True):
-            teachers += [stats_RK[:, at], (w_R.log() - stats_RK[:, at + 1].log()).masked_fill(w_R == 0, -1e30)]
+        for at, w_R in zip(asked.teachers, weights_RN.unbind(-1), strict=True):
+            teachers += [stats_RK[:, at.max], (w_R.log() - stats_RK[:, at.sum].log()).masked_fill(w_R == 0, -1e30)]
     over_R = _over_at(reference_R, asked.beta)
     far_R = -math.log(asked.beta) - over_R - reference_R if asked.kind == "jsd" else zero_R
     fixed = [

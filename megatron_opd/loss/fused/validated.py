@@ -1,4 +1,4 @@
-"""What can be wrong with the arguments of the loss, said before any work: ValueError, naming the argument."""
+"""Checks of the loss's arguments before any work: ValueError with the argument's name."""
 
 from __future__ import annotations
 

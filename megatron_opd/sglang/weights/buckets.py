@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+MAX_BYTES = 256 << 20
+"""Weights sent at a time; bounds the memory that a sync takes on either side."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -28,7 +31,7 @@ class Bucket:
         return [(n, p.view(s)) for n, p, s in zip(self.names, pieces, self.shapes, strict=True)]
 
 
-def buckets(weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[Bucket]:
+def buckets(weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int = MAX_BYTES) -> Iterator[Bucket]:
     """In order. A bucket holds at most `max_bytes`, or one larger tensor, and tensors of one type and device."""
     held: list[tuple[str, torch.Tensor]] = []
     size = 0

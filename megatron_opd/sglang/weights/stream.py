@@ -27,14 +27,13 @@ class Sender(Protocol):
 class Stream:
     """A Transport through a Sender."""
 
-    def __init__(self, sender: Sender, bucket_mb: int, loop: Loop) -> None:
-        """Buckets have at most `bucket_mb` MiB, or one larger tensor."""
-        self.sender, self.max_bytes, self.loop = sender, bucket_mb << 20, loop
+    def __init__(self, sender: Sender, loop: Loop) -> None:
+        self.sender, self.loop = sender, loop
 
     def send(self, session: Session, weights: NamedWeights, version: int, label: str) -> None:
         """Open an update, send the buckets, and end it."""
         session.each(_open)
-        for bucket in buckets(weights, self.max_bytes):
+        for bucket in buckets(weights):
             if session.alive:
                 session.lose(self.loop.run(self.sender.send(session.alive, bucket, label)))
         session.each(Client.end_weight_update)

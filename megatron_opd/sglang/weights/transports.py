@@ -47,14 +47,14 @@ def _broadcast(inputs: TransportInputs) -> Transport:
     from megatron_opd.sglang.weights.broadcast import Broadcast
     from megatron_opd.sglang.weights.stream import Stream
 
-    return Stream(Broadcast(inputs.rollout.servers.request_timeout_s), inputs.rollout.sync_bucket_mb, inputs.loop)
+    return Stream(Broadcast(inputs.rollout.servers.request_timeout_s), inputs.loop)
 
 
 def _tensor(inputs: TransportInputs) -> Transport:
     from megatron_opd.sglang.weights.stream import Stream
     from megatron_opd.sglang.weights.tensor import Inline
 
-    return Stream(Inline(), inputs.rollout.sync_bucket_mb, inputs.loop)
+    return Stream(Inline(), inputs.loop)
 
 
 def _disk(inputs: TransportInputs) -> Transport:

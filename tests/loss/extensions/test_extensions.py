@@ -199,7 +199,7 @@ COEFFICIENT = 0.2
 
 def with_terms(parallel):
     _, heads, batch = one.teachers_and_batch()
-    batch = replace(batch, advantage_T=torch.linspace(-1, 1, T), on_policy_T=torch.arange(T) != 4)
+    batch = replace(batch, on_policy_T=torch.arange(T) != 4).weighing(policy=torch.linspace(-1, 1, T))
     objective = one.objective_on(parallel, heads, LossConfig(chunk_tokens=4))
     terms = Entropy(), extensions.Surprise(), extensions.EntropyBonus(COEFFICIENT), PolicyGradient(POLICY)
     return one.loss_gradient_metrics(replace(objective, sampled=terms), batch, one.student_logits())
@@ -251,7 +251,7 @@ def test_the_training_step_has_the_bits_of_the_public_loss():
         **{name: getattr(batch, name)[:size] for name in ("targets_T", "behaviour_logp_T", "on_policy_T")},
         weights_TN=torch.ones(size, 1),
         teachers=(one.Hidden(hidden[1][:size]),),
-        distill_T=torch.full((size,), 1 / size),
+        weights_T={"distill": torch.full((size,), 1 / size)},
     )
     for beta, temperature in product((0.0, 0.5, 1.0), (1.0, 0.7)):
         config = LossConfig(beta=beta, temperature=temperature, chunk_tokens=3)

@@ -7,7 +7,7 @@ import torch
 from cases import COLUMNS, GRADIENT_ERROR, LOSS_ERROR, SIZE, Case
 
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss.fused import api, backends, native, products
+from megatron_opd.loss.fused import api, backends, chunks, native
 
 VOCAB = VocabShard(0, COLUMNS, SIZE)
 
@@ -263,5 +263,5 @@ def test_products_that_are_added_up_are_not_rounded_before():
     grad, h = (torch.randn(64, size, generator=generator).bfloat16() for size in (20, 12))
     into = torch.randn(20, 12, generator=generator)
     expected = into.double() + grad.double().T @ h.double()
-    products.add_head_gradient(grad, h, into)
+    chunks.add_head_gradient(grad, h, into)
     assert cases.relative(into, expected) <= 1e-6

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cases import LOSS_ERROR, Case
 
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss.fused import api, exchange, products
+from megatron_opd.loss.fused import api, chunks, exchange
 
 UNEVEN = (48, 35)
 """Columns and real ones: at TP=4 the last shard has padding only."""
@@ -186,7 +186,7 @@ def order_of_events(parallel, beta):
         return call
 
     with (
-        patch.object(products, "logits", noted("p", products.logits)),
+        patch.object(chunks, "logits", noted("p", chunks.logits)),
         patch.object(exchange, "gather", noted("g", exchange.gather)),
         patch.object(exchange, "add", noted("a", exchange.add)),
         patch.object(exchange.Pending, "wait", noted("w", exchange.Pending.wait)),
