@@ -14,7 +14,7 @@ class RunConfig:
     dir: FilePath
     """Directory of the run: checkpoints, metrics, logs, export. The same command on the same directory resumes.
     Settings may change then, and train.log says which did, but not the student (student.model, student.dtype, lora) nor
-    optim.distributed."""
+    optim.distributed, and the contents of data.train only with data.on_change."""
     seed: Annotated[int, bound(gt=-(2**62), lt=2**62)] = 1234
     """Seeds the order of prompts, every sampled token and dropout: same seed, same numbers."""
     deterministic: bool = False

@@ -6,6 +6,7 @@ an edit take the checksum out. Files of older versions have none.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -87,12 +88,17 @@ def validated(kind: type[_T], data: Any) -> _T:
     """Data out of loop.json as an instance of a dataclass, strictly. Raises DamagedMarker naming the first keys that do
     not fit it."""
     try:
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+        return _adapter(kind).validate_json(json.dumps(data), strict=True)
     except pydantic.ValidationError as error:
         found = list({sentence.split()[0]: sentence for sentence in map(_explain, reversed(error.errors()))}.values())
         found.reverse()  # the first of each key, in their order
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         raise DamagedMarker(f"{MARKER}: {'; '.join(found[:3])}{more}") from None
+
+
+@functools.cache
+def _adapter(kind: type[_T]) -> pydantic.TypeAdapter[_T]:
+    return pydantic.TypeAdapter(kind)
 
 
 def _explain(error: Any) -> str:

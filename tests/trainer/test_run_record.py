@@ -1,6 +1,7 @@
 """What decides results is kept with a checkpoint; what differs at the next start is refused or said, by the setting."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -182,3 +183,52 @@ def test_a_missing_key_is_named(path):
     del node[last]
     with pytest.raises(DamagedMarker, match=rf"^loop\.json: {path} is missing$"):
         state_of(loop)
+
+
+def places(node, path=()):
+    """The path of everything in a tree of JSON, containers included."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def wrong_values(value):
+    """What no save writes in place of a value; texts may be any text."""
+    others = [None, True, -1, 1.5, "x", [None], {"x": None}]
+    if isinstance(value, float):
+        return [other for other in others if other != 1.5]
+    return [other for other in others if type(other) is not type(value) or other in (-1, [None], {"x": None})]
+
+
+def is_for_others(path, value):
+    """Whether it is another student, which is compared elsewhere, or what older versions left out."""
+    if path in (("data",), ("conditions",)):
+        return value is None
+    if path == ("student",):
+        return isinstance(value, dict)
+    return path[0] == "student" and not isinstance(value, list | dict)
+
+
+def test_whatever_is_put_anywhere_is_one_error_that_names_the_place(tmp_path):
+    checkpoint = tmp_path / "step_00000040"
+    checkpoint.mkdir()
+    whole = saved(record(source("a", "bb"), source("x", name="max")))
+    whole["student"] = {"family": "qwen3", "hidden_size": 64}
+    tried = 0
+    for path in places(whole):
+        *parents, last = path
+        old = functools.reduce(lambda node, key: node[key], path, whole)
+        for new in wrong_values(old):
+            if is_for_others(path, new):
+                continue
+            loop = json.loads(json.dumps(whole))
+            functools.reduce(lambda node, key: node[key], parents, loop)[last] = new
+            (checkpoint / "loop.json").write_text(json.dumps(loop))
+            named = ".".join(str(key) for key in path)
+            with pytest.raises(DamagedMarker) as refused:
+                pytest.fail(f"{named}: {state_of(marker.read(checkpoint))}")
+            assert str(refused.value).startswith(f"loop.json: {path[0]}"), (named, new)
+            assert named in str(refused.value), (named, new)
+            tried += 1
+    assert tried > 300

@@ -88,7 +88,7 @@ def _cache(notes: list[str]) -> Path | None:
     try:
         return Path(own) if own else Path(of_user or Path.home() / ".cache") / "megatron_opd"
     except RuntimeError:  # no HOME, and the user is in no table
-        notes.append("this user has no home directory (MEGATRON_OPD_CACHE names a place for compiled kernels)")
+        notes.append("this user has no home directory")
         return None
 
 
