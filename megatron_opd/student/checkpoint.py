@@ -202,7 +202,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _read_marker(
-    checkpoint: Path, mine: dict[str, Any], look: Callable[[Path, dict[str, Any]], None] | None
+    checkpoint: Path, mine: dict[str, Any], look: Callable[[Path, dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
     """loop.json of a checkpoint, which must be of the student with the fingerprint `mine`, and pass `look`."""
     loop = marker.read(checkpoint)
