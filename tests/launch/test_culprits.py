@@ -12,6 +12,8 @@ import warm
 from program import environment
 
 from megatron_opd.core import causes
+from megatron_opd.launch import culprit, oom
+from megatron_opd.launch.rank_processes import Failure
 
 TIMEOUT_S = 600
 LAUNCHER = """
@@ -141,7 +143,7 @@ def test_a_cause_that_we_know_is_told_with_what_to_do(tmp_path, cause):
     assert "lost another rank" not in terminal
 
 
-@pytest.mark.parametrize("cause", ["EMFILE in gloo", "memory, torch", "ENOSPC", "a user's mistake"])
+@pytest.mark.parametrize("cause", ["EMFILE in gloo", "a user's mistake"])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_launcher_tells_the_cause_and_the_rank(tmp_path, rank, cause):
     body, said = OF_A_TABLE[cause]
@@ -252,6 +254,38 @@ def test_without_a_launcher_of_ours_a_rank_says_it_itself():
     assert code == 1
     assert "Traceback" in err
     assert err.endswith("KeyError: 5\n")
+
+
+def kernel(root, **counts):
+    """proc and sys of a kernel that has killed so many processes, machine-wide and by control group."""
+    files = {
+        "proc/self/cgroup": "4:memory:/job/1\n1:name=systemd:/x\n0::/slice\n",
+        "proc/vmstat": f"pgfault 17\noom_kill {counts['machine']}\n",
+        "sys/fs/cgroup/memory/job/1/memory.oom_control": f"under_oom 0\noom_kill {counts['first']}\n",
+        "sys/fs/cgroup/slice/memory.events": f"max 3\noom 9\noom_kill {counts['second']}\noom_group_kill 0\n",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("grows", ["machine", "first", "second"])
+def test_what_the_kernel_kills_for_want_of_memory_is_told_from_what_others_kill(tmp_path, grows):
+    counts = {"machine": 5, "first": 0, "second": 2}
+    kernel(tmp_path, **counts)
+    kills = oom.Kills(tmp_path)
+    assert kills.since() is False
+    kernel(tmp_path, **{**counts, grows: counts[grows] + 1})
+    assert kills.since() is True
+    assert oom.Kills(tmp_path / "another system").since() is None
+
+
+def test_a_kill_is_explained_by_what_the_kernel_says(tmp_path):
+    failures = {3: Failure(code=-signal.SIGKILL, when=1.0)}
+    said = [culprit.explain(failures, tmp_path, by_kernel=by_kernel) for by_kernel in (True, False, None)]
+    assert "the kernel killed a process meanwhile, because memory ran out" in said[0]
+    assert "somebody sent it: memory did not run out" in said[1]
+    assert "did this machine run out of memory?" in said[2]
 
 
 def test_the_table_knows_an_error_behind_another_one():

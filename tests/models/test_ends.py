@@ -137,7 +137,7 @@ def test_the_loss_at_an_end_is_that_of_the_models_own_ends(order, said):
     ]
     how = CrossTokenizerConfig(adaptive=False, matched_weight=1.0)
     (loss,) = uld(*spans, matched, how, beta=0)[0].tolist()
-    # Own ends, and what is no special token: words, <pad> and <text_end>. The other special tokens have no partner.
+    # Own ends, and what is no special token: words, <pad> and <text_end>.
     assert loss == pytest.approx(loss_by_hand(student_V, teacher_V, [(4, 3), (6, 7), (7, 6), (0, 0), (1, 1)]), rel=1e-9)
     assert loss < 1e-3 if said == 4 else loss > 14
 
