@@ -52,15 +52,13 @@ def test_launch_restarts_from_the_newest_checkpoint(tmp_path):
     assert "resuming after step 2" in printed
 
 
-# Put first on PYTHONPATH: rank 0 never comes back from what the given call of os.fsync writes.
+# Put first on PYTHONPATH: rank 0 never comes back from having a checkpoint's file on disk.
 STUCK_AT_FSYNC = """
 import os, time
-calls, fsync = 0, os.fsync
+fsync = os.fsync
 
 def stuck_in_the_file_system(fd):
-    global calls
-    calls += 1
-    if calls == 2 and os.environ.get("RANK") == "0":
+    if os.readlink(f"/proc/self/fd/{fd}").endswith(".distcp") and os.environ.get("RANK") == "0":
         time.sleep(10_000)
     fsync(fd)
 
