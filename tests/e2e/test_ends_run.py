@@ -1,4 +1,4 @@
-"""A base student and an instruct teacher, whose own end does not end the student: that is said before the run."""
+"""A base student, an instruct teacher: an end of the teacher that does not end the student is said before the run."""
 
 import json
 import shutil

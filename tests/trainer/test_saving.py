@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_opd.config import RunConfig, SourceConfig
+from megatron_opd.config import RunConfig, SourceConfig, TrainConfig
 from megatron_opd.core.types import Prompt
+from megatron_opd.prompts.fingerprint import DataRecord
 from megatron_opd.prompts.mix import PromptMix
+from megatron_opd.trainer.run_record import RunRecord
 from megatron_opd.trainer.saving import Saving
 
 ALONE = SimpleNamespace(share_world=lambda compute: compute())
@@ -16,8 +18,12 @@ def saving(run_dir, loop=None):
     """(of a run whose newest checkpoint has `loop`, the loops that are saved, what the logs were rewound to)."""
     rewound, saved = [], []
     tracker = SimpleNamespace(message=lambda text: None, rewind=rewound.append)
-    made = Saving(RunConfig(dir=str(run_dir)), ALONE, SimpleNamespace(skips=0), tracker, keep_last=1)
-    made.checkpoints = SimpleNamespace(restore=lambda student: loop, save=lambda student, loop: saved.append(loop))
+    record = RunRecord(DataRecord(train=[], eval=[]), None, "error")
+    run, student = RunConfig(dir=str(run_dir)), SimpleNamespace(skips=0)
+    made = Saving(run, ALONE, student, tracker, record=record, train=TrainConfig(steps=9))
+    made.checkpoints = SimpleNamespace(
+        restore=lambda student, look: loop, save=lambda student, loop: saved.append(loop)
+    )
     return made, saved, rewound
 
 
@@ -29,7 +35,7 @@ def mix():
 @pytest.mark.parametrize("skips", [0, 2])
 def test_a_run_goes_on_behind_its_last_prompt_with_what_it_had_counted(tmp_path, skips):
     whole = mix().next(12)
-    ours, _, rewound = saving(tmp_path, {"step": 7, "prompts": {"a": 8}, "skips": skips})
+    ours, _, rewound = saving(tmp_path, {"step": 7, "version": 7, "prompts": {"a": 8}, "skips": skips})
     prompts = mix()
     assert ours.restore(prompts, SimpleNamespace(rewind=rewound.append), {}) == 7
     assert [p.index for p in prompts.next(4)] == [p.index for p in whole[8:]]

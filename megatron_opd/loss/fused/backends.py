@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +56,11 @@ def find(wanted: Wanted, name: str = "auto") -> Found:
     return Found(None, "; ".join(lacking))
 
 
-def choose(tensors: Iterable[torch.Tensor], name: str = "auto", spec: LossSpec | None = None) -> Backend:
+def choose(tensors: Sequence[torch.Tensor], name: str = "auto", spec: LossSpec | None = None) -> Backend:
     """The backend for models' logits or hidden states like these, after one warning where a faster one is lacking. By a
     name other than auto: that one, or ValueError where it cannot be had. `spec` None: the default divergence."""
-    wanted = Wanted.of(tensors, spec or LossSpec(1.0, 1.0, "logits", 1))
+    spec = spec or LossSpec(1.0, 1.0, "logits", 1)
+    wanted = Wanted(spec, tensors[0].device.type, frozenset(x.dtype for x in tensors))
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, not '{name}'")
     found = find(wanted, name)
