@@ -78,7 +78,8 @@ class Run:
         vocab = self.student.vocab_shard(inputs.vocab_size)
         teachers = build_teachers(served, parallel, vocab)
         self.objective = build_objective(config, vocab, teachers, has_answers_of_others=config.answers.lmbda < 1)
-        self.shaping = Shaping(config, parallel, self.objective.distillation) if is_shaped(config) else None
+        shaped = is_shaped(config.loss, config.policy, config.rl)
+        self.shaping = Shaping(config, parallel, self.objective.distillation) if shaped else None
         leader = build_leader(config, served, parallel, inputs)
         self.experience = Experience(config, parallel, teachers, leader)
         self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience)
