@@ -74,7 +74,7 @@ def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
     mine, metrics = rollouts[parallel.data_rank :: parallel.data_size], []
     for step in range(num_steps):
         parts, shaped = split(pack(mine), config.train.minibatches), {}
-        if is_shaped(config.loss, is_rewarded=config.has_policy_gradient or config.is_graded):
+        if is_shaped(config.loss, config.policy, config.rl):
             parts, shaped = shaping(mine, parts, step)
         metrics.append({**update(student, parts, objective, config.train), **shaped})
     return metrics, {name: tensor.clone() for name, tensor in student.export()}

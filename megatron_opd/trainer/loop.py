@@ -88,7 +88,7 @@ class Run:
         vocab = self.student.vocab_shard(inputs.vocab_size)
         teachers = build_teachers(served, parallel, vocab)
         self.objective = build_objective(config, vocab, teachers, has_answers_of_others=config.answers.lmbda < 1)
-        shaped = is_shaped(config.loss, is_rewarded=config.has_policy_gradient or config.is_graded)
+        shaped = is_shaped(config.loss, config.policy, config.rl)
         self.shaping = Shaping(config, parallel, self.objective.distillation) if shaped else None
         leader = build_leader(config, served, parallel, inputs)
         self.experience = Experience(config, parallel, teachers, leader)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config import Config, LossConfig
+from megatron_opd.config import Config, LossConfig, PolicyConfig, RLConfig
+from megatron_opd.config.policy import has_policy_gradient
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Rollout
@@ -25,11 +26,10 @@ from megatron_opd.trainer import advantages
 from megatron_opd.trainer.shaping_metrics import Totals, count_rewards
 
 
-def is_shaped(loss: LossConfig, *, is_rewarded: bool) -> bool:
-    """Whether the settings give tokens other weights or advantages than the micro-batches have. `is_rewarded`: there
-    is a policy gradient, or answers are graded."""
-    is_weighted = loss.weight not in (0.0, 1.0) or loss.anneal > 0
-    return is_rewarded or loss.aggregation != "token-mean" or is_weighted
+def is_shaped(loss: LossConfig, policy: PolicyConfig, rl: RLConfig) -> bool:
+    """Whether the settings give tokens other weights or advantages than the micro-batches have."""
+    is_weighted = loss.weight not in (0.0, 1.0) or loss.anneal > 0 or loss.aggregation != "token-mean"
+    return is_weighted or has_policy_gradient(policy, rl) or rl.needs_rewards
 
 
 @dataclass(frozen=True, slots=True)
