@@ -53,13 +53,14 @@ def test_a_run_that_is_killed(tmp_path, victims):
 
 
 @pytest.mark.slow
-def test_a_run_with_wandb_leaves_its_directories_in_its_own(tmp_path):
+def test_a_run_with_wandb_leaves_what_it_logs_in_its_own_directory(tmp_path):
     pytest.importorskip("wandb")
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     with started(tmp_path / "run", "train.steps=1000", "log.wandb=offline", env={"TMPDIR": str(temporary)}) as run:
         run.wait_for_step(3)
         run.kill_everyone()
-    assert [path for path in temporary.iterdir() if path.is_dir()] == []
+    # The process of its own that it starts keeps a socket there.
+    assert [path for path in temporary.iterdir() if path.name.endswith(("media", "artifacts"))] == []
     kept = {path.name.partition("wandb-")[2] for path in (tmp_path / "run/wandb/tmp").iterdir()}
     assert kept == {"media", "artifacts"}
