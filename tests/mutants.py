@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests/mutants.toml"
@@ -106,26 +110,46 @@ class Tree:
 
     def run(self, tests: Sequence[str], timeout_s: float) -> tuple[int, str]:
         """(pytest's exit code, the end of what it said). Raises subprocess.TimeoutExpired."""
-        with subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", _FAST, *tests],
-            cwd=self.root,
-            env={**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            try:
-                said, _ = process.communicate(timeout=timeout_s)
-            except subprocess.TimeoutExpired:
-                process.terminate()  # pytest's, so that it ends what it has started
-                process.communicate(timeout=60)
-                raise
-        return process.returncode, said[-4000:]
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+            child = os.fork()
+            if child == 0:
+                self._become_pytest(tests, said.fileno())
+            code = _exit_code(child, timeout_s)
+            said.seek(0)
+            return code, said.read()[-4000:]
+
+    def _become_pytest(self, tests: Sequence[str], output: int) -> NoReturn:
+        """This process, a fork, runs the tests in the tree and ends."""
+        code = 70
+        try:
+            os.setsid()
+            os.chdir(self.root)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.environ["PYTHONPATH"] = str(self.root)
+            here = [path for path in sys.path if not Path(path or ".").resolve().is_relative_to(ROOT / "tests")]
+            sys.path[:] = [str(self.root), *(path for path in here if path and Path(path).resolve() != ROOT)]
+            code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", _FAST, *tests])
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
 
     def _touch(self, path: Path) -> None:
         """Python takes a compiled file for current when its source has the same second and size."""
         self._stamp += 2
         os.utime(path, (self._stamp, self._stamp))
+
+
+def _exit_code(child: int, timeout_s: float) -> int:
+    """Of a process that leads a session, once it has ended. Raises subprocess.TimeoutExpired, and it is gone then."""
+    deadline = time.monotonic() + timeout_s
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise subprocess.TimeoutExpired("pytest", timeout_s)
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def digest(mutant: Mutant, root: Path) -> str:
@@ -151,6 +175,14 @@ def judge(tree: Tree, mutant: Mutant, timeout_s: float) -> tuple[str, str]:
     return ("broken", f"its tests fail without it too: {wrong}") if wrong else ("killed", (failed or [""])[0])
 
 
+def _warm_up() -> None:
+    """Import what is large and not ours: every run of tests is a fork of this process. One thread, as in `make test`,
+    and so that there is none which a fork would lose."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in ("torch", "transformers", "aiohttp", "pydantic"):
+        importlib.import_module(name)
+
+
 def known() -> dict[str, Any]:
     """What was found before, by name; another run may be adding to it."""
     return json.loads(FOUND.read_text()) if FOUND.is_file() else {}
@@ -169,6 +201,7 @@ def main() -> int:
         print(*(f"{m.name:45} {' '.join(m.tests)}" for m in chosen), sep="\n")
         return 0
     counts: dict[str, int] = {}
+    _warm_up()
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         tree = Tree(Path(directory))
         for mutant in chosen:

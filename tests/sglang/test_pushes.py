@@ -91,3 +91,16 @@ def test_it_waits_for_the_next_ones_where_they_are_not(servers, loop, make_push)
         loop.run(push.give(clients[0]), 10)
     push.push(clients, weights([]), 4)
     loop.run(push.give(clients[0]), 10)
+
+
+def test_the_stream_is_run_to_its_end_also_when_nothing_of_it_was_read(servers, make_push, monkeypatch):
+    push, clients, _ = make_push(servers(1), "tensor")
+
+    def fail(*_):
+        raise RuntimeError("before the first tensor")
+
+    monkeypatch.setattr(push._transport, "send", fail)
+    read = []
+    with pytest.raises(RuntimeError, match="before the first tensor"):
+        push.push(clients, weights(read), 1)
+    assert read == ["a", "b", "c"]
