@@ -67,7 +67,7 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     # Said explicitly, or the tokenizers library warns of deadlocks whenever a server is started after `encode_all`.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        hf = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        hf = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{model_dir}: its tokenizer cannot be loaded: {first_line}") from None

@@ -33,9 +33,13 @@ class LocalEngine:
         self.model: Any
         self.has_weights = any(Path(model_dir).glob("*.safetensors"))
         if self.has_weights:
-            self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            )
         else:  # a Megatron checkpoint: it has the config, and `load` brings the weights
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=torch.float32)
+            self.model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(model_dir, trust_remote_code=False), dtype=torch.float32
+            )
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size

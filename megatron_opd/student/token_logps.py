@@ -122,7 +122,9 @@ def _by_transformers(
 
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{model_dir} cannot be loaded by transformers: {str(error).splitlines()[0]}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -74,3 +74,21 @@ def test_without_any_end_of_a_response(tmp_path):
 def test_missing_directory_is_not_looked_for_elsewhere(tmp_path):
     with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path / "no" / "model")
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}])
+def test_code_beside_a_tokenizer_is_not_run(tmp_path, monkeypatch, config):
+    """transformers would ask at a terminal whether to run it, and people say yes."""
+    directory = tmp_path / "model"
+    shutil.copytree(MODELS / "student", directory)
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    (directory / "config.json").unlink()
+    if config:
+        (directory / "config.json").write_text(json.dumps(config))
+    file = directory / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(directory)
+    assert not (tmp_path / "ran").exists()

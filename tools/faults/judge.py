@@ -13,6 +13,8 @@ from faults.stage import Ended, Reference, Stage
 
 _GONE_S = 120.0
 _NOISE = re.compile(r"Traceback|^\S*(Error|Exception|Warning)\b|terminate called|core dumped", re.MULTILINE)
+_GOES_ON = re.compile(r"  |rank \d+ |where ranks were when the run did not get on: ")
+"""Lines of a list, and what a launcher adds to what a rank has said."""
 _SHARED_MEMORY = Path("/dev/shm")
 _NOT_COMPARED = {"train.log", "config.yaml", ".lock"}
 
@@ -25,13 +27,13 @@ def ended(how: Ended, *, codes: tuple[int, ...]) -> list[str]:
 
 
 def one_message(how: Ended) -> list[str]:
-    """One error, told last, in words for people; lines that are set in go on with it."""
+    """One error, told last, in words for people; it may go on for some lines."""
     wrong = []
     lines = [line for line in how.printed.splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if "error: " in line]
     if len(errors) != 1:
         wrong.append(f"{len(errors)} messages instead of one: {[lines[i] for i in errors] or _tail(how.printed)}")
-    elif not all(line.startswith("  ") for line in lines[errors[0] + 1 :]):
+    elif not all(_GOES_ON.match(line) for line in lines[errors[0] + 1 :]):
         wrong.append(f"the message is not last; behind it: {_tail(how.printed)}")
     if noise := _NOISE.search(how.printed):
         wrong.append(f"a message for developers, {noise.group()!r}: {_tail(how.printed)}")
