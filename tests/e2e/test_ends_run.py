@@ -26,7 +26,7 @@ def test_an_end_that_never_ends_the_student_is_said_before_the_run(tmp_path, tea
     done = train(tmp_path / "run", "train.steps=1", given)
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stderr.split())  # the console breaks lines
-    assert "warning: teachers.0.model: of teacher" in shown
+    assert "warning: teachers.0.model: teacher 'carry': its own end" in shown
     assert shown.index(said) < shown.index("step 1/1")
     log = (tmp_path / "run/train.log").read_text()
     assert log.index(said) < log.index("step 1/1")

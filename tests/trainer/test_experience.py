@@ -67,7 +67,7 @@ def test_every_step_draws_other_numbers_and_the_same_ones_when_it_is_repeated():
         return []
 
     ours = experience(rollout={"samples_per_prompt": 3, "temperature": 0.7})
-    ours.leader = SimpleNamespace(answers=SimpleNamespace(to=to))
+    ours.leader = SimpleNamespace(answers=SimpleNamespace(to=to), grader=None)
     for step in (0, 1, 2, 1):
         ours.answers_to(step, [])
     assert len(set(seeds)) == 3
