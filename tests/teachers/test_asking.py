@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from megatron_opd.core.seen import rollout_seen_by, seen_by
 from megatron_opd.teachers import ask_all
 
 
@@ -40,6 +39,6 @@ def test_every_teacher_is_asked_also_about_nothing():
 def test_each_teacher_has_the_prompt_of_its_own_or_the_students(name, ids):
     rollout = tiny.rollout((1, 2), (3, 4))
     rollout = replace(rollout, prompt=replace(rollout.prompt, teacher_ids={"x": (7, 8, 9), "y": (6,)}))
-    assert seen_by(name, rollout.prompt).token_ids == ids
-    assert rollout_seen_by(name, rollout).prompt.token_ids == ids
-    assert rollout_seen_by(name, rollout).token_ids == (3, 4)
+    assert rollout.prompt.seen_by(name).token_ids == ids
+    assert rollout.seen_by(name).prompt.token_ids == ids
+    assert rollout.seen_by(name).token_ids == (3, 4)
