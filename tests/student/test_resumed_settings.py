@@ -78,7 +78,8 @@ def restored(parallel, config, rollouts, run_dir):
 @pytest.mark.parametrize("layout", [{"data": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
 def test_every_rank_goes_on_with_its_own_random_numbers_and_bitwise(ranks, tmp_path, layout):
     model = tiny.save(tiny.build("qwen3"), tmp_path / "model")
-    config = tiny.config(model, [{"name": "t", "model": model, "dtype": "fp32"}], optim={"lr": 1e-2})
+    teacher = tiny.save(tiny.build("qwen3", seed=1), tmp_path / "teacher")  # its own teacher has no gradient for Adam
+    config = tiny.config(model, [{"name": "t", "model": teacher, "dtype": "fp32"}], optim={"lr": 1e-2})
     found = ranks.run(2, restored, config, tiny.rollouts(count=4, vocab_size=VOCAB_SIZE), str(tmp_path), **layout)
     assert [same for same, _ in found] == [[True] * 3] * 2
     assert found[0][1] != found[1][1]  # otherwise one's would do for both
