@@ -80,3 +80,9 @@ def rewind(
         notes.append(f"{path}: moved what is no row to {aside.name}: line {numbers}{more}")
     write_whole(path, b"".join(line for line, _ in kept))
     return [one for _, one in kept], notes
+
+
+def missing(path: Path, kept: list[dict[str, Any]], last: int) -> list[str]:
+    """A line for the log where a file that should have rows up to the step `last` ends before."""
+    end = kept[-1]["step"] if kept else 0
+    return [f"{path}: there are no rows after step {end}, though the run is at step {last}"] if end < last else []

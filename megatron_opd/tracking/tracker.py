@@ -160,7 +160,7 @@ class _JsonLines:
         self._earlier_s = kept[-1].get(_TIME, 0.0) if kept else 0.0
         self._started = time.monotonic()
         self._file = self._path.open("a", encoding="utf-8")
-        return notes
+        return notes + json_lines.missing(self._path, kept, step)
 
     def close(self) -> None:
         self._file.close()

@@ -64,10 +64,12 @@ class Completions:
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`, and what a killed run left unfinished; damaged ones are put aside."""
-        if self.parallel.is_main and self.path.is_file():
-            _, notes = json_lines.rewind(self.path, step)
-            for line in notes:
-                self.tracker.message(line)
+        if not self.parallel.is_main:
+            return
+        kept, notes = json_lines.rewind(self.path, step) if self.path.is_file() else ([], [])
+        every = self.config.completions_every
+        for line in notes + json_lines.missing(self.path, kept, step - step % every if every else 0):
+            self.tracker.message(line)
 
 
 def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, step: int) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def continues(stage: Stage, reference: Reference, *overrides: str) -> list[str]:
 
 def _files(run_dir: Path) -> set[str]:
     names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
-    return {name for name in names if name not in _NOT_COMPARED and not name.startswith("logs/")}
+    kept_aside = ("logs/", "metrics.jsonl.damaged", "completions.jsonl.damaged")
+    return {name for name in names if name not in _NOT_COMPARED and not name.startswith(kept_aside)}
 
 
 def _shared_memory_of(stage: Stage) -> list[str]:

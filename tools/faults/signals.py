@@ -148,10 +148,7 @@ def two_signals(rng: random.Random, directory: Path) -> Played:
     how = stage.end(running)
     played.reached &= how.code != 0
     if played.reached:
-        codes = tuple({STOPS[first], STOPS.get(second, _KILLED)})
-        played.wrong = judge.ended(how, codes=codes)
-        played.wrong += [] if how.code == _KILLED else judge.one_message(how)
-        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
+        played.wrong = _after(stage, how, first, second)
     return played
 
 
@@ -194,15 +191,21 @@ def power_cut(rng: random.Random, directory: Path) -> Played:
     return played
 
 
-def _after(stage: Stage, how: Ended, number: signal.Signals) -> list[str]:
-    """What must hold after a signal to the program itself."""
-    if number == signal.SIGKILL:
-        wrong = judge.ended(how, codes=(_KILLED,))
-    elif stage.ranks == 1 and how.code == -number:
-        wrong = []  # a rank alone: its launcher, which it does not have here, would speak
-    else:
-        wrong = judge.ended(how, codes=(STOPS[number],)) + judge.one_message(how)
+def _after(stage: Stage, how: Ended, *numbers: signal.Signals) -> list[str]:
+    """What must hold after signals to the program itself."""
+    codes = {STOPS.get(number, _KILLED) for number in numbers}
+    codes |= {-number for number in numbers[1:]}  # a second one may end a program that is ending already
+    wrong = judge.ended(how, codes=tuple(codes))
+    wrong += [] if how.code == _KILLED else judge.one_message(how)
+    if how.code in {-number for number in numbers} and _ends_without_a_word(stage):
+        wrong = []
     return wrong + judge.all_gone(stage) + judge.continues(stage, reference(stage.ranks))
+
+
+def _ends_without_a_word(stage: Stage) -> bool:
+    """A rank alone leaves the message to a launcher, which it does not have here. So does a program that has not begun:
+    the interpreter and its imports know no signals of ours."""
+    return stage.ranks == 1 or not stage.run_dir.exists()
 
 
 def _has_logged(stage: Stage, step: int) -> bool:
