@@ -55,7 +55,7 @@ def test_ranks_are_told_their_place_and_write_where_they_should(tmp_path, capfd)
 
 
 def test_the_first_failure_ends_the_others(tmp_path):
-    failures = Ranks(of_rank(r0=SLEEP, r1="sys.exit(7)", r2=SLEEP), 3, logs=tmp_path).run()
+    failures = Ranks(of_rank(r0=SLEEP, r1="sys.exit(7)", r2=SLEEP), 3, logs=tmp_path).run(timeout_s=120.0)
     assert {rank: (failure.code, failure.is_ours) for rank, failure in failures.items()} == {
         0: (-signal.SIGTERM, True),
         1: (7, False),

@@ -188,6 +188,27 @@ def test_loading_a_converted_checkpoint_is_loading_the_files(ranks, tmp_path, fa
     assert sum(padding for _, padding in answers) > 0
 
 
+def head_rows(parallel, directory, cuts):
+    """The rows of the output head that each of `cuts` asks for."""
+    from megatron_opd.models.architecture import read_architecture
+    from megatron_opd.student import source
+
+    arch = read_architecture(directory)
+    return [source.load_head_rows(directory, arch, start, stop) for start, stop in cuts]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_tied"])
+def test_rows_of_a_head_beyond_its_vocabulary_are_zero_whatever_the_checkpoint_has_there(ranks, tmp_path, family):
+    source = model_dir(tmp_path / "hf", family, vocab_size=96)
+    config = to_megatron(source, tmp_path / "mg") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 93}))  # three rows are padding now
+    cuts = [(0, 48), (48, 96), (90, 120), (96, 144)]
+    head = tensors_of(source)["model.embed_tokens.weight" if family == "qwen3_tied" else "lm_head.weight"]
+    expected = torch.cat([head[:93], torch.zeros(51, head.shape[1])])
+    for (start, stop), rows in zip(cuts, ranks.run(1, head_rows, tmp_path / "mg", cuts)[0], strict=True):
+        assert torch.equal(rows, expected[start:stop])
+
+
 @pytest.mark.parametrize("layout", pairwise.thin(pairwise.product(MOE_LAYOUTS)))
 def test_loading_a_converted_mixture(ranks, tmp_path, layout):
     source = model_dir(tmp_path / "hf", "qwen3_moe", vocab_size=93)

@@ -1,5 +1,8 @@
 """The table between Hugging Face and Megatron: what it covers, and that splitting and merging undo each other."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -7,7 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.models.safetensors_dir import TensorDir
-from megatron_opd.models.weight_map import all_rules, fused_name, hf_shapes, is_expert, plain_name, rules
+from megatron_opd.models.weight_map import all_rules, fused_name, hf_shapes, is_expert, plain_name, rules, stage_rules
 
 FAMILIES = [*tiny.FAMILIES, "qwen3_moe"]
 
@@ -82,6 +85,24 @@ def test_a_tied_head_is_made_by_the_first_stage_only(tmp_path):
     assert last["output_layer.weight"].merge([torch.ones(96, 32)]) == []
     assert not set(hf_shapes(first)) & set(hf_shapes(last))
     assert {**hf_shapes(first), **hf_shapes(last)} == hf_shapes(all_rules(arch))
+
+
+@pytest.mark.parametrize("expert_size", [1, 2, 4])
+@pytest.mark.parametrize("pipeline_size", [1, 2, 4])
+def test_the_tables_of_all_stages_make_every_tensor_once(tmp_path, pipeline_size, expert_size):
+    """Each expert rank of a stage has all of the stage but the experts of the others."""
+    arch = read_architecture(tiny.save(tiny.build("qwen3_moe", num_hidden_layers=4), tmp_path))
+    experts, shared = [], []
+    for stage, expert_rank in itertools.product(range(pipeline_size), range(expert_size)):
+        place = {"pipeline_rank": stage, "pipeline_size": pipeline_size, "is_last_stage": stage == pipeline_size - 1}
+        rank = SimpleNamespace(**place, expert_rank=expert_rank, expert_size=expert_size)
+        table = stage_rules(arch, rank)
+        experts += hf_shapes({name: rule for name, rule in table.items() if is_expert(name)})
+        shared += hf_shapes({name: rule for name, rule in table.items() if not is_expert(name)})
+        again = SimpleNamespace(**place, expert_rank=0, expert_size=expert_size)
+        assert hf_shapes(stage_rules(arch, again, expert_rank=expert_rank)) == hf_shapes(table)
+    assert sorted(shared) == sorted([*set(shared)] * expert_size)
+    assert sorted([*experts, *set(shared)]) == sorted(hf_shapes(all_rules(arch)))
 
 
 def test_experts_are_counted_from_the_ranks_first(tmp_path):
