@@ -127,7 +127,7 @@ def test_a_server_killed_in_the_middle_of_answers_and_of_an_update(models, fleet
 
     monkeypatch.setattr(broadcast.Broadcast, "send", send)
     buckets = stream_module.buckets
-    monkeypatch.setattr(stream_module, "buckets", lambda pairs, _: buckets(pairs, 20_000))
+    monkeypatch.setattr(stream_module, "buckets", lambda pairs: buckets(pairs, 20_000))
     started = time.monotonic()
     engine.load(weights(models, 4), 4)  # sync_verify: the other one has every bit
     assert time.monotonic() - started < 2 * broadcast.GRACE_S

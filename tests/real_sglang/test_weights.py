@@ -35,7 +35,7 @@ def clients(models, serve, connect):
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(stream_module, "buckets", lambda weights, _: buckets(weights, SMALL))
+    monkeypatch.setattr(stream_module, "buckets", lambda weights: buckets(weights, SMALL))
 
 
 buckets = stream_module.buckets
