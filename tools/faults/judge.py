@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import program
@@ -12,6 +13,7 @@ import psutil
 from faults.stage import Ended, Reference, Stage
 
 _GONE_S = 120.0
+_SETTLED_S = 10.0
 _NOISE = re.compile(r"Traceback|^\S*(Error|Exception|Warning)\b|terminate called|core dumped", re.MULTILINE)
 _GOES_ON = re.compile(r"  |rank \d+ |where ranks were when the run did not get on: ")
 """Lines of a list, and what a launcher adds to what a rank has said."""
@@ -81,16 +83,23 @@ def _files(run_dir: Path) -> set[str]:
 
 
 def _shared_memory_of(stage: Stage) -> list[str]:
-    """Files in shared memory that are newer than the stage and that no living process maps or holds open."""
-    began = stage.tmp.stat().st_ctime
-    new = {str(path) for path in _SHARED_MEMORY.iterdir() if path.is_file() and path.stat().st_mtime >= began}
-    if not new:
-        return []
-    for process in psutil.process_iter():
-        try:
+    """Files in shared memory that are newer than the stage and stay, though no living process maps or has them open.
+    Those of SGLang servers are other programs'; so is a name that other programs have for a moment, as Python does."""
+    until = time.monotonic() + _SETTLED_S
+    while (left := _unused_shared_memory(stage.tmp.stat().st_ctime)) and time.monotonic() < until:
+        time.sleep(0.5)
+    return left
+
+
+def _unused_shared_memory(since: float) -> list[str]:
+    found = [path for path in _SHARED_MEMORY.iterdir() if path.is_file() and not path.name.startswith("sglang_")]
+    new = set()
+    for path in found:
+        with suppress(FileNotFoundError):
+            new |= {str(path)} if path.stat().st_mtime >= since else set()
+    for process in psutil.process_iter() if new else ():
+        with suppress(psutil.Error):
             new -= {entry.path for entry in process.memory_maps()} | {entry.path for entry in process.open_files()}
-        except psutil.Error:
-            continue
     return sorted(new)
 
 
