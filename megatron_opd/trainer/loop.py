@@ -160,16 +160,21 @@ class Run:
             self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")
         self.completions.log(rollouts, self.trained, batches, self.objective.distillation)
         self._settle()
-        with self.timed("sync"):
-            self.sync()
+        try:
+            with self.timed("sync"):
+                self.sync()
+        except ServersLost:  # the step is trained all the same, and the checkpoint that follows goes on behind it
+            self.tracker.log(self._row({**metrics, **shaped}, rollouts, batches, started), self.trained)
+            raise
+        return self._row({**metrics, **shaped}, rollouts, batches, started)
+
+    def _row(
+        self, metrics: dict[str, float], rollouts: list[Rollout], batches: list[MicroBatch], started: float
+    ) -> dict[str, float]:
+        """All metrics of the step that was trained last, which `started` then. Collective."""
         seconds = time.perf_counter() - started
-        measured = self._measured(rollouts, batches, step)
-        return {
-            **step_metrics.derived(metrics),
-            **shaped,
-            **measured,
-            "tokens_per_s": metrics["num_tokens"] / seconds,
-        }
+        measured = self._measured(rollouts, batches, self.trained - 1)
+        return {**step_metrics.derived(metrics), **measured, "tokens_per_s": metrics["num_tokens"] / seconds}
 
     def _measured(self, rollouts: list[Rollout], batches: list[MicroBatch], step: int) -> dict[str, float]:
         """The step's metrics besides the objective's. Collective."""

@@ -1,5 +1,6 @@
 """Whole runs over stand-in servers, as another process: what is asked and trained, and what happens when they die."""
 
+import asyncio
 import json
 import sys
 import threading
@@ -109,6 +110,30 @@ def test_a_run_that_lost_its_servers_saves_stops_and_goes_on(tmp_path, model, se
     trained = [row for row in rows(run_dir) if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
     assert len(rollout[0].seen) >= whole
+
+
+class DiesInAnUpdate(StandIn):
+    """Dies when it is to take weights for the third time, which are those of the second step."""
+
+    async def _from_disk(self, request):
+        if self.paths.count(request.path) == 3:
+            asyncio.get_running_loop().create_task(self._stop())
+            await asyncio.sleep(10)
+        return await super()._from_disk(request)
+
+
+def test_a_step_whose_weights_no_server_takes_keeps_its_metrics(tmp_path, model, servers):
+    (teacher,), rollout = servers(1), DiesInAnUpdate()
+    try:
+        done = train(tmp_path / "run", model, [rollout], [teacher])
+        assert_user_error(done, "no server has taken the weights", rollout.url, "the same command continues from")
+        assert checkpoints(tmp_path / "run") == ["step_00000002"]
+        rollout.start()
+        done = train(tmp_path / "run", model, [rollout], [teacher])
+    finally:
+        rollout.close()
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ class WeightPush:
             self._loop.run(_release(self._lock))
             drain(weights)  # other ranks take part in gathering them, and wait for us
         if not session.alive:
-            raise Down("no server has taken the weights:\n" + "\n".join(str(e) for e in session.failed.values()))
+            raise Down("no server has taken the weights:\n" + "\n".join(f"  {e}" for e in session.failed.values()))
         return {client.url: error for client, error in session.failed.items()}
 
     def release(self, clients: Sequence[Client]) -> dict[str, SGLangError]:
