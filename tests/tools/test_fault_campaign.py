@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import program
 import pytest
@@ -61,6 +62,9 @@ def test_the_judge_of_what_is_left(tmp_path, monkeypatch):
     stage = Stage(1, tmp_path)
     (stage.tmp / "left").write_text("x")
     sleeper = warm.start(["-c", "import time; time.sleep(1000)", str(stage.dir)])
+    until = time.monotonic() + program.PATIENCE_S
+    while not stage.processes() and time.monotonic() < until:  # a fork shows its arguments a moment later
+        time.sleep(0.01)
     wrong = judge.all_gone(stage)
     assert "left running" in wrong[0]
     assert "left in TMPDIR: ['left']" in wrong[1]
