@@ -68,7 +68,7 @@ test-sglang: install sglang ## tests against real SGLang servers, which they sta
 test-slurm: install ## submit the jobs of slurm/ to a real Slurm of virtual nodes on this machine (root, apt)
 	$(TEST) $(SIDE_BY_SIDE) -m slurm $(ARGS)
 
-test-mutants: install ## put known faults into the code one by one: a test must notice each (half an hour; ARGS="loss/": some)
+test-mutants: install ## put known faults into the code one by one: a test must notice each (ARGS="loss/": some)
 	"$(BIN)/python" tests/mutants.py $(ARGS)
 
 test-gpu: install ## tests that need a GPU

@@ -55,7 +55,7 @@ class DataConfig:
     system_prompt: str = ""
     """System message of every prompt that has none; needs a chat template."""
     on_change: Literal["error", "accept"] = "error"
-    """What happens when a run continues and a source of data.train has other prompts than its checkpoint was made with:
+    """Reaction where a run continues and a source of data.train has other prompts than its checkpoint was made with:
     an error that says which and where (error), or the run draws from the new ones at the same place, and train.log says
     so (accept)."""
 

@@ -23,7 +23,7 @@ class Cause:
     texts: str
     """A regular expression for the words of it, in any case."""
     advice: str
-    """What it is and what to do. `{limit}` stands for the value of `limit`."""
+    """The cause and its remedy, in words. `{limit}` stands for the value of `limit`."""
     limit: int | None = None
     """One of the limits of a process."""
 
@@ -88,7 +88,7 @@ _SHOWN = 300
 
 
 def foreseen(error: Exception) -> str | None:
-    """What to tell people about it; None for an error that only a developer understands."""
+    """The message about it; None for an error that only a developer understands."""
     if isinstance(error, (ValueError, FloatingPointError)):
         return str(error)
     said = explain(error)

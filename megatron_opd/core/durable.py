@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 _UNKNOWN_THERE = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
-"""What file systems answer that cannot sync a directory; their servers keep names on their own."""
+"""Errors of file systems that cannot sync a directory; their servers keep names on their own."""
 
 
 def sync(path: str | Path) -> None:

@@ -20,7 +20,7 @@ Files = dict[str, dict[str, Any]]
 
 
 def parsed(found: Any) -> Files | None:
-    """What loop.json says of the files; None for what no save writes."""
+    """The files as loop.json lists them; None for a list that no save writes."""
     if not isinstance(found, dict) or not found:
         return None
     for name, file in found.items():

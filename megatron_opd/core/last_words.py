@@ -1,4 +1,4 @@
-"""What a rank that fails tells its launcher, so that one message says it all, after whatever else was written.
+"""The message of a failing rank to its launcher, which prints it once, after all other output.
 
 A rank opens the file when it starts: it may be files, memory or disk that it lacks at its end. Lines of JSON, which
 ranks append whole.

@@ -47,7 +47,7 @@ def text(loop: dict[str, Any]) -> str:
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's loop.json says, without the checksum.
+    """The contents of a checkpoint's loop.json, without the checksum.
 
     Raises DamagedMarker naming the key, and what is wrong with it, where that is not what a save has written.
     """

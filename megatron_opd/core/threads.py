@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 _OF_GROUPS = 96
-"""Threads of gloo in a rank: three a group, of some thirty groups that Megatron and we make."""
+"""More than the 61 to 73 threads that ranks of the quickstart were seen with."""
 
 
 def check_room(count: int = _OF_GROUPS) -> None:

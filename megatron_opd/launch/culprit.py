@@ -1,4 +1,4 @@
-"""Which rank made a run stop, and why: one message out of exit codes and of what ranks have said."""
+"""The rank that made a run stop, and the reason: one message from exit codes and the messages of ranks."""
 
 from __future__ import annotations
 

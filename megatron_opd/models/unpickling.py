@@ -79,7 +79,7 @@ def metadata(file: IO[bytes], where: object) -> Metadata:
 
 
 def container(file: str | IO[bytes], where: object) -> Any:
-    """What torch.save has written, on the CPU: plain data, tensors, and classes that torch or Megatron calls safe.
+    """The contents of a file of torch.save, on the CPU: plain data, tensors, classes that torch or Megatron calls safe.
 
     Raises ValueError, also for what is damaged; OSError where it cannot be read.
     """

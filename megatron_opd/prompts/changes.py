@@ -43,7 +43,7 @@ def _changed(before: Sequence[Fingerprint], now: Sequence[Fingerprint]) -> list[
 
 
 def _difference(before: Fingerprint, now: Fingerprint) -> str:
-    """What changed about a source; "" where nothing that the run reads did."""
+    """The change of a source, in words; "" where nothing that the run reads changed."""
     is_asked, are_rows = before.asked != now.asked, (before.rows, before.content) != (now.rows, now.content)
     if not is_asked and (before.besides == now.besides or not are_rows):
         return ""  # what else is read of the same rows is the settings' doing

@@ -26,7 +26,7 @@ class PackedPrompts(Sequence[Prompt]):
         self.dropped = 0
         """Prompts of the source that were too long."""
         self.fingerprint: Fingerprint | None = None
-        """Of the source, once all of it is read."""
+        """The fingerprint of the source, once all of it is read."""
         self._index = array("q")
         self._ids, self._ids_end = array("i"), array("q", [0])
         self._others, self._others_end = bytearray(), array("q", [0])

@@ -48,7 +48,7 @@ def differences(checkpoint: Path, files: Files, parallel: Parallel, *, contents:
 
 
 def strangers(checkpoint: Path, files: Files) -> list[str]:
-    """What lies in the directory and is none of its files; nothing reads it."""
+    """Names in the directory that are none of its files; nothing reads them."""
     return sorted(path.name for path in checkpoint.iterdir() if path.name not in {*files, MARKER})
 
 

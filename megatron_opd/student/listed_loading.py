@@ -16,7 +16,7 @@ from megatron_opd.models.listed_reader import ListedReader
 
 
 def load(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
-    """What dist_checkpointing.load returns for the sharded `state`. Collective.
+    """The result of dist_checkpointing.load for the sharded `state`. Collective.
 
     Raises what that raises, torch's CheckpointException for what a rank finds damaged or not to be trusted, and
     ValueError for such a common.pt.

@@ -111,7 +111,7 @@ def step(optimizer: MegatronOptimizer) -> float | None:
 
 
 def scaler(optimizer: MegatronOptimizer) -> DynamicGradScaler | None:
-    """What multiplies the loss in the backward pass; None where nothing does: in all but fp16."""
+    """Factor of the loss in the backward pass; None without one: in all types but fp16."""
     return next(iter(_scalers(optimizer)), None)
 
 

@@ -189,7 +189,7 @@ class Student:
         return self._logits(batch, hidden_BSD)
 
     def _loss_scale(self) -> float:
-        """What the loss is multiplied by in the backward pass."""
+        """Factor of the loss in the backward pass."""
         return 1.0 if self.scaler is None else float(self.scaler.scale)
 
     def _logits(self, batch: MicroBatch, hidden_BSD: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is loaded: the newest, if it is whole; on demand, the newest of those that are.
+"""The checkpoint that a run loads: the newest, if it is whole; on demand, the newest of those that are.
 
 Nothing is removed: what is passed over is renamed to `step_00000040.damaged`, so that the run can save there again.
 """

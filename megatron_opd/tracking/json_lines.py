@@ -1,7 +1,8 @@
 """Files of JSON lines that a run appends to, and what power cuts, full disks and editors do to them.
 
-What can be read is a row, an object with a whole number `step`. A last line without an end was being written when the
-run was killed. Any other line that is no row is damaged: a resume takes it out of the file into `<name>.damaged`.
+A line that can be read is a row, an object with a whole number `step`. A last line without an end was being written
+when the run was killed. Any other line that is no row is damaged: a resume takes it out of the file into
+`<name>.damaged`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Lines:
     damaged: list[tuple[int, bytes]]
     """With their numbers, from 1."""
     unfinished: bytes
-    """What stands behind the last end of a line."""
+    """The bytes behind the last end of a line."""
 
 
 def row(line: bytes) -> dict[str, Any]:

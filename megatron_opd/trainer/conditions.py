@@ -1,5 +1,5 @@
-"""What decides the bits of a run besides its settings and its data: it is kept with a checkpoint, and compared when the
-run goes on from there."""
+"""Conditions that decide the bits of a run besides its settings and its data: they are kept with a checkpoint, and
+compared when the run goes on from there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("megatron-opd", "torch", "megatron-core", "transformers", "triton",
 
 @section
 class Conditions:
-    """Of all ranks; where they differ, every value that there is."""
+    """Conditions of all ranks; where ranks differ, every value that there is."""
 
     loss_backend: str
     """"" where the loss has no kernels of its own."""
@@ -40,7 +40,7 @@ class Conditions:
 def measure(
     backend: LossBackend, parallel: Parallel, student: StudentConfig, teachers: Sequence[TeacherConfig]
 ) -> Conditions:
-    """Those of this run. Collective over all ranks."""
+    """The conditions of this run. Collective over all ranks."""
     everyone = parallel.gather_world((str(torch.get_num_threads()), _device(), _versions()))
     threads, devices, versions = zip(*everyone, strict=True)
     names = dict.fromkeys(name for told in versions for name in told)
@@ -56,7 +56,7 @@ def measure(
 
 
 def differences(before: Conditions, now: Conditions) -> list[str]:
-    """What is not as it was, a line each: `torch 2.13.0 -> 2.14.1; last bits may differ`."""
+    """The differences, a line each: `torch 2.13.0 -> 2.14.1; last bits may differ`."""
     names = dict.fromkeys([*before.versions, *now.versions])
     pairs: dict[str, tuple[Any, Any]] = {
         "loss backend": (before.loss_backend or "none", now.loss_backend or "none"),

@@ -1,4 +1,4 @@
-"""Which backend of the fused loss a run has: settled at its start, by all ranks that compute the loss together.
+"""The backend of the fused loss of a run: settled at its start, by all ranks that compute the loss together.
 
 Backends differ in their last bits. So none changes in the middle of a run, no rank has another one than its peers, and
 a lesser one than this kind of machine can have is never taken without a word.
@@ -69,7 +69,7 @@ def _look(loss: LossConfig, wanted: Wanted) -> LossBackend | str:
 
 
 def _common(told: dict[int, LossBackend | str]) -> LossBackend:
-    """What all ranks have of what each of them found. Raises ValueError where one has nothing."""
+    """The backend that every rank has. Raises ValueError where a rank has none."""
     found = {rank: one for rank, one in told.items() if isinstance(one, LossBackend)}
     for rank, why in told.items():
         if isinstance(why, str):

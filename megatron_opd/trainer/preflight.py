@@ -60,7 +60,7 @@ class Inputs:
     vocab_size: int
     """Entries that distributions are normalised over and that may be sampled: those that every model has."""
     data: DataRecord = field(default_factory=lambda: DataRecord(train=[], eval=[]))
-    """What the sources hold, to be compared when the run goes on another time."""
+    """Fingerprints of the sources, to be compared when the run goes on another time."""
     notes: tuple[str, ...] = ()
     """Lines for the user: prompts that were left out, how answers are graded here."""
 

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of its run besides the weights: the place in the prompts, and what decides results.
+"""Facts of a run that a checkpoint keeps besides the weights: the place in the prompts, and what decides results.
 
 Everything here goes to `loop.json`, and is compared when the run goes on: other prompts are refused or accepted by
 `data.on_change`, and every other difference is said.
@@ -24,10 +24,10 @@ _SAID = "changed since the checkpoint:"
 
 @section
 class LoopState:
-    """What `loop.json` holds for the loop."""
+    """The keys of `loop.json` that are the loop's."""
 
     version: AtLeastOne
-    """Of the weights: the step."""
+    """Version of the weights: the step."""
     prompts: dict[str, Count]
     """How many prompts each source has given, by name."""
     skips: Count = 0
@@ -39,7 +39,7 @@ class LoopState:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What decides the results of this start of a run."""
+    """Facts that decide the results of this start of a run."""
 
     data: DataRecord
     conditions: Conditions
@@ -58,7 +58,7 @@ class RunRecord:
             refuse_others(checkpoint, before, self.data)
 
     def differences(self, loop: dict[str, Any]) -> list[str]:
-        """What people should know of what changed since a checkpoint, a line each."""
+        """The changes since a checkpoint, a line each."""
         before = state_of(loop)
         if before.data is None or before.conditions is None:
             return [

@@ -54,7 +54,7 @@ def play(seed: int, number: int, kind: str) -> Result:
 
 
 def results(file: Path) -> list[Result]:
-    """What a file of results holds; a last line that was cut off does not count."""
+    """The results in a file; a last line that was cut off does not count."""
     if not file.is_file():
         return []
     *whole, _ = file.read_text().split("\n")

@@ -1,4 +1,4 @@
-"""What somebody changes between two starts: settings, data, models. It is refused by its setting, or said."""
+"""Changes between two starts: of settings, data, models. Each is refused by its setting, or said."""
 
 from __future__ import annotations
 

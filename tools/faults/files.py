@@ -1,4 +1,4 @@
-"""What becomes of files between two starts: cut, flipped, emptied, removed, edited, written by somebody else."""
+"""Damage to files between two starts: cut, flipped, emptied, removed, edited, written by somebody else."""
 
 from __future__ import annotations
 

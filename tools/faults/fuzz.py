@@ -105,7 +105,7 @@ def main(what: str, number: int) -> None:
 
 
 def _checked(*arguments: str, drawn: Any) -> list[str]:
-    """What `check` may do: accept, or end with one error in words for people."""
+    """Complaints about a `check`, which may accept its input, or end with one error in words for people."""
     done = program.here("check", *arguments)
     said = f"{done.stdout}\n{done.stderr}"
     if done.returncode == 0:

@@ -1,4 +1,4 @@
-"""What a kind of fault is: a function that draws one from a random generator, plays it, and has it judged."""
+"""Kinds of faults: each is a function that draws one from a random generator, plays it, and has it judged."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def kind(play: Play) -> Play:
 
 
 def line(name: str) -> str:
-    """What a kind does, in one line."""
+    """A kind in one line."""
     return (KINDS[name].__doc__ or "").strip().splitlines()[0]

@@ -194,7 +194,7 @@ def power_cut(rng: random.Random, directory: Path) -> Played:
 
 
 def _after(stage: Stage, how: Ended, *numbers: signal.Signals) -> list[str]:
-    """What must hold after signals to the program itself."""
+    """Complaints about an end by signals to the program itself."""
     codes = {STOPS.get(number, _KILLED) for number in numbers}
     codes |= {-number for number in numbers[1:]}  # a second one may end a program that is ending already
     wrong = judge.ended(how, codes=tuple(codes))
