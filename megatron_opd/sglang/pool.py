@@ -157,10 +157,18 @@ class Pool:
             return
         try:
             await client.prove(self._probe_s)
-        except SGLangError as error:  # it is looked at again later
-            server.error = error
+        except SGLangError as error:
+            self._stays_out(server, error)
         else:
             self._let_in(server)
+
+    def _stays_out(self, server: _Server, error: Exception) -> bool:
+        """Note why a look at it failed. False when another look let it in meanwhile: then it has work, and nobody would
+        look at it again if it were marked here."""
+        if server.error is None:
+            return False
+        server.error = error
+        return True
 
     def _let_in(self, server: _Server) -> None:
         if server.error is not None:
@@ -248,8 +256,9 @@ class Pool:
                     await self._on_return(server.client)
                 await server.client.prove()
             except Exception as error:  # whatever it is, the server is not ready; the reason shows when none is left
-                server.error = error
-                continue
+                if self._stays_out(server, error):
+                    continue
+                return
             self._let_in(server)
             return
 

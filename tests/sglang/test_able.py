@@ -32,6 +32,10 @@ async def ask(pool, number):
     return await asyncio.gather(*(pool.run(draw(i), group=groups[i // 2], tokens=9) for i in range(number)))
 
 
+async def mark_down(pool, client):
+    pool.mark_down(client, Down("gone"))
+
+
 def quick(kind):
     return {"request_timeout_s": 2.0 if kind == "hang" else 60.0, "retries": 1}
 
@@ -121,6 +125,28 @@ def test_new_weights_do_not_make_a_server_able(servers, loop, make_engine, kind)
     bad.always = None
     engine.load(iter([]), 4)
     wait_for(lambda: len(engine.pool.up()) == 2)
+
+
+def test_a_look_that_fails_after_another_let_the_server_in_changes_nothing(servers, loop, make_pool, monkeypatch):
+    """Both ways round: a push's look and the pool's own run side by side, and whoever fails last does not decide."""
+    (server,) = servers(1)
+    pool = make_pool([server])
+    (client,) = pool.clients
+
+    async def fails_late(*_):
+        pool._let_in(pool._servers[0])
+        raise Down("too slow")
+
+    for method in ("prove", "health"):
+        monkeypatch.setattr(client, method, fails_late)
+        loop.run(mark_down(pool, client), 40)
+        if method == "prove":
+            loop.run(pool.take_back(client), 40)
+        else:
+            wait_for(lambda: not pool._tasks)
+        assert pool.up() == [client]
+        monkeypatch.undo()
+        loop.run(ask(pool, 2), 40)
 
 
 @pytest.mark.parametrize("kind", ["error", "long", "garbage", "empty", "drop", "two", "short"])
