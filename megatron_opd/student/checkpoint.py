@@ -115,6 +115,7 @@ class Checkpoints:
         optim.load_state(student.optimizer, student.scheduler, state)
         if with_rng:
             _set_random_state(state["random"])
+        self.parallel.share_world(lambda: self._finish_removals(found.path))
         return found.loop
 
     def _state(self, student: Student, *, loading: bool, with_rng: bool) -> dict[str, Any]:
@@ -149,6 +150,13 @@ class Checkpoints:
         keep = complete(self.dir)[-self.keep_last :]
         for old in set(saves(self.dir)) - set(keep):
             (old / MARKER).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the removal gets
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _finish_removals(self, used: Path) -> None:
+        """Remove what is older than `used` and no checkpoint: a removal was cut short, and no save may follow. What is
+        newer stays until the next save, for somebody to look at."""
+        begun, whole = saves(self.dir), complete(self.dir)
+        for old in set(begun[: begun.index(used)]) - set(whole):
             shutil.rmtree(old, ignore_errors=True)
 
     def _give_up(self, target: Path, reason: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """The checkpoint that a run loads: the newest, if it is whole; on demand, the newest of those that are.
 
-Nothing is removed: what is passed over is renamed to `step_00000040.damaged`, so that the run can save there again.
+Nothing is removed here: what is passed over is renamed to `step_00000040.damaged`, so that the run can save there
+again.
 """
 
 from __future__ import annotations

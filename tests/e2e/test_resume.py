@@ -124,6 +124,8 @@ def test_killed_in_the_middle_of_a_save(two_steps, tmp_path):
 
 def test_finished_run_again_changes_nothing(two_steps, copy_of):
     run_dir = copy_of(two_steps)
+    removed = run_dir / "checkpoints/step_00000000"  # all but its marker is there: the last removal was cut short
+    shutil.copytree(run_dir / "checkpoints/step_00000001", removed, ignore=shutil.ignore_patterns("loop.json"))
     done = train(run_dir, *TWO_STEPS)
     assert done.returncode == 0, done.stderr
     assert "nothing to train" in done.stderr
@@ -131,6 +133,7 @@ def test_finished_run_again_changes_nothing(two_steps, copy_of):
     assert "changed since the checkpoint" not in (run_dir / "train.log").read_text()
     assert (run_dir / "metrics.jsonl").read_bytes() == (two_steps / "metrics.jsonl").read_bytes()
     assert checkpoints(run_dir) == checkpoints(two_steps)
+    assert not removed.exists()
     assert exported(run_dir) == exported(two_steps)
 
 
