@@ -19,18 +19,18 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +145,9 @@ def _exit_code(child: int, timeout_s: float) -> int:
     deadline = time.monotonic() + timeout_s
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
+            for process in [*psutil.Process(child).children(recursive=True), psutil.Process(child)]:
+                with suppress(psutil.NoSuchProcess):  # ranks lead sessions of their own
+                    process.kill()
             os.waitpid(child, 0)
             raise subprocess.TimeoutExpired("pytest", timeout_s)
         time.sleep(0.05)
