@@ -7,12 +7,10 @@ started it dies without a word. Without a GPU the real SGLang is started too, in
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +26,7 @@ from megatron_opd.config.checks_serving import ADMIN_KEY, API_KEY
 from megatron_opd.core import lifeline
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import SGLangError
+from megatron_opd.sglang.ports import free_port
 
 _STAND_INS = Path(__file__).parent / "cpu_stand_ins"
 _LOG_LINES = 30
@@ -37,8 +36,6 @@ _STOP_S = 15.0
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What torchrun and srun tell a rank about its own job. A server is a job of its own, and would believe it.
 _OF_THE_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI")
-_PORTS_GIVEN: set[int] = set()
-"""A server takes its port only when the model is loaded: what this process has given out stays given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +148,6 @@ def stop(started: Iterable[Server], grace_s: float = _STOP_S) -> None:
 def _kill_group(server: Server) -> None:
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
-
-
-def free_port(host: str, first: int) -> int:
-    """The next port from `first` that nobody listens on and that was not given out before."""
-    for port in range(first, min(first + 1000, 1 << 16)):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                    raise ValueError(f"servers.host: {host} is not an address of this machine ({error})") from None
-                continue
-        if port not in _PORTS_GIVEN:
-            _PORTS_GIVEN.add(port)
-            return port
-    raise ValueError(f"servers.port: no free port on {host} from {first} on; choose another first one")
 
 
 def _arguments(servers: ServersConfig, model: str | Path, port: int, context: int) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from megatron_opd.config import RolloutConfig
 from megatron_opd.core.types import Sampling
 from megatron_opd.rollout.served_engine import SGLangEngine
-from megatron_opd.sglang import process
+from megatron_opd.sglang import ports, process
 from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import connect
 from megatron_opd.sglang.weights import broadcast
@@ -41,7 +41,7 @@ def fleet(models, tmp_path_factory):
 
     def start_again(old):
         port = int(old.url.rpartition(":")[2])
-        process._PORTS_GIVEN.discard(port)
+        ports._TAKEN.pop(port).close()
         one = replace(settings, count=1, port=port)
         (new,) = process.start(one, models[FAMILY][1], name="second", log_dir=logs, context=CONTEXT)
         running.append(new)
