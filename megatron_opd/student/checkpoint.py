@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opd.core import durable, hashed_files, marker
+from megatron_opd.core import durable, hashed_files, marker, stacks
 from megatron_opd.core.parallel import Parallel, lost_peer
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.core.whole_file import write_whole
@@ -164,14 +164,15 @@ class Checkpoints:
 def _writing_in_this_process() -> Iterator[None]:
     """Megatron writes in processes that it forks, made for saves in the background. Ours are not, and a fork may hang
     where other threads hold locks, or for good when the forked process is killed; so this process writes itself."""
-    writer = filesystem_async.FileSystemWriterAsync
-    saved = writer.write_preloaded_data_multiproc, filesystem_async._results_queue
-    writer.write_preloaded_data_multiproc = staticmethod(_write_here)
+    writer, method = filesystem_async.FileSystemWriterAsync, stacks.here().writes_files
+    saved = getattr(writer, method), filesystem_async._results_queue
+    setattr(writer, method, staticmethod(_write_here))
     filesystem_async._results_queue = queue.Queue()  # otherwise one of a manager process
     try:
         yield
     finally:
-        writer.write_preloaded_data_multiproc, filesystem_async._results_queue = staticmethod(saved[0]), saved[1]
+        setattr(writer, method, staticmethod(saved[0]))
+        filesystem_async._results_queue = saved[1]
 
 
 def _write_here(transforms: list[Any], _: bool, rank: int, files: list[Any], results: queue.Queue[Any]) -> None:
@@ -227,10 +228,12 @@ def _check_student(checkpoint: Path, theirs: dict[str, Any], mine: dict[str, Any
 
 def _check_small_files(checkpoint: Path) -> None:
     """That the files which every rank reads can be read: Megatron's errors about them neither name them nor agree."""
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (checkpoint / name).is_file():
             raise CheckpointError(f"there is no {name} in it")
     try:
+        if not listed_loading.has_common(checkpoint):
+            raise CheckpointError("there is no common.pt in it")
         listed_loading.check_small_files(checkpoint)
     except (OSError, ValueError, TypeError, CheckpointingException) as error:
         raise CheckpointError(f"metadata.json, common.pt or .metadata: {_reason(error)}") from None

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.config.models import Recompute
+from megatron_opd.core import stacks
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.student import deterministic, groups
@@ -106,7 +107,8 @@ def build_gpt(arch: Architecture, config: TransformerConfig, parallel: Parallel)
         rope_scaling=arch.rope_factor is not None,
         rope_scaling_factor=arch.rope_factor or 1.0,
     )
-    _mark_shards(model)
+    if not stacks.here().marks_shards:
+        _mark_shards(model)
     return model.to(groups.device())
 
 
