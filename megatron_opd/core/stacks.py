@@ -1,7 +1,7 @@
 """The stacks of software that the project runs on, and every difference between them that the code has to know.
 
-A stack is the versions that belong together: megatron-core, and the Transformer Engine that it was made for (setup.py has
-their torch and Python). Megatron is not imported here: who does so looks names up by what its stack says.
+A stack is the versions that belong together: megatron-core, and the Transformer Engine that it was made for (setup.py
+has their torch). Megatron is not imported here: who imports it looks names up by what the stack says.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Stack:
     """The function that reads what all ranks of a checkpoint share, by its path in megatron.core.dist_checkpointing."""
     checks_kind: str
     """The function that refuses a directory of another kind, by the same path."""
+    idle_talk: tuple[tuple[str, str], ...]
+    """Modules of megatron.core, and how a line begins that they log about Megatron's own plans."""
 
 
 OLDEST = Stack(
@@ -41,6 +43,7 @@ OLDEST = Stack(
     writes_files="write_preloaded_data_multiproc",
     reads_common="strategies.common.TorchCommonLoadStrategy.load_common",
     checks_kind="validation.verify_checkpoint_and_load_strategy",
+    idle_talk=(),
 )
 NEWEST = Stack(
     name="newest",
@@ -51,6 +54,11 @@ NEWEST = Stack(
     writes_files="write_preloaded_data_multithread",
     reads_common="serialization.load_common_state_dict",
     checks_kind="validation.verify_checkpoint",
+    idle_talk=(
+        ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+        ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+        ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+    ),
 )
 STACKS = (OLDEST, NEWEST)
 
@@ -73,5 +81,4 @@ def of(megatron: str) -> Stack:
 
 
 def _choice() -> str:
-    each = (f"{first} or later, below {last} (Python {stack.python})" for stack in STACKS for first, last in [stack.megatron])
-    return ", or ".join(each)
+    return ", or ".join(f"{s.megatron[0]} or later, below {s.megatron[1]} (Python {s.python})" for s in STACKS)

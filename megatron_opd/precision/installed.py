@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-TRANSFORMER_ENGINE = ("2.9", "2.12")
-"""From (inclusive) and to (exclusive) which versions megatron-core 0.16 was made for."""
+from megatron_opd.core import stacks
+
 _BLOCKWISE_CUDA = "12.9"
 """The first CUDA whose cuBLAS multiplies matrices with a scale a block."""
 
@@ -43,7 +43,7 @@ def fp8_problem(*, of_layers: bool = True) -> str | None:
     if found is None:
         # megatron-core accepts fp8 without Transformer Engine, and then quietly computes without it.
         return "Transformer Engine is not installed, and without it megatron-core would ignore FP8; see docs/gpu.md"
-    first, last = TRANSFORMER_ENGINE
+    first, last = stacks.here().transformer_engine
     if not Version(first) <= Version(found) < Version(last):
         return f"Transformer Engine {found} does not fit this megatron-core; install {first} or later, below {last}"
     return None

@@ -43,7 +43,7 @@ def check_small_files(directory: str | Path) -> None:
 
 
 def has_common(directory: str | Path) -> bool:
-    """Whether there is what all ranks share, in a file of its own or as an entry. Raises as reading `.metadata` does."""
+    """Whether there is what all ranks share, in a file of its own or as an entry. Raises ValueError and OSError."""
     own = Path(directory) / common.COMMON_STATE_FNAME
     return own.is_file() or _COMMON in ListedReader(directory).read_metadata().state_dict_metadata
 

@@ -9,6 +9,7 @@ from test_config import problems_of, tree_with
 from test_precision_plan import ARCH
 
 from megatron_opd.config import file as cfg
+from megatron_opd.core import stacks
 from megatron_opd.precision import fits, installed
 from megatron_opd.precision.gate import Measured, Noise, too_coarse
 
@@ -119,12 +120,13 @@ class Machine:
         self.patch = monkeypatch
         self.has(cuda=False)
 
-    def has(self, *, cuda=True, capability=(9, 0), cuda_version="13.0", **packages):
+    def has(self, *, cuda=True, capability=(9, 0), cuda_version="13.0", stack=stacks.OLDEST, **packages):
         versions = {name.replace("_", "-"): version for name, version in packages.items()}
         self.patch.setattr(installed, "has_cuda", lambda: cuda)
         self.patch.setattr(installed.torch.cuda, "get_device_capability", lambda *_: capability)
         self.patch.setattr(installed.torch.version, "cuda", cuda_version)
         self.patch.setattr(installed, "version", versions.get)
+        self.patch.setattr(stacks, "here", lambda: stack)
 
 
 @pytest.fixture
@@ -173,9 +175,17 @@ def test_a_student_s_vocabulary_that_cuts_teachers_heads_into_what_no_kernel_tak
     assert look(student="full", emulate=True)[0] == []
 
 
-@pytest.mark.parametrize(("version", "fits"), [("2.8.0", False), ("2.9.0", True), ("2.11.0", True), ("2.12.0", False)])
-def test_versions_of_transformer_engine(machine, version, fits):
-    machine.has(transformer_engine=version, transformer_engine_torch=version)
+@pytest.mark.parametrize(
+    ("stack", "version", "fits"),
+    [
+        *((stacks.OLDEST, version, True) for version in ("2.9.0", "2.11.0")),
+        *((stacks.OLDEST, version, False) for version in ("2.8.0", "2.12.0", "2.20.2")),
+        *((stacks.NEWEST, version, True) for version in ("2.20.0", "2.20.2")),
+        *((stacks.NEWEST, version, False) for version in ("2.11.0", "2.19.0", "2.21.0")),
+    ],
+)
+def test_versions_of_transformer_engine(machine, stack, version, fits):
+    machine.has(stack=stack, transformer_engine=version, transformer_engine_torch=version)
     problems, notes = look(teachers=["a"])
     assert (problems == []) == fits
     assert notes[:2] == [
