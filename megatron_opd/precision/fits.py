@@ -19,6 +19,8 @@ def look(
     is_deterministic: bool,
 ) -> tuple[list[str], list[str]]:
     """(problems, notes a line each). Models that cannot be read are left out: that is a problem already."""
+    if unknown := installed.megatron_problem():
+        return [unknown], []  # what fits it is not known either
     fp8 = precision.fp8
     problems = [problem] if (problem := installed.apex_problem()) else []
     needed_by = "train.packing" if train.packing else "parallel.context" if parallel.context > 1 else None

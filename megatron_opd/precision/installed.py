@@ -33,6 +33,15 @@ def transformer_engine() -> str | None:
     return version("transformer-engine") if version("transformer-engine-torch") else None
 
 
+def megatron_problem() -> str | None:
+    """Why the megatron-core that is installed is none for us, and which would be; None where it is."""
+    try:
+        stacks.here()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def fp8_problem(*, of_layers: bool = True) -> str | None:
     """Why real FP8 cannot be had here, and what to do; `of_layers`: of layers, not of output heads alone."""
     if not has_cuda():

@@ -194,6 +194,14 @@ def test_versions_of_transformer_engine(machine, stack, version, fits):
     ]
 
 
+def test_another_megatron_is_refused(machine, monkeypatch):
+    machine.has()
+    monkeypatch.undo()
+    monkeypatch.setattr(stacks.importlib.metadata, "version", lambda package: "0.18.0")
+    assert look(teachers=["a"]) == ([installed.megatron_problem()], [])
+    assert "megatron-core 0.18.0 is none of those" in installed.megatron_problem()
+
+
 ATTENTION = [("train", "packing", True, "train.packing"), ("parallel", "context", 2, "parallel.context")]
 
 
