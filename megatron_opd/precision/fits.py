@@ -21,7 +21,8 @@ def look(
     """(problems, notes a line each). Models that cannot be read are left out: that is a problem already."""
     fp8 = precision.fp8
     broken = installed.engine_problem(precision.layers)
-    problems = [problem for problem in (installed.apex_problem(), broken) if problem]
+    found = (installed.apex_problem(), broken, installed.torch_problem([student.dtype]))
+    problems = [problem for problem in found if problem]
     needed_by = "train.packing" if train.packing else "parallel.context" if parallel.context > 1 else None
     if needed_by and precision.layers != "local":
         problems += _attention(needed_by, student, teachers, is_deterministic=is_deterministic)

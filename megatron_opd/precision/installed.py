@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,8 @@ from packaging.version import InvalidVersion, Version
 
 TRANSFORMER_ENGINE = ("2.9", "2.12")
 """From (inclusive) and to (exclusive) which versions megatron-core 0.16 was made for."""
+_HALF_INTO_FP32 = "2.10"
+"""The first torch whose addmm takes `out_dtype` together with `out`."""
 _BLOCKWISE_CUDA = "12.9"
 """The first CUDA whose cuBLAS multiplies matrices with a scale a block."""
 
@@ -123,6 +126,17 @@ def _is_within(found: str, first: str, last: str) -> bool:
         return Version(first) <= Version(found) < Version(last)
     except InvalidVersion:
         return False
+
+
+def torch_problem(dtypes: Iterable[str]) -> str | None:
+    """Why this torch does not train a student on a GPU whose types (fp32, bf16, fp16) are among `dtypes`."""
+    found = torch.__version__.split("+")[0]
+    if not has_cuda() or set(dtypes) <= {"fp32"} or Version(found) >= Version(_HALF_INTO_FP32):
+        return None
+    return (
+        f"torch {found} cannot add products of 16 bits to a gradient of 32 on a GPU, as the loss does for the output"
+        f" head: install torch {_HALF_INTO_FP32} or later, or set student.dtype=fp32"
+    )
 
 
 def fused_attention_problem(*, is_deterministic: bool) -> str | None:

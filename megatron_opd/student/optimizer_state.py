@@ -1,11 +1,11 @@
 """The distributed optimizer's state in checkpoints: written and read by the ranks that have it.
 
 A checkpoint holds a tensor a parameter and kind of state (`fully_reshardable` in Megatron's words), so any layout can
-load it. Each data-parallel rank has a part of the buffer that all parameters lie in. Megatron's own way to make whole
-tensors of that gathers all buckets on every rank, on the GPU and again in host memory; its efficient form gathers on one
-rank, which then writes alone. Here a parameter's state goes to the rank that has most of it. Most parameters lie on one
-rank, so little travels, a rank needs host memory for about its own share, and all ranks write. A load reads straight into
-what lies on one rank, and no rank reads what it has no part of.
+load it. Each data-parallel rank has a part of the buffer that all parameters lie in. To make whole tensors of that,
+Megatron's own way gathers all buckets on every rank, on the GPU and again in host memory; its efficient form gathers
+them on one rank, which then writes alone. Here a parameter's state goes to the rank that has most of it. Most
+parameters lie on one rank, so little travels, a rank needs host memory for about its own share, and all ranks write. A
+load reads straight into what lies on one rank, and no rank reads what it has no part of.
 
 Where a parameter lies also differs from Megatron 0.16's own form in one point: with several buckets that forgets the
 padding between them, and mixes up what lies behind it.

@@ -255,6 +255,20 @@ def test_blocks_need_a_newer_cuda(machine):
     assert look(student="full", recipe="tensorwise")[0] == []
 
 
+@pytest.mark.parametrize(
+    ("version", "dtype", "fits"),
+    [("2.9.1+cu130", "bf16", False), ("2.6.0", "fp16", False), ("2.9.1", "fp32", True), ("2.10.0", "bf16", True),
+     ("2.13.0+cpu", "fp16", True), ("2.100.0", "bf16", True)],
+)  # fmt: skip
+def test_a_torch_that_cannot_add_to_the_head_s_gradient(machine, monkeypatch, version, dtype, fits):
+    monkeypatch.setattr(installed.torch, "__version__", version)
+    assert look(dtype=dtype)[0] == []  # CPUs do it another way
+    machine.has()
+    problems = [problem for problem in look(dtype=dtype)[0] if "torch" in problem]
+    assert (problems == []) == fits
+    assert all("install torch 2.10 or later" in problem and "student.dtype=fp32" in problem for problem in problems)
+
+
 def test_what_takes_the_place_of_what_is_missing(machine, monkeypatch):
     assert installed.notes("auto") == []  # nothing to tell without a GPU
     machine.has()

@@ -40,8 +40,8 @@ def fused_settings(parallel, path):
     arch = read_architecture(path)
     here = model.transformer_config(arch, parallel, dtype=torch.bfloat16)
     with (
-        mock.patch.object(model, "default_layers", lambda: "transformer_engine"),
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(model, "default_layers", return_value="transformer_engine"),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", len),
     ):
         there = model.transformer_config(arch, parallel, dtype=torch.bfloat16)
@@ -83,7 +83,7 @@ def trained(parallel, config, rollouts, overlaps):
 
     chosen = fusions.Fusions(reduction=overlaps)
     with (
-        mock.patch.object(fusions, "chosen", lambda *_, **__: chosen),
+        mock.patch.object(fusions, "chosen", return_value=chosen),
         mock.patch.object(optim, "DistributedDataParallelConfig", small),
     ):
         student, objective, pack = steps.build(parallel, config, VOCAB_SIZE)
@@ -103,7 +103,7 @@ def trained(parallel, config, rollouts, overlaps):
 )
 def test_reductions_on_their_way_change_no_bit(ranks, tmp_path, family, layout):
     model = tiny.save(tiny.build(family), tmp_path / "model")
-    config = tiny.config(model, [{"name": "t", "model": model}], train={"micro_batch_size": 1})
+    config = tiny.config(model, [{"name": "t", "model": model}], train={"steps": 10, "micro_batch_size": 1})
     rollouts = [tiny.rollouts(count=6, vocab_size=VOCAB_SIZE)[0]] * 6
     size = 2 * layout.get("pipeline", 1)
     without, within = (ranks.run(size, trained, config, rollouts, on, **layout) for on in (False, True))

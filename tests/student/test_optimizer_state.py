@@ -1,4 +1,4 @@
-"""The distributed optimizer's state in checkpoints: every rank writes and reads its share, and layouts do not matter."""
+"""The distributed optimizer's state in checkpoints: ranks write and read their shares, and layouts do not matter."""
 
 import math
 import re
