@@ -22,7 +22,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
@@ -32,7 +34,7 @@ from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_cont
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.lora_layout import facts
 from megatron_opd.models.torch_dist_dir import TorchDistDir
-from megatron_opd.student import checkpoint_files, listed_loading, optim, whole_checkpoint
+from megatron_opd.student import checkpoint_files, listed_loading, optim, optimizer_state, whole_checkpoint
 from megatron_opd.student.student import Student
 from megatron_opd.student.whole_checkpoint import CheckpointError
 
@@ -67,7 +69,8 @@ class Checkpoints:
             self.parallel.share_world(lambda: _make_empty(target))
             optim.complete_state(student.optimizer)
             with _writing_in_this_process():
-                dist_checkpointing.save(self._state(student, loading=False, with_rng=True), str(target))
+                state = self._state(student, loading=False, with_rng=True)
+                dist_checkpointing.save(state, str(target), _shared_by_all(self.parallel))
             dist.barrier(group=self.parallel.world_group)
             files, failed = checkpoint_files.record(target, self.parallel, contents=self.verify)
             if failed:
@@ -119,18 +122,15 @@ class Checkpoints:
 
     def _state(self, student: Student, *, loading: bool, with_rng: bool) -> dict[str, Any]:
         metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": False,
+            **optimizer_state.SHARDING,
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
             "dp_cp_group": self.parallel.reduction_group,
         }
         model = student.gpt.sharded_state_dict(metadata=metadata)
-        state = {
-            "model": model,
-            "optimizer": student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
-            "scheduler": student.scheduler.state_dict(),
-        }
+        with optimizer_state.by_owners(student.optimizer):
+            optimizer = student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        state = {"model": model, "optimizer": optimizer, "scheduler": student.scheduler.state_dict()}
         if with_rng:
             p = self.parallel
             copies, copy = p.data_size * p.context_size, p.data_rank * p.context_size + p.context_rank
@@ -158,6 +158,12 @@ class Checkpoints:
             f"the checkpoint {target} could not be written: {reason}; {free / 1e9:.1f} GB are free on the disk of"
             f" run.dir; {how_to_continue(self.dir.parent)}"
         )
+
+
+def _shared_by_all(parallel: Parallel) -> FullyParallelSaveStrategyWrapper:
+    """Megatron's writer of torch_dist, where what several ranks have is dealt out among them by size. By itself it has
+    the first replica write all weights."""
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), parallel.world_group)
 
 
 @contextmanager
