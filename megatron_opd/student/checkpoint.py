@@ -38,6 +38,9 @@ from megatron_opd.student import checkpoint_files, listed_loading, optim, optimi
 from megatron_opd.student.student import Student
 from megatron_opd.student.whole_checkpoint import CheckpointError
 
+_FILES = 2
+"""Files of a rank in a checkpoint. Megatron's versions have defaults of their own."""
+
 
 class Checkpoints:
     """Saves to and restores from `<run_dir>/checkpoints`."""
@@ -163,7 +166,9 @@ class Checkpoints:
 def _shared_by_all(parallel: Parallel) -> FullyParallelSaveStrategyWrapper:
     """Megatron's writer of torch_dist, where what several ranks have is dealt out among them by size. By itself it has
     the first replica write all weights."""
-    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), parallel.world_group)
+    writer = get_default_save_sharded_strategy()
+    writer.thread_count = _FILES
+    return FullyParallelSaveStrategyWrapper(writer, parallel.world_group)
 
 
 @contextmanager

@@ -64,7 +64,10 @@ def _load_common(directory: str | Path) -> dict[str, Any]:
 def _entry(directory: str | Path, path: Path) -> Any:
     """The object that megatron-core files as a list of one."""
     state: dict[str, Any] = {_COMMON: io.BytesIO()}
-    dcp.load(state, storage_reader=ListedReader(directory), no_dist=True)
+    try:
+        dcp.load(state, storage_reader=ListedReader(directory), no_dist=True)
+    except dcp.CheckpointException as error:  # torch's, and not even an Exception
+        raise next(cause for cause, _ in error.failures.values()) from None
     found = state[_COMMON]
     if isinstance(found, io.BytesIO):
         found.seek(0)

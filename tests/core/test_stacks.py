@@ -9,7 +9,8 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_opd.core import stacks
 
-SETUP = (Path(__file__).resolve().parents[2] / "setup.py").read_text()
+SETUP_PY = Path(__file__).resolve().parents[2] / "setup.py"
+SETUP = SETUP_PY.read_text()
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,19 @@ def _is_of(version, stack):
         return stacks.of(version) is stack
     except ValueError:
         return False
+
+
+def pinned(name):
+    lines = (SETUP_PY.parent / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_the_constraints_of_the_stacks_differ_in_what_makes_them():
+    old, new = pinned("constraints.txt"), pinned("constraints-newest.txt")
+    for stack, versions in ((stacks.OLDEST, old), (stacks.NEWEST, new)):
+        assert stacks.of(versions["megatron-core"]) is stack
+        first, last = stack.transformer_engine
+        assert all(v in SpecifierSet(f">={first},<{last}") for n, v in versions.items() if "transformer-engine" in n)
+    differing = {name for name in {*old, *new} if old.get(name) != new.get(name)}
+    engine = {"transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"}
+    assert differing == {"megatron-core", "torch", "triton", "nvidia-nccl-cu13", *engine}
