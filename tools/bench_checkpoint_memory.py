@@ -6,8 +6,8 @@
 
 A random student in bf16 is saved twice and restored. What is shown is by how much the rank that needs most went above
 what it had before, in bytes a parameter, the seconds, and what each rank wrote. What the first save has freed, the
-others use again, and it is not counted twice. `--by-megatron` makes the optimizer's state as Megatron does. On GPUs that
-has a peak there too, which no CPU shows.
+others use again, and it is not counted twice. `--by-megatron` makes the optimizer's state as Megatron does. On GPUs
+that has a peak there too, which no CPU shows.
 """
 
 from __future__ import annotations
