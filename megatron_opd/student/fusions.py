@@ -55,11 +55,34 @@ def fuse_weight_gradients(model: torch.nn.Module) -> int:
     return count
 
 
+def overlap(model: DistributedDataParallel, config: Any) -> None:
+    """Let a model that was wrapped for it reduce gradients while the last backward pass goes on."""
+    config.no_sync_func = model.no_sync
+    for node in model.grad_accs:
+        node.register_prehook(_StandIn(node.variable))
+
+
+class _StandIn:
+    """Called before autograd brings a weight its gradient. Where there is none, because the loss has added to the
+    head's buffer itself, Megatron is told so, and given a gradient of no size: it insists on one."""
+
+    def __init__(self, parameter: Any) -> None:
+        self.parameter, self.is_on = parameter, False
+
+    def __call__(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        was_on, self.is_on = self.is_on, gradients[0] is None
+        if self.is_on:
+            nothing = torch.zeros((), dtype=self.parameter.dtype, device=self.parameter.device)
+            self.parameter.grad = nothing.expand_as(self.parameter)
+        if self.is_on or was_on:  # otherwise the mark is of whoever made the gradient
+            self.parameter.grad_added_to_main_grad = self.is_on
+
+
 def finalize(models: list[DistributedDataParallel], *arguments: Any, **settings: Any) -> None:
     """Megatron's `finalize_model_grads`, where reductions may be on their way already.
 
-    Those wait for every weight of their bucket, and autograd tells them of none that the loss has added to itself: the
-    head. Such weights have all they get now.
+    Those wait for every weight of their bucket, also for one that autograd never came to: an expert without a token.
+    Such weights have all they get now.
     """
     for model in models:
         for bucket in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:

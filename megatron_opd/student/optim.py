@@ -46,7 +46,7 @@ def wrap(
     wrapped = DistributedDataParallel(config, ddp, model)
     config.finalize_model_grads_func = fusions.finalize
     if fused.reduction:
-        config.no_sync_func = wrapped.no_sync
+        fusions.overlap(wrapped, config)
     if fused.weight_gradients:
         fusions.fuse_weight_gradients(wrapped)
     return wrapped

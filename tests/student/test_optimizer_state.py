@@ -120,7 +120,7 @@ def config(model, dtype="fp32"):
         ("qwen3", {"data": 1}, [{"data": 3}]),
         ("qwen3_tied", {"pipeline": 2}, [{"data": 2}]),  # two buckets, for the embedding that both stages have
         ("qwen3_tied", {"data": 2}, [{"pipeline": 2}]),
-        ("qwen3_moe", {"data": 2, "expert": 2}, [{"data": 1}]),
+        ("qwen3_moe", {"data": 4, "expert": 2}, [{"data": 2, "expert": 2}]),  # two optimizers in one
     ],
     ids=str,
 )
