@@ -33,7 +33,8 @@ class Stack:
     loads_apart: bool
     """Whether a rank that cannot load its part of a checkpoint is the only one that knows."""
     idle_talk: tuple[tuple[str, str], ...]
-    """Modules of megatron.core, and how a line begins that they log about Megatron's own plans."""
+    """Loggers, and how a line of each begins that no user can do anything about: Megatron's own plans, or that torch was
+    built for CUDA and finds no device."""
 
 
 OLDEST = Stack(
@@ -59,9 +60,13 @@ NEWEST = Stack(
     checks_kind="validation.verify_checkpoint",
     loads_apart=True,
     idle_talk=(
-        ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
-        ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
-        ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+        ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+        ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+        (
+            "megatron.core.distributed.distributed_data_parallel",
+            "DistributedDataParallel: full_param_layout not provided",
+        ),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
     ),
 )
 STACKS = (OLDEST, NEWEST)
