@@ -33,8 +33,8 @@ class Stack:
     loads_apart: bool
     """Whether a rank that cannot load its part of a checkpoint is the only one that knows."""
     idle_talk: tuple[tuple[str, str], ...]
-    """Loggers, and how a line of each begins that no user can do anything about: Megatron's own plans, or that torch was
-    built for CUDA and finds no device."""
+    """Loggers, and how a line of each begins that no user can do anything about: Megatron's own plans; a torch for CUDA
+    that finds no device."""
 
 
 OLDEST = Stack(
