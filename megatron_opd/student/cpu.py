@@ -1,4 +1,4 @@
-"""The one CPU shim: lets megatron-core 0.16 run its real code on gloo ranks without a GPU.
+"""The one CPU shim: lets megatron-core run its real code on gloo ranks without a GPU.
 
 `enable()` must be called before the first import of megatron.core and does nothing where CUDA exists. megatron-core
 names CUDA in about thirty places (device="cuda" arguments, torch.cuda.current_device(), type strings compared with
@@ -16,11 +16,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_opd.core import stacks
 from megatron_opd.student import imports
 
 _CPU = torch.device("cpu")
@@ -33,6 +35,8 @@ _MEGATRON = os.path.join("megatron", "core") + os.sep
 def enable() -> None:
     """Make megatron.core importable and runnable here. Safe to call more than once."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    for logger, line in stacks.here().idle_talk:
+        logging.getLogger(logger).addFilter(_Other(line))
     imports.without_wandb()
     if not torch.cuda.is_available() and torch.cuda.current_device is not _current_device:
         _redirect_cuda()
@@ -43,6 +47,17 @@ def enable() -> None:
         moe_utils.te_general_gemm = None  # it asks `is not None` of a name that it only has with Transformer Engine
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
+
+
+@dataclass(frozen=True)
+class _Other:
+    """A filter of logs that lets all lines pass but those with one beginning. Equal ones count once for a logger."""
+
+    line: str
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to keep a record."""
+        return not record.getMessage().startswith(self.line)
 
 
 def keep_freed_memory() -> None:
@@ -60,6 +75,19 @@ def keep_freed_memory() -> None:
             library.mallopt(_M_TRIM_THRESHOLD, _ALWAYS_KEPT[0])
 
 
+class _Stream:
+    """The one order in which a CPU does things."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing: what was asked for before is done."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing, likewise."""
+
+
+_STREAM = _Stream()
+
+
 def _current_device() -> torch.device:
     return _CPU
 
@@ -70,6 +98,7 @@ def _redirect_cuda() -> None:
     torch._dynamo.config.disable = True
     generator = torch.default_generator
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *_, **__: _STREAM  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *_, **__: generator.get_state()  # type: ignore[assignment]
     torch.cuda.set_rng_state = lambda state, *_, **__: generator.set_state(state)  # type: ignore[assignment]

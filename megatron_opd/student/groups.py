@@ -70,7 +70,7 @@ def check_world_size(config: ParallelConfig) -> None:
 def _quiet() -> None:
     """Hide warnings about Megatron's own code that a user can do nothing about."""
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.[\w.]+` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
 
 

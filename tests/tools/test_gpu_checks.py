@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_opd.precision import installed
-
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = """#!/bin/bash
 case "$1" in
@@ -99,10 +97,3 @@ def test_a_run_in_the_table(tmp_path):
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 2
     assert "no results.tsv: is it the OUT of tools/gpu_checks.sh?" in " ".join(done.stderr.split())
-
-
-def test_setup_asks_for_the_versions_that_are_checked():
-    first, last = installed.TRANSFORMER_ENGINE
-    extra = re.search(r'"gpu": \[(.+?)\n        \]', (ROOT / "setup.py").read_text(), re.DOTALL)[1]
-    assert f"transformer-engine[core-cu13,pytorch]>={first},<{last}" in extra
-    assert not re.search(r'"apex', (ROOT / "setup.py").read_text())
