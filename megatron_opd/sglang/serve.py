@@ -24,6 +24,7 @@ from megatron_opd.core import run_dir
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.architecture import read_limits
 from megatron_opd.sglang import nccl, process
+from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.group import LOOPBACK, own_address
 from megatron_opd.sglang.weights.transports import way_of
 
@@ -66,8 +67,6 @@ def needed(config: Config) -> list[Served]:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens + MARGIN
     found = []
     if config.rollout.is_served:
-        # A Megatron checkpoint has no weights that SGLang could read; the first sync brings them.
-        has_weights = any(Path(config.student.model).glob("*.safetensors"))
         found.append(
             Served(
                 name=ROLLOUT,
@@ -75,7 +74,7 @@ def needed(config: Config) -> list[Served]:
                 servers=_like_the_student(config.rollout.servers, config.student.dtype),
                 model=config.student.model,
                 longest=longest,
-                arguments=() if has_weights else ("--load-format", "dummy"),
+                arguments=_of_the_student(config.rollout.quantization, config.student.model),
                 is_local=way_of(config.rollout).is_local,
             )
         )
@@ -93,6 +92,14 @@ def needed(config: Config) -> list[Served]:
                 )
             )
     return found
+
+
+def _of_the_student(quantization: Literal["none", "fp8"], model: str) -> tuple[str, ...]:
+    """Arguments of the student's servers, by how its weights come."""
+    if quantization == "fp8":
+        return fp8_weights.arguments()
+    # A Megatron checkpoint has no weights that SGLang could read; the first sync brings them.
+    return () if any(Path(model).glob("*.safetensors")) else ("--load-format", "dummy")
 
 
 def _like_the_student(servers: ServersConfig, dtype: Literal["fp32", "bf16", "fp16"]) -> ServersConfig:

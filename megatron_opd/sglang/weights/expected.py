@@ -18,16 +18,21 @@ import torch
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Refused
 from megatron_opd.sglang.weights import hashes
+from megatron_opd.sglang.weights.fp8_weights import SCALE
 
 _NAMED = 5
 """Tensors named in a message."""
 _VOCAB_MULTIPLE, _CPU_MLP_MULTIPLE = 64, 32
 # Hugging Face's name -> (SGLang's name, place in the fused tensor, how it is split over ranks)
 _RULES = [
-    (r"(.*)\.q_proj\.(weight|bias)", r"\1.qkv_proj.\2", 0, "rows"),
-    (r"(.*)\.k_proj\.(weight|bias)", r"\1.qkv_proj.\2", 1, "kv_rows"),
-    (r"(.*)\.v_proj\.(weight|bias)", r"\1.qkv_proj.\2", 2, "kv_rows"),
-    (r"(.*)\.o_proj\.weight", r"\1.o_proj.weight", 0, "columns"),
+    (r"(.*)\.q_proj\.(\w+)", r"\1.qkv_proj.\2", 0, "rows"),
+    (r"(.*)\.k_proj\.(\w+)", r"\1.qkv_proj.\2", 1, "kv_rows"),
+    (r"(.*)\.v_proj\.(\w+)", r"\1.qkv_proj.\2", 2, "kv_rows"),
+    (r"(.*)\.o_proj\.(weight|weight_scale_inv)", r"\1.o_proj.\2", 0, "columns"),
+    # Scales of blocks, whose matrices need no padding: the number of blocks is a multiple of the ranks'.
+    (r"(.*)\.gate_proj\.weight_scale_inv", r"\1.gate_up_proj.weight_scale_inv", 0, "rows"),
+    (r"(.*)\.up_proj\.weight_scale_inv", r"\1.gate_up_proj.weight_scale_inv", 1, "rows"),
+    (r"(.*)\.down_proj\.weight_scale_inv", r"\1.down_proj.weight_scale_inv", 0, "columns"),
     (r"(.*\.experts)\.\d+\.gate_proj\.weight", r"\1.w13_weight", 0, "mlp_rows"),
     (r"(.*\.experts)\.\d+\.up_proj\.weight", r"\1.w13_weight", 1, "mlp_rows"),
     (r"(.*\.experts)\.\d+\.down_proj\.weight", r"\1.w2_weight", 0, "mlp_columns"),
@@ -74,7 +79,6 @@ class Expected:
         info = await client.server_info()
         dtype = getattr(torch, str(info.get("dtype")), None)
         odd = {n: info[n] for n in ("dp_size", "pp_size", "ep_size") if info.get(n, 1) != 1}
-        odd |= {n: info[n] for n in ("quantization",) if info.get(n)}
         odd |= {} if isinstance(dtype, torch.dtype) else {"dtype": info.get("dtype")}
         if odd:
             raise Refused(
@@ -117,7 +121,8 @@ class Expected:
             for rank in range(layout.ranks):
                 by_expert: dict[int, list[torch.Tensor]] = {}
                 for (expert, _), (split, tensor) in sorted(parts.items(), key=lambda item: item[0]):
-                    piece = self._split(tensor.to(layout.dtype), split, layout, rank)
+                    kept = tensor.dtype == torch.float8_e4m3fn or fused.endswith(SCALE)
+                    piece = self._split(tensor if kept else tensor.to(layout.dtype), split, layout, rank)
                     by_expert.setdefault(expert, []).append(piece)
                 experts = [torch.cat(pieces) for pieces in by_expert.values()]
                 whole = torch.stack(experts) if -1 not in by_expert else experts[0]
