@@ -1,7 +1,7 @@
 """Rollouts in FP8: a server that takes rounded weights, at tensor-parallel size 1 and 2.
 
-Without a GPU its products are those of `cpu_stand_ins/plain_fp8.py`; names, shapes, the loading of values and scales and
-their parts on two ranks are SGLang's own.
+Without a GPU its products are those of `cpu_stand_ins/plain_fp8.py`; names, shapes, the loading of values and scales
+and their parts on two ranks are SGLang's own.
 """
 
 from contextlib import ExitStack

@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 
 
 def test_the_matrices_are_those_of_the_gate_bit_for_bit(model):
-    """In Megatron's own layout, as the emulation of the fidelity gate rounds it: q, k and v in one, gate and up in one."""
+    """In Megatron's own layout, as the gate's emulation rounds it: q, k and v in one, gate and up in one."""
     weights, directory = model
     sent = dict(quantized(iter(weights.items())))
     rounding, count = Rounding(RECIPES["blockwise"].weights), 0

@@ -91,7 +91,9 @@ def gpu_hash_by_the_word(data):
     return f"{total ^ (total >> 31):016x}"
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(1, "bfloat16"), (77, "float32"), (20_001, "bfloat16")])
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(1, "bfloat16"), (77, "float32"), (20_001, "bfloat16"), (140_001, "bfloat16")]
+)
 def test_the_gpu_checksum_is_that_of_the_kernels_text(count, dtype):
     torch.manual_seed(count)
     tensor = torch.randn(count).to(getattr(torch, dtype))

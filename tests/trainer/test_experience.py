@@ -106,3 +106,23 @@ def test_ranks_that_join_servers_have_nccls_switches_as_those_do(monkeypatch, sy
     with pytest.raises(Joining) as caught:
         loop.train(tiny.config("unused", TEACHERS, rollout=served), lambda: None)
     assert caught.value.args[0] == dict.fromkeys(nccl.SWITCHES, value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "data_rank", "gathers"), [("local", 1, True), ("sglang", 0, True), ("sglang", 1, False)]
+)
+def test_only_replicas_whose_weights_are_sent_gather_them(engine, data_rank, gathers):
+    """The others' engines learn the version: their servers are the same."""
+    loaded = []
+
+    class Student:
+        def export(self):
+            yield "w", data_rank
+
+    leader = SimpleNamespace(
+        engine=SimpleNamespace(load=lambda weights, version: loaded.append((list(weights), version)))
+    )
+    place = parallel(is_leader=True, data_rank=data_rank, data_size=2, gather_world=lambda value: [value])
+    here = Experience(tiny.config("unused", TEACHERS, rollout={"engine": engine}), place, [], leader)
+    here.sync(Student(), 3)
+    assert loaded == [([("w", data_rank)] if gathers else [], 3)]

@@ -1,7 +1,7 @@
 """Linear layers in block-wise FP8 as plain PyTorch: SGLang 0.5.23 multiplies them by kernels of GPUs, or of AMX.
 
-Values are those of the kernels, sums are float32: weights in e4m3 times their scales, activations rounded to e4m3 with a
-power of two for each group of columns.
+Values are those of the kernels, sums are float32: weights in e4m3 times their scales, activations rounded to e4m3 with
+a power of two for each group of columns.
 """
 
 import importlib.util

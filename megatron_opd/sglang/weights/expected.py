@@ -7,8 +7,11 @@ each rank has. The same is done here while the weights stream by; parts of a fus
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from megatron_opd.sglang.errors import BadAnswer, Refused
 from megatron_opd.sglang.weights import hashes
 from megatron_opd.sglang.weights.fp8_weights import SCALE
 
+_THREADS = 8
+"""Most that hash at a time; the other cores are for the ranks of this machine."""
 _NAMED = 5
 """Tensors named in a message."""
 _VOCAB_MULTIPLE, _CPU_MLP_MULTIPLE = 64, 32
@@ -89,14 +94,22 @@ class Expected:
         self._layouts[client] = ServerLayout(int(info.get("tp_size", 1)), dtype, info.get("device") == "cpu")
 
     def watch(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same stream; what passes is remembered as checksums."""
-        for name, tensor in weights:
-            part = _part(name)
-            held = self._parts.setdefault(part.fused, {})
-            held[part.expert, part.place] = part.split, tensor.detach().to("cpu", copy=True)
-            if len(held) == self._num_parts(part):
-                self._add(part.fused, self._parts.pop(part.fused))
-            yield name, tensor
+        """The same stream; what passes is remembered as checksums, which threads compute: numpy lets them run at the
+        same time."""
+        workers = min(len(os.sched_getaffinity(0)), _THREADS)
+        with ThreadPoolExecutor(workers, thread_name_prefix="checksums") as pool:
+            under_way: deque[Future[None]] = deque()
+            for name, tensor in weights:
+                part = _part(name)
+                held = self._parts.setdefault(part.fused, {})
+                held[part.expert, part.place] = part.split, tensor.detach().to("cpu", copy=True)
+                if len(held) == self._num_parts(part):
+                    under_way.append(pool.submit(self._add, part.fused, self._parts.pop(part.fused)))
+                while len(under_way) > workers:  # each holds its tensor
+                    under_way.popleft().result()
+                yield name, tensor
+            for last in under_way:
+                last.result()
 
     async def check(self, client: Client) -> None:
         """Raises BadAnswer when the server's weights are not, bit for bit, those that were watched."""
