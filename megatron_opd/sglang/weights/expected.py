@@ -1,7 +1,8 @@
 """What a server's checksums must be, from the student's own tensors: the check that servers have the student's weights.
 
 SGLang fuses some tensors (q, k and v; gate and up; the experts of a layer), splits them over its ranks, and hashes what
-each rank has. The same is done here while the weights stream by; parts of a fused tensor are kept until it is whole.
+each rank has; of a matrix in FP8 the values times their scales, in bf16. The same is done here while the weights stream
+by; parts of a fused tensor are kept until it is whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Refused
 from megatron_opd.sglang.weights import hashes
-from megatron_opd.sglang.weights.fp8_weights import SCALE
+from megatron_opd.sglang.weights.fp8_weights import whole
 
 _THREADS = 8
 """Most that hash at a time; the other cores are for the ranks of this machine."""
@@ -30,14 +31,10 @@ _NAMED = 5
 _VOCAB_MULTIPLE, _CPU_MLP_MULTIPLE = 64, 32
 # Hugging Face's name -> (SGLang's name, place in the fused tensor, how it is split over ranks)
 _RULES = [
-    (r"(.*)\.q_proj\.(\w+)", r"\1.qkv_proj.\2", 0, "rows"),
-    (r"(.*)\.k_proj\.(\w+)", r"\1.qkv_proj.\2", 1, "kv_rows"),
-    (r"(.*)\.v_proj\.(\w+)", r"\1.qkv_proj.\2", 2, "kv_rows"),
-    (r"(.*)\.o_proj\.(weight|weight_scale_inv)", r"\1.o_proj.\2", 0, "columns"),
-    # Scales of blocks, whose matrices need no padding: the number of blocks is a multiple of the ranks'.
-    (r"(.*)\.gate_proj\.weight_scale_inv", r"\1.gate_up_proj.weight_scale_inv", 0, "rows"),
-    (r"(.*)\.up_proj\.weight_scale_inv", r"\1.gate_up_proj.weight_scale_inv", 1, "rows"),
-    (r"(.*)\.down_proj\.weight_scale_inv", r"\1.down_proj.weight_scale_inv", 0, "columns"),
+    (r"(.*)\.q_proj\.(weight|bias)", r"\1.qkv_proj.\2", 0, "rows"),
+    (r"(.*)\.k_proj\.(weight|bias)", r"\1.qkv_proj.\2", 1, "kv_rows"),
+    (r"(.*)\.v_proj\.(weight|bias)", r"\1.qkv_proj.\2", 2, "kv_rows"),
+    (r"(.*)\.o_proj\.weight", r"\1.o_proj.weight", 0, "columns"),
     (r"(.*\.experts)\.\d+\.gate_proj\.weight", r"\1.w13_weight", 0, "mlp_rows"),
     (r"(.*\.experts)\.\d+\.up_proj\.weight", r"\1.w13_weight", 1, "mlp_rows"),
     (r"(.*\.experts)\.\d+\.down_proj\.weight", r"\1.w2_weight", 0, "mlp_columns"),
@@ -99,15 +96,15 @@ class Expected:
         workers = min(len(os.sched_getaffinity(0)), _THREADS)
         with ThreadPoolExecutor(workers, thread_name_prefix="checksums") as pool:
             under_way: deque[Future[None]] = deque()
-            for name, tensor in weights:
-                part = _part(name)
+            for weight in whole(weights):
+                part = _part(weight.name)
                 held = self._parts.setdefault(part.fused, {})
-                held[part.expert, part.place] = part.split, tensor.detach().to("cpu", copy=True)
+                held[part.expert, part.place] = part.split, weight.tensor().to("cpu", copy=True)
                 if len(held) == self._num_parts(part):
                     under_way.append(pool.submit(self._add, part.fused, self._parts.pop(part.fused)))
                 while len(under_way) > workers:  # each holds its tensor
                     under_way.popleft().result()
-                yield name, tensor
+                yield from weight.sent
             for last in under_way:
                 last.result()
 
@@ -134,8 +131,7 @@ class Expected:
             for rank in range(layout.ranks):
                 by_expert: dict[int, list[torch.Tensor]] = {}
                 for (expert, _), (split, tensor) in sorted(parts.items(), key=lambda item: item[0]):
-                    kept = tensor.dtype == torch.float8_e4m3fn or fused.endswith(SCALE)
-                    piece = self._split(tensor if kept else tensor.to(layout.dtype), split, layout, rank)
+                    piece = self._split(tensor.to(layout.dtype), split, layout, rank)
                     by_expert.setdefault(expert, []).append(piece)
                 experts = [torch.cat(pieces) for pieces in by_expert.values()]
                 whole = torch.stack(experts) if -1 not in by_expert else experts[0]

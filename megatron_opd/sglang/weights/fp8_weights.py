@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,36 @@ def quantized(weights: NamedWeights) -> Iterator[tuple[str, torch.Tensor]]:
         made = quantize(tensor, SCALING)
         yield name, made.values
         yield name + SCALE, made.scales.reciprocal()  # of powers of two: exact
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A weight of the stream: one tensor, or a matrix in FP8 and its scales."""
+
+    sent: tuple[tuple[str, torch.Tensor], ...]
+
+    @property
+    def name(self) -> str:
+        """The student's."""
+        return self.sent[0][0]
+
+    def tensor(self) -> torch.Tensor:
+        """The weight; of a matrix in FP8 what its values stand for, in bf16, which loses nothing."""
+        (_, values), *scales = self.sent
+        return values.detach() if not scales else _dequantized(values, scales[0][1])
+
+
+def whole(weights: NamedWeights) -> Iterator[Sent]:
+    """The same stream, a weight at a time."""
+    for name, tensor in weights:
+        pair = (name, tensor)
+        yield Sent((pair, next(weights)) if tensor.dtype == torch.float8_e4m3fn else (pair,))
+
+
+def _dequantized(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    rows, columns = values.shape
+    wide = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return (values.float() * wide).bfloat16()
 
 
 def arguments() -> tuple[str, ...]:
@@ -112,8 +143,8 @@ def problems(rollout: RolloutConfig, student: StudentConfig) -> list[str]:
     ]
     if rollout.sync not in _WAYS:
         found.append(f"{what} needs rollout.sync: {' or '.join(_WAYS)}, not {rollout.sync}")
-    if (student.dtype if servers.dtype == "auto" else servers.dtype) == "fp32":
-        found.append(f"{what} needs 16 bits for all else: set student.dtype or rollout.servers.dtype to bf16")
+    if (student.dtype if servers.dtype == "auto" else servers.dtype) != "bf16":
+        found.append(f"{what} needs bf16 for all else: set student.dtype or rollout.servers.dtype to bf16")
     try:
         arch = read_architecture(student.model)
     except ValueError:
