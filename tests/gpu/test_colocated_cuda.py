@@ -35,8 +35,11 @@ def server(tmp_path, quantization):
     """(client, its settings, the model that it serves)."""
     if not PYTHON.is_file():
         pytest.skip("SGLang is not installed (make sglang)")
-    model = tiny.build("qwen3", **SIZES).bfloat16()
-    tiny.save(model, tmp_path / "model")
+    model = tiny.build("qwen3", **SIZES)  # in float32 for what it says; its weights are numbers of bf16
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    tiny.save(copy.deepcopy(model).bfloat16(), tmp_path / "model")
     how = fp8_weights.arguments() if quantization == "fp8" else ()
     args = ["--mem-fraction-static", str(PART), *how]
     settings = ServersConfig(python=str(PYTHON), colocated=True, args=args, start_timeout_s=600.0)
@@ -59,7 +62,7 @@ def test_memory_is_free_while_the_student_trains_and_weights_arrive_after_it(ser
     draw = Draw(rid="r", ids=(5, 6, 7), max_new_tokens=4, temperature=0.0, top_p=1.0, top_k=0, stop_ids=())
 
     def push(version):
-        weights = ((name, tensor.detach()) for name, tensor in model.state_dict().items())
+        weights = ((name, tensor.bfloat16()) for name, tensor in model.state_dict().items())
         assert sync.push([client], weights, version) == {}
 
     assert loop.run(server_memory.has_saver(client))
@@ -91,5 +94,5 @@ def check_logps(model, client, loop):
 
     ask = Ask(rid="ask", ids=tuple(ids[0].tolist()), first=5, carrier="sampled")
     found_R = loop.run(client.score(ask), 60).logp_R.double()
-    emulated_R, plain_R = logp_R(in_fp8(model)), logp_R(copy.deepcopy(model).float())
+    emulated_R, plain_R = logp_R(in_fp8(model)), logp_R(model)
     assert (found_R - emulated_R).abs().mean() < (found_R - plain_R).abs().mean()

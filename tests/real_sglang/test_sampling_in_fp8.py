@@ -4,7 +4,6 @@ Without a GPU its products are those of `cpu_stand_ins/plain_fp8.py`; names, sha
 and their parts on two ranks are SGLang's own. All else is in float32, so that roundings fall alike.
 """
 
-import copy
 from contextlib import ExitStack
 
 import pytest
@@ -30,8 +29,8 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(the model in bf16, its directory)."""
-    made = tiny.build("qwen3", **SIZES).bfloat16()
+    """(a model whose weights are numbers of bf16, its directory)."""
+    made = tiny.build("qwen3", **SIZES)
     return made, tiny.save(made, tmp_path_factory.mktemp("model") / "qwen3")
 
 
@@ -57,10 +56,11 @@ def test_rounded_weights_arrive_bit_for_bit_and_are_sampled_from(model, clients,
     for version in (1, 2):  # the second push loads where the first one has
         with torch.no_grad():
             for parameter in source.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
-        assert sync.push(clients, iter(source.state_dict().items()), version) == {}
+                parameter.copy_((parameter + 0.02 * torch.randn_like(parameter)).bfloat16())
+        weights = {name: tensor.bfloat16() for name, tensor in source.state_dict().items()}
+        assert sync.push(clients, iter(weights.items()), version) == {}
         expected_R = taken(log_probs(in_fp8(source), ids, first=5), ids[5:])
-        plain_R = taken(log_probs(copy.deepcopy(source).float(), ids, first=5), ids[5:])
+        plain_R = taken(log_probs(source, ids, first=5), ids[5:])
         for client in clients:
             ask = Ask(rid=f"{way}{version}", ids=tuple(ids), first=5, carrier="sampled")
             found_R = loop.run(client.score(ask), 60).logp_R.double()
