@@ -1,4 +1,4 @@
-"""Packed sequences through Transformer Engine's attention: the steps of unpacked micro-batches, up to bf16's rounding."""
+"""Packed sequences in Transformer Engine's attention: the steps of unpacked micro-batches, up to bf16's rounding."""
 
 import pytest
 import steps

@@ -1,4 +1,4 @@
-"""One line about this machine: its device, torch, and whose layers and optimizer a run uses; exit code 1 without CUDA."""
+"""One line about this machine: device, torch, whose layers and optimizer a run uses; exit code 1 without CUDA."""
 
 from __future__ import annotations
 

@@ -64,12 +64,12 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
         prog="tools/gpu_checks.sh",
         description="Run every check that a machine with one GPU allows, each under a limit, and print a table line by"
         " line. Nothing is downloaded. A check that fails or takes too long stops none of the others.",
-        epilog="OUT, LIMIT and WHEELS in the environment stand for --out, --limit and --wheels; PYTHON is the interpreter.",
+        epilog="In the environment: OUT, LIMIT and WHEELS for --out, --limit and --wheels; PYTHON, the interpreter.",
     )
     env = os.environ
     parser.add_argument("--list", "--dry-run", action="store_true", help="print what would run, and start nothing")
     parser.add_argument("--stage", nargs="+", choices=checks.STAGES, default=[*checks.STAGES], metavar="STAGE",
-                        help="plain (torch alone), te (Transformer Engine), servers (SGLang); default: all")  # fmt: skip
+                        help="plain, te (Transformer Engine), servers (SGLang); default: all")  # fmt: skip
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these checks; * stands for any text")
     parser.add_argument("--limit", type=float, default=float(env.get("LIMIT", 120)), metavar="S",
                         help="most seconds of a check (120)")  # fmt: skip
@@ -103,7 +103,8 @@ def _run_all(listed: list[Check], arguments: argparse.Namespace) -> int:
     table, all_well = Table(plan.out / "table.md"), True
     if arguments.wheels:
         command = ("tools/gpu_machine/install.py", str(arguments.wheels.resolve()), str(SITE))
-        listed = [Check("install", "wheels that were carried here", "plain", command, "last-line", required=True), *listed]
+        installing = Check("install", "wheels that were carried here", "plain", command, "last-line", required=True)
+        listed = [installing, *listed]
     missing: dict[str, str] = {}
     for number, check in enumerate(listed):
         if check.stage not in missing:
@@ -135,8 +136,9 @@ def _missing(stage: str, plan: Plan) -> str:
 
 def _run(check: Check, plan: Plan, table: Table) -> bool:
     """Run one check and add its line; whether it went well."""
-    limit_s = min(check.limit_s, plan.limit_s, plan.until - time.monotonic())
-    if limit_s < min(_LEAST_S, plan.limit_s):
+    left_s = plan.until - time.monotonic()
+    limit_s = min(check.limit_s, plan.limit_s, left_s)
+    if left_s < _LEAST_S:
         table.add(check.name, check.what, result="not run: the time was up")
         return False
     log, run_dir = plan.work / f"{check.name}.log", plan.work / check.name
