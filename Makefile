@@ -5,6 +5,10 @@ VENV   ?= .venv
 # What pip is asked for first; other arguments of pip may follow, for example the index of another build:
 #   make install TORCH="torch==2.13.0 --index-url <where the CPU builds are>"
 TORCH  ?= torch==2.13.0
+# The newest stack (setup.py). Its torch from the Python index is a CUDA build, which takes 5.5 GB of disk.
+NEWEST_PYTHON ?= python3.12
+NEWEST_TORCH  ?= torch==2.14.1
+NEWEST        := .venv-newest
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,10 +19,13 @@ TEST  := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
 # Test files run side by side, a file in one worker, because most of a rank's life is waiting for another one. The
 # longest begin first (tests/durations.json).
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
-ELSEWHERE    := not gpu and not sglang and not slurm
+ELSEWHERE    := not gpu and not sglang and not slurm and not stacks
+# Folders whose tests megatron-core or torch can change. The others are about HTTP, Slurm, processes, prompts, rewards and
+# files for people.
+ON_NEWEST    := $(addprefix tests/,core loss models precision student teachers rollout trainer e2e stacks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-newest test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -31,6 +38,13 @@ $(STAMP): setup.py constraints.txt
 	$(PIP) $(TORCH)
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch "$(STAMP)"
+
+$(NEWEST)/.installed: setup.py constraints-newest.txt
+	@"$(NEWEST_PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed: NEWEST_PYTHON=...")'
+	"$(NEWEST_PYTHON)" -m venv "$(NEWEST)"
+	"$(NEWEST)/bin/python" -m pip install -q --disable-pip-version-check $(NEWEST_TORCH)
+	"$(NEWEST)/bin/python" -m pip install -q --disable-pip-version-check -c constraints-newest.txt -e '.[newest,dev]'
+	@touch "$(NEWEST)/.installed"
 
 sglang: ## create .venv-sglang with SGLang for servers of our own (once); a GPU is used when there is one
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/install_sglang.sh
@@ -71,6 +85,12 @@ test-slurm: install ## submit the jobs of slurm/ to a real Slurm of virtual node
 test-mutants: install ## put known faults into the code one by one: a test must notice each (ARGS="loss/": some)
 	"$(BIN)/python" tests/mutants.py $(ARGS)
 
+test-newest: install $(NEWEST)/.installed ## the quickstart, models, steps and checkpoints on the newest stack (NEWEST_PYTHON)
+	rm -rf runs/quickstart_newest
+	"$(NEWEST)/bin/megatron-opd" train examples/quickstart.yaml run.dir=runs/quickstart_newest
+	OMP_NUM_THREADS=1 "$(NEWEST)/bin/python" -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang and not slurm" \
+	  $(ON_NEWEST) $(ARGS)
+
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu
 
@@ -85,5 +105,5 @@ lint: install ## style, shell scripts, types of the leaf modules, generated docu
 	"$(BIN)/python" tools/check_links.py
 
 clean: ## remove the environment and caches; runs stay
-	rm -rf "$(VENV)" .venv-sglang .venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf "$(VENV)" "$(NEWEST)" .venv-sglang .venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

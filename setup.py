@@ -14,6 +14,26 @@ DATASETS = ["datasets>=3", "pyarrow>=15"]
 TENSORBOARD = ["tensorboard>=2.14"]
 WANDB = ["wandb>=0.17"]
 
+# Two stacks are tested, and nothing between them: megatron-core changes functions, files of checkpoints and marks of
+# weights from version to version. megatron_opd/core/stacks.py has these ranges too, and every difference that the code
+# has to know. From 2.10 on torch multiplies bf16 matrices into fp32, which the loss needs on GPUs.
+# The oldest has the last megatron-core for Python 3.11.
+OLDEST = ["megatron-core>=0.16.1,<0.17", "torch>=2.10,<2.15"]
+# The newest needs Python 3.12. Its torch is the one that SGLang 0.5.23 pins, so trainer and servers have one NCCL.
+NEWEST = ["megatron-core>=0.19.2,<0.20", "torch>=2.14.1,<2.15"]
+# Fused kernels and FP8. The oldest megatron-core was made for that range of Transformer Engine, by its own `dev` extra;
+# the newest names none, and this is the one of its day, which has not run. Its torch part is compiled against what is
+# installed (docs/gpu.md). Never add `apex` here: the package of that name on the Python index is an unrelated web
+# toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
+OLDEST_GPU = [*OLDEST, "transformer-engine[core-cu13,pytorch]>=2.9,<2.12"]
+NEWEST_GPU = [*NEWEST, "transformer-engine[core-cu13,pytorch]>=2.20,<2.21"]
+
+
+def only(requirements, pythons):
+    """The requirements for some versions of Python."""
+    return [f"{requirement}; python_version {pythons}" for requirement in requirements]
+
+
 setup(
     name="megatron-opd",
     version=VERSION,
@@ -29,8 +49,8 @@ setup(
         "megatron_opd.methods": ["*.yaml"],
     },
     install_requires=[
-        "torch>=2.6",
-        "megatron-core>=0.16.1",
+        "torch>=2.10",
+        "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",
         # Used but not declared by megatron-core's checkpoint writer: without it the writing process dies and saving
         # waits for it forever.
         "psutil",
@@ -48,15 +68,12 @@ setup(
         "math-verify>=0.8",
     ],
     extras_require={
-        # Fused kernels and FP8. Never add `apex` here: the package of that name on the Python index is an unrelated web
-        # toolkit, and megatron-core would import it as NVIDIA's Apex. That one is built from source, and is optional.
-        # These versions belong together: megatron-core 0.16 was made for that range of Transformer Engine, whose torch
-        # part is compiled against what is installed (docs/gpu.md). precision/installed.py checks the same range.
-        "gpu": [
-            "torch>=2.9,<2.14",
-            "megatron-core>=0.16.1,<0.17",
-            "transformer-engine[core-cu13,pytorch]>=2.9,<2.12",
-        ],
+        "oldest": OLDEST,
+        "newest": NEWEST,
+        "gpu-oldest": OLDEST_GPU,
+        "gpu-newest": NEWEST_GPU,
+        # The one of the two that the Python at hand is tested with.
+        "gpu": [*only(OLDEST_GPU, "< '3.12'"), *only(NEWEST_GPU, ">= '3.12'")],
         # The kernels of the loss in Triton's interpreter, where torch is a CPU build: others bring their own Triton. It
         # takes a gigabyte of disk, so `make install` does not bring it; with it, `make test` runs those tests.
         "triton": ["triton>=3; platform_system == 'Linux' and platform_machine == 'x86_64'"],

@@ -75,7 +75,7 @@ def _check_real(precision: PrecisionConfig, student: StudentConfig, teachers: li
     if fp8.student == "forward":
         problems.append(
             "precision.fp8.student=forward is emulated only: Transformer Engine has a backward pass in bf16 since 2.15,"
-            " but the versions for this megatron-core, 2.9 to 2.11, silently ignore that setting; set full, or off with"
+            " but 2.9 to 2.11 silently ignore that setting, and no later one has been tried here; set full, or off with"
             " teachers and heads in FP8, or precision.fp8.emulate=true (docs/fp8.md)"
         )
     if fp8.recipe == "delayed" and fp8.teachers:

@@ -52,7 +52,8 @@ class StudentConfig:
     """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 master weights, and with fp16 the
     loss is scaled (optim.initial_loss_scale)."""
     recompute: Recompute = "none"
-    """Activation recompute: none, only attention (selective), or every layer (full)."""
+    """Activation recompute: none, only attention (selective), or every layer (full). Our attention keeps no scores,
+    so selective frees next to nothing for another forward pass of it: none or full."""
     vocab_multiple: AtLeastOne = 1
     """Multiple to which the vocabulary is padded; parallel.tensor must divide the padded vocabulary."""
 

@@ -31,8 +31,8 @@ def training(job: Job) -> float:
     """Student forward and backward, and the teachers' heads in the loss; of all replicas. Recomputing is work too."""
     rows, columns = job.sequences * job.response, job.student.padded_vocab_size
     length = job.through_trainer
-    again = body(job.student, length) if job.config.student.recompute == "full" else 0.0
-    made = job.sequences * (_both_ways(job, length) + again)
+    again = {"none": 0.0, "selective": attention(job.student, length), "full": body(job.student, length)}
+    made = job.sequences * (_both_ways(job, length) + again[job.config.student.recompute])
     made += _passes(job) * head(job.student.hidden_size, columns, rows)
     for teacher, arch in job.telling_hidden:
         theirs = arch.padded_vocab_size if teacher.tokenizer == "own" else columns

@@ -11,7 +11,8 @@ from megatron_opd.config.models import Recompute
 from megatron_opd.planner import memory, timing
 from megatron_opd.planner.job import Job
 
-_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
+"""`selective` computes attention again, of which hardly anything is kept."""
 _AS_FAST = 1.03
 """Layouts this close to the shortest step are as good, and the one that changes least is taken."""
 _GROWTH = (1, 2, 4, 8, 16)
@@ -105,7 +106,7 @@ def _changes(old: Job, new: Job) -> int:
     sizes = ("tensor", "pipeline")  # what is left of the GPUs is for data
     changed = sum(doublings(getattr(a.parallel, name), getattr(b.parallel, name)) for name in sizes)
     changed += doublings(a.train.micro_batch_size, b.train.micro_batch_size)
-    return changed + abs(_RECOMPUTE.index(a.student.recompute) - _RECOMPUTE.index(b.student.recompute))
+    return changed + ((a.student.recompute == "full") != (b.student.recompute == "full"))
 
 
 def _powers(most: int) -> list[int]:

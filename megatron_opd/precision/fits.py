@@ -19,8 +19,12 @@ def look(
     is_deterministic: bool,
 ) -> tuple[list[str], list[str]]:
     """(problems, notes a line each). Models that cannot be read are left out: that is a problem already."""
+    if unknown := installed.megatron_problem():
+        return [unknown], []  # what fits it is not known either
     fp8 = precision.fp8
-    problems = [problem] if (problem := installed.apex_problem()) else []
+    broken = installed.engine_problem(precision.layers)
+    found = (installed.apex_problem(), broken, installed.torch_problem([student.dtype]))
+    problems = [problem for problem in found if problem]
     needed_by = "train.packing" if train.packing else "parallel.context" if parallel.context > 1 else None
     if needed_by and precision.layers != "local":
         problems += _attention(needed_by, student, teachers, is_deterministic=is_deterministic)
@@ -29,7 +33,7 @@ def look(
         return problems, notes
     if not fp8.emulate:
         missing = installed.fp8_problem(of_layers=fp8.has_layers)
-        problems += [f"precision.fp8: {missing}"] if missing else []
+        problems += [f"precision.fp8: {missing}"] if missing and not broken else []
         unfit = installed.recipe_problem(fp8.recipe)
         problems += [f"precision.fp8.recipe={fp8.recipe}: {unfit}"] if unfit else []
     recipe = RECIPES[fp8.recipe]

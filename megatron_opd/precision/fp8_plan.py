@@ -50,6 +50,8 @@ class ModelPlan:
     """Layers at the start and at the end that stay out of it."""
     resident: bool = False
     """Whether the FP8 matrices stay in FP8 between passes."""
+    keeps_copies: bool = True
+    """Whether matrices that are rounded in every step are kept in FP8 from one micro-batch to the next."""
     emulate: bool = False
     layers: str = "auto"
     """`precision.layers`."""
@@ -82,6 +84,8 @@ class ModelPlan:
         if how is None or self.emulate:
             return made
         made |= {"fp8": how.recipe.format, "fp8_recipe": how.recipe.name, "fp8_param": self.resident}
+        if not self.keeps_copies:
+            made |= {"disable_parameter_transpose_cache": True}  # Transformer Engine's cache of all FP8 copies
         if how.recipe.name == "delayed":
             made |= {"fp8_amax_history_len": HISTORY, "fp8_amax_compute_algo": "max"}
         if any(self.bf16_layers):
@@ -123,7 +127,9 @@ def teacher_plan(
     fp8 = precision.fp8
     layers = not teacher.is_served and is_named(teacher, fp8.teachers)
     head = teacher.carrier == "hidden" and is_named(teacher, fp8.heads)
-    return _on_the_layout(_plan(precision, teacher.name, teacher.dtype, layers=layers, head=head), parallel, arch)
+    plan = _plan(precision, teacher.name, teacher.dtype, layers=layers, head=head)
+    # Copies of an offloaded teacher would stay on the GPU while its weights wait elsewhere: half as much as those.
+    return _on_the_layout(replace(plan, keeps_copies=not teacher.offload), parallel, arch)
 
 
 def length_multiple(fp8: Fp8Config, parallel: ParallelConfig, *, shards: int) -> int:

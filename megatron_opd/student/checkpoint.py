@@ -22,19 +22,24 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opd.core import durable, hashed_files, marker
+from megatron_opd.core import durable, hashed_files, marker, stacks
 from megatron_opd.core.parallel import Parallel, lost_peer
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.lora_layout import facts
 from megatron_opd.models.torch_dist_dir import TorchDistDir
-from megatron_opd.student import checkpoint_files, listed_loading, optim, whole_checkpoint
+from megatron_opd.student import checkpoint_files, listed_loading, optim, optimizer_state, whole_checkpoint
 from megatron_opd.student.student import Student
 from megatron_opd.student.whole_checkpoint import CheckpointError
+
+_FILES = 2
+"""Files of a rank in a checkpoint. Megatron's versions have defaults of their own."""
 
 
 class Checkpoints:
@@ -67,7 +72,8 @@ class Checkpoints:
             self.parallel.share_world(lambda: _make_empty(target))
             optim.complete_state(student.optimizer)
             with _writing_in_this_process():
-                dist_checkpointing.save(self._state(student, loading=False, with_rng=True), str(target))
+                state = self._state(student, loading=False, with_rng=True)
+                dist_checkpointing.save(state, str(target), _shared_by_all(self.parallel))
             dist.barrier(group=self.parallel.world_group)
             files, failed = checkpoint_files.record(target, self.parallel, contents=self.verify)
             if failed:
@@ -119,18 +125,15 @@ class Checkpoints:
 
     def _state(self, student: Student, *, loading: bool, with_rng: bool) -> dict[str, Any]:
         metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": False,
+            **optimizer_state.SHARDING,
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
             "dp_cp_group": self.parallel.reduction_group,
         }
         model = student.gpt.sharded_state_dict(metadata=metadata)
-        state = {
-            "model": model,
-            "optimizer": student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
-            "scheduler": student.scheduler.state_dict(),
-        }
+        with optimizer_state.by_owners(student.optimizer):
+            optimizer = student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        state = {"model": model, "optimizer": optimizer, "scheduler": student.scheduler.state_dict()}
         if with_rng:
             p = self.parallel
             copies, copy = p.data_size * p.context_size, p.data_rank * p.context_size + p.context_rank
@@ -160,18 +163,27 @@ class Checkpoints:
         )
 
 
+def _shared_by_all(parallel: Parallel) -> FullyParallelSaveStrategyWrapper:
+    """Megatron's writer of torch_dist, where what several ranks have is dealt out among them by size. By itself it has
+    the first replica write all weights."""
+    writer = get_default_save_sharded_strategy()
+    writer.thread_count = _FILES
+    return FullyParallelSaveStrategyWrapper(writer, parallel.world_group)
+
+
 @contextmanager
 def _writing_in_this_process() -> Iterator[None]:
     """Megatron writes in processes that it forks, made for saves in the background. Ours are not, and a fork may hang
     where other threads hold locks, or for good when the forked process is killed; so this process writes itself."""
-    writer = filesystem_async.FileSystemWriterAsync
-    saved = writer.write_preloaded_data_multiproc, filesystem_async._results_queue
-    writer.write_preloaded_data_multiproc = staticmethod(_write_here)
+    writer, method = filesystem_async.FileSystemWriterAsync, stacks.here().writes_files
+    saved = getattr(writer, method), filesystem_async._results_queue
+    setattr(writer, method, staticmethod(_write_here))
     filesystem_async._results_queue = queue.Queue()  # otherwise one of a manager process
     try:
         yield
     finally:
-        writer.write_preloaded_data_multiproc, filesystem_async._results_queue = staticmethod(saved[0]), saved[1]
+        setattr(writer, method, staticmethod(saved[0]))
+        filesystem_async._results_queue = saved[1]
 
 
 def _write_here(transforms: list[Any], _: bool, rank: int, files: list[Any], results: queue.Queue[Any]) -> None:
@@ -227,10 +239,12 @@ def _check_student(checkpoint: Path, theirs: dict[str, Any], mine: dict[str, Any
 
 def _check_small_files(checkpoint: Path) -> None:
     """That the files which every rank reads can be read: Megatron's errors about them neither name them nor agree."""
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (checkpoint / name).is_file():
             raise CheckpointError(f"there is no {name} in it")
     try:
+        if not listed_loading.has_common(checkpoint):
+            raise CheckpointError("there is no common.pt in it")
         listed_loading.check_small_files(checkpoint)
     except (OSError, ValueError, TypeError, CheckpointingException) as error:
         raise CheckpointError(f"metadata.json, common.pt or .metadata: {_reason(error)}") from None

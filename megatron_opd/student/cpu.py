@@ -1,4 +1,4 @@
-"""The one CPU shim: lets megatron-core 0.16 run its real code on gloo ranks without a GPU.
+"""The one CPU shim: lets megatron-core run its real code on gloo ranks without a GPU.
 
 `enable()` must be called before the first import of megatron.core and does nothing where CUDA exists. megatron-core
 names CUDA in about thirty places (device="cuda" arguments, torch.cuda.current_device(), type strings compared with
@@ -60,6 +60,19 @@ def keep_freed_memory() -> None:
             library.mallopt(_M_TRIM_THRESHOLD, _ALWAYS_KEPT[0])
 
 
+class _Stream:
+    """The one order in which a CPU does things."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing: what was asked for before is done."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing, likewise."""
+
+
+_STREAM = _Stream()
+
+
 def _current_device() -> torch.device:
     return _CPU
 
@@ -70,6 +83,7 @@ def _redirect_cuda() -> None:
     torch._dynamo.config.disable = True
     generator = torch.default_generator
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *_, **__: _STREAM  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *_, **__: generator.get_state()  # type: ignore[assignment]
     torch.cuda.set_rng_state = lambda state, *_, **__: generator.set_state(state)  # type: ignore[assignment]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 
+from megatron_opd.core import stacks
 from megatron_opd.models import unpickling
 from megatron_opd.models.listed_reader import ListedReader
+
+_COMMON = "common_state/shard_0_1"
+"""The entry of what all ranks share; some versions of megatron-core wrote a file of its own instead."""
 
 
 def load(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
@@ -23,40 +30,62 @@ def load(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
     """
     with _listed_reader():
         loaded: dict[str, Any] = dist_checkpointing.load(
-            state,
-            str(directory),
-            sharded_strategy=torch_dist.TorchDistLoadShardedStrategy(),
-            common_strategy=_ListedCommon(),
+            state, str(directory), sharded_strategy=torch_dist.TorchDistLoadShardedStrategy()
         )
     return loaded
 
 
 def check_small_files(directory: str | Path) -> None:
     """Read what all ranks read. Raises ValueError, OSError, or CheckpointingException for a metadata.json of others."""
-    dist_checkpointing.validation.verify_checkpoint_and_load_strategy(
-        str(directory), torch_dist.TorchDistLoadShardedStrategy(), _ListedCommon()
-    )
-    _ListedCommon().load_common(directory)
+    attrgetter(stacks.here().checks_kind)(dist_checkpointing)(str(directory))
+    _load_common(directory)
     ListedReader(directory).read_metadata()
 
 
-class _ListedCommon(common.TorchCommonLoadStrategy):
-    """Reads common.pt with the list, whatever torch's default is by its environment variables."""
+def has_common(directory: str | Path) -> bool:
+    """Whether there is what all ranks share, in a file of its own or as an entry. Raises ValueError and OSError."""
+    own = Path(directory) / common.COMMON_STATE_FNAME
+    return own.is_file() or _COMMON in ListedReader(directory).read_metadata().state_dict_metadata
 
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        path = Path(checkpoint_dir) / common.COMMON_STATE_FNAME
+
+def _load_common(directory: str | Path) -> dict[str, Any]:
+    """What all ranks share, read with the list, whatever torch's default is by its environment variables."""
+    path = Path(directory) / common.COMMON_STATE_FNAME
+    if path.is_file():
         found = unpickling.container(str(path), path)
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} is damaged: it holds {type(found).__name__}, not a mapping")
-        return found
+    else:
+        path = Path(directory) / _COMMON
+        found = _entry(directory, path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(found).__name__}, not a mapping")
+    return found
+
+
+def _entry(directory: str | Path, path: Path) -> Any:
+    """The object that megatron-core files as a list of one."""
+    state: dict[str, Any] = {_COMMON: io.BytesIO()}
+    try:
+        dcp.load(state, storage_reader=ListedReader(directory), no_dist=True)
+    except dcp.CheckpointException as error:  # torch's, and not even an Exception
+        raise next(cause for cause, _ in error.failures.values()) from None
+    found = state[_COMMON]
+    if isinstance(found, io.BytesIO):
+        found.seek(0)
+        found = unpickling.container(found, path)
+    return found[0] if isinstance(found, list) and len(found) == 1 else found
 
 
 @contextmanager
 def _listed_reader() -> Iterator[None]:
-    """Megatron takes its reader from a function, not from who calls it."""
-    saved = torch_dist._get_filesystem_reader
-    torch_dist._get_filesystem_reader = lambda directory, cache_metadata=False: ListedReader(directory)
+    """Megatron takes its readers from functions, not from who calls it."""
+    owner, _, name = stacks.here().reads_common.rpartition(".")
+    changed = [(torch_dist, "_get_filesystem_reader"), (attrgetter(owner)(dist_checkpointing), name)]
+    ours = [lambda directory, *_, **__: ListedReader(directory), lambda *args: _load_common(args[-1])]
+    saved = [getattr(where, what) for where, what in changed]
+    for (where, what), function in zip(changed, ours, strict=True):
+        setattr(where, what, function)
     try:
         yield
     finally:
-        torch_dist._get_filesystem_reader = saved
+        for (where, what), function in zip(changed, saved, strict=True):
+            setattr(where, what, function)

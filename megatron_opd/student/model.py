@@ -13,9 +13,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.config.models import Recompute
+from megatron_opd.core import stacks
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.models.architecture import Architecture
-from megatron_opd.student import deterministic, groups
+from megatron_opd.student import deterministic, fusions, groups
 from megatron_opd.student.spec import block_spec, default_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,11 +30,11 @@ def transformer_config(
     recompute: Recompute = "none",
     precision: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Megatron's config of the decoder: no dropout, no fusion that needs a GPU extension beyond `spec.py`'s layers.
+    """Megatron's config of the decoder: no dropout, the fusions of `fusions.py`.
 
     `precision` are the settings that a plan adds (`precision.plan.ModelPlan.megatron`).
     """
-    full = recompute == "full"
+    full, layers = recompute == "full", (precision or {}).get("transformer_impl") or default_layers()
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -66,13 +67,12 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # weights always come from a checkpoint
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         deterministic_mode=deterministic.is_on(),
-        **{"transformer_impl": default_layers(), **(precision or {})},
+        **fusions.chosen(layers, on_gpu=torch.cuda.is_available()).megatron(),
+        **{"transformer_impl": layers, **(precision or {})},
         **(_mixture(arch, parallel) if arch.num_experts else {}),
     )
 
@@ -106,7 +106,8 @@ def build_gpt(arch: Architecture, config: TransformerConfig, parallel: Parallel)
         rope_scaling=arch.rope_factor is not None,
         rope_scaling_factor=arch.rope_factor or 1.0,
     )
-    _mark_shards(model)
+    if not stacks.here().marks_shards:
+        _mark_shards(model)
     return model.to(groups.device())
 
 

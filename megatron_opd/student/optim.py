@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
@@ -16,7 +16,8 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.config import OptimConfig
-from megatron_opd.student import groups
+from megatron_opd.student import fusions, groups
+from megatron_opd.student.fusions import Fusions
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 """Of a group of parameters, by the config; its weight decay and learning rate are the scheduler's."""
@@ -30,19 +31,24 @@ class _HalfModule(Float16Module):
         return super().forward(*inputs, fp32_output=False, **kwargs)
 
 
-def wrap(model: MegatronModule, config: TransformerConfig, *, distributed: bool) -> DistributedDataParallel:
-    """Gradient buffers in fp32, reduced over data-parallel replicas at the end of a step."""
+def wrap(
+    model: MegatronModule, config: TransformerConfig, *, distributed: bool, fused: Fusions
+) -> DistributedDataParallel:
+    """Gradient buffers in fp32, reduced over data-parallel replicas at the end of a step, or towards it."""
     if config.bf16 or config.fp16:
         model = _HalfModule(config, model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        # The loss adds to the head's buffer itself: autograd would not tell an overlapping reduction that it is due.
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=fused.reduction,
         use_distributed_optimizer=distributed,
         check_for_nan_in_grad=False,  # Student.step reports a loss or norm that is not finite, with the step's number
     )
     wrapped = DistributedDataParallel(config, ddp, model)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = fusions.finalize
+    if fused.reduction:
+        config.no_sync_func = wrapped.no_sync
+    if fused.weight_gradients:
+        fusions.fuse_weight_gradients(wrapped)
     return wrapped
 
 

@@ -29,21 +29,25 @@ class Sequences(PackedSeqParams):
     """Of all sequences of the row, padding included; they add up to P."""
 
 
-def inputs(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Tokens and positions in the shape `MicroBatch.model_shape`, and what else the model is to be called with."""
+def inputs(batch: MicroBatch, *, of_engine: bool = False) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Tokens and positions in the shape `MicroBatch.model_shape`, and what else the model is to be called with.
+
+    `of_engine`: its layers are Transformer Engine's, whose kernels read on the GPU where sequences begin. Megatron's
+    own rotary embeddings read it on the host, for queries and for keys of every layer, and would wait for the GPU.
+    """
     if batch.is_packed:
-        return _in_one_row(batch)
+        return _in_one_row(batch, torch.device("cpu") if not of_engine else batch.tokens_BS.device)
     size, length = batch.tokens_BS.shape
     return batch.tokens_BS, torch.arange(length, device=batch.tokens_BS.device).expand(size, length), {}
 
 
-def _in_one_row(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def _in_one_row(batch: MicroBatch, read_on: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     device = batch.tokens_BS.device
     real = [row_S[:n] for row_S, n in zip(batch.tokens_BS, batch.lengths, strict=True)]
     tokens_P = F.pad(torch.cat(real), (0, batch.row_length - sum(batch.lengths)))
     lengths = _with_padding(batch.lengths, batch.row_length)
     positions_P = torch.cat([torch.arange(n, device=device) for n in lengths])
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=read_on)
     described = Sequences(
         qkv_format="thd",
         cu_seqlens_q=starts,

@@ -58,11 +58,12 @@ def _schedule(
     forward_only: bool,
 ) -> list[Any]:
     size, length = batches[0].model_shape
+    of_engine = get_model_config(model).transformer_impl == "transformer_engine"
 
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(iterator)
         if split is None:
-            tokens, positions, described = packing.inputs(batch)
+            tokens, positions, described = packing.inputs(batch, of_engine=of_engine)
         else:
             positions = split.positions(length).to(batch.tokens_BS.device).expand(size, -1)
             batch = split.part(batch)

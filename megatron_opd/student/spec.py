@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_opd.precision import installed
 from megatron_opd.student import context, deterministic
 from megatron_opd.student.packing import Sequences
 
@@ -108,8 +109,20 @@ def _lower_right(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def default_layers() -> str:
-    """Megatron's word (transformer_impl) for the layers that are used unless a setting says otherwise."""
-    return "transformer_engine" if HAVE_TE and torch.cuda.is_available() else "local"
+    """Megatron's word (transformer_impl) for the layers that are used unless a setting says otherwise.
+
+    Raises ValueError where Transformer Engine works, but lacks what this Megatron imports of it, which it tells nobody.
+    """
+    if not torch.cuda.is_available():
+        return "local"
+    if HAVE_TE:
+        return "transformer_engine"
+    if works := installed.transformer_engine():
+        raise ValueError(
+            f"Transformer Engine {works} does not fit this megatron-core, which would quietly use its own layers:"
+            " install one that fits (docs/gpu.md), or set precision.layers=local to do without"
+        )
+    return "local"
 
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:

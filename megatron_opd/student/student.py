@@ -20,7 +20,19 @@ from megatron_opd.loss.metrics import Sums, means, rows
 from megatron_opd.loss.objective import Objective
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.precision.fp8_plan import student_plan
-from megatron_opd.student import context, fp8, groups, head, lora, nonfinite, optim, pipeline, source, weights
+from megatron_opd.student import (
+    context,
+    fp8,
+    fusions,
+    groups,
+    head,
+    lora,
+    nonfinite,
+    optim,
+    pipeline,
+    source,
+    weights,
+)
 from megatron_opd.student.model import DTYPES, build_gpt, transformer_config
 
 
@@ -42,7 +54,9 @@ class Student:
         if self.lora.rank:
             lora.attach(self.gpt, self.arch, self.lora, parallel, seed=config.run.seed)
         self.fp8 = fp8.install(self.gpt, plan, parallel)
-        self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed)
+        replicas = parallel.data_size * parallel.context_size
+        fused = fusions.chosen(megatron.transformer_impl, on_gpu=torch.cuda.is_available(), replicas=replicas)
+        self.model = optim.wrap(self.gpt, megatron, distributed=config.optim.distributed, fused=fused)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.model, config.optim, dtype, num_steps=config.train.steps * config.train.updates_per_step
         )
@@ -146,12 +160,8 @@ class Student:
         """This rank's gradients of the summed loss in host memory, not reduced over anything. No step is made."""
         self.model.train()
         self.model.zero_grad_buffer()
-        config = self.gpt.config
-        reduce, config.finalize_model_grads_func = config.finalize_model_grads_func, None
-        try:
+        with fusions.unreduced(self.model, self.gpt.config):
             pipeline.train(self.model, batches, self._at_rows(objective), self.split)
-        finally:
-            config.finalize_model_grads_func = reduce
         scale = self._loss_scale()
         made = [p.main_grad.float().cpu() / scale for p in self.gpt.parameters() if p.requires_grad]
         self.model.zero_grad_buffer()

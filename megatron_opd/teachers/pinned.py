@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from megatron_opd.teachers import host_memory
 from megatron_opd.teachers.offload import OffloadedWeights
 
 
@@ -27,7 +28,7 @@ class _Copies:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._parameters = list(model.parameters())
-        self._host = [p.detach().cpu().pin_memory() for p in self._parameters]
+        self._host = host_memory.copies(self._parameters, pin=True)
         self._device = self._parameters[0].device
         self._arrived = torch.cuda.Event()
         self._arrived.record()

@@ -3,12 +3,14 @@
 import dataclasses
 import importlib.util
 import sys
+import types
 
 import pytest
 from test_config import problems_of, tree_with
 from test_precision_plan import ARCH
 
 from megatron_opd.config import file as cfg
+from megatron_opd.core import stacks
 from megatron_opd.precision import fits, installed
 from megatron_opd.precision.gate import Measured, Noise, too_coarse
 
@@ -119,17 +121,28 @@ class Machine:
         self.patch = monkeypatch
         self.has(cuda=False)
 
-    def has(self, *, cuda=True, capability=(9, 0), cuda_version="13.0", **packages):
+    def has(self, *, cuda=True, capability=(9, 0), cuda_version="13.0", stack=stacks.OLDEST, **packages):
         versions = {name.replace("_", "-"): version for name, version in packages.items()}
         self.patch.setattr(installed, "has_cuda", lambda: cuda)
         self.patch.setattr(installed.torch.cuda, "get_device_capability", lambda *_: capability)
         self.patch.setattr(installed.torch.version, "cuda", cuda_version)
         self.patch.setattr(installed, "version", versions.get)
+        self.patch.setattr(stacks, "here", lambda: stack)
+        self.patch.setattr(installed, "imported", lambda name: _imported(name, versions))
+        installed.engine.cache_clear()
+
+
+def _imported(name, versions):
+    """What importing a module of Transformer Engine gives where its packages are there, or not."""
+    if "transformer-engine-torch" not in versions:
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+    return types.ModuleType("transformer_engine")
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    return Machine(monkeypatch)
+    yield Machine(monkeypatch)
+    installed.engine.cache_clear()
 
 
 def look(**fp8):
@@ -173,15 +186,31 @@ def test_a_student_s_vocabulary_that_cuts_teachers_heads_into_what_no_kernel_tak
     assert look(student="full", emulate=True)[0] == []
 
 
-@pytest.mark.parametrize(("version", "fits"), [("2.8.0", False), ("2.9.0", True), ("2.11.0", True), ("2.12.0", False)])
-def test_versions_of_transformer_engine(machine, version, fits):
-    machine.has(transformer_engine=version, transformer_engine_torch=version)
+@pytest.mark.parametrize(
+    ("stack", "version", "fits"),
+    [
+        *((stacks.OLDEST, version, True) for version in ("2.9.0", "2.11.0")),
+        *((stacks.OLDEST, version, False) for version in ("2.8.0", "2.12.0", "2.20.2")),
+        *((stacks.NEWEST, version, True) for version in ("2.20.0", "2.20.2")),
+        *((stacks.NEWEST, version, False) for version in ("2.11.0", "2.19.0", "2.21.0")),
+    ],
+)
+def test_versions_of_transformer_engine(machine, stack, version, fits):
+    machine.has(stack=stack, transformer_engine=version, transformer_engine_torch=version)
     problems, notes = look(teachers=["a"])
     assert (problems == []) == fits
     assert notes[:2] == [
         f"layers: Transformer Engine {version}",
         f"optimizer: FusedAdam of Transformer Engine {version}",
     ]
+
+
+def test_another_megatron_is_refused(machine, monkeypatch):
+    machine.has()
+    monkeypatch.undo()
+    monkeypatch.setattr(stacks.importlib.metadata, "version", lambda package: "0.18.0")
+    assert look(teachers=["a"]) == ([installed.megatron_problem()], [])
+    assert "megatron-core 0.18.0 is none of those" in installed.megatron_problem()
 
 
 ATTENTION = [("train", "packing", True, "train.packing"), ("parallel", "context", 2, "parallel.context")]
@@ -244,6 +273,20 @@ def test_blocks_need_a_newer_cuda(machine):
     assert look(student="full", recipe="tensorwise")[0] == []
 
 
+@pytest.mark.parametrize(
+    ("version", "dtype", "fits"),
+    [("2.9.1+cu130", "bf16", False), ("2.6.0", "fp16", False), ("2.9.1", "fp32", True), ("2.10.0", "bf16", True),
+     ("2.13.0+cpu", "fp16", True), ("2.100.0", "bf16", True)],
+)  # fmt: skip
+def test_a_torch_that_cannot_add_to_the_head_s_gradient(machine, monkeypatch, version, dtype, fits):
+    monkeypatch.setattr(installed.torch, "__version__", version)
+    assert look(dtype=dtype)[0] == []  # CPUs do it another way
+    machine.has()
+    problems = [problem for problem in look(dtype=dtype)[0] if "torch" in problem]
+    assert (problems == []) == fits
+    assert all("install torch 2.10 or later" in problem and "student.dtype=fp32" in problem for problem in problems)
+
+
 def test_what_takes_the_place_of_what_is_missing(machine, monkeypatch):
     assert installed.notes("auto") == []  # nothing to tell without a GPU
     machine.has()
@@ -253,6 +296,95 @@ def test_what_takes_the_place_of_what_is_missing(machine, monkeypatch):
     monkeypatch.setattr(installed, "has_apex", lambda: True)
     assert installed.notes("auto")[1] == "optimizer: FusedAdam of NVIDIA's Apex"
     assert installed.notes("local")[0] == "layers: Megatron's own (precision.layers=local)"
+
+
+class Package:
+    """A Transformer Engine in a directory of its own, with a GPU to use it on."""
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.patch = root, monkeypatch
+        monkeypatch.syspath_prepend(root)
+        monkeypatch.setattr(installed, "has_cuda", lambda: True)
+        monkeypatch.setattr(installed.torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+    def holds(self, code, *, top="", version=None):
+        """`code` is what its PyTorch part does when it is imported, `top` the package itself."""
+        part = self.root / "transformer_engine/pytorch"
+        part.mkdir(parents=True, exist_ok=True)
+        (self.root / "transformer_engine/__init__.py").write_text(top)
+        (part / "__init__.py").write_text(code)
+        if version:
+            metadata = self.root / f"transformer_engine-{version}.dist-info"
+            metadata.mkdir()
+            (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformer-engine\nVersion: {version}\n")
+        self.forget()
+
+    def forget(self):
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        installed.engine.cache_clear()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    made = Package(tmp_path, monkeypatch)
+    made.forget()
+    yield made
+    monkeypatch.undo()
+    made.forget()
+
+
+QUIET, LOUD = "megatron-core would quietly use its own layers", "megatron-core would fail alike"
+NO_METADATA = "import importlib.metadata\n__version__ = importlib.metadata.version('transformer_engine')"
+
+
+@pytest.mark.parametrize(
+    ("code", "top", "said", "then"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c10')", "", "ImportError: undefined symbol: _ZN3c10", QUIET),
+        ("import nvdlfw_inspect_is_missing", "", "ModuleNotFoundError: No module named 'nvdlfw_in", QUIET),
+        ("import ctypes; ctypes.CDLL('libcublas_of_another_cuda.so.99')", "", "OSError: libcublas_of_another", LOUD),
+        ("raise FileNotFoundError('Could not find shared object file')", "", "FileNotFoundError: Could not", LOUD),
+        ("assert 0, 'versions differ'", "", "AssertionError: versions differ", LOUD),
+        ("", "raise RuntimeError('first line\\nsecond line')", "RuntimeError: first line)", LOUD),
+        ("", NO_METADATA, "PackageNotFoundError: No package metadata was found for transformer_engine", QUIET),
+        ("raise ImportError", "", "ImportError: no more is said", QUIET),
+    ],
+)
+def test_an_engine_that_cannot_be_imported_is_no_engine_and_not_quiet(package, code, top, said, then):
+    package.holds(code, top=top, version=None if top == NO_METADATA else "2.11.0")
+    (problem,), notes = look()
+    assert problem.startswith("Transformer Engine" + (" 2.11.0" if top != NO_METADATA else "") + " is installed")
+    assert said in problem
+    assert then in problem
+    assert "layers: Megatron's own" in notes[0]
+    assert said.removesuffix(")") in notes[1]
+    assert installed.transformer_engine() is None
+    assert look(student="full")[0].count(problem) == 1
+    without = fitting(cfg.from_dict(with_fp8(layers="local")))[0]
+    assert without == ([] if then == QUIET else [problem])  # Megatron imports it whatever the layers are
+    assert ("precision.layers=local" in problem) == (then == QUIET)
+
+
+def test_an_engine_that_works_tells_its_version(package):
+    package.holds("", top="__version__ = '2.10.1'")
+    assert installed.transformer_engine() == "2.10.1"  # built from source: no metadata
+    package.holds("")
+    assert installed.transformer_engine() == "of an unknown version"
+    assert "does not fit this megatron-core" in installed.fp8_problem()
+    package.holds("", version="2.11.0")
+    assert installed.transformer_engine() == "2.11.0"
+    assert installed.engine_problem("auto") is None
+
+
+def test_without_the_package_or_its_part_there_is_nothing_to_say(package):
+    assert installed.engine() is None
+    (package.root / "transformer_engine").mkdir()
+    (package.root / "transformer_engine/__init__.py").touch()
+    package.forget()
+    assert installed.engine() is None
+    assert look()[0] == []
 
 
 @pytest.mark.parametrize("is_nvidias", [False, True])

@@ -125,6 +125,18 @@ def test_megatrons_own_settings(recipe):
     assert plan("a", recipe=recipe, teachers=["a"], resident=True).megatron()["fp8_param"] is True
 
 
+@pytest.mark.parametrize(
+    ("fp8", "offload", "kept"),
+    [({"teachers": ["a"]}, True, False), ({"teachers": ["a"]}, False, True), ({}, True, True)],
+)
+def test_copies_of_a_teacher_that_waits_elsewhere_are_not_kept(fp8, offload, kept):
+    settings = config(**fp8)
+    teacher = dataclasses.replace(settings.teachers[0], offload=offload)
+    made = teacher_plan(settings.precision, teacher, settings.parallel, ARCH).megatron()
+    assert ("disable_parameter_transpose_cache" not in made) == kept
+    assert "disable_parameter_transpose_cache" not in plan(**fp8, student="full").megatron()
+
+
 def test_megatron_is_told_nothing_of_what_is_emulated_or_off():
     assert plan().megatron() == {}
     assert plan(student="full", emulate=True).megatron() == {"transformer_impl": "local"}

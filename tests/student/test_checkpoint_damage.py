@@ -17,6 +17,8 @@ from megatron_opd.core.run_dir import MARKER
 
 STEPS = ("step_00000010", "step_00000020", "step_00000030")
 NEWEST = STEPS[-1]
+SMALL = ("common.pt", ".metadata", "metadata.json")
+"""Files that all ranks read; the newest stack has an entry in place of the first."""
 
 
 def student_of(parallel, model):
@@ -120,6 +122,11 @@ def test_the_marker_has_every_file(whole):
             assert file == hashed_files.measured(checkpoint / name)
 
 
+def small_files(run):
+    """Those of SMALL that a run's checkpoints have."""
+    return [name for name in SMALL if (run / "checkpoints" / NEWEST / name).is_file()]
+
+
 def cut(path, _):
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -194,14 +201,15 @@ def test_without_a_marker_it_is_no_checkpoint_and_the_log_says_so(whole, restore
 def test_several_damaged_ones(whole, restore, tmp_path):
     two = [(NEWEST, flipped, "__0_0.distcp"), (STEPS[1], cut, MARKER)]
     run = damaged_run(whole[0], tmp_path / "two", *two)
-    all_three = damaged_run(whole[0], tmp_path / "three", *two, (STEPS[0], removed, "common.pt"))
+    small = small_files(whole[0])[0]
+    all_three = damaged_run(whole[0], tmp_path / "three", *two, (STEPS[0], removed, small))
     (run / "checkpoints" / f"{NEWEST}.damaged").mkdir()  # of an earlier time
     (error, _), (none, _) = restore(run, all_three)
     assert f"{run}/checkpoints/{STEPS[0]} is whole" in error
     for skip in (False, True):
         ((none, _),) = restore(all_three, skip_damaged=skip)
         assert f"{NEWEST} is damaged: __0_0.distcp is not as it was written" in none
-        assert f"no older one is whole ({STEPS[0]}: there is no common.pt in it)" in none
+        assert f"no older one is whole ({STEPS[0]}: there is no {small} in it)" in none
     ((step, said),) = restore(run, skip_damaged=True)
     assert step == 10
     assert len(said) == 2
@@ -219,7 +227,7 @@ def test_who_cannot_wait_has_sizes_compared(whole, restore, tmp_path):
     (whole_step, said), (error, _) = restore(whole[0], short, verify=False)
     assert (whole_step, said) == (30, [])
     assert "__1_1.distcp has" in error
-    file = other / "checkpoints" / NEWEST / "common.pt"
+    file = other / "checkpoints" / NEWEST / small_files(other)[0]
     changed = file.stat().st_size
     torch.save({"x": 1}, file)
     file.write_bytes(file.read_bytes()[:changed].ljust(changed, b"\0"))
@@ -250,7 +258,7 @@ def test_files_that_no_save_records_are_damage(whole, restore, tmp_path):
     run = shutil.copytree(whole[0], tmp_path / "run")
     checkpoint = run / "checkpoints" / NEWEST
     loop = marker.read(checkpoint)
-    loop["files"]["common.pt"] = "as before"
+    loop["files"]["metadata.json"] = "as before"
     (checkpoint / MARKER).write_text(json.dumps(loop))
     ((error, _),) = restore(run)
     assert f"{checkpoint} is damaged: loop.json: files is not what a save writes" in error
@@ -260,9 +268,7 @@ def test_checkpoints_of_older_versions_load_with_a_line(whole, restore, tmp_path
     run = shutil.copytree(whole[0], tmp_path / "run")
     for step in STEPS:
         without_hashes(run / "checkpoints" / step)
-    cases = [
-        (damage, name) for damage in (cut, emptied, removed) for name in ("common.pt", ".metadata", "metadata.json")
-    ]
+    cases = [(damage, name) for damage in (cut, emptied, removed) for name in small_files(run)]
     cases += [(damage, "__1_0.distcp") for damage in (cut, emptied, removed)]
     runs = [damaged_run(run, tmp_path / f"{d.__name__} {name}", (NEWEST, d, name)) for d, name in cases]
     (step, said), *errors = restore(run, *runs)
@@ -309,6 +315,14 @@ def hostile_common(checkpoint, trace):
     torch.save({"scheduler": Touches(trace)}, checkpoint / "common.pt")
 
 
+def hostile_common_entry(checkpoint, trace):
+    """Where what all ranks share is an entry; else the file again."""
+    if (checkpoint / "common.pt").is_file():
+        hostile_common(checkpoint, trace)
+    else:
+        entry(checkpoint, "common_state", stored([{"scheduler": Touches(trace)}]))
+
+
 def entry(checkpoint, part, content):
     """Put `content` in place of the first entry whose name has `part`."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
@@ -346,6 +360,7 @@ def test_a_hostile_checkpoint_runs_nothing(whole, restore, tmp_path):
     kinds = (
         hostile_metadata,
         hostile_common,
+        hostile_common_entry,
         hostile_random_state,
         hostile_extra_state,
         hostile_fp8_state,

@@ -45,6 +45,25 @@ def seen(parallel, cases):
     return made
 
 
+def where_starts_are(parallel):
+    """The device of what tells where sequences begin, for layers of Megatron and of Transformer Engine, of a batch on
+    another device than the host."""
+    import dataclasses
+
+    from megatron_opd.student import packing
+
+    rollouts = [tiny.rollout((5, 0), (7, 0)), tiny.rollout((4,), (3, 2))]
+    (batch,) = pack(rollouts, device=CPU, micro_batch_size=2, length_multiple=1, packing="shared")
+    there = dataclasses.replace(batch, tokens_BS=batch.tokens_BS.to("meta"))
+    found = [packing.inputs(there, of_engine=of_engine) for of_engine in (False, True)]
+    assert {part.device.type for tokens, positions, _ in found for part in (tokens, positions)} == {"meta"}
+    return [described["packed_seq_params"].cu_seqlens_q.device.type for _, _, described in found]
+
+
+def test_megatron_s_rotary_embeddings_find_on_the_host_where_sequences_begin(ranks):
+    assert ranks.run(1, where_starts_are) == [["cpu", "meta"]]
+
+
 def test_a_row_is_the_sequences_behind_each_other(ranks):
     rollouts = [tiny.rollout((5, 0), (7, 0)), tiny.rollout((4,), (3, 2, 1, 9)), tiny.rollout((6,), (8,))]
     settings = {"micro_batch_size": 2, "length_multiple": 4, "packing": "shared"}

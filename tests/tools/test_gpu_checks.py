@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from gpu_machine import checks, figures
 
-from megatron_opd.precision import installed
-
 ROOT = Path(__file__).resolve().parents[2]
 PASSES = 'print("12 passed in 0.5s")'
 FAILS = 'import sys; print("no such kernel"); sys.exit(3)'
@@ -210,10 +208,3 @@ def test_a_run_in_the_table(tmp_path):
     )
     found = figures.figure("run", "", tmp_path)
     assert found == "accuracy 97.5%, KL 0.0300, 300 tokens/s, FP8 noise 2.000% of the KL"
-
-
-def test_setup_asks_for_the_versions_that_are_checked():
-    first, last = installed.TRANSFORMER_ENGINE
-    extra = re.search(r'"gpu": \[(.+?)\n        \]', (ROOT / "setup.py").read_text(), re.DOTALL)[1]
-    assert f"transformer-engine[core-cu13,pytorch]>={first},<{last}" in extra
-    assert not re.search(r'"apex', (ROOT / "setup.py").read_text())
