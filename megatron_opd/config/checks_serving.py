@@ -74,6 +74,7 @@ def _check_engine(rollout: RolloutConfig) -> list[str]:
         "top_k": rollout.top_k != 0,
         "max_staleness": rollout.max_staleness != 0,
         "partial": rollout.partial,
+        "quantization": rollout.quantization != "none",
         "sync_verify": rollout.sync_verify,
         "servers": rollout.servers != ServersConfig(),
     }

@@ -76,6 +76,9 @@ class RolloutConfig:
     sync: str = "broadcast"
     """Transport of new weights to the servers: broadcast (process group: NCCL, gloo without GPUs), tensor (CUDA IPC on
     one machine; inline without GPUs), or disk (a directory that the servers see too)."""
+    quantization: Literal["none", "fp8"] = "none"
+    """Numbers in which the student's servers multiply: none (those of servers.dtype), or fp8 (the layers' matrices are
+    rounded at every sync, as precision.fp8.recipe blockwise does it; needs GPUs of the generation Ada or later)."""
     sync_verify: bool = False
     """Compare checksums of all servers with the student's weights after every sync."""
 

@@ -29,7 +29,7 @@ class EngineTraits:
 ENGINES: dict[str, EngineTraits] = {
     "local": EngineTraits(mixes=True),
     "sglang": EngineTraits(
-        is_served=True, takes=("top_p", "top_k", "max_staleness", "partial", "sync_verify", "servers")
+        is_served=True, takes=("top_p", "top_k", "max_staleness", "partial", "quantization", "sync_verify", "servers")
     ),
 }
 

@@ -40,7 +40,7 @@ class RolloutEngine(Part, Protocol):
 
     def load(self, weights: NamedWeights, version: int) -> None:
         """Replace the weights; later rollouts carry `version`. Run `weights` to its end even where that fails: other
-        ranks take part in it."""
+        ranks take part in it. For servers of all replicas there is nothing in it but on the first replica."""
 
     def release(self) -> None:
         """Give back GPU memory that the trainer needs, until the next `load`. Nobody samples meanwhile. Engines that

@@ -58,4 +58,6 @@ class Assumed:
     """Of the memory: the rest goes to CUDA, NCCL and fragments."""
     server: float = 0.85
     """Of its memory that a server takes for weights and KV cache."""
+    context: float = 0.5e9
+    """Bytes that CUDA takes on a GPU for each process that opens it."""
     gpus_per_node: int = 8

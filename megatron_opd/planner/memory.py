@@ -14,8 +14,9 @@ from megatron_opd.models.architecture import Architecture
 from megatron_opd.planner import activations, adapters, loss_buffers, sizes
 from megatron_opd.planner.activations import ForwardPass
 from megatron_opd.planner.gpus import BYTES
-from megatron_opd.planner.job import Job
+from megatron_opd.planner.job import Job, gpus_of
 from megatron_opd.precision.fp8_plan import LINEARS, teacher_plan
+from megatron_opd.sglang.weights.transports import WAYS
 
 _LOCAL_BATCH = 256
 """Sequences that the embedded engine decodes together at most."""
@@ -80,6 +81,7 @@ def _rank(job: Job, stage: int) -> RankMemory:
         "teacher weights": resting,
         "teacher heads": _teacher_heads(job) if is_last else 0,
         "engine weights": engine,
+        "servers' contexts": _contexts(job) if stage == 0 else 0.0,
     }
     hidden = _hidden_states(job) if is_last else 0.0
     kept = under_way(job, stage)
@@ -176,6 +178,15 @@ def _hidden_states(job: Job) -> float:
     """Of all answers of a replica's step, which are whole on every context-parallel rank."""
     tokens = job.sequences / job.config.parallel.data * job.config.rollout.max_new_tokens
     return sum(tokens * arch.hidden_size * BYTES[teacher.dtype] for teacher, arch in job.telling_hidden)
+
+
+def _contexts(job: Job) -> float:
+    """What CUDA takes on rank 0's GPU for servers elsewhere that read weights there (CUDA IPC): every rank of theirs
+    opens that GPU. One of colocated servers is there anyway."""
+    rollout = job.config.rollout
+    if not (rollout.is_served and WAYS[rollout.sync].is_local and job.on_gpu):
+        return 0.0
+    return job.assumed.context * (gpus_of(rollout.servers) - int(rollout.servers.colocated))
 
 
 def _engine(job: Job) -> tuple[float, float]:

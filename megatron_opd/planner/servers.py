@@ -50,7 +50,7 @@ def rollout(job: Job) -> Role:
         return _embedded(job)
     servers = rollout.servers
     dtype = _dtype(servers, job.config.student.dtype)
-    weights = sizes.numel(sizes.whole(job.student)) * BYTES[dtype] / servers.tensor
+    weights = _weights(job, dtype) / servers.tensor
     room = _room(job, weights, job.student, BYTES[dtype], servers)
     count = gpus_of(servers) // servers.tensor
     concurrent = min(math.ceil(job.sequences / count), max(int(room // length), 1), servers.max_in_flight)
@@ -88,6 +88,11 @@ def teacher(job: Job, index: int) -> Role:
         concurrent=min(concurrent, servers.max_in_flight, job.sequences),
         seconds=_reading(job, asked, arch, dtype) if room else math.inf,
     )
+
+
+def _weights(job: Job, dtype: str) -> float:
+    """Bytes of the student that samples."""
+    return sizes.served_bytes(job.student, BYTES[dtype], in_fp8=job.config.rollout.quantization == "fp8")
 
 
 def _embedded(job: Job) -> Role:
@@ -159,7 +164,7 @@ def _sampling(job: Job, dtype: str, tensor: int, servers: int, concurrent: int) 
     """Reading the prompts, then waves of sequences that are sampled together, a token a step."""
     gpu, assumed, arch = job.gpu, job.assumed, job.student
     size, rate = BYTES[dtype], gpu.flops(dtype) * assumed.scoring * tensor
-    read = sizes.numel(sizes.whole(arch)) * size / tensor
+    read = _weights(job, dtype) / tensor
     read += concurrent * memory.cache_bytes(arch, size, tensor) * (job.prompt + job.response / 2)
     flops_a_token = flops.decoding(job) / (job.sequences * job.response)
     step = max(read / (gpu.bandwidth * assumed.decoding), concurrent * flops_a_token / rate)

@@ -72,6 +72,13 @@ def _mixture(arch: Architecture, parallel: ParallelConfig, layers: int) -> list[
     ]
 
 
+def served_bytes(arch: Architecture, size: int, *, in_fp8: bool) -> float:
+    """Bytes of a whole model on a server, with `size` bytes a number; in FP8 its matrices have one."""
+    parameters = whole(arch)
+    matrices = [p for p in parameters if p.name in MATRICES] if in_fp8 else []
+    return numel(parameters) * size - numel(matrices) * (size - 1)
+
+
 def numel(parameters: list[SizedParameter]) -> int:
     """All of them."""
     return sum(p.numel * p.count for p in parameters)

@@ -58,7 +58,8 @@ def of_teachers(job: Job) -> dict[str, float]:
 
 def weight_sync(job: Job) -> float:
     """Bytes of the student's weights, which every group of a server's tensor-parallel ranks gets once."""
-    return sizes.numel(sizes.whole(job.student)) * BYTES[job.config.student.dtype]
+    in_fp8 = job.config.rollout.quantization == "fp8"
+    return sizes.served_bytes(job.student, BYTES[job.config.student.dtype], in_fp8=in_fp8)
 
 
 def gradients(job: Job) -> float:

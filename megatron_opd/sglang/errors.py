@@ -17,6 +17,10 @@ class Refused(SGLangError):
     kind = "refused"
 
 
+class Unfit(Refused):
+    """Trainer and servers are not set up for each other: neither another try nor another server can help."""
+
+
 class Down(SGLangError):
     """No connection, a lost one, no answer in time, or an internal error: another server may do better."""
 

@@ -16,7 +16,7 @@ class Follow:
         self._version = 0
 
     def push(self, clients: Sequence[Client], weights: NamedWeights, version: int) -> dict[str, Exception]:
-        """Take part in gathering the weights. Which servers did not get them shows in what they answer."""
+        """Note the version. Which servers did not get it shows in what they answer."""
         drain(weights)
         self._version = version
         return {}

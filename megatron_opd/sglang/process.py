@@ -67,11 +67,13 @@ def start(
     log_dir: str | Path,
     context: int,
     extra: Sequence[str] = (),
+    sees_all: bool = False,
 ) -> list[Server]:
     """Start `servers.count` servers of `model`, logging to <log_dir>/<name>-<i>.log; `wait` says when they are ready.
 
     `context` is the longest prompt and response together, at most what the model allows; `extra` are arguments before
-    `servers.args`. Raises ValueError when there is no SGLang, or when there are too few GPUs.
+    `servers.args`. `sees_all`: weights come as CUDA IPC handles, so the servers see every GPU under the number that it
+    has for the trainer. Raises ValueError when there is no SGLang, or when there are too few GPUs.
     """
     python = Path(servers.python).expanduser().absolute()
     if not python.is_file():
@@ -86,7 +88,8 @@ def start(
         for i in range(servers.count):
             port = free_port(servers.host, servers.port)
             command = [str(python), "-m", "sglang.launch_server", *_arguments(servers, model, port, context)]
-            seen, placed = _placed(servers, gpus[i * servers.tensor :][: servers.tensor])
+            own = gpus[i * servers.tensor :][: servers.tensor]
+            seen, placed = _placed(servers, own, sees_all=sees_all or servers.colocated)
             environment = _environment(seen, servers.tensor)
             command += [*placed, *extra, *servers.args]
             log = Path(log_dir) / f"{name}-{i}.log"
@@ -230,13 +233,14 @@ def _visible() -> list[str]:
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _placed(servers: ServersConfig, gpus: list[str]) -> tuple[list[str], list[str]]:
-    """(devices that a server on these GPUs sees, arguments). A colocated one sees all, as a rank of the trainer does: a
-    CUDA IPC handle names the sender's GPU by its number."""
-    if not (gpus and servers.colocated):
-        return gpus, []
+def _placed(servers: ServersConfig, gpus: list[str], *, sees_all: bool) -> tuple[list[str], list[str]]:
+    """(devices that a server on these GPUs sees, arguments). One that sees all does so as a rank of the trainer does: a
+    CUDA IPC handle names the sender's GPU by its number. It takes GPUs that follow each other."""
+    saver = ["--enable-memory-saver"] if gpus and servers.colocated else []
+    if not (gpus and sees_all):
+        return gpus, saver
     names = _visible()
-    return names, ["--enable-memory-saver", "--base-gpu-id", str(names.index(gpus[0]))]
+    return names, [*saver, "--base-gpu-id", str(names.index(gpus[0]))]
 
 
 def _environment(gpus: list[str], tensor: int) -> dict[str, str]:

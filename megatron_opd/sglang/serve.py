@@ -23,12 +23,15 @@ from megatron_opd.config import Config, RolloutConfig, RunConfig, ServersConfig
 from megatron_opd.core import run_dir
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.architecture import read_limits
-from megatron_opd.sglang import process
+from megatron_opd.sglang import nccl, process
+from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.group import LOOPBACK, own_address
 from megatron_opd.sglang.weights.transports import way_of
 
 ANYWHERE = "0.0.0.0"
 """The address of servers that other machines are to reach."""
+ROLLOUT = "rollout"
+"""The name of the student's servers."""
 MARGIN = 8
 """Tokens of context that a server must have beyond the longest prompt and answer: SGLang keeps some for itself."""
 
@@ -64,16 +67,14 @@ def needed(config: Config) -> list[Served]:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens + MARGIN
     found = []
     if config.rollout.is_served:
-        # A Megatron checkpoint has no weights that SGLang could read; the first sync brings them.
-        has_weights = any(Path(config.student.model).glob("*.safetensors"))
         found.append(
             Served(
-                name="rollout",
+                name=ROLLOUT,
                 setting="rollout.servers",
                 servers=_like_the_student(config.rollout.servers, config.student.dtype),
                 model=config.student.model,
                 longest=longest,
-                arguments=() if has_weights else ("--load-format", "dummy"),
+                arguments=_of_the_student(config.rollout.quantization, config.student.model),
                 is_local=way_of(config.rollout).is_local,
             )
         )
@@ -91,6 +92,14 @@ def needed(config: Config) -> list[Served]:
                 )
             )
     return found
+
+
+def _of_the_student(quantization: Literal["none", "fp8"], model: str) -> tuple[str, ...]:
+    """Arguments of the student's servers, by how its weights come."""
+    if quantization == "fp8":
+        return fp8_weights.arguments()
+    # A Megatron checkpoint has no weights that SGLang could read; the first sync brings them.
+    return () if any(Path(model).glob("*.safetensors")) else ("--load-format", "dummy")
 
 
 def _like_the_student(servers: ServersConfig, dtype: Literal["fp32", "bf16", "fp16"]) -> ServersConfig:
@@ -113,10 +122,13 @@ def running(
 ) -> Iterator[list[process.Server]]:
     """Start the servers that the config leaves to us, wait for them, and note them; end them with the block.
 
-    `beside_ranks`: the trainer's ranks run on this machine too. Raises ValueError for servers that do not get ready.
+    `beside_ranks`: the trainer's ranks run on this machine too. Raises ValueError for servers that do not get ready,
+    and for those that could not get the student's weights.
     """
     ours = to_start(needed(config), only)
     _check_gpus(ours, is_shared=beside_ranks or len(ours) > 1)
+    if any(served.name == ROLLOUT for served in ours) and has_nccl_group(config.rollout):
+        nccl.compare(nccl.own(), config.rollout.servers.python, setting="rollout.servers.python", say=say)
     notes = run_dir.make(config.run.dir) / run_dir.SERVERS
     logs = Path(config.run.dir) / run_dir.LOGS
     started: list[process.Server] = []
@@ -134,6 +146,7 @@ def running(
                 log_dir=logs,
                 context=served.context,
                 extra=served.arguments,
+                sees_all=served.is_local,
             )
             started += group
             groups.append((served, group))
@@ -189,11 +202,16 @@ def reaches_out(rollout: RolloutConfig, run: RunConfig) -> bool:
     """
     if not rollout.is_served or not way_of(rollout).joins_servers:
         return False
-    urls = rollout.servers.urls or _noted_urls("rollout", Path(run.dir) / run_dir.SERVERS)
+    urls = rollout.servers.urls or _noted_urls(ROLLOUT, Path(run.dir) / run_dir.SERVERS)
     try:
         return bool(urls) and own_address(urls) != LOOPBACK
     except OSError:  # the name of a host is not known; whoever asks it says so
         return True
+
+
+def has_nccl_group(rollout: RolloutConfig) -> bool:
+    """Whether this machine's ranks may be in an NCCL group with the servers."""
+    return rollout.is_served and way_of(rollout).joins_servers and torch.cuda.is_available()
 
 
 def _check_gpus(ours: Sequence[Served], *, is_shared: bool) -> None:

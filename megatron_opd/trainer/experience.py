@@ -77,6 +77,8 @@ class Experience:
         rollout = config.rollout
         self.shares_gpus = rollout.shares_gpus
         """Whether nobody can sample between `release` and `sync`, because the trainer has the engine's GPUs then."""
+        self.sends_weights = parallel.data_rank == 0 or not rollout.is_served
+        """Whether `sync` gathers this replica's weights: servers are everybody's, and get those of the first."""
         self.drawn = sampling.drawn(rollout, samples=rollout.samples_per_prompt, seed=config.run.seed)
         sources = [source.name for source in (*config.data.train, *config.data.eval)]
         self.weights_by_source = {source: config.teacher_weights(source) for source in sources}
@@ -163,7 +165,7 @@ class Experience:
         if self.shares_gpus:
             colocated.make_room(self.parallel)
         with self.together():
-            weights = student.export()
+            weights = student.export() if self.sends_weights else iter(())
             if self.leader is None:
                 drain(weights)
             else:

@@ -23,7 +23,7 @@ from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.core.watchdog import Watch
 from megatron_opd.prompts.mix import PromptMix
 from megatron_opd.rollout import colocated
-from megatron_opd.sglang import serve
+from megatron_opd.sglang import nccl, serve
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import build_teachers
@@ -47,6 +47,8 @@ def train(config: Config, notice: Notice) -> None:
 
     Raises Preempted on all ranks, with everything saved, after one of them got notice to make room.
     """
+    if serve.has_nccl_group(config.rollout):
+        nccl.settle()
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
     inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
     if config.data.on_change == "error":

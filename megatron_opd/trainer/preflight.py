@@ -44,6 +44,7 @@ from megatron_opd.prompts.views import RowReader, build_row_reader, build_views
 from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
 from megatron_opd.sglang import serve
+from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.transports import check_sync
 from megatron_opd.trainer.reward_trial import problems_of_rows
 
@@ -88,6 +89,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
         )
     problems += check_vocabulary(config.rollout, config.teachers, vocab_size)
     problems += check_sync(config.rollout)
+    problems += fp8_weights.problems(config.rollout, config.student)
     problems += _check_divergence(config.loss)
     unfit, of_precision = precision.look(
         config.precision,

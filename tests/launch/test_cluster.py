@@ -145,6 +145,12 @@ def test_colocated_servers_that_do_not_fit(overrides, problem):
         placed(IN_PROCESS, *BESIDE, *overrides)
 
 
+def test_servers_beside_the_trainer_that_no_handle_reaches():
+    """Their own GPUs are on other nodes than rank 0."""
+    with pytest.raises(ValueError, match="machine of rank 0 only, but these are on other nodes too"):
+        placed(IN_PROCESS, "rollout.sync=tensor")
+
+
 @pytest.mark.parametrize(
     ("overrides", "how", "problem"),
     [

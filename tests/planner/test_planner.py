@@ -451,6 +451,33 @@ def test_servers_that_are_told_to_take_what_the_trainer_keeps(share, fits):
         assert 0 < float(lower) < 0.9
 
 
+@pytest.mark.parametrize(
+    ("sync", "colocated", "others"),
+    [("tensor", False, 8), ("tensor", True, 7), ("disk", True, 0), ("broadcast", False, 0)],
+)
+def test_every_server_rank_that_reads_rank_0s_memory_has_a_context_there(sync, colocated, others):
+    def ranks(count):
+        told = c.ServersConfig(count=count, tensor=4, colocated=colocated)
+        return memory.trainer(job_of(teachers=[], parallel={"pipeline": 2}, rollout={"servers": told, "sync": sync}))
+
+    first, second = ranks(2)
+    assert first.always["servers' contexts"] == others * 0.5e9
+    assert second.always["servers' contexts"] == 0
+
+
+def test_a_student_in_fp8_has_one_byte_a_number_of_its_matrices():
+    """Which are all of an 8B model but the embedding, the head and the norms."""
+    plain, rounded = (
+        job_of("qwen3-8b", [], student={"dtype": "bf16"}, rollout={"quantization": quantization})
+        for quantization in ("none", "fp8")
+    )
+    matrices = 36 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 12288 * 4096)
+    for bytes_of in (traffic.weight_sync, lambda job: servers.rollout(job).weights):
+        assert bytes_of(plain) - bytes_of(rounded) == matrices
+    assert servers.rollout(rounded).cache_tokens > servers.rollout(plain).cache_tokens
+    assert servers.rollout(rounded).seconds < servers.rollout(plain).seconds
+
+
 def test_no_number_of_servers_hastens_one_sequence():
     few = {"prompts_per_step": 4, "samples_per_prompt": 1}
     job = job_of("qwen3-0.6b", [], lengths=(64, 16000), rollout=few, train={"steps": 1, "micro_batch_size": 1})

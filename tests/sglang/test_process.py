@@ -145,6 +145,24 @@ def test_a_server_with_gpus_of_its_own_sees_those(begin, monkeypatch):
     assert not {"--enable-memory-saver", "--base-gpu-id"} & set(json.loads(said(server, "arguments")))
 
 
+def test_a_server_that_gets_handles_sees_the_trainers_gpu_under_its_number(program, tmp_path, monkeypatch):
+    """With rollout.sync: tensor a server has GPUs of its own, and opens memory of the trainer's."""
+    monkeypatch.setattr(process.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(process.torch.cuda, "device_count", lambda: 6)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9,8,7,6,5,4")
+    settings = ServersConfig(python=program, port=41000, start_timeout_s=60.0, count=2, tensor=2, gpus=[2, 3, 4, 5])
+    servers = process.start(settings, tmp_path / "fine", name="s", log_dir=tmp_path, context=9, sees_all=True)
+    try:
+        process.wait(servers, settings, say=print)
+        for server, first in zip(servers, ("2", "4"), strict=True):
+            arguments = json.loads(said(server, "arguments"))
+            assert arguments[arguments.index("--base-gpu-id") + 1] == first
+            assert "--enable-memory-saver" not in arguments
+            assert json.loads(said(server, "environment"))["CUDA_VISIBLE_DEVICES"] == "9,8,7,6,5,4"
+    finally:
+        process.stop(servers, grace_s=0.2)
+
+
 def test_a_server_is_not_told_about_the_rank_that_starts_it(begin, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "7")

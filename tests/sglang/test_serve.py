@@ -29,10 +29,11 @@ def config(run_dir, *overrides):
 @pytest.fixture
 def fake(monkeypatch):
     """process.start and friends, without processes."""
-    calls = SimpleNamespace(started=[], stopped=[], fails=False)
+    calls = SimpleNamespace(started=[], stopped=[], see_all={}, fails=False)
 
-    def start(servers, model, *, name, log_dir, context, extra):
+    def start(servers, model, *, name, log_dir, context, extra, sees_all):
         calls.started.append((name, model, context, extra))
+        calls.see_all[name] = sees_all
         return [SimpleNamespace(url=f"http://{servers.host}:{servers.port + i}") for i in range(servers.count)]
 
     def wait(started, servers, *, say):
@@ -60,6 +61,12 @@ def test_samplers_compute_in_the_type_of_the_student(tmp_path):
     assert (rollout.servers.dtype, teacher.servers.dtype) == ("bf16", "auto")
     rollout, _ = serve.needed(config(tmp_path, "student.dtype=bf16", "rollout.servers.dtype=fp32"))
     assert rollout.servers.dtype == "fp32"
+
+
+@pytest.mark.parametrize("sync", ["tensor", "disk"])
+def test_servers_that_get_handles_see_the_trainers_gpus(tmp_path, fake, sync):
+    with serve.running(config(tmp_path, f"rollout.sync={sync}"), say=print):
+        assert fake.see_all == {"rollout": sync == "tensor", "teacher-carry": False}
 
 
 def test_nothing_is_served_by_default():

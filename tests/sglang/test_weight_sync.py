@@ -40,6 +40,17 @@ def test_every_way_reaches_servers_with_gpus_of_their_own(sync):
     assert (check_sync(beside) == []) == (sync != "broadcast")
 
 
+@pytest.mark.parametrize(("gpus", "odd"), [([4, 5, 6, 7], None), ([6, 7, 2, 3], None), ([4, 6, 5, 7], [4, 6])])
+def test_a_server_that_gets_handles_has_gpus_in_a_row(gpus, odd):
+    servers = ServersConfig(count=2, tensor=2, gpus=gpus)
+    found = check_sync(RolloutConfig(engine="sglang", sync="tensor", servers=servers))
+    assert found == ([] if odd is None else [
+        f"rollout.servers.gpus: with rollout.sync: tensor the 2 GPUs of a server must be numbers in a row, not {odd};"
+        " write others, or choose rollout.sync: broadcast or disk"
+    ])  # fmt: skip
+    assert check_sync(RolloutConfig(engine="sglang", sync="broadcast", servers=servers)) == []
+
+
 def test_buckets_are_bounded_in_order_and_whole():
     torch.manual_seed(0)
     weights = [(f"w{i}", torch.randn(3, 5)) for i in range(5)] + [("large", torch.randn(40))]
@@ -80,7 +91,9 @@ def gpu_hash_by_the_word(data):
     return f"{total ^ (total >> 31):016x}"
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(1, "bfloat16"), (77, "float32"), (20_001, "bfloat16")])
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(1, "bfloat16"), (77, "float32"), (20_001, "bfloat16"), (140_001, "bfloat16")]
+)
 def test_the_gpu_checksum_is_that_of_the_kernels_text(count, dtype):
     torch.manual_seed(count)
     tensor = torch.randn(count).to(getattr(torch, dtype))

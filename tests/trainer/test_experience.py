@@ -1,14 +1,17 @@
 """What a step learns from: where its prompts end, which of them are this replica's, and which teachers are told."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import tiny
 
-from megatron_opd.config import SourceConfig
+from megatron_opd.config import ServersConfig, SourceConfig
 from megatron_opd.core.types import Prompt
 from megatron_opd.prompts.mix import PromptMix
+from megatron_opd.sglang import nccl
+from megatron_opd.trainer import loop
 from megatron_opd.trainer.experience import Experience
 
 TEACHERS = [
@@ -81,3 +84,45 @@ def test_replicas_share_the_prompts(size):
     shares = [experience(place=parallel(data_rank=rank, data_size=size)).mine(prompts) for rank in range(size)]
     assert sorted(x for share in shares for x in share) == sorted(prompts)
     assert {len(share) for share in shares} == {16 // size}
+
+
+@pytest.mark.parametrize(("sync", "value"), [("broadcast", "0"), ("disk", None)])
+def test_ranks_that_join_servers_have_nccls_switches_as_those_do(monkeypatch, sync, value):
+    """Before their own first group: NCCL reads them once."""
+
+    class Joining(Exception):
+        pass
+
+    def start(*_, **__):
+        raise Joining({name: os.environ.get(name) for name in nccl.SWITCHES})
+
+    for name in nccl.SWITCHES:
+        monkeypatch.setenv(name, "x")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(loop.groups, "start", start)
+    monkeypatch.setattr(loop.serve.torch.cuda, "is_available", lambda: True)
+    servers = ServersConfig(urls=["http://127.0.0.1:1"])
+    served = {"engine": "sglang", "sync": sync, "servers": servers}
+    with pytest.raises(Joining) as caught:
+        loop.train(tiny.config("unused", TEACHERS, rollout=served), lambda: None)
+    assert caught.value.args[0] == dict.fromkeys(nccl.SWITCHES, value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "data_rank", "gathers"), [("local", 1, True), ("sglang", 0, True), ("sglang", 1, False)]
+)
+def test_only_replicas_whose_weights_are_sent_gather_them(engine, data_rank, gathers):
+    """The others' engines learn the version: their servers are the same."""
+    loaded = []
+
+    class Student:
+        def export(self):
+            yield "w", data_rank
+
+    leader = SimpleNamespace(
+        engine=SimpleNamespace(load=lambda weights, version: loaded.append((list(weights), version)))
+    )
+    place = parallel(is_leader=True, data_rank=data_rank, data_size=2, gather_world=lambda value: [value])
+    here = Experience(tiny.config("unused", TEACHERS, rollout={"engine": engine}), place, [], leader)
+    here.sync(Student(), 3)
+    assert loaded == [([("w", data_rank)] if gathers else [], 3)]

@@ -54,9 +54,11 @@ def place(
     steps: list[Step] = []
     for process in sorted(servers, key=_tensor, reverse=True):  # which is stable: equals keep the config's order
         if process.is_colocated:
-            steps += _colocated(process, arguments, last, free)
+            made = _colocated(process, arguments, last, free)
         else:
-            steps += _servers(process, arguments, free, gpus_per_node)
+            made = _servers(process, arguments, free, gpus_per_node)
+        _check_reached(process, made)
+        steps += made
     if nodes is not None and nodes != len(free):
         hint = "ask for as many" if nodes < len(free) else "ask for fewer, or raise servers.count or parallel.data"
         raise ValueError(f"this run takes {len(free)} node(s) of {gpus_per_node} GPUs, not {nodes}; {hint}")
@@ -103,13 +105,17 @@ def _colocated(process: Process, arguments: Sequence[str], trainer: Step, free: 
             f"rollout.servers.colocated: {process.ranks} GPUs in servers of {_tensor(process)} do not fit on the"
             f" trainer's {len(trainer.nodes)} node(s) of {len(trainer.gpus)}; lower rollout.servers.count"
         )
+    return steps
+
+
+def _check_reached(process: Process, steps: Sequence[Step]) -> None:
+    """Raises ValueError for servers beyond the machine of rank 0 whose weights come no further."""
     assert process.served is not None
     if process.served.is_local and any(step.nodes != (0,) for step in steps):
         raise ValueError(
-            "rollout.sync reaches servers on the machine of rank 0 only, but colocated servers are on several;"
-            " choose rollout.sync: disk, or a smaller rollout.servers.count"
+            "rollout.sync reaches servers on the machine of rank 0 only, but these are on other nodes too; choose"
+            " rollout.sync: disk, a smaller rollout.servers.count, or a trainer that leaves them GPUs of its node"
         )
-    return steps
 
 
 def _servers(process: Process, arguments: Sequence[str], free: list[_Node], gpus_per_node: int) -> list[Step]:

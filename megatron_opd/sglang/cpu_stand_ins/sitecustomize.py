@@ -9,6 +9,8 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+from plain_fp8 import PatchFp8
+
 
 def stand_in_for_triton() -> None:
     """SGLang brings an importable imitation of triton for Apple machines; use it here too."""
@@ -45,3 +47,4 @@ class DeclareVisionOperators:
 
 stand_in_for_triton()
 sys.meta_path.insert(0, DeclareVisionOperators())
+sys.meta_path.insert(0, PatchFp8())

@@ -3,7 +3,8 @@
 A collective and the requests that announce it run at the same time. As soon as one request fails, the others have
 `GRACE_S` to answer, and as long again once we have left the group. A new one is then made with the servers that are
 left, and the bucket is sent again, which is harmless for those that had it. What was sent before is still on the
-servers, so nothing is replayed, and nobody ever waits for longer than `servers.request_timeout_s`.
+servers, so nothing is replayed, and nobody ever waits for longer than `servers.request_timeout_s`. Members with another
+NCCL than ours are an error at once: every group would fail.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
+from megatron_opd.sglang import nccl
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.errors import Down, Refused, SGLangError
+from megatron_opd.sglang.errors import Down, Refused, SGLangError, Unfit
 from megatron_opd.sglang.weights.buckets import Bucket
 from megatron_opd.sglang.weights.group import BroadcastGroup
 from megatron_opd.sglang.weights.session import Failures, at_once
@@ -37,7 +39,7 @@ class Broadcast:
 
     async def send(self, clients: Sequence[Client], bucket: Bucket, label: str) -> Failures:
         """Give the bucket to all of them, whose weights are of version `label` then; those that did not take it, and
-        why."""
+        why. Raises Unfit when no group with them can ever be made."""
         failed: Failures = {}
         left = list(clients)
         for _ in range(_ROUNDS):
@@ -46,6 +48,8 @@ class Broadcast:
             if not failures:
                 return failed
             await self.drop()
+            if unfit := next((e for e in failures.values() if isinstance(e, Unfit)), None):
+                raise unfit
             lost = {c: e for c, e in failures.items() if not _is_victim(e)}
             failed |= lost
             left = [c for c in left if c not in lost]
@@ -125,12 +129,16 @@ async def _together(
             is_left = True
     failures = {client: _failure(task, client) for task, client in tasks.items() if not _succeeded(task)}
     if failures:
+        if why := nccl.explain([*map(str, failures.values()), _words(mine)]):
+            failures = dict.fromkeys(failures, Unfit(why))
         mine.cancel()
     else:
         try:
             await mine
         except RuntimeError as error:  # everybody has what was sent, but the group may be broken
-            failures = {client: Refused(f"{_VICTIM[0]}: {error}") for client in tasks.values()}
+            why = nccl.explain([str(error)])
+            broken = Unfit(why) if why else Refused(f"{_VICTIM[0]}: {error}")
+            failures = dict.fromkeys(tasks.values(), broken)
     for task in tasks:
         task.cancel()
     await asyncio.gather(mine, *tasks, return_exceptions=True)
@@ -143,6 +151,11 @@ def _has_failed(ours: asyncio.Future[None]) -> bool:
     if error is not None:
         error.__traceback__ = None
     return error is not None
+
+
+def _words(ours: asyncio.Future[None]) -> str:
+    """What our part has failed with; empty while it has not."""
+    return str(ours.exception() or "") if ours.done() and not ours.cancelled() else ""
 
 
 def _succeeded(task: asyncio.Future[Any]) -> bool:

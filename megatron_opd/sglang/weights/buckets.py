@@ -32,21 +32,21 @@ class Bucket:
 
 
 def buckets(weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int = MAX_BYTES) -> Iterator[Bucket]:
-    """In order. A bucket holds at most `max_bytes`, or one larger tensor, and tensors of one type and device."""
-    held: list[tuple[str, torch.Tensor]] = []
+    """Tensors of one type and device share a bucket, in order. Buckets that are filled at the same time, one a type,
+    hold at most `max_bytes` together, or one larger tensor."""
+    held: dict[tuple[torch.dtype, torch.device], list[tuple[str, torch.Tensor]]] = {}
     size = 0
     for name, tensor in weights:
         num_bytes = tensor.numel() * tensor.element_size()
-        is_other = bool(held) and (tensor.dtype, tensor.device) != (held[0][1].dtype, held[0][1].device)
-        if held and (is_other or size + num_bytes > max_bytes):
-            yield _pack(held)
-            held, size = [], 0
-        held.append((name, tensor.detach()))
+        if held and size + num_bytes > max_bytes:
+            yield from map(_pack, held.values())
+            held, size = {}, 0
+        held.setdefault((tensor.dtype, tensor.device), []).append((name, tensor.detach()))
         size += num_bytes
-    if held:
-        yield _pack(held)
+    yield from map(_pack, held.values())
 
 
 def _pack(held: list[tuple[str, torch.Tensor]]) -> Bucket:
-    flat = torch.cat([tensor.reshape(-1) for _, tensor in held])
+    kind = held[0][1].dtype  # FP8 knows no operations, not even this one: bytes
+    flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in held]).view(kind)
     return Bucket([name for name, _ in held], [tensor.shape for _, tensor in held], flat)

@@ -1,14 +1,18 @@
 """What a server's checksums must be, from the student's own tensors: the check that servers have the student's weights.
 
 SGLang fuses some tensors (q, k and v; gate and up; the experts of a layer), splits them over its ranks, and hashes what
-each rank has. The same is done here while the weights stream by; parts of a fused tensor are kept until it is whole.
+each rank has; of a matrix in FP8 the values times their scales, in bf16. The same is done here while the weights stream
+by; parts of a fused tensor are kept until it is whole.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,10 @@ import torch
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Refused
 from megatron_opd.sglang.weights import hashes
+from megatron_opd.sglang.weights.fp8_weights import whole
 
+_THREADS = 8
+"""Most that hash at a time; the other cores are for the ranks of this machine."""
 _NAMED = 5
 """Tensors named in a message."""
 _VOCAB_MULTIPLE, _CPU_MLP_MULTIPLE = 64, 32
@@ -74,7 +81,6 @@ class Expected:
         info = await client.server_info()
         dtype = getattr(torch, str(info.get("dtype")), None)
         odd = {n: info[n] for n in ("dp_size", "pp_size", "ep_size") if info.get(n, 1) != 1}
-        odd |= {n: info[n] for n in ("quantization",) if info.get(n)}
         odd |= {} if isinstance(dtype, torch.dtype) else {"dtype": info.get("dtype")}
         if odd:
             raise Refused(
@@ -85,14 +91,22 @@ class Expected:
         self._layouts[client] = ServerLayout(int(info.get("tp_size", 1)), dtype, info.get("device") == "cpu")
 
     def watch(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same stream; what passes is remembered as checksums."""
-        for name, tensor in weights:
-            part = _part(name)
-            held = self._parts.setdefault(part.fused, {})
-            held[part.expert, part.place] = part.split, tensor.detach().to("cpu", copy=True)
-            if len(held) == self._num_parts(part):
-                self._add(part.fused, self._parts.pop(part.fused))
-            yield name, tensor
+        """The same stream; what passes is remembered as checksums, which threads compute: numpy lets them run at the
+        same time."""
+        workers = min(len(os.sched_getaffinity(0)), _THREADS)
+        with ThreadPoolExecutor(workers, thread_name_prefix="checksums") as pool:
+            under_way: deque[Future[None]] = deque()
+            for weight in whole(weights):
+                part = _part(weight.name)
+                held = self._parts.setdefault(part.fused, {})
+                held[part.expert, part.place] = part.split, weight.tensor().to("cpu", copy=True)
+                if len(held) == self._num_parts(part):
+                    under_way.append(pool.submit(self._add, part.fused, self._parts.pop(part.fused)))
+                while len(under_way) > workers:  # each holds its tensor
+                    under_way.popleft().result()
+                yield from weight.sent
+            for last in under_way:
+                last.result()
 
     async def check(self, client: Client) -> None:
         """Raises BadAnswer when the server's weights are not, bit for bit, those that were watched."""

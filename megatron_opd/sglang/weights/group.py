@@ -69,14 +69,14 @@ class BroadcastGroup:
         return made
 
     async def broadcast(self, flat: torch.Tensor) -> None:
-        """Send to all ranks. Raises RuntimeError when the connection to one breaks or `timeout_s` is over."""
+        """Send its bytes to all ranks. Raises RuntimeError when the connection to one breaks or `timeout_s` is over."""
         assert self.process_group is not None
         group = self.process_group
         if flat.is_cuda:
             torch.cuda.synchronize(flat.device)  # it was filled on the stream of another thread
 
         def send() -> None:
-            dist.broadcast(flat, src=0, group=group)
+            dist.broadcast(flat.view(torch.uint8), src=0, group=group)  # as servers receive it; gloo knows no FP8
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)
 

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.errors import SGLangError
+from megatron_opd.sglang.errors import SGLangError, Unfit
 from megatron_opd.sglang.event_loop import Loop
 
 _T = TypeVar("_T")
@@ -28,6 +28,12 @@ class Session:
         """Leave out the servers that failed."""
         self.failed |= failures
         self.alive = [client for client in self.alive if client not in failures]
+
+    def refuse_unfit(self) -> None:
+        """Raises the Unfit of a server that neither another try nor another server can help."""
+        for error in self.failed.values():
+            if isinstance(error, Unfit):
+                raise error
 
     def each(self, work: Callable[[Client], Awaitable[None]]) -> None:
         """Do it with all that are left, at the same time; those that fail are lost."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_opd.config import RolloutConfig
@@ -25,6 +26,7 @@ from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, SGLangError
 from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import PROBE_S
+from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.expected import Expected
 from megatron_opd.sglang.weights.session import Session
 from megatron_opd.sglang.weights.transports import TransportInputs, way_of
@@ -46,6 +48,7 @@ class WeightPush:
         inputs = TransportInputs(rollout=rollout, loop=loop, write=write, spool=spool)
         self._transport = way_of(rollout).build(inputs)
         self._lock = asyncio.Lock()
+        self._is_in_fp8 = rollout.quantization == "fp8"
         self._is_colocated, self._are_released = rollout.servers.colocated, False
         self._version: int | None = None
         self._holders: dict[Client, int] = {}
@@ -55,21 +58,24 @@ class WeightPush:
         """Give them all the weights; returns the failures by url. From the thread that may run `weights`, to its end.
 
         When no server answers, one that is being started again is waited for, `servers.patience_s`. Raises Down when no
-        server is left.
+        server is left, and Unfit when one is not set up for the student's weights.
         """
         session = Session(clients, self._loop)
         expected = Expected(self._model) if self._config.sync_verify else None
         self._loop.run(self._lock.acquire())
         try:
             session = self._greet_all(clients)
+            session.each(partial(fp8_weights.check_server, in_fp8=self._is_in_fp8))
+            session.refuse_unfit()
             self._holders = {}
             if self._is_colocated:
                 session.each(server_memory.take_for_weights)
+            sent = fp8_weights.quantized(weights) if self._is_in_fp8 else weights
             if expected is not None:
                 session.each(expected.ask_layout)
-                weights = expected.watch(weights)
+                sent = expected.watch(sent)
             label = server_memory.WITHOUT_CACHE if self._is_colocated else str(version)
-            self._transport.send(session, weights, version, label)
+            self._transport.send(session, sent, version, label)
             if expected is not None:
                 session.each(expected.check)
             if self._is_colocated:

@@ -38,7 +38,7 @@ class Way:
     unfit_for_colocated: str = ""
     """Why it cannot reach servers on the trainer's own GPUs; empty where it can."""
     is_local: bool = False
-    """Whether it reaches servers on the machine of rank 0 only."""
+    """Whether it reaches servers on the machine of rank 0 only, by handles that name one of its GPUs by number."""
     joins_servers: bool = False
     """Whether ranks are in one process group with the servers, which may be on other machines."""
 
@@ -78,10 +78,23 @@ def check_sync(rollout: RolloutConfig) -> list[str]:
         return [f"rollout.sync must be one of {', '.join(WAYS)}, not {rollout.sync!r}"]
     why = WAYS[rollout.sync].unfit_for_colocated
     if not (rollout.servers.colocated and why):
-        return []
+        return _check_rows(rollout) if WAYS[rollout.sync].is_local and rollout.is_served else []
     fit = {name: way for name, way in WAYS.items() if not way.unfit_for_colocated}
     others = " or ".join(f"{name}{' (servers on one machine)' if way.is_local else ''}" for name, way in fit.items())
     return [f"rollout.sync: {rollout.sync} is not for rollout.servers.colocated, because {why}; choose {others}"]
+
+
+def _check_rows(rollout: RolloutConfig) -> list[str]:
+    """Whether the GPUs of each server follow each other: one that sees all of them is told its first one only."""
+    servers = rollout.servers
+    own = [servers.gpus[i : i + servers.tensor] for i in range(0, len(servers.gpus), servers.tensor)]
+    odd = [gpus for gpus in own if gpus != list(range(gpus[0], gpus[0] + len(gpus)))]
+    if servers.urls or not odd:
+        return []
+    return [
+        f"rollout.servers.gpus: with rollout.sync: {rollout.sync} the {servers.tensor} GPUs of a server must be numbers"
+        f" in a row, not {odd[0]}; write others, or choose rollout.sync: broadcast or disk"
+    ]
 
 
 def way_of(rollout: RolloutConfig) -> Way:
