@@ -18,7 +18,8 @@ BASE = (
     "protobuf", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "PyYAML",
     "Jinja2", "MarkupSafe", "rich", "markdown-it-py", "mdurl", "Pygments", "psutil", "packaging", "tqdm", "numpy",
     "math-verify", "latex2sympy2-extended", "antlr4-python3-runtime", "pytest", "pluggy", "iniconfig", "pytest-timeout",
-    "wheel",
+    "wheel", "aiohttp", "aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "multidict", "propcache", "yarl",
+    "idna", "tenacity",
 )  # fmt: skip
 """Packages of the first stage where only torch is there."""
 ENGINE = (
