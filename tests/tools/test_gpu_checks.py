@@ -125,13 +125,14 @@ def test_nothing_follows_a_required_check_that_failed(tmp_path):
 
 def test_without_transformer_engine_the_table_says_so(tmp_path):
     path = page(tmp_path, ("good", PASSES, "pytest", {}), ("fp8", PASSES, "pytest", {"stage": "te"}))
+    (tmp_path / "torch.py").touch()
     engine = tmp_path / "transformer_engine"
     engine.mkdir()
     (engine / "__init__.py").write_text("raise ImportError('libcudnn.so.9 is missing')")
     code, found, _ = run(tmp_path, "--checks", path, PYTHONPATH=str(tmp_path))
     assert code == 0
     assert found["fp8"][1] == "skipped: ImportError: libcudnn.so.9 is missing"
-    (engine / "__init__.py").write_text("")
+    (engine / "__init__.py").write_text("import sys; assert 'torch' in sys.modules  # it finds NCCL only then")
     (engine / "pytorch.py").touch()
     assert run(tmp_path, "--checks", path, PYTHONPATH=str(tmp_path))[1]["fp8"][1] == "ok"
 

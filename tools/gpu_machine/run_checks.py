@@ -22,7 +22,7 @@ _LEAST_S = 10.0
 """The time under which no check is started."""
 _TAIL_LINES, _KEPT_BYTES = 15, 300_000
 _PROBES = {
-    "te": ["-c", "import transformer_engine.pytorch"],
+    "te": ["-c", "import torch, transformer_engine.pytorch"],  # which finds NCCL only where torch has loaded it
     "servers": ["-c", "import os, sys; sys.exit(not os.path.exists('.venv-sglang/bin/python') and 'no SGLang here')"],
 }
 """What a stage needs, as a command that ends well where it is there."""
