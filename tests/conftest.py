@@ -14,6 +14,12 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
+def pytest_configure(config):
+    """A bare GPU machine may lack pytest-timeout: its marker is then known all the same, and without effect."""
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): pytest-timeout is not installed, so there is no limit")
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """Rank processes that live as long as the session: `ranks.run(2, fn, ...)`."""
