@@ -26,14 +26,13 @@ _PARTS = 8
 """Programs that share a row of the gradient: chunks of few rows then fill a GPU too."""
 _BLOCK = 4096
 """Values that one program scales."""
+_TINY = 1e-37
+"""The smallest share of a mixture, so that its logarithm is finite."""
 _OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
 """Of the compiler, which contracts no products into sums: what two kernels compute alike must be rounded alike."""
 
+_LN_2 = math.log(2)
 _KINDS = {"forward": 0, "reverse": 1, "jsd": 2}
-_FIXED = 8
-"""Constants of a row before those of its teachers: the student's maximum logit and 1 / sum, the target's, the reference
-of their difference (of log p with an average of probabilities); p / q and q / m at the reference; log p - log m where q
-is nothing."""
 
 
 class TritonRows(Reference):
@@ -63,7 +62,7 @@ class TritonRows(Reference):
         stats_kernel[(rows.num_rows,)](
             *_common(rows), out_RK, _lead(rows), to_2, to_2 * asked.sampler_ratio,
             TARGET=asked.has_target, COLUMNS=asked.teacher_columns if asked.has_teachers else 0, K=asked.num_stats,
-            FIRST=asked.first_teacher, SAMPLER=asked.sampler_ratio > 0, **_shape(rows), **_OPTIONS,
+            FIRST=asked.first_teacher, SAMPLER=asked.sampler_ratio > 0, **_shape(rows, 16), **_OPTIONS,
         )  # fmt: skip
         if asked.temperature != 1:
             out_RK[:, _logits_among(asked)] /= asked.temperature
@@ -74,8 +73,8 @@ class TritonRows(Reference):
         reference_R, constants_RC = _constants(rows, asked, stats_RK, None)
         out_R5 = torch.empty(rows.num_rows, 5, dtype=torch.float64, device=stats_RK.device)
         kernels.sums_kernel[(rows.num_rows,)](
-            *_common(rows), constants_RC, out_R5, _lead(rows), 1 / asked.temperature, _to_2(asked), asked.beta,
-            TARGET=asked.has_target, KIND=_KINDS[asked.kind], C=constants_RC.shape[1], **_shape(rows), **_OPTIONS,
+            *_common(rows), constants_RC, out_R5, _lead(rows), _to_2(asked),
+            TARGET=asked.has_target, KIND=_KINDS[asked.kind], C=constants_RC.shape[1], **_shape(rows, 8), **_OPTIONS,
         )  # fmt: skip
         first_R, second_R, reverse_R, mass_q_R, mass_p_R = out_R5.unbind(-1)
         if is_whole:
@@ -96,13 +95,14 @@ class TritonRows(Reference):
         center_R, scale_R = center_scale
         reference_R, constants_RC = _constants(rows, asked, stats_RK, center_R)
         at_reference_R = _over_at(reference_R, asked.beta) if asked.kind == "jsd" else -reference_R
-        center_R = center_R - at_reference_R
-        centers_scales_R2 = torch.stack([center_R, scale_R / asked.temperature], dim=-1).float().contiguous()
+        center_R = (center_R - at_reference_R) / _LN_2
+        unit = {"forward": 1.0, "reverse": _LN_2, "jsd": _LN_2 * (1 - asked.beta)}[asked.kind]
+        scale_R = scale_R * (unit / asked.temperature)
+        centers_scales_R2 = torch.stack([center_R, scale_R], dim=-1).float().contiguous()
         kernels.gradient_kernel[(rows.num_rows, _PARTS)](
-            *_common(rows), constants_RC, centers_scales_R2, _lead(rows), 1 / asked.temperature, _to_2(asked),
-            asked.beta, rows.student_RL.shape[1],
+            *_common(rows), constants_RC, centers_scales_R2, _lead(rows), _to_2(asked), rows.student_RL.shape[1],
             TARGET=asked.has_target, KIND=_KINDS[asked.kind], C=constants_RC.shape[1], PARTS=_PARTS,
-            **_shape(rows), **_OPTIONS,
+            **_shape(rows, 16 if len(rows.teachers) == 1 else 8), **_OPTIONS,
         )  # fmt: skip
 
     def scale(self, grad_TL: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -127,12 +127,14 @@ def _common(rows: LogitRows) -> tuple[object, ...]:
     return rows.student_RL, rows.student_RL.stride(0), tuple(rows.teachers), strides, index_R, rows.weights_RN
 
 
-def _shape(rows: LogitRows) -> dict[str, int]:
-    """The compile-time arguments that all kernels on rows have."""
+def _shape(rows: LogitRows, columns: int) -> dict[str, int]:
+    """The compile-time arguments that all kernels on rows have. `columns`: those of a tile that a lane has; fewer need
+    fewer registers, and more instructions a column."""
     size = max(x.element_size() for x in (rows.student_RL, *rows.teachers))
     return {
         "WIDTH": rows.width, "N": len(rows.teachers), "HAS_INDEX": rows.index_R is not None,
-        "SHIFTED": _begin_alike(rows) not in (None, (0, 0)), "LANES": _LANES, "VECTOR": 16 // size,
+        "SHIFTED": _begin_alike(rows) not in (None, (0, 0)),
+        "TILE": _LANES * columns, "LANES": _LANES, "VECTOR": 16 // size,
     }  # fmt: skip
 
 
@@ -150,7 +152,7 @@ def _begin_alike(rows: LogitRows) -> tuple[int, int] | None:
 
 def _to_2(asked: LossSpec) -> float:
     """The factor of differences of logits in powers of 2."""
-    return 1 / (math.log(2) * asked.temperature)
+    return 1 / (_LN_2 * asked.temperature)
 
 
 def _logits_among(asked: LossSpec) -> list[int]:
@@ -162,12 +164,15 @@ def _logits_among(asked: LossSpec) -> list[int]:
 def _constants(
     rows: LogitRows, asked: LossSpec, stats_RK: torch.Tensor, center_R: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A reference for log p - log q by row (float64), and what the kernels need of each row (float32)."""
+    """A reference for log p - log q by row (float64), and what the kernels need of each row (float32): the student's
+    maximum logit and 1 / sum; the target's; the reference of their difference, or with an average of probabilities of
+    log2 p - log2 of the student's exponential; the share of p in the mixture at the reference, and of q; then by
+    teacher of such an average its maximum logit and log2(weight / sum)."""
     tau = asked.temperature
     log_s_R = stats_RK[:, S_SUM].log()
     zero_R = torch.zeros_like(log_s_R)
     teachers: list[torch.Tensor] = []
-    t_max_R = over_t_R = zero_R
+    t_max_R, over_t_R = zero_R, torch.ones_like(zero_R)
     if asked.has_target:
         t_max_R, over_t_R = stats_RK[:, T_MAX], 1 / stats_RK[:, T_SUM]
         mean_R = t_max_R - stats_RK[:, S_MAX] - stats_RK[:, GAP_S] / stats_RK[:, S_SUM]  # of t - a under q
@@ -181,24 +186,17 @@ def _constants(
             apart_RN = gaps_RN + stats_RK[:, [at.sum for at in asked.teachers]].log()
             shares_RN = rows.weights_RN.double().log() - apart_RN
             reference_R = log_s_R + shares_RN.masked_fill(rows.weights_RN == 0, -math.inf).logsumexp(-1)
-        gap_R = (reference_R - log_s_R).float().double()
-        reference_R = gap_R + log_s_R
+        gap_R = ((reference_R - log_s_R) / _LN_2).float().double()
+        reference_R = gap_R * _LN_2 + log_s_R
         weights_RN = rows.weights_RN.double()
         for at, w_R in zip(asked.teachers, weights_RN.unbind(-1), strict=True):
             share_R = w_R.log2() - stats_RK[:, at.sum].log2()
             teachers += [(stats_RK[:, at.max] * tau).masked_fill(w_R == 0, 0.0), share_R.masked_fill(w_R == 0, -1e30)]
-    over_R = _over_at(reference_R, asked.beta)
-    far_R = -math.log(asked.beta) - over_R - reference_R if asked.kind == "jsd" else zero_R
-    fixed = [
-        stats_RK[:, S_MAX] * tau,
-        1 / stats_RK[:, S_SUM],
-        t_max_R * tau,
-        over_t_R,
-        gap_R,
-        reference_R.exp(),
-        over_R.exp(),
-        far_R,
-    ]
+    share_R = rest_R = zero_R
+    if asked.kind == "jsd":
+        odds_R = reference_R + math.log(asked.beta) - math.log1p(-asked.beta)
+        share_R, rest_R = odds_R.sigmoid().clamp_min(_TINY), (-odds_R).sigmoid().clamp_min(_TINY)
+    fixed = [stats_RK[:, S_MAX] * tau, 1 / stats_RK[:, S_SUM], t_max_R * tau, over_t_R, gap_R, share_R, rest_R]
     return reference_R, torch.stack([*fixed, *teachers], dim=-1).float().contiguous()
 
 

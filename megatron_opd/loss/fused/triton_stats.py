@@ -25,15 +25,14 @@ def stats_kernel(
     student, stride, teachers, strides, index, weights, out, lead, to_2, sampler_to_2,
     WIDTH: tl.constexpr, N: tl.constexpr, TARGET: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
     FIRST: tl.constexpr, SAMPLER: tl.constexpr, HAS_INDEX: tl.constexpr, SHIFTED: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS: of a teacher by itself, 0 without; FIRST: the first of them."""
     at = tiles.row_of(index, HAS_INDEX)
     lead = tiles.lead_of(at, stride, lead, SHIFTED)
     student = tiles.begin(student, at, stride, lead, SHIFTED)
     teachers = tiles.begins(teachers, at, strides, lead, N, SHIFTED)
-    weights = tiles.weights_of(weights, N)
-    TILE: tl.constexpr = LANES * tiles.COLUMNS_OF_LANE
+    weights = tiles.numbers_of(weights, N)
     FULL: tl.constexpr = WIDTH // TILE * TILE
     HEAD: tl.constexpr = 1 if SHIFTED and FULL > 0 else 0
     STOP: tl.constexpr = WIDTH + 7 if SHIFTED else WIDTH
@@ -42,14 +41,14 @@ def stats_kernel(
     for _ in tl.static_range(N if COLUMNS > 0 else 0):
         each = each + (zero + NOTHING, zero, zero)
     for start in range(HEAD * TILE, FULL, TILE):
-        columns = tiles.columns_of(start, LANES, VECTOR)
+        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
         own, target, each = _step(
             own, target, each, student, teachers, weights, columns, True, to_2, sampler_to_2,
             N, TARGET, COLUMNS, SAMPLER, False,
         )  # fmt: skip
     for i in range(-HEAD, (STOP - FULL + TILE - 1) // TILE):
         start = FULL + i * TILE if HEAD == 0 else tl.where(i < 0, 0, FULL + i * TILE)
-        columns = tiles.columns_of(start, LANES, VECTOR)
+        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
         real = (columns >= lead) & (columns < WIDTH + lead)
         own, target, each = _step(
             own, target, each, student, teachers, weights, columns, real, to_2, sampler_to_2,

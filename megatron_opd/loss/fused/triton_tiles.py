@@ -1,7 +1,7 @@
 """Tiles of rows for the Triton kernels: which columns each lane has, how they are loaded, what lanes add up.
 
-A tile is [parts, LANES, VECTOR]: a lane, which is a thread, has VECTOR neighbouring columns of each part, 16 bytes, and
-16 columns altogether. Maxima and sums of a lane's columns need no other thread; lanes are put together once a row. All
+A tile is [parts, LANES, VECTOR]: a lane, which is a thread, has VECTOR neighbouring columns of each part, which are 16
+bytes. Maxima and sums of a lane's columns need no other thread; lanes are put together once a row. All
 tiles of a row but the last are full and need no mask, whatever the row's width is: a mask in the middle of 16 bytes
 would split their load into 2-byte ones.
 
@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-COLUMNS_OF_LANE = tl.constexpr(16)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -75,18 +74,18 @@ def begins(matrices, at, strides, lead, N: tl.constexpr, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def weights_of(weights, N: tl.constexpr):
-    """The weights of the program's row."""
+def numbers_of(table, COUNT: tl.constexpr):
+    """The COUNT numbers that the program's row has in a table."""
     found = ()
-    for n in tl.static_range(N):
-        found = found + (tl.load(weights + tl.program_id(0).to(tl.int64) * N + n),)
+    for n in tl.static_range(COUNT):
+        found = found + (tl.load(table + tl.program_id(0).to(tl.int64) * COUNT + n),)
     return found
 
 
 @triton.jit
-def columns_of(start, LANES: tl.constexpr, VECTOR: tl.constexpr):
+def columns_of(start, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """A tile's columns."""
-    part = tl.arange(0, COLUMNS_OF_LANE // VECTOR)[:, None, None]
+    part = tl.arange(0, TILE // (LANES * VECTOR))[:, None, None]
     lane = tl.arange(0, LANES)[None, :, None]
     return start + (part * LANES + lane) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
 
@@ -115,7 +114,7 @@ def add_weighted(total, weight, z, FIRST: tl.constexpr, N: tl.constexpr):
         return z
     if FIRST:
         return weight * z
-    return tl.fma(tl.zeros(z.shape, tl.float32) + weight, z, total)
+    return tl.fma(z, weight, total)
 
 
 @triton.jit
