@@ -66,7 +66,10 @@ def _figures(asked: list[Any], arch: int) -> Iterator[dict[str, Any]]:
     for launch in launches.compiled(asked, arch):
         code = machine_code.read(launch.code, launches.DTYPES[launch.case.dtype].itemsize)
         floor = asdict(floors.of(launch, code)) | {"time_s": floors.of(launch, code).time_s} if code.has_loop else None
-        yield {"kernel": launch.kernel, "case": asdict(launch.case), "code": asdict(code), "floor": floor}
+        yield {
+            "kernel": launch.kernel, "case": asdict(launch.case), "code": asdict(code), "floor": floor,
+            "contracts": launch.code.metadata.enable_fp_fusion,
+        }  # fmt: skip
 
 
 def _print_table(found: list[dict[str, Any]], names: dict[str, dict[str, Any]]) -> None:
