@@ -28,6 +28,9 @@ _BLOCK = 4096
 """Values that one program scales."""
 _TINY = 1e-37
 """The smallest share of a mixture, so that its logarithm is finite."""
+_FARTHEST = 40.0
+"""References of log p - log q in a mixture lie within this, so that float32 holds the shares. Beyond, the mixture is one
+of the two."""
 _OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
 """Of the compiler, which contracts no products into sums: what two kernels compute alike must be rounded alike."""
 
@@ -176,8 +179,11 @@ def _constants(
     if asked.has_target:
         t_max_R, over_t_R = stats_RK[:, T_MAX], 1 / stats_RK[:, T_SUM]
         mean_R = t_max_R - stats_RK[:, S_MAX] - stats_RK[:, GAP_S] / stats_RK[:, S_SUM]  # of t - a under q
+        base_R = stats_RK[:, S_MAX] + log_s_R - t_max_R - stats_RK[:, T_SUM].log()
+        if asked.kind == "jsd":
+            mean_R = (mean_R + base_R).clamp(-_FARTHEST, _FARTHEST) - base_R
         gap_R = (mean_R * tau).float().double()
-        reference_R = gap_R / tau - t_max_R - stats_RK[:, T_SUM].log() + stats_RK[:, S_MAX] + log_s_R
+        reference_R = gap_R / tau + base_R
     else:
         # The mean of log p - log q under q, where it is known; with JSD nearly that.
         reference_R = zero_R if center_R is None or asked.kind != "reverse" else -center_R
@@ -186,6 +192,7 @@ def _constants(
             apart_RN = gaps_RN + stats_RK[:, [at.sum for at in asked.teachers]].log()
             shares_RN = rows.weights_RN.double().log() - apart_RN
             reference_R = log_s_R + shares_RN.masked_fill(rows.weights_RN == 0, -math.inf).logsumexp(-1)
+            reference_R = reference_R.clamp(-_FARTHEST, _FARTHEST)
         gap_R = ((reference_R - log_s_R) / _LN_2).float().double()
         reference_R = gap_R * _LN_2 + log_s_R
         weights_RN = rows.weights_RN.double()
