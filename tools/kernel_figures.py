@@ -63,7 +63,8 @@ def _figures(asked: list[Any], arch: int) -> Iterator[dict[str, Any]]:
     """A kernel's case, name, code and floors; the scaling of gradients has no main loop, hence no floors."""
     from kernel_code import floors, launches, machine_code
 
-    for launch in launches.compiled(asked, arch):
+    for count, launch in enumerate(launches.compiled(asked, arch), 1):
+        print(f"{count:4} {launch.kernel}", end="\r", file=sys.stderr, flush=True)
         code = machine_code.read(launch.code, launches.DTYPES[launch.case.dtype].itemsize)
         floor = asdict(floors.of(launch, code)) | {"time_s": floors.of(launch, code).time_s} if code.has_loop else None
         yield {

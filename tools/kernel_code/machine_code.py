@@ -1,7 +1,7 @@
 """What compiled code says of itself: registers, spills, and the instructions of its main loop.
 
-The disassembly is read with the programs that Triton brings. The main loop is the shortest one that loads with the widest
-loads: loops over tiles with masks do the same work for the ends of rows.
+The programs that Triton brings disassemble it. The main loop is the shortest one that has the widest loads: loops over
+tiles with masks do the same work for the ends of rows.
 """
 
 from __future__ import annotations

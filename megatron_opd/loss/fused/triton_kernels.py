@@ -1,9 +1,9 @@
 """The Triton kernels behind the statistics: sums, gradient, and a gradient times a factor.
 
-Arithmetic is in float32. Exponentials are relative to their row's maximum and not yet divided by their sum, which is one
-factor a row. Differences log2 p - log2 q are rounded as in `triton_stats.py`, and taken relative to a reference, their
-mean under q, so that the gradient of a nearly certain student is not lost in rounding. `constants` of a row are those of
-`triton_rows.py`. The width is a compile-time constant: a model has one.
+Arithmetic is in float32. Exponentials are relative to their row's maximum and not yet divided by their sum, which is
+one factor a row. Differences log2 p - log2 q are rounded as in `triton_stats.py`, and taken relative to a reference,
+their mean under q, so that the gradient of a nearly certain student is not lost in rounding. `constants` of a row are
+those of `triton_rows.py`. The width is a compile-time constant: a model has one.
 
 Comparisons that mask a tile are made on tiles, also where a scalar would do: Triton's interpreter needs that.
 Shapes: N teachers, C constants of a row.
@@ -29,7 +29,7 @@ def _log_average(teachers, constants, columns, real, to_2, N: tl.constexpr, MASK
     for n in tl.static_range(N):
         peak, share = constants[FIXED + 2 * n], constants[FIXED + 2 * n + 1]
         z = tiles.load_asked(teachers[n], tl.where(share > -1e29, 1.0, 0.0), columns, real, N, MASKED)
-        found = found + (tl.fma(z - peak, to_2, share),)
+        found += (tl.fma(z - peak, to_2, share),)
         most = tl.maximum(most, found[n])
     total = tl.zeros(columns.shape, tl.float32)
     for n in tl.static_range(N):
@@ -60,8 +60,9 @@ def _compare(
 
 @triton.jit
 def _over_mixture(gap, c, rest):
-    """log2 q - log2 m, relative to its value at the reference: -log2(1 + c (2^gap - 1)), where c is p's share of m at the
-    reference, and `rest` q's. Series where 2^gap or the logarithm's argument is nearly 1, of which few bits are left."""
+    """log2 q - log2 m, relative to its value at the reference: -log2(1 + c (2^gap - 1)), where c is p's share of m at
+    the reference, and `rest` q's. Where 2^gap or the logarithm's argument is nearly 1, its distance to 1 has
+    few bits, and a series takes its place."""
     power = tiles.exp2(tl.minimum(gap, FARTHEST))
     series = tl.fma(gap, tl.fma(gap, tl.fma(gap, 1.3333558e-3, 9.6181291e-3), 5.5504109e-2), 2.4022651e-1)  # ln(2)^k/k!
     y = c * tl.where(tl.abs(gap) < 0.25, gap * tl.fma(gap, series, 6.9314718e-1), power - 1)
@@ -70,7 +71,7 @@ def _over_mixture(gap, c, rest):
     return tl.where(tl.abs(y) < 0.0625, small, -tiles.log2(tl.fma(power, c, rest)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lead"])
 def sums_kernel(
     student, stride, teachers, strides, index, weights, constants, out, lead, to_2,
     WIDTH: tl.constexpr, N: tl.constexpr, TARGET: tl.constexpr, KIND: tl.constexpr, C: tl.constexpr,
@@ -124,7 +125,7 @@ def _add_up(sums, q, p, gap, constants, TARGET: tl.constexpr, KIND: tl.constexpr
     return first, second, reverse, mass_q + tiles.lane_sum(q), mass_p + tiles.lane_sum(p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lead"])
 def gradient_kernel(
     student, stride, teachers, strides, index, weights, constants, centers_scales, lead, to_2, columns_of_student,
     WIDTH: tl.constexpr, N: tl.constexpr, TARGET: tl.constexpr, KIND: tl.constexpr, C: tl.constexpr,

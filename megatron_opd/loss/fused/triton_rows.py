@@ -29,8 +29,8 @@ _BLOCK = 4096
 _TINY = 1e-37
 """The smallest share of a mixture, so that its logarithm is finite."""
 _FARTHEST = 40.0
-"""References of log p - log q in a mixture lie within this, so that float32 holds the shares. Beyond, the mixture is one
-of the two."""
+"""References of log p - log q in a mixture lie within this, so that float32 holds the shares. Beyond, the mixture is
+one of the two."""
 _OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
 """Of the compiler, which contracts no products into sums: what two kernels compute alike must be rounded alike."""
 

@@ -20,7 +20,7 @@ from megatron_opd.loss.fused import triton_tiles as tiles
 NOTHING = tl.constexpr(-1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lead"])
 def stats_kernel(
     student, stride, teachers, strides, index, weights, out, lead, to_2, sampler_to_2,
     WIDTH: tl.constexpr, N: tl.constexpr, TARGET: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
@@ -39,7 +39,7 @@ def stats_kernel(
     zero = tl.zeros([1, LANES, 1], tl.float32)
     own, target, each = (zero + NOTHING, zero, zero), (zero + NOTHING, zero, zero, zero, zero), ()
     for _ in tl.static_range(N if COLUMNS > 0 else 0):
-        each = each + (zero + NOTHING, zero, zero)
+        each += (zero + NOTHING, zero, zero)
     for start in range(HEAD * TILE, FULL, TILE):
         columns = tiles.columns_of(start, TILE, LANES, VECTOR)
         own, target, each = _step(
@@ -85,7 +85,7 @@ def _step(
             mean = tiles.add_weighted(mean, weights[n], z, n == 0, N)
         if COLUMNS > 0:
             its = each[3 * n], each[3 * n + 1], each[3 * n + 2]
-            found = found + _with_teacher(its, a, e, factor, _or_nothing(z, real, MASKED), real, to_2, COLUMNS, MASKED)
+            found += _with_teacher(its, a, e, factor, _or_nothing(z, real, MASKED), real, to_2, COLUMNS, MASKED)
     if TARGET:
         t = _or_nothing(mean, real, MASKED)
         target = _with_target(target, a, e, factor, t, real, s_max, s_sum, peak, to_2, MASKED)

@@ -69,7 +69,7 @@ def begins(matrices, at, strides, lead, N: tl.constexpr, SHIFTED: tl.constexpr):
     """The same of N matrices."""
     found = ()
     for n in tl.static_range(N):
-        found = found + (begin(matrices[n], at, strides[n], lead, SHIFTED),)
+        found += (begin(matrices[n], at, strides[n], lead, SHIFTED),)
     return found
 
 
@@ -78,7 +78,7 @@ def numbers_of(table, COUNT: tl.constexpr):
     """The COUNT numbers that the program's row has in a table."""
     found = ()
     for n in tl.static_range(COUNT):
-        found = found + (tl.load(table + tl.program_id(0).to(tl.int64) * COUNT + n),)
+        found += (tl.load(table + tl.program_id(0).to(tl.int64) * COUNT + n),)
     return found
 
 

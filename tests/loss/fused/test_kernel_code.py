@@ -52,7 +52,8 @@ def test_all_are_compiled(on_sm_90):
 
 
 def test_registers_and_spills(kernels):
-    assert not [x for x in kernels if x["code"]["registers"] > MOST_REGISTERS[x["kernel"]] or x["code"]["spilled_bytes"]]
+    assert not [x for x in kernels if x["code"]["registers"] > MOST_REGISTERS[x["kernel"]]]
+    assert not [x for x in kernels if x["code"]["spilled_bytes"]]
 
 
 def test_no_thread_waits_for_another_before_the_end_of_a_row(kernels):

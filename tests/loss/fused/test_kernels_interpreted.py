@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter against the dense float64 formula: all losses, and rows of all alignments."""
+"""The Triton kernels in the interpreter against the dense float64 formula: all losses, and rows of all alignments."""
 
 from dataclasses import replace
 from itertools import product
