@@ -65,7 +65,8 @@ class TritonRows(Reference):
         stats_kernel[(rows.num_rows,)](
             *_common(rows), out_RK, _lead(rows), to_2, to_2 * asked.sampler_ratio,
             TARGET=asked.has_target, COLUMNS=asked.teacher_columns if asked.has_teachers else 0, K=asked.num_stats,
-            FIRST=asked.first_teacher, SAMPLER=asked.sampler_ratio > 0, **_shape(rows, 16), **_OPTIONS,
+            FIRST=asked.first_teacher, SAMPLER=asked.sampler_ratio > 0,
+            **_shape(rows, 16 if len(rows.teachers) <= 2 else 8), **_OPTIONS,
         )  # fmt: skip
         if asked.temperature != 1:
             out_RK[:, _logits_among(asked)] /= asked.temperature
