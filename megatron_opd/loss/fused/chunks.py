@@ -241,9 +241,9 @@ class _Chunks:
 
 
 def room_of_row(columns: int, device: str) -> int:
-    """Values from one row of logits to the next. On a GPU rows begin at 16 bytes, whatever the vocabulary's size, or
-    their values would be loaded one by one."""
-    return -(-columns // 8) * 8 if device == "cuda" else columns
+    """Values from one row of logits to the next. On a GPU a multiple of 16, whatever the vocabulary's size, or values
+    would be loaded one by one."""
+    return -(-columns // 16) * 16 if device == "cuda" else columns
 
 
 def logits(hidden_CD: torch.Tensor, head_LD: Head, out_CL: torch.Tensor) -> torch.Tensor:

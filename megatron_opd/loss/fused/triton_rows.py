@@ -137,9 +137,16 @@ def _shape(rows: LogitRows, columns: int) -> dict[str, int]:
     size = max(x.element_size() for x in (rows.student_RL, *rows.teachers))
     return {
         "WIDTH": rows.width, "N": len(rows.teachers), "HAS_INDEX": rows.index_R is not None,
-        "SHIFTED": _begin_alike(rows) not in (None, (0, 0)),
+        "SHIFTED": _is_shifted(rows),
         "TILE": _LANES * columns, "LANES": _LANES, "VECTOR": 16 // size,
     }  # fmt: skip
+
+
+def _is_shifted(rows: LogitRows) -> bool:
+    """Whether the kernels must find out where rows begin, to load 16 bytes at a time. Triton knows where they do if
+    strides are multiples of 16."""
+    its = _begin_alike(rows)
+    return its is not None and (its != (0, 0) or any(x.stride(0) % 16 for x in (rows.student_RL, *rows.teachers)))
 
 
 def _lead(rows: LogitRows) -> int:

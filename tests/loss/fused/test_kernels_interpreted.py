@@ -9,10 +9,10 @@ import torch
 from cases import LOSS_ERROR, Case
 
 from megatron_opd.core.vocab import VocabShard
-from megatron_opd.loss.fused import api, backends
+from megatron_opd.loss.fused import api, backends, exchange
 from megatron_opd.loss.fused.chunks import Problem, room_of_row, run
 from megatron_opd.loss.fused.reference import Reference
-from megatron_opd.loss.fused.statistics import NOTHING, LogitRows, LossSpec
+from megatron_opd.loss.fused.statistics import NOTHING, LogitRows, LossSpec, centers
 
 pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 LANES = 4
@@ -105,8 +105,34 @@ def test_statistics(ensemble, teachers, beta):
             torch.testing.assert_close(found[~is_nothing], expected[~is_nothing], rtol=2e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize(("beta", "ensemble", "teachers"), LOSSES[1::2])
+def test_shards(beta, ensemble, teachers):
+    """Two shards' statistics and sums, put together as ranks do, and their gradients."""
+    student, models, weights, _ = cases.logits(Case(beta, ensemble, teachers, 0.8), columns=131, size=131)
+    models = [m.nan_to_num(0.0) for m in models]
+    spec, scale = LossSpec(beta, 0.8, ensemble, teachers, by_teacher=True), torch.ones(len(student)).double()
+    whole, parts = rows_of(student, models, weights, 0, 131), [(0, 75), (75, 131)]
+    expected, sums = Reference().whole(whole, spec, scale)
+    shards = [rows_of(student, models, weights, *part) for part in parts]
+    backend = backends._triton()
+    merged = exchange.merged(torch.stack([backend.stats(shard, spec) for shard in shards]), spec)
+    torch.testing.assert_close(merged[weights.all(-1)], expected[weights.all(-1)], rtol=2e-6, atol=1e-5)
+    found = sum(backend.sums(shard, spec, merged) for shard in shards) if spec.has_sums else None
+    if found is not None:
+        torch.testing.assert_close(found[:, :2], sums[:, :2], rtol=1e-5, atol=1e-6)
+    for shard in shards:
+        backend.gradient(shard, spec, merged, (centers(merged, found), scale))
+    assert cases.relative(torch.cat([shard.student_RL for shard in shards], dim=1), whole.student_RL) <= 2e-6
+
+
+def rows_of(student, models, weights, start, stop):
+    columns = slice(start, stop)
+    teachers = tuple(m[:, columns].clone() for m in models)
+    return LogitRows(student[:, columns].clone(), teachers, weights.float().contiguous(), stop - start)
+
+
 def test_rows_of_chunks_begin_at_16_bytes_on_a_gpu():
-    assert [room_of_row(columns, "cuda") for columns in (50_257, 151_936)] == [50_264, 151_936]
+    assert [room_of_row(columns, "cuda") for columns in (50_257, 151_936)] == [50_272, 151_936]
     assert room_of_row(50_257, "cpu") == 50_257
 
 
