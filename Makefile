@@ -25,7 +25,7 @@ ELSEWHERE    := not gpu and not sglang and not slurm and not stacks
 ON_NEWEST    := $(addprefix tests/,core loss models precision student teachers rollout trainer e2e stacks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-kernels test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -95,6 +95,10 @@ test-newest: install $(NEWEST)/.installed ## the quickstart, models, steps and c
 	"$(NEWEST)/bin/megatron-opd" train examples/quickstart.yaml run.dir=runs/quickstart_newest
 	OMP_NUM_THREADS=1 "$(NEWEST)/bin/python" -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang and not slurm" \
 	  $(ON_NEWEST) $(ARGS)
+
+test-kernels: install ## the Triton kernels, compiled for GPUs that are not here and interpreted (installs Triton: 1 GB)
+	$(PIP) -c constraints.txt -e '.[triton]'
+	$(TEST) $(SIDE_BY_SIDE) -m kernels $(ARGS)
 
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu
