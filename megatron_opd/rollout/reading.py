@@ -24,7 +24,7 @@ Given = tuple[tuple[int, ...], Sequence[int]]
 """The ids of a prompt, and the rows that it is for."""
 
 
-class Reader(Protocol):
+class RowReader(Protocol):
     """Says what follows each of its sequences. Rows 0 to B-1 are in use; all methods run without gradients."""
 
     @property
@@ -48,7 +48,7 @@ class Reader(Protocol):
 
 
 class ModelReader:
-    """A Reader over a causal language model of transformers, run by its own forward pass."""
+    """A RowReader over a causal language model of transformers, run by its own forward pass."""
 
     def __init__(self, model: Any, *, vocab_size: int) -> None:
         """Raises ValueError for a model that keeps something else than the keys and values of all positions."""
@@ -117,9 +117,9 @@ class ModelReader:
 
 
 class MixtureReader:
-    """A Reader of the mixture (1 - alpha) q + alpha p of two others' tempered distributions."""
+    """A RowReader of the mixture (1 - alpha) q + alpha p of two others' tempered distributions."""
 
-    def __init__(self, student: Reader, teacher: Reader, *, alpha: float, temperature: float) -> None:
+    def __init__(self, student: RowReader, teacher: RowReader, *, alpha: float, temperature: float) -> None:
         self._both = (student, teacher)
         self._log_weights = math.log1p(-alpha), math.log(alpha)
         self._temperature = temperature or 1.0
