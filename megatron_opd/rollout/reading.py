@@ -19,6 +19,8 @@ import torch
 
 BEGIN_TOKENS = 4096
 """Tokens of prompts, padding included, that one forward pass takes: a bound for the memory of its activations."""
+_ENOUGH_TOKENS, _ALIKE = 512, 0.9
+"""A forward pass of so many tokens keeps a processor busy: it takes no prompt that is shorter than this share of it."""
 
 Given = tuple[tuple[int, ...], Sequence[int]]
 """The ids of a prompt, and the rows that it is for."""
@@ -216,13 +218,18 @@ def _shape(config: Any) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, size
 
 
-def _parts(
-    prompts: list[Given],
-) -> list[list[Given]]:
-    """Prompts, the longest first, in lists of at most BEGIN_TOKENS tokens, or of one prompt."""
+def _parts(prompts: list[Given]) -> list[list[Given]]:
+    """Prompts, the longest first, in lists for one forward pass each."""
     parts: list[list[Given]] = []
     for prompt in prompts:
-        if not parts or (len(parts[-1]) + 1) * len(parts[-1][0][0]) > BEGIN_TOKENS:
+        if not parts or _is_full(parts[-1], len(prompt[0])):
             parts.append([])
         parts[-1].append(prompt)
     return parts
+
+
+def _is_full(part: list[Given], length: int) -> bool:
+    """Whether a prompt of so many tokens is better read in a forward pass of its own."""
+    longest = len(part[0][0])
+    has_enough = len(part) * longest >= _ENOUGH_TOKENS
+    return (len(part) + 1) * longest > BEGIN_TOKENS or (has_enough and length < _ALIKE * longest)
