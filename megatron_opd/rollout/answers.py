@@ -9,11 +9,15 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from megatron_opd.config import AnswersConfig, TeacherConfig
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import OnFinished, RolloutEngine
 from megatron_opd.core.types import Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from megatron_opd.rollout.mixed import MixedEngine
 
 _Ask = Callable[[list[Prompt], Sampling, OnFinished], list[Rollout]]
 
@@ -51,7 +55,7 @@ class Answers:
         choice: Choice,
         engine: RolloutEngine,
         teachers: Mapping[str, RolloutEngine],
-        mixed: Mapping[str, RolloutEngine],
+        mixed: Mapping[str, MixedEngine],
         *,
         eos_ids: tuple[int, ...],
     ) -> None:

@@ -19,6 +19,7 @@ from megatron_opd.core.protocols import RolloutEngine
 from megatron_opd.rollout.answers import Answers, Choice
 
 if TYPE_CHECKING:
+    from megatron_opd.rollout.mixed import MixedEngine
     from megatron_opd.rollout.served_engine import WeightSync
     from megatron_opd.sglang.event_loop import Loop
     from megatron_opd.sglang.wire import ServerLimits
@@ -118,14 +119,14 @@ def build_answers(config: Config, engine: RolloutEngine, *, eos_ids: tuple[int, 
 
 def mixed_engines(
     engine: RolloutEngine, teachers: Mapping[str, RolloutEngine], *, alpha: float
-) -> dict[str, RolloutEngine]:
+) -> dict[str, MixedEngine]:
     """By name of the teacher, engines of the student mixed with it; none where nothing is mixed (`alpha` 0)."""
     if not alpha:
         return {}
     from megatron_opd.rollout.embedded_engine import LocalEngine
     from megatron_opd.rollout.mixed import MixedEngine
 
-    made: dict[str, RolloutEngine] = {}
+    made: dict[str, MixedEngine] = {}
     for name, teacher in teachers.items():
         assert isinstance(engine, LocalEngine)
         assert isinstance(teacher, LocalEngine)

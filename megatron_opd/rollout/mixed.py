@@ -8,35 +8,24 @@ rollout are those of p~, so that importance weights q/p~ of them are right.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable
 
-import torch
+from megatron_opd.core.types import Prompt, Rollout, Sampling
+from megatron_opd.rollout.embedded_engine import LocalEngine, rollouts
+from megatron_opd.rollout.reading import MixtureReader
 
-from megatron_opd.rollout.embedded_engine import LocalEngine
 
-
-class MixedEngine(LocalEngine):
+class MixedEngine:
     """Samples from the mixture of two embedded engines, whose models and weights stay theirs."""
 
     def __init__(self, student: LocalEngine, teacher: LocalEngine, *, alpha: float) -> None:
-        self.student, self.teacher = student, teacher
-        self.log_weights = math.log1p(-alpha), math.log(alpha)
-        self.model, self.eos_ids, self.vocab_size = student.model, student.eos_ids, student.vocab_size
-        self.has_weights = True
+        self.student, self.teacher, self.alpha = student, teacher, alpha
 
-    @property
-    def version(self) -> int:  # type: ignore[override]
-        """The student's."""
-        return self.student.version
-
-    def _logits(self, ids_BS: torch.Tensor, cache: Any, temperature: float) -> tuple[torch.Tensor, Any]:
-        """Such that the softmax of logits / temperature is the mixture; the caches are a pair."""
-        pair = []
-        for engine, own in zip((self.student, self.teacher), cache or (None, None), strict=True):
-            logits_BV, own = engine._logits(ids_BS, own, temperature)
-            pair.append((torch.log_softmax(logits_BV / (temperature or 1.0), dim=-1), own))
-        (student_BV, students), (teacher_BV, teachers) = pair
-        of_student, of_teacher = self.log_weights
-        mixed_BV = torch.logaddexp(student_BV + of_student, teacher_BV + of_teacher)
-        return mixed_BV * (temperature or 1.0), (students, teachers)
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, on_finished: Callable[[Rollout], None] | None = None
+    ) -> list[Rollout]:
+        """All samples of all prompts, prompt-major, as the student's engine has them; versions are the student's."""
+        readers = self.student.reader(), self.teacher.reader()
+        mixture = MixtureReader(*readers, alpha=self.alpha, temperature=sampling.temperature)
+        own = {"eos_ids": self.student.eos_ids, "version": self.student.version}
+        return rollouts(mixture, prompts, sampling, **own, told=on_finished)
