@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 
 from megatron_opd.rollout.drawing import draw
-from megatron_opd.rollout.reading import RowReader
+from megatron_opd.rollout.reading import BatchReader
 
 MAX_ROWS = 256
 """Answers that are decoded together."""
@@ -78,7 +78,7 @@ class _Row:
 
 @torch.no_grad()
 def decode(
-    reader: RowReader,
+    reader: BatchReader,
     answers: Sequence[Begun],
     *,
     temperature: float,
@@ -104,7 +104,7 @@ def decode(
         reader.close()
 
 
-def _fill(reader: RowReader, rows: list[_Row], waiting: deque[_Row], places: int) -> None:
+def _fill(reader: BatchReader, rows: list[_Row], waiting: deque[_Row], places: int) -> None:
     """Give free places to those that wait; answers to the same ids have these read once."""
     first = len(rows)
     rows += [waiting.popleft() for _ in range(min(places - first, len(waiting)))]
@@ -112,7 +112,7 @@ def _fill(reader: RowReader, rows: list[_Row], waiting: deque[_Row], places: int
     reader.begin([(ids, tuple(same)) for ids, same in new])
 
 
-def _step(reader: RowReader, rows: list[_Row], temperature: float, eos_ids: tuple[int, ...]) -> list[_Row]:
+def _step(reader: BatchReader, rows: list[_Row], temperature: float, eos_ids: tuple[int, ...]) -> list[_Row]:
     """One token more for each; returns those that have ended, whose places are free again."""
     logits_BV = reader.next([row.last for row in rows], [row.at for row in rows])
     uniform_B = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits_BV.device)

@@ -15,7 +15,7 @@ import torch
 from megatron_opd.core.types import Prompt, Rollout, Sampling
 from megatron_opd.rollout.decoding import Begun, Ended, decode
 from megatron_opd.rollout.drawing import uniforms
-from megatron_opd.rollout.reading import ModelReader, RowReader
+from megatron_opd.rollout.reading import ModelReader, BatchReader
 
 
 class LocalEngine:
@@ -86,7 +86,7 @@ class LocalEngine:
 
 
 def rollouts(
-    reader: RowReader,
+    reader: BatchReader,
     prompts: list[Prompt],
     sampling: Sampling,
     *,

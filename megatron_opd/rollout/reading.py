@@ -26,7 +26,7 @@ Given = tuple[tuple[int, ...], Sequence[int]]
 """The ids of a prompt, and the rows that it is for."""
 
 
-class RowReader(Protocol):
+class BatchReader(Protocol):
     """Says what follows each of its sequences. Rows 0 to B-1 are in use; all methods run without gradients."""
 
     @property
@@ -50,7 +50,7 @@ class RowReader(Protocol):
 
 
 class ModelReader:
-    """A RowReader over a causal language model of transformers, run by its own forward pass."""
+    """A BatchReader over a causal language model of transformers, run by its own forward pass."""
 
     def __init__(self, model: Any, *, vocab_size: int) -> None:
         """Raises ValueError for a model that keeps something else than the keys and values of all positions."""
@@ -119,9 +119,9 @@ class ModelReader:
 
 
 class MixtureReader:
-    """A RowReader of the mixture (1 - alpha) q + alpha p of two others' tempered distributions."""
+    """A BatchReader of the mixture (1 - alpha) q + alpha p of two others' tempered distributions."""
 
-    def __init__(self, student: RowReader, teacher: RowReader, *, alpha: float, temperature: float) -> None:
+    def __init__(self, student: BatchReader, teacher: BatchReader, *, alpha: float, temperature: float) -> None:
         self._both = (student, teacher)
         self._log_weights = math.log1p(-alpha), math.log(alpha)
         self._temperature = temperature or 1.0
