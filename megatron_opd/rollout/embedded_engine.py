@@ -15,7 +15,7 @@ import torch
 from megatron_opd.core.types import Prompt, Rollout, Sampling
 from megatron_opd.rollout.decoding import Begun, Ended, decode
 from megatron_opd.rollout.drawing import uniforms
-from megatron_opd.rollout.reading import ModelReader, BatchReader
+from megatron_opd.rollout.reading import BatchReader, ModelReader
 
 
 class LocalEngine:
