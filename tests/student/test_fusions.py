@@ -74,6 +74,8 @@ def test_trained_modules_of_the_engine_add_to_the_buffer_themselves():
 
 def trained(parallel, config, rollouts, overlaps):
     """Metrics, exported weights, and how many reductions of the last step had begun before the end of its backward."""
+    from megatron.core.distributed import finalize_model_grads
+
     from megatron_opd.student import fusions, optim
 
     small = functools.partial(optim.DistributedDataParallelConfig, bucket_size=3000 if overlaps else None)
@@ -81,7 +83,7 @@ def trained(parallel, config, rollouts, overlaps):
 
     def finalize(models, *arguments, **settings):
         began.append(sum(group.grad_reduce_handle is not None for model in models for group in model.bucket_groups))
-        fusions.finalize(models, *arguments, **settings)
+        finalize_model_grads(models, *arguments, **settings)
 
     chosen = fusions.Fusions(reduction=overlaps)
     with (
@@ -100,7 +102,12 @@ def trained(parallel, config, rollouts, overlaps):
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("qwen3", {"data": 2}), ("qwen3_tied", {"data": 2}), ("qwen3_tied", {"data": 2, "pipeline": 2})],
+    [
+        ("qwen3", {"data": 2}),
+        ("qwen3_tied", {"data": 2}),
+        ("qwen3_tied", {"data": 2, "pipeline": 2}),
+        ("qwen3_moe", {"data": 2}),  # experts without a token among them
+    ],
     ids=str,
 )
 def test_reductions_on_their_way_change_no_bit(ranks, tmp_path, family, layout):
