@@ -141,13 +141,10 @@ def load_state(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
 
     Megatron keeps rates, betas and epsilon in the checkpoint too, and would go on with those.
     """
-    settings = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
     _complete_loaded(optimizer, state["optimizer"])
-    for own in settings[:1]:  # all groups have the same; there is none on a rank without weights
-        _set_loaded(state["optimizer"], own)
+    for group in optimizer.param_groups[:1]:  # all have the same settings; there is none on a rank without weights
+        _set_loaded(state["optimizer"], {name: group[name] for name in _SETTINGS if name in group})
     optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
     scheduler.load_state_dict(state["scheduler"])  # which makes the learning rate of the next step
 
 
