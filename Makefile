@@ -88,7 +88,7 @@ test-mutants: install ## put known faults into the code one by one: a test must 
 test-newest: install $(NEWEST)/.installed ## the quickstart, models, steps and checkpoints on the newest stack (NEWEST_PYTHON)
 	rm -rf runs/quickstart_newest
 	"$(NEWEST)/bin/megatron-opd" train examples/quickstart.yaml run.dir=runs/quickstart_newest
-	OMP_NUM_THREADS=1 "$(NEWEST)/bin/python" -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang and not slurm" \
+	OMP_NUM_THREADS=1 "$(NEWEST)/bin/python" -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang and not slurm and not kernels" \
 	  $(ON_NEWEST) $(ARGS)
 
 test-gpu: install ## tests that need a GPU
