@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,11 @@ def fuse_weight_gradients(model: torch.nn.Module) -> int:
 
 
 def overlap(model: DistributedDataParallel, config: Any) -> None:
-    """Let a model that was wrapped for it reduce gradients while the last backward pass goes on."""
+    """Let a model that was wrapped for it reduce gradients while the last backward pass goes on.
+
+    The ranks reduce buckets in the order in which these are complete, so every backward pass must come to every weight.
+    Ours do: experts without tokens and micro-batches without learnt ones multiply matrices without rows.
+    """
     config.no_sync_func = model.no_sync
     for node in model.grad_accs:
         node.register_prehook(_StandIn(node.variable))
@@ -76,20 +80,6 @@ class _StandIn:
             self.parameter.grad = nothing.expand_as(self.parameter)
         if self.is_on or was_on:  # otherwise the mark is of whoever made the gradient
             self.parameter.grad_added_to_main_grad = self.is_on
-
-
-def finalize(models: list[DistributedDataParallel], *arguments: Any, **settings: Any) -> None:
-    """Megatron's `finalize_model_grads`, where reductions may be on their way already.
-
-    Those wait for every weight of their bucket, also for one that autograd never came to: an expert without a token.
-    Such weights have all they get now.
-    """
-    for model in models:
-        for bucket in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
-            if bucket.ddp_config.overlap_grad_reduce:
-                for parameter in [p for p in bucket.params if p not in bucket.per_param_grad_ready_counts]:
-                    bucket.register_grad_ready(parameter)
-    finalize_model_grads(models, *arguments, **settings)
 
 
 @contextmanager
