@@ -93,7 +93,7 @@ test-images: install ## lint the Dockerfiles, and run what the user of Dockerfil
 test-newest: install $(NEWEST)/.installed ## the quickstart, models, steps and checkpoints on the newest stack (NEWEST_PYTHON)
 	rm -rf runs/quickstart_newest
 	"$(NEWEST)/bin/megatron-opd" train examples/quickstart.yaml run.dir=runs/quickstart_newest
-	OMP_NUM_THREADS=1 "$(NEWEST)/bin/python" -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang and not slurm" \
+	OMP_NUM_THREADS=1 "$(NEWEST)/bin/python" -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu and not sglang and not slurm and not kernels" \
 	  $(ON_NEWEST) $(ARGS)
 
 test-kernels: install ## the Triton kernels, compiled for GPUs that are not here and interpreted (installs Triton: 1 GB)

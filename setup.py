@@ -17,7 +17,7 @@ WANDB = ["wandb>=0.17"]
 # Two stacks are tested, and nothing between them: megatron-core changes functions, files of checkpoints and marks of
 # weights from version to version. megatron_opd/core/stacks.py has these ranges too, and every difference that the code
 # has to know. From 2.10 on torch multiplies bf16 matrices into fp32, which the loss needs on GPUs.
-# The oldest has the last megatron-core for Python 3.11.
+# The oldest has the last megatron-core for Python 3.11; torch 2.14.1 gives it the bits of 2.13 on a CPU.
 OLDEST = ["megatron-core>=0.16.1,<0.17", "torch>=2.10,<2.15"]
 # The newest needs Python 3.12. Its torch is the one that SGLang 0.5.23 pins, so trainer and servers have one NCCL.
 NEWEST = ["megatron-core>=0.19.2,<0.20", "torch>=2.14.1,<2.15"]

@@ -182,7 +182,13 @@ class Child:
 def fork(child):
     """The id of a new process that runs `child`, with the signal handlers of a fresh interpreter."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # no signal meets our own in the child
-    if pid := os.fork():
+    with warnings.catch_warnings():
+        # Python 3.12 knows that libraries have threads; they are idle here, and this is no warning of the program's.
+        warnings.filterwarnings(
+            "ignore", message=r".*use of fork\(\) may lead to deadlocks", category=DeprecationWarning
+        )
+        pid = os.fork()
+    if pid:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pid
     try:
