@@ -24,7 +24,8 @@ class LossConfig:
     temperature: Positive = 1.0
     """Temperature of the loss, which divides student and teacher logits; independent of rollout.temperature."""
     chunk_tokens: AtLeastOne = 1024
-    """Tokens whose teacher distributions exist at one time; bounds the memory of the loss."""
+    """Tokens whose teacher distributions exist at one time; bounds the memory of the loss. On GPUs 4096 is worth a try
+    where `check --plan` shows room: every chunk reads and writes the head's fp32 gradient."""
     backend: Literal["auto", "native", "triton", "torch", "readable"] = "auto"
     """Kernels of the divergence to teachers with hidden states (docs/performance.md), which decide its last bits: auto
     (the fastest that supports it and that all ranks have), or a name, an error where a rank lacks it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +55,31 @@ def fuse_weight_gradients(model: torch.nn.Module) -> int:
     return count
 
 
-def finalize(models: list[DistributedDataParallel], *arguments: Any, **settings: Any) -> None:
-    """Megatron's `finalize_model_grads`, where reductions may be on their way already.
+def overlap(model: DistributedDataParallel, config: Any) -> None:
+    """Let a model that was wrapped for it reduce gradients while the last backward pass goes on.
 
-    Those wait for every weight of their bucket, and autograd tells them of none that the loss has added to itself: the
-    head. Such weights have all they get now.
+    The ranks reduce buckets in the order in which these are complete, so every backward pass must come to every weight.
+    Ours do: experts without tokens and micro-batches without learnt ones multiply matrices without rows.
     """
-    for model in models:
-        for bucket in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
-            if bucket.ddp_config.overlap_grad_reduce:
-                for parameter in [p for p in bucket.params if p not in bucket.per_param_grad_ready_counts]:
-                    bucket.register_grad_ready(parameter)
-    finalize_model_grads(models, *arguments, **settings)
+    config.no_sync_func = model.no_sync
+    for node in model.grad_accs:
+        node.register_prehook(_StandIn(node.variable))
+
+
+class _StandIn:
+    """Called before autograd brings a weight its gradient. Where there is none, because the loss has added to the
+    head's buffer itself, Megatron is told so, and given a gradient of no size: it insists on one."""
+
+    def __init__(self, parameter: Any) -> None:
+        self.parameter, self.is_on = parameter, False
+
+    def __call__(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        was_on, self.is_on = self.is_on, gradients[0] is None
+        if self.is_on:
+            nothing = torch.zeros((), dtype=self.parameter.dtype, device=self.parameter.device)
+            self.parameter.grad = nothing.expand_as(self.parameter)
+        if self.is_on or was_on:  # otherwise the mark is of whoever made the gradient
+            self.parameter.grad_added_to_main_grad = self.is_on
 
 
 @contextmanager

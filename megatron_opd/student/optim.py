@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
@@ -44,9 +44,9 @@ def wrap(
         check_for_nan_in_grad=False,  # Student.step reports a loss or norm that is not finite, with the step's number
     )
     wrapped = DistributedDataParallel(config, ddp, model)
-    config.finalize_model_grads_func = fusions.finalize
+    config.finalize_model_grads_func = finalize_model_grads
     if fused.reduction:
-        config.no_sync_func = wrapped.no_sync
+        fusions.overlap(wrapped, config)
     if fused.weight_gradients:
         fusions.fuse_weight_gradients(wrapped)
     return wrapped

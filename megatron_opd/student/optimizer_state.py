@@ -6,9 +6,6 @@ Megatron's own way gathers all buckets on every rank, on the GPU and again in ho
 them on one rank, which then writes alone. Here a parameter's state goes to the rank that has most of it. Most
 parameters lie on one rank, so little travels, a rank needs host memory for about its own share, and all ranks write. A
 load reads straight into what lies on one rank, and no rank reads what it has no part of.
-
-Where a parameter lies also differs from Megatron 0.16's own form in one point: with several buckets that forgets the
-padding between them, and mixes up what lies behind it.
 """
 
 from __future__ import annotations

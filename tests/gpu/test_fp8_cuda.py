@@ -72,6 +72,30 @@ def test_resident_matrices_say_about_the_same(ranks, paths):
     assert distance(kept, real) < 0.05
 
 
+def left_behind(parallel, config, rollouts):
+    """Bytes on the GPU that are more after an offloaded teacher has scored than before, and those of its weights."""
+    from megatron_opd.teachers import build_teacher
+
+    teacher = build_teacher(config.teachers[0], config, parallel, VocabShard(0, 96, 96))
+    with teacher.offloaded.there():
+        size = sum(p.nbytes for p in teacher.model.parameters())
+    teacher.score(rollouts)  # what any model leaves: cuBLAS's workspace, the process's first buffers
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for module in teacher.model.modules():
+        assert not getattr(module, "_fp8_workspaces", None), "a copy in FP8 stays"
+    teacher.score(rollouts)
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated() - before, size
+
+
+def test_an_offloaded_teacher_leaves_no_copies_in_fp8(ranks, paths):
+    made = config(paths, teachers=["t"])
+    made = dataclasses.replace(made, teachers=[dataclasses.replace(made.teachers[0], offload=True)])
+    ((left, size),) = ranks.run(1, left_behind, made, tiny.rollouts(count=4, vocab_size=VOCAB_SIZE))
+    assert left < size / 10
+
+
 def train(parallel, config, rollouts):
     """([metrics by step], whether the model says something else with its FP8 off, exported weights before)."""
     import steps

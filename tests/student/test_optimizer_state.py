@@ -109,8 +109,12 @@ def size(layout):
     return math.prod(layout.get(name, 1) for name in ("data", "pipeline"))
 
 
-def config(model, dtype="fp32"):
-    return tiny.config(model, [{"name": "t", "model": model}], student={"dtype": dtype})
+def saved_models(family, root):
+    return [tiny.save(tiny.build(family, seed=seed), root / str(seed)) for seed in range(2)]
+
+
+def config(model, teacher, dtype="fp32"):
+    return tiny.config(model, [{"name": "t", "model": teacher}], student={"dtype": dtype})
 
 
 @pytest.mark.parametrize(
@@ -120,12 +124,12 @@ def config(model, dtype="fp32"):
         ("qwen3", {"data": 1}, [{"data": 3}]),
         ("qwen3_tied", {"pipeline": 2}, [{"data": 2}]),  # two buckets, for the embedding that both stages have
         ("qwen3_tied", {"data": 2}, [{"pipeline": 2}]),
-        ("qwen3_moe", {"data": 2, "expert": 2}, [{"data": 1}]),
+        ("qwen3_moe", {"data": 4, "expert": 2}, [{"data": 2, "expert": 2}]),  # two optimizers in one
     ],
     ids=str,
 )
 def test_any_layout_has_the_state_that_another_saved(ranks, rollouts, tmp_path, family, first, others):
-    made = config(tiny.save(tiny.build(family), tmp_path / "model"))
+    made = config(*saved_models(family, tmp_path))
     expected = whole(ranks.run(size(first), saved, made, rollouts, str(tmp_path), **first))
     for layout in others:
         found = whole(ranks.run(size(layout), restored, made, str(tmp_path), **layout))
@@ -135,7 +139,7 @@ def test_any_layout_has_the_state_that_another_saved(ranks, rollouts, tmp_path, 
 
 
 def test_each_rank_writes_its_share_and_reads_into_what_it_has(ranks, rollouts, tmp_path):
-    made = config(tiny.save(tiny.build("qwen3"), tmp_path / "model"), dtype="bf16")
+    made = config(*saved_models("qwen3", tmp_path), dtype="bf16")
     answers = ranks.run(3, saved, made, rollouts, str(tmp_path), data=3)
     total = 12 * sum(values.numel() for (_, state), values in whole(answers).items() if state == "param")
     written = [count for _, count in answers]
