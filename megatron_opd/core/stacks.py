@@ -30,8 +30,11 @@ class Stack:
     """The function that reads what all ranks of a checkpoint share, by its path in megatron.core.dist_checkpointing."""
     checks_kind: str
     """The function that refuses a directory of another kind, by the same path."""
+    loads_apart: bool
+    """Whether a rank that cannot load its part of a checkpoint is the only one that knows."""
     idle_talk: tuple[tuple[str, str], ...]
-    """Modules of megatron.core, and how a line begins that they log about Megatron's own plans."""
+    """Loggers, and how a line of each begins that no user can do anything about: Megatron's own plans; a torch for CUDA
+    that finds no device."""
 
 
 OLDEST = Stack(
@@ -43,6 +46,7 @@ OLDEST = Stack(
     writes_files="write_preloaded_data_multiproc",
     reads_common="strategies.common.TorchCommonLoadStrategy.load_common",
     checks_kind="validation.verify_checkpoint_and_load_strategy",
+    loads_apart=False,
     idle_talk=(),
 )
 NEWEST = Stack(
@@ -54,10 +58,15 @@ NEWEST = Stack(
     writes_files="write_preloaded_data_multithread",
     reads_common="serialization.load_common_state_dict",
     checks_kind="validation.verify_checkpoint",
+    loads_apart=True,
     idle_talk=(
-        ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
-        ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
-        ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+        ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+        ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+        (
+            "megatron.core.distributed.distributed_data_parallel",
+            "DistributedDataParallel: full_param_layout not provided",
+        ),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
     ),
 )
 STACKS = (OLDEST, NEWEST)

@@ -51,6 +51,10 @@ _IN_FP8_STATES = frozenset(
         *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
     ]
 )
+_STORAGES = (
+    ("torch.storage", "_load_from_bytes"),  # itself a torch.load without limits
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),  # what some versions of megatron-core put in its place
+)
 _RECIPES = "transformer_engine.common.recipe"
 
 
@@ -138,7 +142,7 @@ def _of_metadata(module: str, name: str, look_up: Callable[..., Any]) -> Any:
 
 
 def _of_fp8_states(module: str, name: str, look_up: Callable[..., Any]) -> Any:
-    if (module, name) == ("torch.storage", "_load_from_bytes"):  # itself a torch.load without limits
+    if (module, name) in _STORAGES:
         return lambda data: container(io.BytesIO(data), "a tensor in it")
     if module == _RECIPES and name.isidentifier():
         found = look_up(module, name)

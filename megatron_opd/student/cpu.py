@@ -16,11 +16,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_opd.core import stacks
 from megatron_opd.student import imports
 
 _CPU = torch.device("cpu")
@@ -33,6 +35,8 @@ _MEGATRON = os.path.join("megatron", "core") + os.sep
 def enable() -> None:
     """Make megatron.core importable and runnable here. Safe to call more than once."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    for logger, line in stacks.here().idle_talk:
+        logging.getLogger(logger).addFilter(_Other(line))
     imports.without_wandb()
     if not torch.cuda.is_available() and torch.cuda.current_device is not _current_device:
         _redirect_cuda()
@@ -43,6 +47,17 @@ def enable() -> None:
         moe_utils.te_general_gemm = None  # it asks `is not None` of a name that it only has with Transformer Engine
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
+
+
+@dataclass(frozen=True)
+class _Other:
+    """A filter of logs that lets all lines pass but those with one beginning. Equal ones count once for a logger."""
+
+    line: str
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to keep a record."""
+        return not record.getMessage().startswith(self.line)
 
 
 def keep_freed_memory() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
 import warnings
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from megatron_opd.config import ParallelConfig, RunConfig
-from megatron_opd.core import rendezvous, stacks, threads
+from megatron_opd.core import rendezvous, threads
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.student import cpu, deterministic
 
@@ -74,13 +72,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.[\w.]+` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
-    for logger, line in stacks.here().idle_talk:
-        logging.getLogger(f"megatron.core.{logger}").addFilter(partial(_is_other, line))
-
-
-def _is_other(line: str, record: logging.LogRecord) -> bool:
-    """Whether a record is not the line."""
-    return not record.getMessage().startswith(line)
 
 
 def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Parallel:

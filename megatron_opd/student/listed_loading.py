@@ -9,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import common
@@ -25,14 +26,29 @@ _COMMON = "common_state/shard_0_1"
 def load(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
     """The result of dist_checkpointing.load for the sharded `state`. Collective.
 
-    Raises what that raises, torch's CheckpointException for what a rank finds damaged or not to be trusted, and
-    ValueError for such a common.pt.
+    Raises what that raises, on all ranks torch's CheckpointException for what one finds damaged or not to be trusted,
+    and ValueError for such a common.pt.
     """
-    with _listed_reader():
-        loaded: dict[str, Any] = dist_checkpointing.load(
-            state, str(directory), sharded_strategy=torch_dist.TorchDistLoadShardedStrategy()
-        )
+    loaded: dict[str, Any] = {}
+    failures: dict[int, Any] = {}
+    try:
+        with _listed_reader():
+            how = torch_dist.TorchDistLoadShardedStrategy()
+            loaded = dist_checkpointing.load(state, str(directory), sharded_strategy=how)
+    except dcp.CheckpointException as error:  # torch's, and not even an Exception
+        failures = error.failures
+    if stacks.here().loads_apart:
+        failures = _of_all(failures)
+    if failures:
+        raise dcp.CheckpointException("load", failures)
     return loaded
+
+
+def _of_all(failures: dict[int, Any]) -> dict[int, Any]:
+    """The first failure of each rank, by rank. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, next(iter(failures.values()), None))
+    return {rank: failure for rank, failure in enumerate(everyone) if failure}
 
 
 def check_small_files(directory: str | Path) -> None:
@@ -66,7 +82,7 @@ def _entry(directory: str | Path, path: Path) -> Any:
     state: dict[str, Any] = {_COMMON: io.BytesIO()}
     try:
         dcp.load(state, storage_reader=ListedReader(directory), no_dist=True)
-    except dcp.CheckpointException as error:  # torch's, and not even an Exception
+    except dcp.CheckpointException as error:
         raise next(cause for cause, _ in error.failures.values()) from None
     found = state[_COMMON]
     if isinstance(found, io.BytesIO):

@@ -143,6 +143,8 @@ def load_state(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
     """
     settings = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
     _complete_loaded(optimizer, state["optimizer"])
+    for own in settings[:1]:  # all groups have the same; there is none on a rank without weights
+        _set_loaded(state["optimizer"], own)
     optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
@@ -162,6 +164,16 @@ def _complete_loaded(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> Non
             for slot in value.values():
                 if isinstance(slot, dict) and "exp_avg" in slot:
                     slot.setdefault("step", torch.zeros(()))
+
+
+def _set_loaded(state: dict[Any, Any], own: dict[str, Any]) -> None:
+    """Give the loaded groups the settings of now: newer versions of Megatron look a group up by its rates, too."""
+    for key, value in state.items():
+        if key == "param_groups":
+            for group in value:
+                group.update(own)
+        elif isinstance(value, dict):
+            _set_loaded(value, own)
 
 
 def _overflows(optimizer: MegatronOptimizer) -> bool:

@@ -209,3 +209,16 @@ def test_states_of_layers_as_they_are_pass():
     unpickling.check_fp8_state(torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8), "it")
     unpickling.check_fp8_state(torch.empty(0, dtype=torch.uint8), "it")
     unpickling.check_fp8_state(None, "it")
+
+
+TENSOR_LOADERS = (b"ctorch.storage\n_load_from_bytes\n", b"cmegatron.core.safe_globals\nsafe_load_from_bytes\n")
+"""The function that a pickled tensor names: torch's, and what newer versions of megatron-core put in its place."""
+
+
+@pytest.mark.parametrize("loader", TENSOR_LOADERS)
+def test_states_of_layers_of_either_stack_pass(loader):
+    data = pickle.dumps({"scale_fwd": torch.ones(3)}, protocol=2)
+    assert sum(known in data for known in TENSOR_LOADERS) == 1
+    for known in TENSOR_LOADERS:
+        data = data.replace(known, loader)
+    unpickling.check_fp8_state(torch.frombuffer(bytearray(data), dtype=torch.uint8), "it")
