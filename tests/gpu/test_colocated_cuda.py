@@ -1,17 +1,20 @@
 """A real server on this process's GPU: what it gives back, and new weights by CUDA IPC into what it takes again."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from fp8_model import in_fp8
 
 from megatron_opd.config import RolloutConfig, ServersConfig
 from megatron_opd.sglang import process, server_memory
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.event_loop import Loop
+from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.sync import WeightPush
-from megatron_opd.sglang.wire import Draw
+from megatron_opd.sglang.wire import Ask, Draw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-sglang/bin/python"
@@ -21,16 +24,25 @@ PART = 0.3
 """Of the GPU, which the server has while it samples."""
 
 
+@pytest.fixture(params=["none", "fp8"])
+def quantization(request):
+    """`rollout.quantization`."""
+    return request.param
+
+
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, quantization):
     """(client, its settings, the model that it serves)."""
     if not PYTHON.is_file():
         pytest.skip("SGLang is not installed (make sglang)")
-    model = tiny.build("qwen3", **SIZES).bfloat16()
-    tiny.save(model, tmp_path / "model")
-    settings = ServersConfig(
-        python=str(PYTHON), colocated=True, args=["--mem-fraction-static", str(PART)], start_timeout_s=600.0
-    )
+    model = tiny.build("qwen3", **SIZES)  # in float32 for what it says; its weights are numbers of bf16
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    tiny.save(copy.deepcopy(model).bfloat16(), tmp_path / "model")
+    how = fp8_weights.arguments() if quantization == "fp8" else ()
+    args = ["--mem-fraction-static", str(PART), *how]
+    settings = ServersConfig(python=str(PYTHON), colocated=True, args=args, start_timeout_s=600.0)
     started = process.start(settings, tmp_path / "model", name="server", log_dir=tmp_path / "logs", context=128)
     loop = Loop()
     try:
@@ -43,14 +55,14 @@ def server(tmp_path):
         loop.close()
 
 
-def test_memory_is_free_while_the_student_trains_and_weights_arrive_after_it(server, tmp_path):
+def test_memory_is_free_while_the_student_trains_and_weights_arrive_after_it(server, quantization, tmp_path):
     client, settings, model, loop = server
-    rollout = RolloutConfig(sync="tensor", sync_verify=True, servers=settings)
+    rollout = RolloutConfig(sync="tensor", sync_verify=True, servers=settings, quantization=quantization)
     sync = WeightPush(rollout, loop, model=tmp_path / "model", write=None, spool=tmp_path / "spool")
     draw = Draw(rid="r", ids=(5, 6, 7), max_new_tokens=4, temperature=0.0, top_p=1.0, top_k=0, stop_ids=())
 
     def push(version):
-        weights = ((name, tensor.detach()) for name, tensor in model.state_dict().items())
+        weights = ((name, tensor.bfloat16()) for name, tensor in model.state_dict().items())
         assert sync.push([client], weights, version) == {}
 
     assert loop.run(server_memory.has_saver(client))
@@ -66,4 +78,21 @@ def test_memory_is_free_while_the_student_trains_and_weights_arrive_after_it(ser
     push(2)  # sync_verify: checksums of what the server has are those of the model
     after = loop.run(client.generate(draw))
     assert (after.ids, set(after.versions)) == (before.ids, {2})
+    if quantization == "fp8":
+        check_logps(model, client, loop)
     sync.close()
+
+
+def check_logps(model, client, loop):
+    """The server's log-probabilities are nearer to the gate's emulation than to the model without FP8."""
+    ids = torch.arange(7, 87)[None].cuda()
+
+    @torch.no_grad()
+    def logp_R(model):
+        logp = model(input_ids=ids).logits[0, 4:-1].double().log_softmax(-1)
+        return logp.gather(-1, ids[0, 5:, None]).squeeze(-1).cpu()
+
+    ask = Ask(rid="ask", ids=tuple(ids[0].tolist()), first=5, carrier="sampled")
+    found_R = loop.run(client.score(ask), 60).logp_R.double()
+    emulated_R, plain_R = logp_R(in_fp8(model)), logp_R(model)
+    assert (found_R - emulated_R).abs().mean() < (found_R - plain_R).abs().mean()

@@ -1,7 +1,9 @@
 """The student's weights in FP8 for servers: the gate's numbers, what is refused, and how buckets hold them."""
 
 import asyncio
+import base64
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from megatron_opd.sglang.errors import Unfit
 from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.buckets import buckets
 from megatron_opd.sglang.weights.fp8_weights import SCALE, check_server, is_matrix, problems, quantized
+from megatron_opd.sglang.weights.tensor import _pickled
 
 SIZES = {
     "hidden_size": 256,
@@ -85,6 +88,17 @@ def test_buckets_of_several_types_are_as_few_as_their_bytes_allow(model):
     for name, tensor in sent:
         assert again[name].dtype == tensor.dtype
         assert torch.equal(again[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_inside_a_request_a_matrix_is_bytes_that_any_unpickler_reads():
+    """torch's own pickle of FP8 has a storage without a type, and SGLang's unpickler ends the server at it."""
+    matrix = torch.randn(3, 5).to(torch.float8_e4m3fn)
+    (bucket,) = buckets(iter([("a", matrix), ("b", matrix.t().contiguous())]))
+    data = base64.b64decode(_pickled(bucket))
+    assert b"UntypedStorage" not in data
+    for (name, found), expected in zip(pickle.loads(data), (matrix, matrix.t()), strict=True):
+        assert (name in "ab", found.dtype) == (True, torch.float8_e4m3fn)
+        assert torch.equal(found.float(), expected.float())
 
 
 @pytest.mark.parametrize(

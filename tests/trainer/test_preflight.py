@@ -297,6 +297,21 @@ def test_a_way_of_weights_that_does_not_reach_the_servers(said, command, setting
     assert "nowhere.jsonl" in other
 
 
+def test_a_sampler_in_fp8_that_servers_do_not_take(said):
+    engine = ["rollout.engine=sglang", "rollout.quantization=fp8"]
+    _, *listed = said("check", *engine, "rollout.sync=disk")
+    what = "  - rollout.quantization: fp8 needs "
+    assert [line for line in listed if not line.startswith(what)] == []
+    needed = [line.removeprefix(what).split(",")[0] for line in listed]
+    assert needed[:3] == [
+        "rollout.sync: broadcast or tensor",
+        "bf16 for all else: set student.dtype or rollout.servers.dtype to bf16",
+        "multiples of 128",
+    ]
+    (line,) = said("check", "rollout.quantization=fp8", "--settings-only")[1:]
+    assert line == "  - rollout.quantization needs rollout.engine: sglang, not local"
+
+
 @pytest.mark.parametrize(
     "command", [["check", "--settings-only"], ["check", "--plan"], ["launch", "--slurm", "--dry-run"], ["serve"]]
 )

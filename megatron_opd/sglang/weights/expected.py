@@ -65,6 +65,20 @@ class _Part:
     split: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A part until its fused tensor is whole."""
+
+    split: str
+    tensor: torch.Tensor
+    is_fp8: bool
+    """Servers hash it in bf16 then, whatever their type."""
+
+    def as_in(self, dtype: torch.dtype) -> torch.Tensor:
+        """What a server of this type hashes."""
+        return self.tensor if self.is_fp8 else self.tensor.to(dtype)
+
+
 class Expected:
     """For one push: `ask_layout` of every server, then `watch` the weights, then `check` every server."""
 
@@ -73,7 +87,7 @@ class Expected:
         self._kv_heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
         self._experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
         self._layouts: dict[Client, ServerLayout] = {}
-        self._parts: dict[str, dict[tuple[int, int], tuple[str, torch.Tensor]]] = {}
+        self._parts: dict[str, dict[tuple[int, int], _Held]] = {}
         self._sums: dict[tuple[ServerLayout, int], dict[str, set[str]]] = {}
 
     async def ask_layout(self, client: Client) -> None:
@@ -99,7 +113,8 @@ class Expected:
             for weight in whole(weights):
                 part = _part(weight.name)
                 held = self._parts.setdefault(part.fused, {})
-                held[part.expert, part.place] = part.split, weight.tensor().to("cpu", copy=True)
+                copy = weight.tensor().to("cpu", copy=True)
+                held[part.expert, part.place] = _Held(part.split, copy, weight.is_fp8)
                 if len(held) == self._num_parts(part):
                     under_way.append(pool.submit(self._add, part.fused, self._parts.pop(part.fused)))
                 while len(under_way) > workers:  # each holds its tensor
@@ -125,13 +140,13 @@ class Expected:
         count = next((n for fused, n in _PARTS.items() if f".{fused}" in part.fused), 1)
         return count * (self._experts if part.expert >= 0 else 1)
 
-    def _add(self, fused: str, parts: dict[tuple[int, int], tuple[str, torch.Tensor]]) -> None:
+    def _add(self, fused: str, parts: dict[tuple[int, int], _Held]) -> None:
         for layout in set(self._layouts.values()):
             hashed = hashes.on_cpu if layout.is_cpu else hashes.on_gpu
             for rank in range(layout.ranks):
                 by_expert: dict[int, list[torch.Tensor]] = {}
-                for (expert, _), (split, tensor) in sorted(parts.items(), key=lambda item: item[0]):
-                    piece = self._split(tensor.to(layout.dtype), split, layout, rank)
+                for (expert, _), held in sorted(parts.items(), key=lambda item: item[0]):
+                    piece = self._split(held.as_in(layout.dtype), held.split, layout, rank)
                     by_expert.setdefault(expert, []).append(piece)
                 experts = [torch.cat(pieces) for pieces in by_expert.values()]
                 whole = torch.stack(experts) if -1 not in by_expert else experts[0]

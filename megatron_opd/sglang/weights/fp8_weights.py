@@ -72,6 +72,11 @@ class Sent:
         """The student's."""
         return self.sent[0][0]
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it is a matrix in FP8."""
+        return len(self.sent) > 1
+
     def tensor(self) -> torch.Tensor:
         """The weight; of a matrix in FP8 what its values stand for, in bf16, which loses nothing."""
         (_, values), *scales = self.sent

@@ -65,11 +65,11 @@ class WeightPush:
         self._loop.run(self._lock.acquire())
         try:
             session = self._greet_all(clients)
-            session.each(partial(fp8_weights.check_server, in_fp8=self._is_in_fp8))
-            session.refuse_unfit()
             self._holders = {}
             if self._is_colocated:
                 session.each(server_memory.take_for_weights)
+            session.each(partial(fp8_weights.check_server, in_fp8=self._is_in_fp8))
+            session.refuse_unfit()
             sent = fp8_weights.quantized(weights) if self._is_in_fp8 else weights
             if expected is not None:
                 session.each(expected.ask_layout)

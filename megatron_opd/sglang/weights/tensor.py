@@ -9,8 +9,13 @@ from __future__ import annotations
 import base64
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+import torch.multiprocessing  # teaches ForkingPickler to write handles
 
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.weights.buckets import Bucket
@@ -44,10 +49,20 @@ async def _send(client: Client, bucket: Bucket, label: str) -> None:
 
 
 def _pickled(bucket: Bucket) -> str:
-    if not bucket.flat.is_cuda:  # views would carry the whole bucket each
-        return base64.b64encode(pickle.dumps([(name, tensor.clone()) for name, tensor in bucket.tensors()])).decode()
-    import torch.multiprocessing  # noqa: F401  teaches ForkingPickler to write handles
-
     buffer = io.BytesIO()
-    ForkingPickler(buffer).dump(bucket.tensors())
+    if bucket.flat.is_cuda:
+        ForkingPickler(buffer).dump(bucket.tensors())
+    else:
+        pickler = pickle.Pickler(buffer)
+        pickler.dispatch_table = {torch.Tensor: _reduced}
+        pickler.dump([(name, tensor.clone()) for name, tensor in bucket.tensors()])  # views would carry all of it each
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _reduced(tensor: torch.Tensor) -> Any:
+    """As torch does it, but for FP8, which torch pickles in a form that SGLang's careful unpickler cannot read."""
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+    storage = tensor.contiguous().view(torch.uint8)._typed_storage()
+    how = (storage, 0, tuple(tensor.shape), tensor.stride(), False, OrderedDict(), tensor.dtype)
+    return torch._utils._rebuild_tensor_v3, how
