@@ -209,3 +209,13 @@ def test_a_run_in_the_table(tmp_path):
     )
     found = figures.figure("run", "", tmp_path)
     assert found == "accuracy 97.5%, KL 0.0300, 300 tokens/s, FP8 noise 2.000% of the KL"
+
+
+def test_gpu_tests_are_collected_without_pytest_timeout():
+    """A bare machine may lack it, and an unknown marker would end the collection of everything."""
+    command = ["-m", "pytest", "--collect-only", "-q", "-p", "no:timeout", "-p", "no:cacheprovider", "-m", "gpu"]
+    done = subprocess.run(
+        [sys.executable, *command, "tests/gpu/test_colocated_cuda.py"],
+        cwd=ROOT, text=True, capture_output=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
