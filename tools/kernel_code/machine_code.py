@@ -32,6 +32,8 @@ class Code:
     registers: int
     spilled_bytes: int
     """On the stack of each thread."""
+    spills: int
+    """Instructions of the main loop that store registers there, or load them."""
     has_loop: bool
     instructions: int
     special: int
@@ -62,6 +64,7 @@ def read(code: Any, value_bytes: int) -> Code:
     return Code(
         registers=int(found[1]),
         spilled_bytes=int(found[2]) if any(name.startswith(("STL", "LDL")) for name, _ in instructions) else 0,
+        spills=names["STL"] + names["LDL"],
         has_loop=has_loop,
         instructions=len(body),
         special=special,
