@@ -1,6 +1,8 @@
 """Some injections of the fault campaign, and that its judge sees what is wrong."""
 
+import importlib
 import json
+import operator
 import os
 import signal
 import sys
@@ -11,6 +13,7 @@ import pytest
 import warm
 from faults import campaign, inject, judge
 from faults.kind import KINDS
+from faults.points import FILE_POINTS, POINTS
 from faults.stage import RUN, Ended, Stage, reference
 
 SEED = int(os.environ.get("FAULT_SEED", "0"))
@@ -124,6 +127,12 @@ def test_a_fault_happens_at_its_call_and_for_its_rank(tmp_path):
     assert run(rank="0") == (0, False)
     assert run(call=4) == (0, False)
     assert run(rank="any") == (-signal.SIGKILL, True)
+
+
+@pytest.mark.parametrize("point", sorted({*POINTS, *FILE_POINTS}))
+def test_every_point_is_there(point):
+    module, _, name = point.partition(":")
+    assert callable(operator.attrgetter(name)(importlib.import_module(module)))
 
 
 def test_results_are_kept_and_go_on(tmp_path):
