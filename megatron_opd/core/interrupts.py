@@ -1,8 +1,8 @@
 """Signals that ask the program to end, and those of them that Python loses.
 
 A handler raises an exception, wherever the program is. In a callback (of a weak reference, of an object that goes)
-nobody can catch it: Python prints it and goes on, so Ctrl-C at a bad moment would do nothing. Such a signal is sent again
-a moment later.
+nobody can catch it: Python prints it and goes on, so Ctrl-C at a bad moment would do nothing. Such a signal is sent
+again a moment later.
 """
 
 from __future__ import annotations
