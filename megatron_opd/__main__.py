@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_opd import __version__
-from megatron_opd.core import causes, compiler_cache, lifeline
+from megatron_opd.core import causes, compiler_cache, interrupts, lifeline
 from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.launch import launchers
 from megatron_opd.planner import options as planner
@@ -42,6 +42,7 @@ every setting: docs/config.md
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `megatron-opd`; returns the exit code."""
+    interrupts.keep()
     lifeline.tie_to_launcher()  # before the imports that take seconds
     compiler_cache.keep_out_of_temporary()
     arguments = _parser().parse_args(argv)

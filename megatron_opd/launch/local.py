@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_opd.config import Config
 from megatron_opd.core import last_words, preemption, rendezvous, run_dir
+from megatron_opd.core.interrupts import Interrupted
 from megatron_opd.launch import culprit, oom
 from megatron_opd.launch.rank_processes import Ranks, Start, spawn
 from megatron_opd.sglang import serve
@@ -96,14 +97,6 @@ def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0, s
         _mend_terminal()
         print(f"error: interrupted; {run_dir.how_to_continue(config.run.dir)}", file=sys.stderr)
         return 128 + interrupted.number
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asks the launcher to end. It is a KeyboardInterrupt, because an event loop lets no other one through."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 @contextmanager

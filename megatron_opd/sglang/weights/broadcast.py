@@ -146,11 +146,16 @@ async def _together(
 
 
 def _has_failed(ours: asyncio.Future[None]) -> bool:
-    """Of our part. Its traceback would keep the group alive, and with it the connections to those who wait."""
-    error = ours.exception() if ours.done() else None
-    if error is not None:
+    """Of our part. Its traceback would keep the group alive, and with it the connections to those who wait. A task has
+    the traceback beside its error until somebody asks for its result."""
+    if not ours.done():
+        return False
+    try:
+        ours.result()
+    except Exception as error:
         error.__traceback__ = None
-    return error is not None
+        return True
+    return False
 
 
 def _words(ours: asyncio.Future[None]) -> str:
