@@ -26,4 +26,4 @@ def k2(student_T: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor) 
 def k3(student_T: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
     """w (p / q - 1 - log(p / q)), never negative."""
     lead_T = target_T - student_T
-    return weight_T * (lead_T.exp() - 1 - lead_T)
+    return weight_T * (torch.expm1(lead_T) - lead_T)

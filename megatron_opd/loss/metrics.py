@@ -97,4 +97,4 @@ def mismatch(sampler_C: torch.Tensor, batch: MicroBatch, rows: TokenRows = slice
     """k3 estimate of KL(sampler || trainer) on the student's own tokens (Schulman): never negative, 0 when the two
     agree. `sampler_C`: the student's log-probabilities at the sampler's temperature."""
     lag_C = (sampler_C - batch.behaviour_logp_T[rows])[batch.on_policy_T[rows]]
-    return lag_C.exp() - 1 - lag_C
+    return torch.expm1(lag_C) - lag_C  # e^l - 1 - l would lose all bits near 0, and its sign

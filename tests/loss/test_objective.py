@@ -1,5 +1,6 @@
 """Objective: hidden states and head rows to loss, gradient and metrics, chunked, at every tensor-parallel size."""
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -206,3 +207,11 @@ def test_mismatch_estimates_the_divergence_from_the_sampler_to_the_trainer():
     estimates = term_metrics.mismatch(trainer.log(), batch)
     assert estimates.mean().item() == pytest.approx((0.25 * (0.25 / trainer).log()).sum().item(), rel=1e-6)
     assert torch.equal(term_metrics.mismatch(trainer.log(), of_student), estimates[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("lag", [1e-2, -1e-2, 1e-3, -1e-3])
+def test_a_small_mismatch_is_not_lost_in_rounding(lag):
+    """In float32, where e^l - 1 has none of l²/2 any more."""
+    batch = tiny.micro_batch(torch.arange(1), torch.zeros(1), torch.ones(1, 1), (None,))
+    (estimate,) = term_metrics.mismatch(torch.tensor([lag]), batch).tolist()
+    assert estimate == pytest.approx(math.exp(lag) - 1 - lag, rel=2e-3)

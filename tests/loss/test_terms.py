@@ -320,3 +320,9 @@ def test_teachers_logp_is_the_dense_ensemble_at_the_sampled_tokens():
     wanted = torch.zeros(NUM_TOKENS, dtype=torch.float64)
     wanted[asked] = target.gather(-1, batch.targets_T[asked, None])[:, 0]
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lead", [1e-2, -1e-2, 1e-3, -1e-3])
+def test_k3_of_models_that_nearly_agree_is_not_lost_in_rounding(lead):
+    found = estimators.k3(torch.zeros(1), torch.tensor([lead]), torch.ones(1)).item()
+    assert found == pytest.approx(math.exp(lead) - 1 - lead, rel=2e-3)
