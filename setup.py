@@ -85,8 +85,7 @@ setup(
         "wandb": WANDB,
         # The authors' checker of IFEval, as lm-eval keeps it; brings scikit-learn and SciPy (0.3 GB), but no torch.
         "ifeval": ["lm-eval[ifeval]>=0.4.13"],
-        # What reads the real model in the package that tools/fetch_smollm2.py unpacks; `accelerate` is asked for by
-        # transformers there.
+        # tools/fetch_smollm2.py reads a GGUF file with these; transformers asks for `accelerate` there.
         "llm": ["gguf>=0.10", "accelerate"],
         # For the test that reads exported adapters with peft itself; writing them needs nothing.
         "peft": ["peft>=0.15"],

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -85,14 +84,7 @@ def _measure(name: str, folder: str, cores: list[int]) -> dict[str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1"}
     command = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, str(program), folder]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, cwd=folder)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{name} took more than {_TIMEOUT_S} s; ask for fewer steps") from None
-    if done.returncode:
-        raise ValueError(f"{name} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return tool.told_by(name, command, environment=environment, folder=folder, timeout_s=_TIMEOUT_S)
 
 
 def _line(found: dict[str, float]) -> str:

@@ -113,16 +113,7 @@ def _measure(name: str, python: str, folder: str, core: int) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = ["taskset", "-c", str(core), python, str(program), folder]
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, cwd=folder, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{name} took more than {_TIMEOUT_S} s; ask for fewer steps") from None
-    if done.returncode:
-        raise ValueError(f"{name} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return tool.told_by(name, command, environment=environment, folder=folder, timeout_s=_TIMEOUT_S)
 
 
 def _show(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace, core: int) -> None:

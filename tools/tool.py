@@ -10,13 +10,16 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,6 +121,24 @@ def positive(text: str) -> int:
 def gigabytes(num_bytes: float) -> str:
     """A size for people."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def told_by(
+    name: str, command: Sequence[str], *, environment: Mapping[str, str], folder: str, timeout_s: float
+) -> dict[str, Any]:
+    """The figures that a program prints as JSON on its last line. It runs in a process of its own, in `folder`.
+
+    Raises ValueError where the program fails, or takes longer than `timeout_s`.
+    """
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": timeout_s, "cwd": folder, "check": False}
+    try:
+        done = subprocess.run(command, env=dict(environment), **how)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{name} took more than {timeout_s:g} s; ask for fewer steps") from None
+    if done.returncode:
+        raise ValueError(f"{name} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 class Bar:

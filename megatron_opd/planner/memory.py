@@ -181,8 +181,8 @@ def _hidden_states(job: Job) -> float:
 
 
 def _contexts(job: Job) -> float:
-    """What CUDA takes on rank 0's GPU for servers elsewhere that read weights there (CUDA IPC): every rank of theirs
-    opens that GPU. One of colocated servers is there anyway."""
+    """Bytes of CUDA contexts on rank 0's GPU for servers elsewhere that read weights there (CUDA IPC): every rank of
+    theirs opens that GPU. One of colocated servers is there anyway."""
     rollout = job.config.rollout
     if not (rollout.is_served and WAYS[rollout.sync].is_local and job.on_gpu):
         return 0.0

@@ -1,4 +1,4 @@
-"""What of the GPU's software is installed, and whether it works.
+"""The GPU's software that is installed, and whether it works.
 
 Transformer Engine is imported to see that, where there is a GPU: megatron-core takes an ImportError of it for its
 absence, and would quietly use its own layers. What may be another package of the same name is only looked up.

@@ -36,7 +36,7 @@ class Begun:
 
 @dataclass(slots=True)
 class Ended:
-    """What was drawn."""
+    """The tokens that were drawn."""
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)

@@ -161,7 +161,7 @@ class MixtureReader:
 
 @dataclass(slots=True)
 class _Now:
-    """What the rows' next tokens are, for all layers."""
+    """The places of the rows' next tokens, for all layers."""
 
     rows_B: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     at_B: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -185,7 +185,7 @@ class _Layer:
         return self.keys[:count, :, : now.used], self.values[:count, :, : now.used]
 
     def get_seq_length(self, *_: Any) -> int:
-        """Nothing depends on it: positions and mask are given."""
+        """Older versions of transformers ask for it. Nothing depends on it: positions and mask are given."""
         return 0
 
     def fill(

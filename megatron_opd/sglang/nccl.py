@@ -19,7 +19,7 @@ import torch
 ASK_S = 180.0
 """Longest time that the servers' Python has for importing torch, in seconds; a cold network disk takes minutes."""
 SWITCHES = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
-"""What SGLang 0.5.23 switches off in its processes unless the environment says otherwise."""
+"""Features that SGLang 0.5.23 switches off in its processes unless the environment says otherwise."""
 _ASK = """\
 import torch
 try:
@@ -60,7 +60,7 @@ def own() -> Nccl:
 
 
 def of(python: str | Path, timeout_s: float = ASK_S) -> Nccl:
-    """What the environment of a Python interpreter has. Raises ValueError when that does not say it in time."""
+    """The NCCL in the environment of a Python interpreter. Raises ValueError when that does not say it in time."""
     try:
         done = subprocess.run(
             [str(python), "-c", _ASK], capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL

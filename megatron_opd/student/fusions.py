@@ -1,4 +1,4 @@
-"""What of training is fused and overlapped on GPUs, decided in one place. CPUs compute as they always did.
+"""Fusions and overlaps of training on GPUs, decided in one place. CPUs compute as they always did.
 
 Gathering updated weights while the next forward pass runs is not among it: what comes after an update is the export
 to whoever samples, which needs them all at once.
@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 @dataclass(frozen=True, slots=True)
 class Fusions:
-    """What is on."""
+    """The ones that are on."""
 
     swiglu: bool = False
     """SwiGLU in one kernel, which torch compiles."""

@@ -65,7 +65,7 @@ def has_common(directory: str | Path) -> bool:
 
 
 def _load_common(directory: str | Path) -> dict[str, Any]:
-    """What all ranks share, read with the list, whatever torch's default is by its environment variables."""
+    """The state that all ranks share, read with the list, whatever torch's default is by its environment variables."""
     path = Path(directory) / common.COMMON_STATE_FNAME
     if path.is_file():
         found = unpickling.container(str(path), path)

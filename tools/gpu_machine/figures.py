@@ -1,4 +1,4 @@
-"""What the table shows of a check's output. Output may be anything: whatever cannot be read gives an empty text."""
+"""The figures that the table shows of a check's output. Output that cannot be read gives an empty text."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ _PROBES = {
     "te": ["-c", "import torch, transformer_engine.pytorch"],  # which finds NCCL only where torch has loaded it
     "servers": ["-c", "import os, sys; sys.exit(not os.path.exists('.venv-sglang/bin/python') and 'no SGLang here')"],
 }
-"""What a stage needs, as a command that ends well where it is there."""
+"""A command by stage that ends well where the stage has what it needs."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all checks share."""
+    """Settings that all checks share."""
 
     python: str
     out: Path

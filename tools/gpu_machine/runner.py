@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 _GRACE_S = 5.0
-"""What a command gets to end by itself after SIGTERM."""
+"""Time that a command has to end by itself after SIGTERM."""
 
 
 def run(command: list[str], *, log: Path, limit_s: float, env: dict[str, str]) -> tuple[int | None, float]:

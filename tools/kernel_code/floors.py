@@ -15,7 +15,7 @@ from kernel_code.machine_code import Code
 
 BYTES_A_SECOND = 3.35e12
 CYCLES_A_SECOND = 132 * 1.755e9
-"""Of all multiprocessors together."""
+"""Cycles of all multiprocessors together."""
 REACHED = 0.9
 COLUMNS = 16
 """Columns of a thread that instructions are told for."""
@@ -23,7 +23,7 @@ COLUMNS = 16
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Of a kernel over all rows; times in seconds."""
+    """Least times of a kernel over all rows, in seconds."""
 
     passes: int
     """Matrices that are read or written."""

@@ -1,4 +1,4 @@
-"""What the loss asks of Triton, compiled for a GPU that is not here.
+"""The kernels that the loss asks Triton for, compiled for a GPU that is not here.
 
 The rows are on PyTorch's device `meta`: tensors with a shape and no memory. The loss calls its kernels on them as it
 does on a GPU, and each call is compiled and noted instead of run, so the specialisation is Triton's own. A driver that

@@ -1,4 +1,4 @@
-"""What compiled code says of itself: registers, spills, and the instructions of its main loop.
+"""Facts of compiled code: registers, spills, and the instructions of its main loop.
 
 The programs that Triton brings disassemble it. The main loop is the shortest one that has the widest loads: loops over
 tiles with masks do the same work for the ends of rows.
@@ -37,7 +37,7 @@ class Code:
     has_loop: bool
     instructions: int
     special: int
-    """Those for the special function unit: powers and logarithms of 2, reciprocals."""
+    """Instructions for the special function unit: powers and logarithms of 2, reciprocals."""
     slow: int
     """Neither those nor sums and products in float32: half as many of them a cycle."""
     barriers: int

@@ -32,7 +32,7 @@ _FARTHEST = 40.0
 """References of log p - log q in a mixture lie within this, so that float32 holds the shares. Beyond, the mixture is
 one of the two."""
 _OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
-"""Of the compiler, which contracts no products into sums: what two kernels compute alike must be rounded alike."""
+"""Compiler options. Products are not contracted into sums: two kernels must round the same formula alike."""
 
 _LN_2 = math.log(2)
 _KINDS = {"forward": 0, "reverse": 1, "jsd": 2}

@@ -146,8 +146,8 @@ async def _together(
 
 
 def _has_failed(ours: asyncio.Future[None]) -> bool:
-    """Of our part. Its traceback would keep the group alive, and with it the connections to those who wait. A task has
-    the traceback beside its error until somebody asks for its result."""
+    """Whether our part has failed. Its traceback would keep the group alive, and with it the connections to those who
+    wait, so it is dropped. A task has it beside its error until somebody asks for the result."""
     if not ours.done():
         return False
     try:
@@ -159,7 +159,7 @@ def _has_failed(ours: asyncio.Future[None]) -> bool:
 
 
 def _words(ours: asyncio.Future[None]) -> str:
-    """What our part has failed with; empty while it has not."""
+    """The error of our part; empty while there is none."""
     return str(ours.exception() or "") if ours.done() and not ours.cancelled() else ""
 
 

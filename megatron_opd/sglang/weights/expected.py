@@ -75,7 +75,7 @@ class _Held:
     """Servers hash it in bf16 then, whatever their type."""
 
     def as_in(self, dtype: torch.dtype) -> torch.Tensor:
-        """What a server of this type hashes."""
+        """The tensor that a server of this type hashes."""
         return self.tensor if self.is_fp8 else self.tensor.to(dtype)
 
 

@@ -97,7 +97,7 @@ def _dequantized(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def arguments() -> tuple[str, ...]:
-    """Of sglang.launch_server. The model's own weights are in another form, so the first sync brings the first ones."""
+    """Arguments for sglang.launch_server. The model's own weights are in another form: the first sync brings some."""
     made = [_OVERRIDE, json.dumps(_CONFIG), "--load-format", "dummy"]
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0):
         # DeepGEMM packs the scales on Blackwell, and new ones do not fit in place of packed ones.
@@ -130,7 +130,7 @@ def _override(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def problems(rollout: RolloutConfig, student: StudentConfig) -> list[str]:
-    """What is wrong with `rollout.quantization` for this student and these servers. A student whose config.json cannot
+    """Faults of `rollout.quantization` for this student and these servers. A student whose config.json cannot
     be read is left out: that is a problem already."""
     servers, what = rollout.servers, "rollout.quantization: fp8"
     options = {word.partition("=")[0] for word in servers.args}
@@ -169,7 +169,7 @@ def problems(rollout: RolloutConfig, student: StudentConfig) -> list[str]:
 
 
 def _sides(arch: Architecture, tensor: int) -> dict[str, int]:
-    """Of the matrices on one rank of a server, by name. Ranks beyond the key-value heads have copies of those."""
+    """Sides of the matrices on one rank of a server, by name. Ranks beyond the key-value heads have copies of those."""
     return {
         "the hidden size": arch.hidden_size,
         "the height of q_proj": arch.num_heads * arch.head_dim // tensor,
