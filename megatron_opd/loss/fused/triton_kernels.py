@@ -78,11 +78,9 @@ def sums_kernel(
     HAS_INDEX: tl.constexpr, SHIFTED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Σ of what the loss needs, relative to references; then the masses of q and p, which take them back in."""
-    at = tiles.row_of(index, HAS_INDEX)
-    lead = tiles.lead_of(at, stride, lead, SHIFTED)
-    student = tiles.begin(student, at, stride, lead, SHIFTED)
-    teachers = tiles.begins(teachers, at, strides, lead, N, SHIFTED)
-    weights = tiles.numbers_of(weights, N)
+    student, teachers, weights, lead = tiles.rows_of(
+        student, stride, teachers, strides, index, weights, lead, N, HAS_INDEX, SHIFTED
+    )
     constants = tiles.numbers_of(constants, C)
     FULL: tl.constexpr = WIDTH // TILE * TILE
     HEAD: tl.constexpr = 1 if SHIFTED and FULL > 0 else 0
@@ -94,8 +92,7 @@ def sums_kernel(
         q, p, gap = _compare(student, teachers, weights, constants, columns, True, to_2, N, TARGET, False)
         sums = _add_up(sums, q, p, gap, constants, TARGET, KIND)
     for i in range(-HEAD, (STOP - FULL + TILE - 1) // TILE):
-        start = FULL + i * TILE if HEAD == 0 else tl.where(i < 0, 0, FULL + i * TILE)
-        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
+        columns = tiles.ragged_of(i, FULL, HEAD, TILE, LANES, VECTOR)
         real = (columns >= lead) & (columns < WIDTH + lead)
         q, p, gap = _compare(student, teachers, weights, constants, columns, real, to_2, N, TARGET, True)
         sums = _add_up(sums, q, p, gap, constants, TARGET, KIND)
@@ -133,11 +130,9 @@ def gradient_kernel(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """One of PARTS parts of a row's gradient over the student's logits; 0 in the padding."""
-    at = tiles.row_of(index, HAS_INDEX)
-    lead = tiles.lead_of(at, stride, lead, SHIFTED)
-    student = tiles.begin(student, at, stride, lead, SHIFTED)
-    teachers = tiles.begins(teachers, at, strides, lead, N, SHIFTED)
-    weights = tiles.numbers_of(weights, N)
+    student, teachers, weights, lead = tiles.rows_of(
+        student, stride, teachers, strides, index, weights, lead, N, HAS_INDEX, SHIFTED
+    )
     constants = tiles.numbers_of(constants, C)
     center, scale = tiles.numbers_of(centers_scales, 2)
     scale_q, scale_p = scale * constants[1], scale * constants[3]
@@ -151,8 +146,7 @@ def gradient_kernel(
         tl.store(student + columns, g.to(student.dtype.element_ty))
     stop = columns_of_student + lead
     for i in range(part - HEAD, (stop - FULL + TILE - 1) // TILE, PARTS):
-        start = FULL + i * TILE if HEAD == 0 else tl.where(i < 0, 0, FULL + i * TILE)
-        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
+        columns = tiles.ragged_of(i, FULL, HEAD, TILE, LANES, VECTOR)
         real = (columns >= lead) & (columns < WIDTH + lead)
         q, p, gap = _compare(student, teachers, weights, constants, columns, real, to_2, N, TARGET, True)
         g = tl.where(real, _slope(q, p, gap, constants, center, scale_q, scale_p, KIND), 0.0)

@@ -28,11 +28,9 @@ def stats_kernel(
     TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS: of a teacher by itself, 0 without; FIRST: the first of them."""
-    at = tiles.row_of(index, HAS_INDEX)
-    lead = tiles.lead_of(at, stride, lead, SHIFTED)
-    student = tiles.begin(student, at, stride, lead, SHIFTED)
-    teachers = tiles.begins(teachers, at, strides, lead, N, SHIFTED)
-    weights = tiles.numbers_of(weights, N)
+    student, teachers, weights, lead = tiles.rows_of(
+        student, stride, teachers, strides, index, weights, lead, N, HAS_INDEX, SHIFTED
+    )
     FULL: tl.constexpr = WIDTH // TILE * TILE
     HEAD: tl.constexpr = 1 if SHIFTED and FULL > 0 else 0
     STOP: tl.constexpr = WIDTH + 7 if SHIFTED else WIDTH
@@ -47,8 +45,7 @@ def stats_kernel(
             N, TARGET, COLUMNS, SAMPLER, False,
         )  # fmt: skip
     for i in range(-HEAD, (STOP - FULL + TILE - 1) // TILE):
-        start = FULL + i * TILE if HEAD == 0 else tl.where(i < 0, 0, FULL + i * TILE)
-        columns = tiles.columns_of(start, TILE, LANES, VECTOR)
+        columns = tiles.ragged_of(i, FULL, HEAD, TILE, LANES, VECTOR)
         real = (columns >= lead) & (columns < WIDTH + lead)
         own, target, each = _step(
             own, target, each, student, teachers, weights, columns, real, to_2, sampler_to_2,

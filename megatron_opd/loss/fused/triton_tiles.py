@@ -39,38 +39,28 @@ def log2(x):
 
 
 @triton.jit
-def row_of(index, HAS_INDEX: tl.constexpr):
-    """The row of the matrices that the program is about."""
-    row = tl.program_id(0).to(tl.int64)
+def rows_of(
+    student, stride, teachers, strides, index, weights, lead,
+    N: tl.constexpr, HAS_INDEX: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """(where the first tile of the program's row begins, the same in each teacher, the teachers' weights, `lead` of the
+    row). The argument `lead` is that of the first row."""
+    at = tl.program_id(0).to(tl.int64)
     if HAS_INDEX:
-        return tl.load(index + row)
-    return row
+        at = tl.load(index + at)
+    lead = ((lead + at * stride) % 8).to(tl.int32) if SHIFTED else 0
+    found = ()
+    for n in tl.static_range(N):
+        found += (_begin(teachers[n], at, strides[n], lead, SHIFTED),)
+    return _begin(student, at, stride, lead, SHIFTED), found, numbers_of(weights, N), lead
 
 
 @triton.jit
-def lead_of(at, stride, lead, SHIFTED: tl.constexpr):
-    """Columns between the 16 bytes in which the row begins and its begin. `lead`: those of the first row."""
-    if SHIFTED:
-        return ((lead + at * stride) % 8).to(tl.int32)
-    return 0
-
-
-@triton.jit
-def begin(matrix, at, stride, lead, SHIFTED: tl.constexpr):
-    """Where the row's first tile begins."""
+def _begin(matrix, at, stride, lead, SHIFTED: tl.constexpr):
     first = matrix + at * stride - lead
     if SHIFTED:
         return tl.multiple_of(first, 16)
     return first
-
-
-@triton.jit
-def begins(matrices, at, strides, lead, N: tl.constexpr, SHIFTED: tl.constexpr):
-    """The same of N matrices."""
-    found = ()
-    for n in tl.static_range(N):
-        found += (begin(matrices[n], at, strides[n], lead, SHIFTED),)
-    return found
 
 
 @triton.jit
@@ -88,6 +78,14 @@ def columns_of(start, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.conste
     part = tl.arange(0, TILE // (LANES * VECTOR))[:, None, None]
     lane = tl.arange(0, LANES)[None, :, None]
     return start + (part * LANES + lane) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def ragged_of(i, FULL: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns of a tile that has a mask: the row's first with `i` -1, which HEAD rows have, else number `i` behind
+    the FULL columns without one."""
+    start = FULL + i * TILE if HEAD == 0 else tl.where(i < 0, 0, FULL + i * TILE)
+    return columns_of(start, TILE, LANES, VECTOR)
 
 
 @triton.jit
