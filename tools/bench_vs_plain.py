@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, help="a Hugging Face directory with a chat template")
     parser.add_argument(
-        "--prompts", type=Path, default=_ROOT / "examples/llm/data/gsm8k.train.jsonl", metavar="FILE", help="JSON lines"
+        "--prompts", type=Path, default=_ROOT / "examples/llm/data/gsm8k.eval.jsonl", metavar="FILE", help="JSON lines"
     )
     parser.add_argument("--batch", type=tool.positive, default=16, metavar="N", help="answers a step (%(default)s)")
     parser.add_argument("--response", type=tool.positive, default=32, metavar="TOKENS", help="each (%(default)s)")
