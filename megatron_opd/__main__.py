@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="validate a config against its models and data; starts nothing")
     check.add_argument("--settings-only", action="store_true", help="do not check models, tokenizers and data")
+    check.add_argument("--all", action="store_true", help="print every setting, not only those that are no default")
     add_config(check)
     check.add_argument("--plan", action="store_true", help="what it needs and how long a step takes; needs no weights")
     planner.add_options(check)
@@ -173,7 +174,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return planner.run(arguments)
     _refuse(arguments, "--plan", planner.DEFAULTS)
-    from megatron_opd.config.file import dump, load, method_in, read, to_dict
+    from megatron_opd.config.file import dump, load, method_in, not_defaults, read, to_dict
     from megatron_opd.launch import local
     from megatron_opd.trainer.other_data import check_newest
     from megatron_opd.trainer.preflight import read_inputs
@@ -187,8 +188,9 @@ def _check(arguments: argparse.Namespace) -> int:
     inputs = read_inputs(config, rows_to_try=_ROWS_OF_CHECK)
     if config.data.on_change == "error":
         check_newest(config.run.dir, inputs.data)
-    print(dump(to_dict(config)))
-    print(*origins, sep="\n")
+    print(dump(to_dict(config) if arguments.all else not_defaults(config)))
+    others = [] if arguments.all else ["# all other settings have their defaults (--all prints them)"]
+    print(*others, *origins, sep="\n")
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
@@ -197,6 +199,8 @@ def _check(arguments: argparse.Namespace) -> int:
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     for process in local.plan(config, [arguments.config, *arguments.overrides]):
         print(f"# {process}")
+    for missing in local.not_here(config):
+        print(f"# {missing}")
     return 0
 
 

@@ -134,6 +134,25 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def not_defaults(section: Any) -> dict[str, Any]:
+    """The settings of a config, or of a section, that have another value than their default, as plain data.
+
+    Sections in a list are told apart by their places, so each has an entry; one without other settings is empty.
+    """
+    found = {}
+    for field in dataclasses.fields(section):
+        value, factory = getattr(section, field.name), field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if dataclasses.is_dataclass(value):
+            inside: Any = not_defaults(value)
+        elif isinstance(value, list) and any(dataclasses.is_dataclass(entry) for entry in value):
+            inside = [not_defaults(entry) for entry in value]
+        else:
+            inside = None if value == default else value
+        found |= {field.name: inside} if inside not in (None, {}) else {}
+    return found
+
+
 def dump(settings: dict[str, Any]) -> str:
     """A resolved config, as `to_dict` gives it, as YAML."""
     return yaml_text.dump(settings)

@@ -16,7 +16,7 @@ from megatron_opd.core import last_words, preemption, rendezvous, run_dir
 from megatron_opd.core.interrupts import Interrupted
 from megatron_opd.launch import culprit, oom
 from megatron_opd.launch.rank_processes import Ranks, Start, spawn
-from megatron_opd.sglang import serve
+from megatron_opd.sglang import process, serve
 from megatron_opd.sglang.keeper import Keeper, kept
 
 _INTERRUPTIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -61,6 +61,13 @@ def plan(config: Config, arguments: Sequence[str]) -> list[Process]:
             ranks=config.parallel.world_size,
         ),
     ]
+
+
+def not_here(config: Config) -> list[str]:
+    """Interpreters that servers would be started with, and that this machine does not have, a line each."""
+    ours = serve.to_start(serve.needed(config))
+    found = [(served.setting, process.without_interpreter(served.servers)) for served in ours]
+    return [f"{setting}.python: {missing}" for setting, missing in found if missing]
 
 
 def is_worker() -> bool:
