@@ -153,7 +153,7 @@ def _attempt(config: Config, arguments: Sequence[str], restarts: int, start: Sta
     logs.mkdir(exist_ok=True)
     number = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
     kills = oom.Kills()
-    with rendezvous.private_store() as store, last_words.collected() as (listener, heard):
+    with rendezvous.private_store() as store, last_words.collected(trainer.ranks) as (listener, heard):
         ranks = Ranks(
             trainer.command[1:],
             trainer.ranks,

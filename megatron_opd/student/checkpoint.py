@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opd.core import durable, hashed_files, marker, stacks
+from megatron_opd.core import causes, durable, hashed_files, marker, stacks
 from megatron_opd.core.parallel import Parallel, lost_peer
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.core.whole_file import write_whole
@@ -164,10 +164,11 @@ class Checkpoints:
 
     def _give_up(self, target: Path, reason: str) -> NoReturn:
         shutil.rmtree(target, ignore_errors=True)  # half a checkpoint is of no use, and the disk may be full
-        free = shutil.disk_usage(self.dir.parent).free
+        said = causes.advised(reason)
+        if causes.is_full(reason) or "unexpected pos" in reason:  # torch's words where it could not write all
+            said += f"; {shutil.disk_usage(self.dir.parent).free / 1e9:.1f} GB are free on the disk of run.dir"
         raise CheckpointError(
-            f"the checkpoint {target} could not be written: {reason}; {free / 1e9:.1f} GB are free on the disk of"
-            f" run.dir; {how_to_continue(self.dir.parent)}"
+            f"the checkpoint {target} could not be written: {said}; {how_to_continue(self.dir.parent)}"
         )
 
 
