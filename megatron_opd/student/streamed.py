@@ -34,7 +34,7 @@ def stand_alone(state: dict[str, Any]) -> None:
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.untyped_storage().size() == tensor.nbytes:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() == 0:
         return tensor
     numbers = tensor.reshape(-1).view(torch.uint8).numpy()
     return torch.from_numpy(numbers).view(tensor.dtype).view(tensor.shape)
