@@ -73,8 +73,8 @@ def of_parts(parts: Sequence[Part], parallel: Parallel) -> dict[str, float]:
 
 
 def of_memory(parallel: Parallel) -> dict[str, float]:
-    """Gigabytes of the rank that has most: of host memory now, and of its GPU's at the worst moment since the last call,
-    where there is one. Collective."""
+    """Gigabytes of the rank that has most: of host memory now, and of a GPU's, where there is one, at the worst moment
+    since the last call. Collective."""
     mine = {"memory/rss": process_memory.resident()}
     if torch.cuda.is_available():
         mine["memory/gpu"] = torch.cuda.max_memory_allocated()
