@@ -85,7 +85,6 @@ class Checkpoints:
                 raise  # what a single rank does alone, rank 0 does: this one has only lost its peers
             self._give_up(target, reason(error))
         self.parallel.share_world(self._clean_up)
-        process_memory.give_back()
         return target
 
     def _write(self, student: Student, target: Path) -> None:

@@ -88,6 +88,7 @@ def _to_leader(buckets: Iterator[Named], parallel: Parallel) -> Iterator[tuple[s
                     yield from merged
                 elif parallel.tensor_rank == 0:
                     _send(merged, parallel)
+                del merged  # before the next bucket is made
             if parallel.tensor_rank == 0 and stage > 0:
                 _send(None, parallel)
         elif parallel.is_leader:

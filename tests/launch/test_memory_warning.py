@@ -1,11 +1,13 @@
 """A run that may need more memory than there is says so before it starts, with a setting to change."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import tiny
 
-from megatron_opd.launch import memory_warning
+from megatron_opd.__main__ import main
+from megatron_opd.launch import local, memory_warning
 from megatron_opd.planner.job import build
 
 
@@ -63,3 +65,14 @@ def test_prompts_count_as_long_as_they_are(model):
 )
 def test_each_part_has_its_setting(model, part, settings, setting):
     assert setting in memory_warning.remedy(part, job(model, **settings))
+
+
+@pytest.mark.parametrize("command", ["train", "launch", "check"])
+def test_it_is_said_before_a_run_and_by_check(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(memory_warning, "lines", lambda *_: ["warning: too much"])
+    monkeypatch.setattr(local, "launch", lambda *_, **__: 0)
+    assert main([command, "examples/quickstart.yaml", f"run.dir={tmp_path}/run"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("warning: too much") == 1
