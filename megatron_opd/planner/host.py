@@ -35,7 +35,7 @@ class HostMemory:
     ranks_here: int
     """Ranks on the machine."""
     trainer: float
-    """All of these together, each at its peak."""
+    """All ranks on the machine, each at its peak."""
     others: dict[str, float]
     """Launcher and servers, by name."""
 
