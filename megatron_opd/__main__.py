@@ -116,10 +116,14 @@ def _train(arguments: argparse.Namespace) -> int:
     if local.is_worker():
         return _work(arguments)
     from megatron_opd.config.file import load
+    from megatron_opd.launch import memory_warning
+    from megatron_opd.planner.job import build
     from megatron_opd.trainer.preflight import read_inputs
 
     config = load(arguments.config, arguments.overrides)
-    read_inputs(config)  # every problem shows before anything is started
+    inputs = read_inputs(config)  # every problem shows before anything is started
+    for line in memory_warning.lines(build(config), inputs.longest_prompt):
+        local.say(line)
     return local.launch(config, [arguments.config, *arguments.overrides])
 
 
@@ -175,7 +179,8 @@ def _check(arguments: argparse.Namespace) -> int:
         return planner.run(arguments)
     _refuse(arguments, "--plan", planner.DEFAULTS)
     from megatron_opd.config.file import dump, load, method_in, not_defaults, read, to_dict
-    from megatron_opd.launch import local
+    from megatron_opd.launch import local, memory_warning
+    from megatron_opd.planner.job import build
     from megatron_opd.trainer.other_data import check_newest
     from megatron_opd.trainer.preflight import read_inputs
 
@@ -194,7 +199,7 @@ def _check(arguments: argparse.Namespace) -> int:
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
-    for note in inputs.notes:
+    for note in (*inputs.notes, *memory_warning.lines(build(config), inputs.longest_prompt)):
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     for process in local.plan(config, [arguments.config, *arguments.overrides]):

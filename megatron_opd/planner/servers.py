@@ -98,7 +98,7 @@ def _weights(job: Job, dtype: str) -> float:
 def _embedded(job: Job) -> Role:
     """transformers on the leader of each replica, in float32."""
     replicas = job.config.parallel.data
-    concurrent = min(math.ceil(job.sequences / replicas), 256)
+    concurrent = memory.engine_rows(job)
     weights = 4.0 * sizes.numel(sizes.whole(job.student))
     seconds = _sampling(job, "fp32", 1, replicas, concurrent)
     room = concurrent * job.longest

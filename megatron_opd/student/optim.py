@@ -132,7 +132,8 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             slot = adam.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
-                slot.setdefault(name, torch.zeros_like(parameter))
+                if name not in slot:
+                    slot[name] = torch.zeros_like(parameter)
             slot.setdefault("step", torch.zeros(()))
 
 

@@ -185,6 +185,7 @@ class Run:
             **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=is_mixed),
             **step_metrics.of_batches(batches, self.parallel),
             **step_metrics.of_parts(self.experience.parts, self.parallel),
+            **step_metrics.of_memory(self.parallel),
             **{f"time/{stage}": seconds for stage, seconds in self.timed.times.items()},
         }
 

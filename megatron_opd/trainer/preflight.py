@@ -64,6 +64,8 @@ class Inputs:
     """Fingerprints of the sources, to be compared when the run goes on another time."""
     notes: tuple[str, ...] = ()
     """Lines for the user: prompts that were left out, how answers are graded here."""
+    longest_prompt: int = 0
+    """Tokens."""
 
 
 def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
@@ -116,6 +118,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
             *of_precision,
             *of_ends,
         ),
+        longest_prompt=max(read.longest, default=0),
     )
     if problems:
         raise ConfigError(problems)
@@ -256,6 +259,8 @@ class _Reader:
     problems: list[str]
     rows_to_try: int
     notes: list[str] = field(default_factory=list)
+    longest: list[int] = field(default_factory=list)
+    """Tokens of each source's longest prompt."""
     fingerprints: dict[str, list[Fingerprint]] = field(default_factory=lambda: defaultdict(list))
     """By data.train and data.eval, of the sources that could be read."""
     rewards: dict[str, Reward | None] = field(default_factory=dict)
@@ -291,6 +296,8 @@ class _Reader:
             found.append((source, prompts or []))
             if prompts and prompts.fingerprint:
                 self.fingerprints[setting].append(prompts.fingerprint)
+            if prompts:
+                self.longest.append(prompts.longest)
             if prompts and are_graded:
                 self._try(source, prompts, reward)
             if prompts and prompts.dropped:

@@ -1,4 +1,4 @@
-"""Metrics of a step besides the objective's: of rollouts, micro-batches and servers, and those that follow from
+"""Metrics of a step besides the objective's: of rollouts, micro-batches, servers and memory, and those that follow from
 other metrics."""
 
 from __future__ import annotations
@@ -7,6 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
+from megatron_opd.core import process_memory
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.protocols import Part
@@ -67,3 +70,14 @@ def of_parts(parts: Sequence[Part], parallel: Parallel) -> dict[str, float]:
         for counted in replica:
             totals.update(counted)
     return dict(totals)
+
+
+def of_memory(parallel: Parallel) -> dict[str, float]:
+    """Gigabytes of the rank that has most: of host memory now, and of a GPU's, where there is one, at the worst moment
+    since the last call. Collective."""
+    mine = {"memory/rss": process_memory.resident()}
+    if torch.cuda.is_available():
+        mine["memory/gpu"] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    everyone = parallel.gather_world(mine)
+    return {name: max(one[name] for one in everyone) / 1e9 for name in mine}
