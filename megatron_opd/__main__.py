@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,15 +111,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megatron_opd.launch import local
+    from megatron_opd.launch import worker
 
-    if local.is_worker():
+    if worker.is_worker():
         return _work(arguments)
     from megatron_opd.config.file import load
-    from megatron_opd.trainer.preflight import read_inputs
+    from megatron_opd.tracking import train_log
 
     config = load(arguments.config, arguments.overrides)
-    read_inputs(config)  # every problem shows before anything is started
+    with train_log.checking(config.run.dir, f"checking the settings of {arguments.config}, its models and its data"):
+        from megatron_opd.trainer.preflight import read_inputs
+
+        read_inputs(config)  # every problem shows before anything is started
+    from megatron_opd.launch import local
+
     return local.launch(config, [arguments.config, *arguments.overrides])
 
 
@@ -141,9 +147,22 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     """One rank. Whatever goes wrong on all ranks alike is said once."""
+    _begin(arguments)
     from megatron_opd.launch import one_rank
 
     return one_rank.live(lambda notice: _train_here(arguments, notice))
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    """Rank 0 says what it does next, before the imports that take seconds."""
+    if os.environ["RANK"] != "0":
+        return
+    from megatron_opd.config.file import load
+    from megatron_opd.tracking import train_log
+
+    with suppress(ValueError):  # which is said when all ranks are there
+        config = load(arguments.config, arguments.overrides)
+        train_log.say(config.run.dir, "importing torch and Megatron")
 
 
 def _train_here(arguments: argparse.Namespace, notice: Notice) -> None:

@@ -44,13 +44,19 @@ class LocalLauncher:
 
     def launch(self, config: Config, given: Sequence[str], options: argparse.Namespace) -> int:
         """Check the config against its models and data, start everything, and wait for its end."""
-        from megatron_opd.launch import local
-        from megatron_opd.trainer.preflight import read_inputs
+        from megatron_opd.tracking import train_log
 
         if options.dry_run:
+            from megatron_opd.launch import local
+
             print(*local.plan(config, given), sep="\n")
             return 0
-        read_inputs(config)
+        with train_log.checking(config.run.dir, f"checking the settings of {given[0]}, its models and its data"):
+            from megatron_opd.trainer.preflight import read_inputs
+
+            read_inputs(config)
+        from megatron_opd.launch import local
+
         return local.launch(config, given, max_restarts=config.run.max_restarts)
 
 
