@@ -227,7 +227,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from megatron_opd.models.tokenizer import load_tokenizer
     from megatron_opd.rollout.embedded_engine import LocalEngine
     from megatron_opd.tracking.report import print_grades
-    from megatron_opd.trainer.evaluate import Evaluator, means
+    from megatron_opd.tracking.tracker import console_alone
+    from megatron_opd.trainer.evaluate import Evaluator, means, num_answers
     from megatron_opd.trainer.preflight import check_model, read_inputs
 
     config = load(arguments.config, arguments.overrides)
@@ -239,10 +240,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     exported = Path(config.run.dir) / HF_EXPORT
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
     check_model(model, config.student.model)
-    engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-    prompts = [p for _, source in inputs.eval for p in source]
-    evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
-    _, totals = evaluator.answer(engine, prompts, samples=config.train.eval_samples)
+    samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
+    with console_alone() as shown:
+        with shown.phase(f"loading {model}"):
+            engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+        evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
+        with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
+            _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())
     print_grades(str(model), means([totals], "eval"), console=Console())
     return 0
 

@@ -125,6 +125,11 @@ def build_tracker(
     return Tracker([_JsonLines(run_dir / METRICS_FILE), *extra], terminal)
 
 
+def console_alone() -> Tracker:
+    """A tracker of work outside a run: phases on stderr, and nothing in files."""
+    return Tracker(terminal=Terminal(Path(os.devnull), 0, Console(stderr=True)))
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """All rows of a metrics.jsonl, oldest first. An unfinished last line (a killed run) is not a row.
 

@@ -1,4 +1,4 @@
-"""What a run says: its phases in their order, its own numbers, an answer, the time to go; on the console as in its log."""
+"""What a run says, on the console as in its log: phases in their order, numbers, an answer, the time to go."""
 
 import re
 from pathlib import Path
@@ -40,7 +40,8 @@ IN_ORDER = [
 
 def test_every_phase_has_a_line_with_its_time_in_order(tmp_path):
     """`train` imports the modules itself: lines before that come first also in a fork that has them."""
-    done = train(tmp_path / "run", "train.steps=2", "train.save_every=1", "train.eval_every=2", EVALUATED, launched=True)
+    steps = ["train.steps=2", "train.save_every=1", "train.eval_every=2"]
+    done = train(tmp_path / "run", *steps, EVALUATED, launched=True)
     assert done.returncode == 0, done.stderr
     logged = (tmp_path / "run/train.log").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in logged)
