@@ -162,7 +162,7 @@ def _begin(arguments: argparse.Namespace) -> None:
 
     with suppress(ValueError):  # which is said when all ranks are there
         config = load(arguments.config, arguments.overrides)
-        train_log.say(config.run.dir, "importing torch and Megatron")
+        train_log.say_early(config.run.dir, "importing torch and Megatron")
 
 
 def _train_here(arguments: argparse.Namespace, notice: Notice) -> None:

@@ -109,7 +109,8 @@ class Terminal:
         with self._lock:
             self._tell("  ".join([f"step {step}/{self._num_steps}", *parts, eta]))
             if self._bar:
-                self._bar.step(step, "  ".join([*parts, *([self._accuracy] if self._accuracy else []), eta]))
+                # The time first: a narrow terminal cuts the end.
+                self._bar.step(step, "  ".join([eta, *parts, *([self._accuracy] if self._accuracy else [])]))
 
     def _evaluation(self, row: Mapping[str, float], step: int) -> None:
         declared = [headline for headline in self._shown if headline.metric.startswith("eval/")]
@@ -190,4 +191,5 @@ class _Bar:
         self._live.refresh()
 
     def _picture(self) -> RenderableType:
-        return Group(self._steps, Text(self._phase, no_wrap=True, overflow="ellipsis"))
+        phase = [Text(self._phase, no_wrap=True, overflow="ellipsis")] if self._phase else []
+        return Group(self._steps, *phase)

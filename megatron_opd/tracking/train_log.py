@@ -34,6 +34,13 @@ def say(run_dir: str | Path, text: str) -> None:
             _append(Path(run_dir), text)
 
 
+def say_early(run_dir: str | Path, text: str) -> None:
+    """As `say`, before the run has claimed its directory: the train.log of another run that has it is left alone."""
+    print(for_console(text), file=sys.stderr, flush=True)
+    if Path(run_dir).is_dir():
+        _append_if_free(Path(run_dir), text)
+
+
 @contextmanager
 def checking(run_dir: str | Path, text: str) -> Iterator[None]:
     """Say the first line of a run while the block checks its settings.
@@ -44,14 +51,18 @@ def checking(run_dir: str | Path, text: str) -> Iterator[None]:
     print(for_console(text), file=sys.stderr, flush=True)
     path = Path(run_dir)
     made = [path, *path.parents][: sum(not parent.exists() for parent in (path, *path.parents))]
-    with suppress(OSError, ValueError), directory.claimed(path):
-        _append(path, text)
+    _append_if_free(path, text)
     try:
         yield
     except BaseException:
         with suppress(OSError):  # somebody has put something there
             _take_back(path, made)
         raise
+
+
+def _append_if_free(run_dir: Path, text: str) -> None:
+    with suppress(OSError, ValueError), directory.claimed(run_dir):
+        _append(run_dir, text)
 
 
 def _append(run_dir: Path, text: str) -> None:

@@ -54,7 +54,7 @@ def train(config: Config, notice: Notice) -> None:
         nccl.settle()
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
     if parallel.is_main:
-        train_log.say(config.run.dir, "reading the models' configs, tokenizers and prompts")
+        train_log.say_early(config.run.dir, "reading the models' configs, tokenizers and prompts")
     inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
     if config.data.on_change == "error":
         parallel.share_world(lambda: check_newest(config.run.dir, inputs.data))

@@ -48,6 +48,7 @@ def test_what_somebody_puts_there_meanwhile_stays(tmp_path):
 
 def test_the_log_of_another_run_is_left_alone(tmp_path, capsys):
     with directory.claimed(tmp_path), train_log.checking(tmp_path, "checking"):
+        train_log.say_early(tmp_path, "importing")
         assert not (tmp_path / "train.log").exists()
     assert "checking" in capsys.readouterr().err
 
@@ -57,6 +58,7 @@ def test_a_directory_that_cannot_be_is_for_the_run_to_refuse(tmp_path):
     with train_log.checking(tmp_path / "file/run", "checking"):
         pass
     train_log.say(tmp_path / "none", "line")
+    train_log.say_early(tmp_path / "none", "line")
     assert not (tmp_path / "none").exists()
 
 
