@@ -32,5 +32,6 @@ HELD_OUT = (
     Headline("eval/accuracy/*", "*", "{:.3f}"),
     Headline("eval/nll/all", "nll"),
     Headline("eval/kl/ensemble", "kl"),
+    Headline("eval/agreement/ensemble", "agreement", "{:.3f}"),
 )
 """In an evaluation's line; a declared one of the same metric takes its place."""

@@ -198,7 +198,9 @@ class Run:
         parts, shaped = split(batches, self.config.train.minibatches), {}
         if self.shaping is not None:
             parts, shaped = self.shaping(rollouts, parts, step)
-        with self._stage("step", "updating the student"):
+        total = len(batches) * self.config.train.epochs
+        with self._stage("step", "updating the student", total=total, unit="micro-batches") as phase:
+            self.student.told = phase.advance
             metrics = update(self.student, parts, self.objective, self.config.train)
         self.trained, self.cursor = step + 1, self.experience.cursor
         if self.student.skipped:

@@ -22,7 +22,7 @@ IN_ORDER = [
     r"step 0/2  eval  add \d\.\d{3}  all \d\.\d{3}  kl [\d.]+",
     r"step 1: sampling \(8 answers\)",
     r"step 1: scoring by the teachers",
-    r"step 1: updating the student",
+    r"step 1: updating the student \(4 micro-batches\)",
     r"answer to \w+, row \d+  reward [01]  \d+ tokens.*student -[\d.]+  carry -.* \(kl .*\)  compare -.* \(kl .*\)",
     r"  prompt: .+",
     r"  answer: .*",
