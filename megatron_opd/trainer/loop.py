@@ -89,7 +89,7 @@ class Run:
             tracker.message(f"warning: the loss runs on the backend {backend.name}: {backend.note}")
         loss = dataclasses.replace(config.loss, backend=backend.name or config.loss.backend)
         config = dataclasses.replace(config, loss=loss)  # self.config stays as it was written
-        with tracker.phase("waiting for the servers", is_told=config.is_served):
+        with tracker.phase("looking for the servers", is_told=config.is_served):
             served = parallel.share_world(lambda: serve.with_urls(config))
             colocated.clear_for_ranks(served.rollout, parallel)
         with tracker.phase(f"loading the student {config.student.model}"):
