@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,19 +112,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megatron_opd.launch import local
+    from megatron_opd.launch import worker
 
-    if local.is_worker():
+    if worker.is_worker():
         return _work(arguments)
     from megatron_opd.config.file import load
-    from megatron_opd.launch import memory_warning
-    from megatron_opd.planner.job import build
-    from megatron_opd.trainer.preflight import read_inputs
+    from megatron_opd.launch import first_look
 
     config = load(arguments.config, arguments.overrides)
-    inputs = read_inputs(config)  # every problem shows before anything is started
-    for line in memory_warning.lines(build(config), inputs.longest_prompt):
-        local.say(line)
+    first_look.look(config, arguments.config)
+    from megatron_opd.launch import local
+
     return local.launch(config, [arguments.config, *arguments.overrides])
 
 
@@ -146,9 +145,22 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     """One rank. Whatever goes wrong on all ranks alike is said once."""
+    _begin(arguments)
     from megatron_opd.launch import one_rank
 
     return one_rank.live(lambda notice: _train_here(arguments, notice))
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    """Rank 0 says what it does next, before the imports that take seconds."""
+    if os.environ["RANK"] != "0":
+        return
+    from megatron_opd.config.file import load
+    from megatron_opd.tracking import train_log
+
+    with suppress(ValueError):  # which is said when all ranks are there
+        config = load(arguments.config, arguments.overrides)
+        train_log.say_early(config.run.dir, "importing torch and Megatron")
 
 
 def _train_here(arguments: argparse.Namespace, notice: Notice) -> None:
@@ -217,7 +229,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from megatron_opd.models.tokenizer import load_tokenizer
     from megatron_opd.rollout.embedded_engine import LocalEngine
     from megatron_opd.tracking.report import print_grades
-    from megatron_opd.trainer.evaluate import Evaluator, means
+    from megatron_opd.tracking.tracker import console_alone
+    from megatron_opd.trainer.evaluate import Evaluator, means, num_answers
     from megatron_opd.trainer.preflight import check_model, read_inputs
 
     config = load(arguments.config, arguments.overrides)
@@ -229,10 +242,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     exported = Path(config.run.dir) / HF_EXPORT
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
     check_model(model, config.student.model)
-    engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-    prompts = [p for _, source in inputs.eval for p in source]
-    evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
-    _, totals = evaluator.answer(engine, prompts, samples=config.train.eval_samples)
+    samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
+    with console_alone() as shown:
+        with shown.phase(f"loading {model}"):
+            engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+        evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
+        with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
+            _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())
     print_grades(str(model), means([totals], "eval"), console=Console())
     return 0
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from megatron_opd.config import DataConfig, RewardsConfig, RolloutConfig, RunConfig, TeacherConfig
 from megatron_opd.core.episodes import episodes
-from megatron_opd.core.protocols import RolloutEngine
+from megatron_opd.core.protocols import OnFinished, RolloutEngine
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.rewards.grading import Grader
 from megatron_opd.rollout import sampling
+from megatron_opd.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from megatron_opd.trainer.preflight import Inputs
@@ -40,16 +41,19 @@ class Evaluator:
         self.rollout, self.seed = rollout, run.seed
         self.grader = Grader(data.eval, rewards, tokenizer)
 
-    def answer(self, engine: RolloutEngine, prompts: list[Prompt], *, samples: int = 1) -> tuple[list[Rollout], Tally]:
+    def answer(
+        self, engine: RolloutEngine, prompts: list[Prompt], *, samples: int = 1, told: OnFinished = lambda _: None
+    ) -> tuple[list[Rollout], Tally]:
         """A greedy answer to each prompt, and how good those are; with `samples` above 1 also how good that many drawn
-        at rollout.temperature are. Raises ValueError when a reward fails."""
+        at rollout.temperature are. `told` gets each answer as soon as it is finished. Raises ValueError when a reward
+        fails."""
         if not prompts:
             return [], {}
-        greedy = engine.generate(prompts, sampling.greedy(self.rollout))
+        greedy = engine.generate(prompts, sampling.greedy(self.rollout), told)
         totals = dict(tally_greedy(*self._graded(greedy)))
         if samples > 1:
             how = sampling.drawn(self.rollout, samples=samples, seed=self.seed)
-            drawn = engine.generate(prompts, how)
+            drawn = engine.generate(prompts, how, told)
             totals |= tally_samples(*self._graded(drawn), samples=samples)
         return greedy, totals
 
@@ -59,15 +63,23 @@ class Evaluator:
         return [rollouts[i] for i in first], [rewards[i] for i in first]
 
 
-def teacher_accuracies(evaluator: Evaluator, teachers: Sequence[TeacherConfig], inputs: Inputs) -> dict[str, float]:
+def num_answers(prompts: int, samples: int) -> int:
+    """How many answers an evaluation asks for."""
+    return prompts * (1 + samples if samples > 1 else 1)
+
+
+def teacher_accuracies(
+    evaluator: Evaluator, teachers: Sequence[TeacherConfig], inputs: Inputs, *, tracker: Tracker
+) -> dict[str, float]:
     """How good the teachers' own greedy answers are, as eval/teacher/<name>/…; loads one after the other, whole."""
     from megatron_opd.rollout.embedded_engine import LocalEngine
 
     prompts = [p for _, source in inputs.eval for p in source]
     metrics: dict[str, float] = {}
     for teacher in teachers:
-        engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-        _, totals = evaluator.answer(engine, prompts)
+        with tracker.phase(f"evaluating teacher {teacher.name}", total=len(prompts), unit="answers") as phase:
+            engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+            _, totals = evaluator.answer(engine, prompts, told=lambda _, phase=phase: phase.advance())
         metrics |= means([totals], f"eval/teacher/{teacher.name}", bounds=False)
     return metrics
 
