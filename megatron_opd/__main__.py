@@ -220,7 +220,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     exported = Path(config.run.dir) / HF_EXPORT
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
     check_model(model, config.student.model)
-    engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+    ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
+    engine = LocalEngine(model, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
     prompts = [p for _, source in inputs.eval for p in source]
     evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
     _, totals = evaluator.answer(engine, prompts, samples=config.train.eval_samples)

@@ -190,11 +190,12 @@ def _contexts(job: Job) -> float:
 
 
 def _engine(job: Job) -> tuple[float, float]:
-    """(weights, cache) of the embedded engine, which is whole and in float32 on the leader of each replica."""
+    """(weights, cache) of the embedded engine, which is whole on the leader of each replica."""
     if job.config.rollout.is_served:
         return 0.0, 0.0
     sequences = min(job.sequences // job.config.parallel.data, _LOCAL_BATCH)
-    return 4 * sizes.numel(sizes.whole(job.student)), sequences * job.longest * cache_bytes(job.student, 4, 1)
+    size = BYTES[job.config.rollout.dtype]
+    return size * sizes.numel(sizes.whole(job.student)), sequences * job.longest * cache_bytes(job.student, size, 1)
 
 
 def cache_bytes(arch: Architecture, size: int, tensor: int) -> float:
