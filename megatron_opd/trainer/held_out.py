@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from megatron_opd.config import LossConfig, TeacherConfig, TrainConfig
 from megatron_opd.core.types import Prompt, Rollout
@@ -12,6 +14,7 @@ from megatron_opd.trainer import reference_nll
 from megatron_opd.trainer.evaluate import Tally, means, teacher_accuracies
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
+from megatron_opd.trainer.teacher_answers import Answers, forced_agreement, teacher_answers
 
 
 class HeldOut:
@@ -26,6 +29,7 @@ class HeldOut:
         experience: Experience,
     ) -> None:
         self.train, self.loss, self.teachers = train, loss, teachers
+        self.directory = Path(experience.config.run.dir)
         self.inputs, self.experience, self.leader = inputs, experience, experience.leader
 
     def evaluate(self, student: Student, objective: Objective, step: int) -> dict[str, float]:
@@ -43,10 +47,12 @@ class HeldOut:
         experience.release()
         with experience.together():
             batches = experience.score(rollouts) if rollouts else []
-        found = student.evaluate(batches, objective)
-        metrics |= {f"eval/{name}": value for name, value in found.items() if name.startswith("kl/")}
-        settings = {"train": train, "loss": self.loss, "packing": experience.packing}
-        metrics |= reference_nll.nll(student, objective.distillation.vocab, self.inputs.eval, **settings)
+        found = student.evaluate(batches, replace(objective, measures_agreement=train.eval_agreement))
+        metrics |= {f"eval/{name}": x for name, x in found.items() if name.startswith(("kl/", "agreement/"))}
+        vocab, settings = objective.distillation.vocab, {"loss": self.loss, "packing": experience.packing}
+        metrics |= reference_nll.nll(student, vocab, self.inputs.eval, train=train, **settings)
+        if train.eval_agreement:
+            metrics |= forced_agreement(student, vocab, parallel.share_world(self._teacher_answers), **settings)
         if step == 0 and train.eval_teachers:
             metrics |= parallel.share_world(self._teacher_accuracies)
         return metrics
@@ -55,6 +61,10 @@ class HeldOut:
         assert self.leader is not None
         return self.leader.evaluator.answer(self.leader.engine, prompts, samples=self.train.eval_samples)
 
+    def _teacher_answers(self) -> Answers:
+        assert self.leader is not None
+        return teacher_answers(self.teachers, self.leader.evaluator, self.inputs, self.directory)
+
     def _teacher_accuracies(self) -> dict[str, float]:
         assert self.leader is not None
-        return teacher_accuracies(self.leader.evaluator, self.teachers, self.inputs)
+        return teacher_accuracies(self.leader.evaluator, self._teacher_answers())

@@ -24,6 +24,7 @@ from megatron_opd.config import (
     SourceConfig,
     StudentConfig,
     TeacherConfig,
+    TrainConfig,
 )
 from megatron_opd.config.checks_serving import check_vocabulary
 from megatron_opd.config.file import ConfigError
@@ -75,7 +76,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
     """
     problems: list[str] = []
     limits = _limits(config.student, config.teachers, config.parallel, config.lora, problems)
-    problems += _not_evaluated(config.teachers) if config.train.eval_teachers else []
+    problems += _not_asked(config.teachers, config.train)
     of_ends: list[str] = []
     tokenizer = _tokenizers(config.student.model, config.teachers, config.data, problems, of_ends)
     if tokenizer is None:
@@ -176,13 +177,14 @@ def _limits(
     return [limits for limits in found if limits is not None]
 
 
-def _not_evaluated(teachers: list[TeacherConfig]) -> list[str]:
-    """Problems of train.eval_teachers, which loads teachers into transformers."""
+def _not_asked(teachers: list[TeacherConfig], train: TrainConfig) -> list[str]:
+    """Problems of the settings that load teachers into transformers."""
     return [
-        f"teachers.{i}.model: train.eval_teachers needs a Hugging Face directory, and {teacher.model} is a Megatron"
+        f"teachers.{i}.model: train.{name} needs a Hugging Face directory, and {teacher.model} is a Megatron"
         " checkpoint; turn it off, or convert with tools/convert_checkpoint.py megatron-to-hf"
+        for name in ("eval_teachers", "eval_agreement")
         for i, teacher in enumerate(teachers)
-        if is_torch_dist(teacher.model)
+        if getattr(train, name) and is_torch_dist(teacher.model)
     ]
 
 
