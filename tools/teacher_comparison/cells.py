@@ -55,8 +55,10 @@ def read(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def add(path: Path, line: Mapping[str, Any]) -> None:
     """A cell is finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_bytes() if path.is_file() else b""
+    cut_off = "" if before.endswith(b"\n") or not before else "\n"
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(f"{cut_off}{json.dumps(line)}\n")
 
 
 def known(names: Sequence[str]) -> list[Cell]:

@@ -31,7 +31,9 @@ Lines = Mapping[str, Mapping[str, Any]]
 
 def table(cells: Sequence[Cell], lines: Lines) -> None:
     """A row a cell and source."""
-    made = Table("", "source", *_COLUMNS, "core seconds", box=box.MARKDOWN)
+    made = Table(box=box.MARKDOWN)
+    for name in ("", "source", *_COLUMNS, "core seconds"):
+        made.add_column(name, no_wrap=name in ("", "source"), justify="left" if name in ("", "source") else "right")
     for cell in cells:
         line = lines.get(cell.name)
         for source in SOURCES:
