@@ -124,7 +124,8 @@ def _show(runs: dict[str, list[dict[str, float]]], settings: dict[str, object]) 
     others = [name for name in runs if name != _PLAIN]
     for name in (*runs, *(f"{name} / {_PLAIN}" for name in others)):
         table.add_column(name, justify="right")
-    for figure in _FIGURES:
+    hidden = ("whole step", "peak") if settings["generate_only"] else ()  # ours has an optimizer all the same
+    for figure in (name for name in _FIGURES if name not in hidden):
         cells = [_text(figure, median(run[figure] for run in its)) if figure in its[0] else "" for its in runs.values()]
         ratios = [_ratio(runs[name], runs[_PLAIN], figure) for name in others]
         if any(cells):
