@@ -80,6 +80,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 print(f"round {number + 1}: {name}: {_line(runs[name][-1])}", file=sys.stderr, flush=True)
                 if arguments.json:
                     arguments.json.write_text(json.dumps({"settings": settings, "runs": runs}, indent=2) + "\n")
+    tokens = {run["prompt tokens"] for its in runs.values() for run in its}
+    if len(tokens) > 1:
+        raise ValueError(f"the programs read other prompts: {sorted(tokens)} tokens")
     _show(runs, settings)
     return 0
 

@@ -48,7 +48,9 @@ def main(folder: str, dtype: str) -> None:
     config = _config(Path(folder), stages, dtype)
     Path(config.run.dir).mkdir(exist_ok=True)
     parallel = groups.start(config.parallel, config.run)
-    run = Run(config, parallel, dataclasses.replace(read_inputs(config), eos_ids=()), Tracker())
+    inputs = dataclasses.replace(read_inputs(config), eos_ids=())
+    stages.prompt_tokens = sum(len(prompt.token_ids) for _, prompts in inputs.train for prompt in prompts)
+    run = Run(config, parallel, inputs, Tracker())
     run.sync()
     run.timed = CpuSeconds()  # type: ignore[assignment]
     for number in range(config.train.steps):
@@ -83,7 +85,7 @@ def _config(folder: Path, stages: Stages, dtype: str) -> c.Config:
         rollout=c.RolloutConfig(
             prompts_per_step=settings["batch"], max_new_tokens=settings["response"], dtype=cast(Any, dtype)
         ),
-        data=c.DataConfig(train=[c.SourceConfig(name="all", path=settings["prompts"])]),
+        data=c.DataConfig(train=[c.SourceConfig(name="all", path=settings["prompts"])], chat_template="tokenizer"),
         optim=c.OptimConfig(lr=settings["lr"]),
         train=c.TrainConfig(steps=steps, micro_batch_size=settings["micro"], export=False),
     )

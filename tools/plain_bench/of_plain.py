@@ -29,7 +29,9 @@ def main(folder: str) -> None:
     size = settings["batch"]
     for number in range(settings["steps"] + settings["warmup"]):
         texts = [row["prompt"] for row in rows[number * size : (number + 1) * size]]
-        times = _step(student.eval(), teacher.eval(), optimizer, _tokenized(tokenizer, texts), settings)
+        prompts = _tokenized(tokenizer, texts)
+        stages.prompt_tokens += int(prompts["attention_mask"].sum())
+        times = _step(student.eval(), teacher.eval(), optimizer, prompts, settings)
         stages.add(**times)
     stages.tell()
 

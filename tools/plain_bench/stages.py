@@ -14,6 +14,8 @@ class Stages:
     def __init__(self, folder: str) -> None:
         self.settings = json.loads((Path(folder) / "settings.json").read_text())
         self.seconds: dict[str, list[float]] = {}
+        self.prompt_tokens = 0
+        """Of all steps: the programs must read the same text."""
 
     def add(self, **seconds: float) -> None:
         """A step has ended; its stages are the same in all steps."""
@@ -24,4 +26,9 @@ class Stages:
         """One line of JSON on stdout: mean seconds of a step after the warm-up, bytes, and `more`."""
         told = {name: fmean(found[self.settings["warmup"] :]) for name, found in self.seconds.items()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({**told, "whole step": sum(told.values()), "peak": peak, **more}), flush=True)
+        print(
+            json.dumps(
+                {**told, "whole step": sum(told.values()), "peak": peak, "prompt tokens": self.prompt_tokens, **more}
+            ),
+            flush=True,
+        )
