@@ -71,9 +71,10 @@ class OwnCacheReader:
         order = torch.tensor([row for rows in of.values() for row in rows], device=self.model.device)
         return torch.cat(found)[order.argsort()]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Give a row's answer another row."""
-        self._rows[target] = self._rows[source]
+    def move(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Give rows' answers other rows: (from, to), no row in two pairs."""
+        for source, target in pairs:
+            self._rows[target] = self._rows[source]
 
     def close(self) -> None:
         """Give the memory back."""
