@@ -25,7 +25,7 @@ ELSEWHERE    := not gpu and not sglang and not slurm and not stacks
 ON_NEWEST    := $(addprefix tests/,core loss models precision student teachers rollout trainer e2e stacks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-kernels test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-llm quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-kernels test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -54,6 +54,15 @@ quickstart: install ## train a student from two teachers on this machine, in min
 	"$(BIN)/megatron-opd" train examples/quickstart.yaml
 	"$(BIN)/megatron-opd" eval examples/quickstart.yaml  # the export, read back by transformers
 	"$(BIN)/megatron-opd" report runs/quickstart
+
+quickstart-llm: install ## a real language model teaches a damaged copy of itself, on two cores in a quarter of an hour
+	"$(BIN)/python" tools/fetch_smollm2.py models/SmolLM2-135M-Instruct
+	test -f models/SmolLM2-pruned/config.json || \
+	  "$(BIN)/python" tools/prune_model.py models/SmolLM2-135M-Instruct models/SmolLM2-pruned --drop 12 15 18 21
+	rm -rf runs/quickstart_llm
+	"$(BIN)/megatron-opd" train examples/llm/quickstart.yaml
+	"$(BIN)/python" tools/side_by_side.py examples/llm/quickstart.yaml
+	"$(BIN)/megatron-opd" report runs/quickstart_llm
 
 quickstart-sglang: install sglang ## the quickstart with rollouts and one teacher on real SGLang servers (no GPU needed)
 	rm -rf runs/quickstart_sglang

@@ -13,6 +13,8 @@ SGLANG = ["aiohttp>=3.9", "tenacity>=8.2"]
 DATASETS = ["datasets>=3", "pyarrow>=15"]
 TENSORBOARD = ["tensorboard>=2.14"]
 WANDB = ["wandb>=0.17"]
+# tools/fetch_smollm2.py reads a GGUF file with these; transformers asks for `accelerate` there.
+LLM = ["gguf>=0.10", "accelerate"]
 
 # Two stacks are tested, and nothing between them: megatron-core changes functions, files of checkpoints and marks of
 # weights from version to version. megatron_opd/core/stacks.py has these ranges too, and every difference that the code
@@ -85,8 +87,7 @@ setup(
         "wandb": WANDB,
         # The authors' checker of IFEval, as lm-eval keeps it; brings scikit-learn and SciPy (0.3 GB), but no torch.
         "ifeval": ["lm-eval[ifeval]>=0.4.13"],
-        # tools/fetch_smollm2.py reads a GGUF file with these; transformers asks for `accelerate` there.
-        "llm": ["gguf>=0.10", "accelerate"],
+        "llm": LLM,
         # For the test that reads exported adapters with peft itself; writing them needs nothing.
         "peft": ["peft>=0.15"],
         "dev": [
@@ -103,6 +104,7 @@ setup(
             *SGLANG,
             *WANDB,
             *TENSORBOARD,
+            *LLM,
         ],
     },
     entry_points={"console_scripts": ["megatron-opd = megatron_opd.__main__:main"]},

@@ -243,9 +243,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
     check_model(model, config.student.model)
     samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
+    ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
     with console_alone() as shown:
         with shown.phase(f"loading {model}"):
-            engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+            engine = LocalEngine(model, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
         evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
         with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
             _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())

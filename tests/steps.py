@@ -60,6 +60,17 @@ def reference_nll(parallel, config, sources, vocab_size):
     return reference_nll.nll(student, student.vocab_shard(vocab_size), sources, **settings)
 
 
+def agreement_with_answers(parallel, config, answers, vocab_size):
+    """The agreement with teachers' answers, as a rank knows it."""
+    from megatron_opd.student.student import Student
+    from megatron_opd.trainer.experience import packing_settings
+    from megatron_opd.trainer.teacher_answers import forced_agreement
+
+    student = Student(config, parallel)
+    packing = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
+    return forced_agreement(student, student.vocab_shard(vocab_size), answers, loss=config.loss, packing=packing)
+
+
 def train_shaped(parallel, config, rollouts, vocab_size, num_steps):
     """The same with the weights and advantages of a step, and its updates: ([metrics by step], exported weights)."""
     from megatron_opd.trainer.build_objective import build_objective

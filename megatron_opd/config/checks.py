@@ -178,6 +178,9 @@ def _check_tokenizers(
         problems.append("loss.kind must be distribution where teachers have their own tokenizer")
     if policy.kl_coef > 0:
         problems.append("policy.kl_coef: the advantage of teachers with their own tokenizer is not known by token")
-    if train.eval_teachers:
-        problems.append("train.eval_teachers: teachers with their own tokenizer cannot answer the student's tokens")
+    problems += [
+        f"train.{name}: teachers with their own tokenizer cannot answer the student's tokens"
+        for name in ("eval_teachers", "eval_agreement")
+        if getattr(train, name)
+    ]
     return problems

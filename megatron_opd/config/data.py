@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Literal
 
-from megatron_opd.config.section import AtLeastOne, FilePath, Positive, section
+from megatron_opd.config.section import AtLeastOne, Count, FilePath, Positive, section
 
 
 @section
@@ -20,6 +20,8 @@ class SourceConfig:
     Face hub."""
     weight: Positive = 1.0
     """Share of this source in a batch, relative to the other sources."""
+    rows: Count = 0
+    """Largest number of rows to read, from the first one on; 0: all."""
     prompt_field: str = "prompt"
     """Field of a row with the prompt: a text, or messages (`role` and `content`); a.b is field b of field a. A row
     without it may have `messages`."""

@@ -148,6 +148,15 @@ class VocabShard:
         mass_T = self.sum(logp_TL.exp().masked_fill(listed_TL[:, :width], 0.0))
         return mass_T.clamp_min(torch.finfo(mass_T.dtype).tiny).log()
 
+    def likeliest(self, x_TL: torch.Tensor) -> torch.Tensor:
+        """The id of the largest value of each row over the whole vocabulary, [T, L] -> [T] int64; no gradient."""
+        value_T, at_T = self.fill_padding(x_TL.detach(), float("-inf")).max(-1)
+        if self.group is None:
+            return at_T + self.start
+        best_T = self.all_reduce(value_T.clone(), dist.ReduceOp.MAX)
+        ids_T = torch.where(value_T == best_T, at_T + self.start, self.size)  # of equal ones the first shard's
+        return self.all_reduce(ids_T, dist.ReduceOp.MIN)
+
     def top(self, x_TL: torch.Tensor, k: int) -> torch.Tensor:
         """The k largest values of the whole vocabulary, descending, [T, L] -> [T, k]; fewer if there are fewer columns.
 

@@ -54,6 +54,10 @@ class Outcomes:
         listed_TU = self.ids_TU < self.vocab.size
         return torch.cat([listed_TU, listed_TU.sum(-1, keepdim=True) < self.vocab.size], dim=-1)
 
+    def likeliest(self, logp_TO: torch.Tensor) -> torch.Tensor:
+        """The listed id of the largest log-probability of each row, [T, O] -> [T]; the rest is no id."""
+        return self.ids_TU.gather(-1, logp_TO[:, :-1].argmax(-1, keepdim=True))[:, 0]
+
     def of_exact(self, logp_TL: torch.Tensor) -> torch.Tensor:
         """A distribution over this shard's columns, [T, L] -> [T, O]; exact, also in the rest, and differentiable."""
         listed_TU = self.vocab.gather(logp_TL, self.ids_TU)

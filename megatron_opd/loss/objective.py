@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_opd.core.types import MicroBatch
+from megatron_opd.loss import agreement
 from megatron_opd.loss.fused import Logits
 from megatron_opd.loss.metrics import Columns, Sums, sums
 from megatron_opd.loss.sampled_tokens import sampled_tokens
@@ -36,9 +37,13 @@ class Objective:
     has_answers_of_others: bool = False
     """Whether there may be tokens that the student did not sample: the loss is then reported by who did."""
 
+    measures_agreement: bool = False
+    """Whether the agreement with the teachers is a metric too, which takes another look at all logits."""
+
     def metric_names(self) -> list[str]:
         """Names of the metrics of a call, in the order of tables; they follow from the settings alone."""
         names = self.distillation.metric_names()
+        names += agreement.metric_names(self.distillation) if self.measures_agreement else []
         if not self.sampled:
             return names
         split = ["loss/on_policy", "loss/off_policy"] if self.has_answers_of_others else []
@@ -61,8 +66,10 @@ class Objective:
         `student` are the student's logits at `batch.predicted_at_T`, or their factors; with gradients on, logits may be
         overwritten.
         """
+        agreed = agreement.measure(self.distillation, batch, student) if self.measures_agreement else {}
         term = self._total(batch, student)
-        return term.loss, torch.tensor(len(term.loss_T), dtype=torch.int, device=term.loss.device), term.metrics
+        num_tokens = torch.tensor(len(term.loss_T), dtype=torch.int, device=term.loss.device)
+        return term.loss, num_tokens, {**term.metrics, **agreed}
 
     @torch.no_grad()
     def by_token(self, batch: MicroBatch, student: Logits) -> torch.Tensor:

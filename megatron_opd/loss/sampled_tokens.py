@@ -90,6 +90,19 @@ class Entropy:
             return None, {"entropy": -student.vocab.sum(logp_CL.exp() * logp_CL)}
 
 
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """The share of the learnt tokens that are the student's likeliest ones where they stand, measured only."""
+
+    def metric_names(self) -> list[str]:
+        """One."""
+        return ["likeliest"]
+
+    def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[None, Columns]:
+        """As `TokenTerm`."""
+        return None, {"likeliest": (student.vocab.likeliest(student.logits_CL) == student.ids_C).double()}
+
+
 def sampled_tokens(
     terms: Sequence[TokenTerm],
     batch: MicroBatch,

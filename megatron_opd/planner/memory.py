@@ -194,20 +194,21 @@ def _contexts(job: Job) -> float:
 
 def engine_rows(job: Job) -> int:
     """Sequences that the embedded engine decodes together."""
-    fitting = int(ENGINE_CACHE // (job.longest * cache_bytes(job.student, 4, 1)))
+    size = BYTES[job.config.rollout.dtype]
+    fitting = int(ENGINE_CACHE // (job.longest * cache_bytes(job.student, size, 1)))
     return max(min(math.ceil(job.sequences / job.config.parallel.data), ENGINE_ROWS, fitting), 1)
 
 
 def _engine(job: Job) -> tuple[float, dict[str, float]]:
-    """(weights, what comes on top while it samples) of the embedded engine, which is whole and in float32 on the leader
-    of each replica."""
+    """(weights, what comes on top while it samples) of the embedded engine, which is whole on the leader of each
+    replica."""
     if job.config.rollout.is_served:
         return 0.0, {}
-    arch, rows = job.student, engine_rows(job)
-    reading = _ENGINE_TOKENS * (3 * arch.hidden_size + 3 * arch.ffn_size) * 4
+    arch, rows, size = job.student, engine_rows(job), BYTES[job.config.rollout.dtype]
+    reading = _ENGINE_TOKENS * (3 * arch.hidden_size + 3 * arch.ffn_size) * size
     drawing = rows * arch.vocab_size * (3 * 4 + 8)  # logits, their log-softmax and exponential; sums in float64
-    return 4 * sizes.numel(sizes.whole(arch)), {
-        "engine cache": rows * job.longest * cache_bytes(arch, 4, 1),
+    return size * sizes.numel(sizes.whole(arch)), {
+        "engine cache": rows * job.longest * cache_bytes(arch, size, 1),
         "engine's passes": max(reading, drawing),
     }
 

@@ -72,7 +72,7 @@ def read_prompts(
     what the source's reward needs (`is_graded`), and for what `complete` refuses.
     """
     prompts, told = PackedPrompts(source.name), Fingerprinting(source)
-    rows, seen = read_rows(source), 0
+    rows, seen = islice(read_rows(source), source.rows or None), 0
     with _progress(f"reading {source.name}") as show:
         while batch := list(islice(rows, _BATCH)):
             asked = _asked(batch, source, encoder, reward, is_graded)

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_opd.models.architecture import FAMILIES
+
 BEGIN_TOKENS = 4096
 """Tokens of prompts, padding included, that one forward pass takes: a bound for the memory of its activations."""
 _ENOUGH_TOKENS, _ALIKE = 512, 0.9
@@ -50,11 +52,10 @@ class BatchReader(Protocol):
 
 
 class ModelReader:
-    """A BatchReader over a causal language model of transformers, run by its own forward pass."""
+    """A BatchReader over a model whose keys and values it keeps itself, run by transformers' forward pass."""
 
     def __init__(self, model: Any, *, vocab_size: int) -> None:
-        """Raises ValueError for a model that keeps something else than the keys and values of all positions."""
-        check_cache(model.config)
+        """`model` is one that `has_rows`."""
         self.model, self.vocab_size = model, vocab_size
         self._layers: list[_Layer] = []
         self._now = _Now()
@@ -203,14 +204,15 @@ class _Layer:
         self.values[rows, :, :length] = values_BHSD[sources]
 
 
-def check_cache(config: Any) -> None:
-    """Raises ValueError for a model that keeps something else than the keys and values of all positions."""
+def has_rows(config: Any) -> bool:
+    """Whether a model of transformers is one that `ModelReader` knows: it keeps the keys and values of all positions,
+    attends to all of them by `sdpa`, and takes a mask and positions as they are given."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or config._attn_implementation != "sdpa":
-        raise ValueError(
-            f"the embedded engine has no cache for a model of type {config.model_type} with {', '.join(sorted(kinds))}"
-            f" by {config._attn_implementation}: sample it by a server (rollout.engine: sglang)"
-        )
+    windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    # Some others ("dynamic") take their frequencies from the longest sequence of a batch.
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") in ("default", "llama3")
+    known = config.model_type in FAMILIES.values() and config._attn_implementation == "sdpa"
+    return bool(known and rope and kinds == {"full_attention"} and not windows)
 
 
 def _shape(config: Any) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_opd.core.run_dir import CHECKPOINTS, HF_EXPORT, complete
+from megatron_opd.tracking.report_likeness import agreement_table, nll_table, plot_agreement
 from megatron_opd.tracking.report_run import ALL, RecordedRun, last_value, read_run
 from megatron_opd.tracking.report_tables import MISSING, Table, grades_table, percent, to_markdown, to_rich
 from megatron_opd.tracking.tracker import METRICS_FILE
@@ -31,7 +32,8 @@ def report(run_dir: str | Path, *, console: Console) -> None:
     run = read_run(Path(run_dir))
     plot_path = run.dir / "report.png"
     plot(run, plot_path)
-    tables = [t for t in (accuracy_table(run), last_grades(run), kl_table(run), speed_table(run)) if t.lines]
+    likeness = agreement_table(run), kl_table(run), nll_table(run)
+    tables = [t for t in (accuracy_table(run), last_grades(run), *likeness, speed_table(run)) if t.lines]
     notes = [headline(run), *(f"{what}: {path}" for what, path in places(run))]
     for table in tables:
         console.print(to_rich(table))
@@ -159,7 +161,7 @@ def plot(run: RecordedRun, path: Path) -> None:
     }
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained", dpi=130)
-        panels: list[Callable[[RecordedRun, Any], bool]] = [_plot_accuracy, _plot_kl, _plot_loss, _plot_time]
+        panels: list[Callable[[RecordedRun, Any], bool]] = [_plot_held_out, _plot_kl, _plot_loss, _plot_time]
         for panel, axis in zip(panels, axes.flat, strict=True):
             if not panel(run, axis):
                 axis.text(0.5, 0.5, "not logged in this run", ha="center", transform=axis.transAxes, color="#888888")
@@ -170,6 +172,11 @@ def plot(run: RecordedRun, path: Path) -> None:
         figure.suptitle(f"{run.dir.name}: {headline(run)}", x=0.01, ha="left", color=_INK)
         figure.savefig(path)
         pyplot.close(figure)
+
+
+def _plot_held_out(run: RecordedRun, axis: Any) -> bool:
+    """The agreement where it was measured: it moves where a small model is right about nothing. Else the accuracy."""
+    return plot_agreement(run, axis, _PALETTE) or _plot_accuracy(run, axis)
 
 
 def _plot_accuracy(run: RecordedRun, axis: Any) -> bool:

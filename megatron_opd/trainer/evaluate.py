@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from megatron_opd.config import DataConfig, RewardsConfig, RolloutConfig, RunConfig, TeacherConfig
+from megatron_opd.config import DataConfig, RewardsConfig, RolloutConfig, RunConfig
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import OnFinished, RolloutEngine
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.rewards.grading import Grader
 from megatron_opd.rollout import sampling
-from megatron_opd.tracking.tracker import Tracker
-
-if TYPE_CHECKING:
-    from megatron_opd.trainer.preflight import Inputs
 
 Tally = Mapping[tuple[str, str], tuple[float, int]]
 """By (measure, source): the sum over prompts, and how many they are."""
@@ -41,6 +36,10 @@ class Evaluator:
         self.rollout, self.seed = rollout, run.seed
         self.grader = Grader(data.eval, rewards, tokenizer)
 
+    def greedy(self, engine: RolloutEngine, prompts: list[Prompt], told: OnFinished = lambda _: None) -> list[Rollout]:
+        """A greedy answer to each prompt."""
+        return engine.generate(prompts, sampling.greedy(self.rollout), told)
+
     def answer(
         self, engine: RolloutEngine, prompts: list[Prompt], *, samples: int = 1, told: OnFinished = lambda _: None
     ) -> tuple[list[Rollout], Tally]:
@@ -49,13 +48,17 @@ class Evaluator:
         fails."""
         if not prompts:
             return [], {}
-        greedy = engine.generate(prompts, sampling.greedy(self.rollout), told)
-        totals = dict(tally_greedy(*self._graded(greedy)))
+        greedy = self.greedy(engine, prompts, told)
+        totals = dict(self.graded(greedy))
         if samples > 1:
             how = sampling.drawn(self.rollout, samples=samples, seed=self.seed)
             drawn = engine.generate(prompts, how, told)
             totals |= tally_samples(*self._graded(drawn), samples=samples)
         return greedy, totals
+
+    def graded(self, greedy: list[Rollout]) -> Tally:
+        """How good greedy answers are. Raises ValueError when a reward fails."""
+        return tally_greedy(*self._graded(greedy))
 
     def _graded(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[float]]:
         """(the first trajectory of each episode, the episodes' rewards)."""
@@ -68,19 +71,11 @@ def num_answers(prompts: int, samples: int) -> int:
     return prompts * (1 + samples if samples > 1 else 1)
 
 
-def teacher_accuracies(
-    evaluator: Evaluator, teachers: Sequence[TeacherConfig], inputs: Inputs, *, tracker: Tracker
-) -> dict[str, float]:
-    """How good the teachers' own greedy answers are, as eval/teacher/<name>/…; loads one after the other, whole."""
-    from megatron_opd.rollout.embedded_engine import LocalEngine
-
-    prompts = [p for _, source in inputs.eval for p in source]
+def teacher_accuracies(evaluator: Evaluator, answers: Mapping[str, list[Rollout]]) -> dict[str, float]:
+    """How good the teachers' own greedy answers are, by the teacher's name, as eval/teacher/<name>/…"""
     metrics: dict[str, float] = {}
-    for teacher in teachers:
-        with tracker.phase(f"evaluating teacher {teacher.name}", total=len(prompts), unit="answers") as phase:
-            engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-            _, totals = evaluator.answer(engine, prompts, told=lambda _, phase=phase: phase.advance())
-        metrics |= means([totals], f"eval/teacher/{teacher.name}", bounds=False)
+    for name, its in answers.items():
+        metrics |= means([evaluator.graded(its)], f"eval/teacher/{name}", bounds=False)
     return metrics
 
 

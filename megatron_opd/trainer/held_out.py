@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from megatron_opd.config import LossConfig, TeacherConfig, TrainConfig
 from megatron_opd.core.types import Prompt, Rollout
@@ -14,6 +16,7 @@ from megatron_opd.trainer import reference_nll
 from megatron_opd.trainer.evaluate import Tally, means, num_answers, teacher_accuracies
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
+from megatron_opd.trainer.teacher_answers import Answers, forced_agreement, teacher_answers
 
 
 class HeldOut:
@@ -29,6 +32,7 @@ class HeldOut:
         tracker: Tracker,
     ) -> None:
         self.train, self.loss, self.teachers = train, loss, teachers
+        self.directory = Path(experience.config.run.dir)
         self.inputs, self.experience, self.leader = inputs, experience, experience.leader
         self.tracker = tracker
 
@@ -49,11 +53,13 @@ class HeldOut:
         with self.tracker.phase("comparing the answers with the teachers' distributions"):
             with experience.together():
                 batches = experience.score(rollouts) if rollouts else []
-            found = student.evaluate(batches, objective)
-        metrics |= {f"eval/{name}": value for name, value in found.items() if name.startswith("kl/")}
-        settings = {"train": train, "loss": self.loss, "packing": experience.packing}
+            found = student.evaluate(batches, replace(objective, measures_agreement=train.eval_agreement))
+        metrics |= {f"eval/{name}": x for name, x in found.items() if name.startswith(("kl/", "agreement/"))}
+        vocab, settings = objective.distillation.vocab, {"loss": self.loss, "packing": experience.packing}
         with self.tracker.phase("reading the reference answers", is_told=train.eval_nll):
-            metrics |= reference_nll.nll(student, objective.distillation.vocab, self.inputs.eval, **settings)
+            metrics |= reference_nll.nll(student, vocab, self.inputs.eval, train=train, **settings)
+        if train.eval_agreement:
+            metrics |= forced_agreement(student, vocab, parallel.share_world(self._teacher_answers), **settings)
         if step == 0 and train.eval_teachers:
             metrics |= parallel.share_world(self._teacher_accuracies)
         return metrics
@@ -63,6 +69,11 @@ class HeldOut:
         ask = self.leader.evaluator.answer
         return ask(self.leader.engine, prompts, samples=self.train.eval_samples, told=lambda _: phase.advance())
 
+    def _teacher_answers(self) -> Answers:
+        assert self.leader is not None
+        ask = self.leader.evaluator
+        return teacher_answers(self.teachers, ask, self.inputs, self.directory, tracker=self.tracker)
+
     def _teacher_accuracies(self) -> dict[str, float]:
         assert self.leader is not None
-        return teacher_accuracies(self.leader.evaluator, self.teachers, self.inputs, tracker=self.tracker)
+        return teacher_accuracies(self.leader.evaluator, self._teacher_answers())

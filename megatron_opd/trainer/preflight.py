@@ -24,13 +24,14 @@ from megatron_opd.config import (
     SourceConfig,
     StudentConfig,
     TeacherConfig,
+    TrainConfig,
 )
 from megatron_opd.config.checks_serving import check_vocabulary
 from megatron_opd.config.file import ConfigError
 from megatron_opd.core.types import Prompt
 from megatron_opd.loss.crosstok.pieces import read_pieces
 from megatron_opd.loss.divergences import DIVERGENCES, GKD
-from megatron_opd.models.architecture import check_layout, read_architecture, read_limits
+from megatron_opd.models.architecture import check_layout, is_known, read_architecture, read_limits
 from megatron_opd.models.headers import check_tensors
 from megatron_opd.models.lora_layout import check_targets
 from megatron_opd.models.tokenizer import Tokenizer, difference, foreign_ends, load_tokenizer
@@ -43,6 +44,7 @@ from megatron_opd.prompts.store import PackedPrompts
 from megatron_opd.prompts.views import RowReader, build_row_reader, build_views
 from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
+from megatron_opd.rollout import sampling
 from megatron_opd.sglang import serve
 from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.transports import check_sync
@@ -76,7 +78,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
     """
     problems: list[str] = []
     limits = _limits(config.student, config.teachers, config.parallel, config.lora, problems)
-    problems += _not_evaluated(config.teachers) if config.train.eval_teachers else []
+    problems += _not_asked(config.teachers, config.train)
     of_ends: list[str] = []
     tokenizer = _tokenizers(config.student.model, config.teachers, config.data, problems, of_ends)
     if tokenizer is None:
@@ -116,6 +118,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
             *read.notes,
             *(reward.note for reward in read.rewards.values() if reward and reward.note),
             *of_precision,
+            *sampling.notes(config.rollout, config.loss),
             *of_ends,
         ),
         longest_prompt=max(read.longest, default=0),
@@ -177,13 +180,14 @@ def _limits(
     return [limits for limits in found if limits is not None]
 
 
-def _not_evaluated(teachers: list[TeacherConfig]) -> list[str]:
-    """Problems of train.eval_teachers, which loads teachers into transformers."""
+def _not_asked(teachers: list[TeacherConfig], train: TrainConfig) -> list[str]:
+    """Problems of the settings that load teachers into transformers."""
     return [
-        f"teachers.{i}.model: train.eval_teachers needs a Hugging Face directory, and {teacher.model} is a Megatron"
+        f"teachers.{i}.model: train.{name} needs a Hugging Face directory, and {teacher.model} is a Megatron"
         " checkpoint; turn it off, or convert with tools/convert_checkpoint.py megatron-to-hf"
+        for name in ("eval_teachers", "eval_agreement")
         for i, teacher in enumerate(teachers)
-        if is_torch_dist(teacher.model)
+        if getattr(train, name) and is_torch_dist(teacher.model)
     ]
 
 
@@ -232,10 +236,12 @@ def _tokenizers(
 
 
 def check_model(model: str | Path, student: str) -> None:
-    """Raises ConfigError when a model cannot take the place of `student`, the directory of student.model."""
+    """Raises ConfigError when a model cannot answer for `student`, the directory of student.model.
+
+    The model may be of a family that only transformers knows; the engine then looks at its tensors.
+    """
     problems: list[str] = []
-    arch = _attempt("--model", lambda: read_architecture(model), problems)
-    wrong = _attempt("--model", lambda: check_tensors(model, arch), problems) if arch else None
+    wrong = _attempt("--model", lambda: _wrong_tensors(model), problems)
     problems += [f"--model: {problem}" for problem in wrong or []]
     theirs = _tokenizer("--model", str(model), problems)
     why = difference(load_tokenizer(student), theirs) if theirs else None
@@ -243,6 +249,13 @@ def check_model(model: str | Path, student: str) -> None:
         problems.append(f"--model: its tokenizer is not that of student.model: {why}")
     if problems:
         raise ConfigError(problems)
+
+
+def _wrong_tensors(model: str | Path) -> list[str]:
+    if is_known(model):
+        return check_tensors(model, read_architecture(model))
+    read_limits(model)
+    return []
 
 
 def _tokenizer(what: str, model: str, problems: list[str]) -> Tokenizer | None:

@@ -6,7 +6,7 @@ Shape suffix: T learnt tokens of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,31 +35,48 @@ def nll(
     over all ranks."""
     if not train.eval_nll:
         return {}
-    parallel = student.parallel
     no_teacher = Distillation(loss, 1.0, vocab, (), ())  # nobody samples, so the temperature of samples does not matter
     objective = Objective(no_teacher, (CrossEntropy(),))
-    metrics, total, tokens = {}, 0.0, 0.0
-    for source, prompts in sources:
-        answers = [_as_rollout(prompt) for prompt in prompts if prompt.answer_ids]
-        mine = answers[parallel.data_rank :: parallel.data_size]
+    answers = [
+        (source.name, [as_answer(p, p.answer_ids, origin="dataset") for p in prompts if p.answer_ids])
+        for source, prompts in sources
+    ]
+    found = token_means(student, objective, "sft/nll", answers, packing=packing)
+    return {f"eval/nll/{name}": value for name, value in found.items()}
+
+
+def token_means(
+    student: Student,
+    objective: Objective,
+    metric: str,
+    answers: Sequence[tuple[str, Sequence[Rollout]]],
+    *,
+    packing: Mapping[str, Any],
+) -> dict[str, float]:
+    """By source, and for `all`, the mean of a metric of the objective over the tokens of the answers of all replicas;
+    nothing of sources without answers. Every rank has all `answers`. Collective over all ranks."""
+    parallel = student.parallel
+    means, total, tokens = {}, 0.0, 0.0
+    for source, its in answers:
+        mine = its[parallel.data_rank :: parallel.data_size]
         found = student.evaluate(_packed(mine, packing), objective)
-        if "sft/nll" in found:
-            metrics[f"eval/nll/{source.name}"] = found["sft/nll"]
-            total, tokens = total + found["sft/nll"] * found["num_tokens"], tokens + found["num_tokens"]
-    return metrics | ({f"eval/nll/{ALL}": total / tokens} if tokens else {})
+        if metric in found:
+            means[source] = found[metric]
+            total, tokens = total + found[metric] * found["num_tokens"], tokens + found["num_tokens"]
+    return means | ({ALL: total / tokens} if tokens else {})
 
 
-def _as_rollout(prompt: Prompt) -> Rollout:
-    size = len(prompt.answer_ids)
+def as_answer(prompt: Prompt, ids: tuple[int, ...], *, origin: Literal["teacher", "dataset"]) -> Rollout:
+    """Tokens that somebody else wrote, as a rollout."""
     return Rollout(
         prompt=prompt,
         sample=0,
-        token_ids=prompt.answer_ids,
-        learnt=(True,) * size,
-        logps=(0.0,) * size,
+        token_ids=ids,
+        learnt=(True,) * len(ids),
+        logps=(0.0,) * len(ids),
         finish="stop",
-        versions=(0,) * size,
-        origin="dataset",
+        versions=(0,) * len(ids),
+        origin=origin,
     )
 
 

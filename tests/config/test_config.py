@@ -410,6 +410,12 @@ def test_settings_of_servers_are_not_for_the_embedded_engine(setting, value):
     cfg.from_dict(served(**{setting: value}))
 
 
+def test_servers_have_a_type_of_their_own():
+    (problem,) = problems_of(served(dtype="bf16"))
+    assert problem == "rollout.dtype needs rollout.engine: local, not sglang"
+    cfg.from_dict(tree_with(rollout__dtype="bf16"))
+
+
 BESIDE = {"colocated": True, "args": ["--mem-fraction-static", "0.5"]}
 
 

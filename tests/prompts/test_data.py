@@ -158,6 +158,15 @@ def test_every_format_gives_the_same_prompts(tmp_path, name):
     assert list(read(path)) == expected
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "array.json", "p.jsonl.gz"])
+def test_the_first_rows_alone(tmp_path, name):
+    lines, path = "".join(json.dumps(row) + "\n" for row in ROWS), tmp_path / name
+    whole = json.dumps(ROWS) if name == "array.json" else lines
+    path.write_bytes(gzip.compress(whole.encode()) if name.endswith(".gz") else whole.encode())
+    assert texts(read(path, rows=2)) == ["one", "zwei ü"]
+    assert len(read(path, rows=0)) == len(read(path, rows=9)) == 3
+
+
 def test_fields_by_name_and_by_path(tmp_path):
     row = {"question": "q", "reward_model": {"ground_truth": "right"}, "a.b": "dotted", "prompt": "no", "answer": "no"}
     path = write(tmp_path / "p.jsonl", row)

@@ -408,6 +408,16 @@ def test_answers_that_leave_no_room_for_a_prompt(said):
     assert "rollout.max_new_tokens (100000) leaves no room for a prompt" in problem
 
 
+def test_answers_in_bf16_are_said(capsys):
+    config = str(QUICKSTART.parent / "quickstart.yaml")
+    for more, said in (
+        ([], "the divergence is exact at every token, on answers of the rounded model;"),
+        (["loss.kind=sampled", "loss.beta=1"], "tokens are weighted by q/μ up to loss.importance_cap (2.0);"),
+    ):
+        assert main(["check", config, "rollout.dtype=bf16", *more]) == 0
+        assert f"# rollout.dtype bf16: {said}" in capsys.readouterr().out
+
+
 # The model that `eval` is given.
 
 
