@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="validate a config against its models and data; starts nothing")
     check.add_argument("--settings-only", action="store_true", help="do not check models, tokenizers and data")
+    check.add_argument("--all", action="store_true", help="print every setting, not only those that are no default")
     add_config(check)
     check.add_argument("--plan", action="store_true", help="what it needs and how long a step takes; needs no weights")
     planner.add_options(check)
@@ -110,15 +112,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megatron_opd.launch import local
+    from megatron_opd.launch import worker
 
-    if local.is_worker():
+    if worker.is_worker():
         return _work(arguments)
     from megatron_opd.config.file import load
-    from megatron_opd.trainer.preflight import read_inputs
+    from megatron_opd.launch import first_look
 
     config = load(arguments.config, arguments.overrides)
-    read_inputs(config)  # every problem shows before anything is started
+    first_look.look(config, arguments.config)
+    from megatron_opd.launch import local
+
     return local.launch(config, [arguments.config, *arguments.overrides])
 
 
@@ -141,9 +145,22 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     """One rank. Whatever goes wrong on all ranks alike is said once."""
+    _begin(arguments)
     from megatron_opd.launch import one_rank
 
     return one_rank.live(lambda notice: _train_here(arguments, notice))
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    """Rank 0 says what it does next, before the imports that take seconds."""
+    if os.environ["RANK"] != "0":
+        return
+    from megatron_opd.config.file import load
+    from megatron_opd.tracking import train_log
+
+    with suppress(ValueError):  # which is said when all ranks are there
+        config = load(arguments.config, arguments.overrides)
+        train_log.say_early(config.run.dir, "importing torch and Megatron")
 
 
 def _train_here(arguments: argparse.Namespace, notice: Notice) -> None:
@@ -173,8 +190,9 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         return planner.run(arguments)
     _refuse(arguments, "--plan", planner.DEFAULTS)
-    from megatron_opd.config.file import dump, load, method_in, read, to_dict
-    from megatron_opd.launch import local
+    from megatron_opd.config.file import dump, load, method_in, not_defaults, read, to_dict
+    from megatron_opd.launch import local, memory_warning
+    from megatron_opd.planner.job import build
     from megatron_opd.trainer.other_data import check_newest
     from megatron_opd.trainer.preflight import read_inputs
 
@@ -187,16 +205,19 @@ def _check(arguments: argparse.Namespace) -> int:
     inputs = read_inputs(config, rows_to_try=_ROWS_OF_CHECK)
     if config.data.on_change == "error":
         check_newest(config.run.dir, inputs.data)
-    print(dump(to_dict(config)))
-    print(*origins, sep="\n")
+    print(dump(to_dict(config) if arguments.all else not_defaults(config)))
+    others = [] if arguments.all else ["# all other settings have their defaults (--all prints them)"]
+    print(*others, *origins, sep="\n")
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
-    for note in inputs.notes:
+    for note in (*inputs.notes, *memory_warning.lines(build(config), inputs.longest_prompt)):
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     for process in local.plan(config, [arguments.config, *arguments.overrides]):
         print(f"# {process}")
+    for missing in local.not_here(config):
+        print(f"# {missing}")
     return 0
 
 
@@ -208,7 +229,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from megatron_opd.models.tokenizer import load_tokenizer
     from megatron_opd.rollout.embedded_engine import LocalEngine
     from megatron_opd.tracking.report import print_grades
-    from megatron_opd.trainer.evaluate import Evaluator, means
+    from megatron_opd.tracking.tracker import console_alone
+    from megatron_opd.trainer.evaluate import Evaluator, means, num_answers
     from megatron_opd.trainer.preflight import check_model, read_inputs
 
     config = load(arguments.config, arguments.overrides)
@@ -220,10 +242,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     exported = Path(config.run.dir) / HF_EXPORT
     model = arguments.model or (exported if exported.is_dir() else config.student.model)
     check_model(model, config.student.model)
-    engine = LocalEngine(model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-    prompts = [p for _, source in inputs.eval for p in source]
-    evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
-    _, totals = evaluator.answer(engine, prompts, samples=config.train.eval_samples)
+    samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
+    ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
+    with console_alone() as shown:
+        with shown.phase(f"loading {model}"):
+            engine = LocalEngine(model, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
+        evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
+        with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
+            _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())
     print_grades(str(model), means([totals], "eval"), console=Console())
     return 0
 

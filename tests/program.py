@@ -41,7 +41,7 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 """Makes the program the only rank of its world, as torchrun would."""
 PATIENCE_S = 900
 """For whatever takes seconds on an idle machine: it tells a hang from an end."""
-_TIMES = re.compile(r"time_s|time/.*|tokens_per_s")
+_TIMES = re.compile(r"time_s|time/.*|memory/.*|tokens_per_s")
 _PROGRAM = ("-m", "megatron_opd")
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 

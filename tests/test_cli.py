@@ -10,7 +10,7 @@ from megatron_opd.__main__ import main
 from megatron_opd.config.file import changes, load, record, to_dict
 from megatron_opd.core import run_dir
 from megatron_opd.core.whole_file import write_whole
-from megatron_opd.launch import culprit, local
+from megatron_opd.launch import culprit, local, worker
 from megatron_opd.launch.one_rank import PEER_FAILED
 from megatron_opd.launch.rank_processes import Failure
 
@@ -56,30 +56,30 @@ def test_without_a_command(capsys):
 
 def test_started_by_hand_is_no_worker(environ):
     environ()
-    assert not local.is_worker()
+    assert not worker.is_worker()
 
 
 def test_torchrun_starts_workers(environ):
     environ(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4")
-    assert local.is_worker()
+    assert worker.is_worker()
 
 
 def test_srun_starts_workers_under_its_own_names(environ):
     env = environ(SLURM_PROCID="5", SLURM_LOCALID="1", SLURM_STEP_NUM_TASKS="8")
-    assert local.is_worker()
+    assert worker.is_worker()
     assert [env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["5", "1", "8"]
 
 
 def test_torchrun_inside_srun_keeps_its_own_ranks(environ):
     of_srun = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     env = environ(**of_srun, RANK="6", LOCAL_RANK="2", WORLD_SIZE="8")
-    assert local.is_worker()
+    assert worker.is_worker()
     assert [env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["6", "2", "8"]
 
 
 def test_one_task_of_a_batch_job_is_no_worker(environ):
     environ(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NUM_TASKS="1")
-    assert not local.is_worker()
+    assert not worker.is_worker()
 
 
 def test_plan_repeats_what_the_user_gave(monkeypatch):

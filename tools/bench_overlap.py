@@ -88,7 +88,7 @@ class StubRun(Run):
         self.completions = Completions(config.log, config.run.dir, parallel, None, self.tracker)
         leader = Leader(engine=stages, answers=None, grader=None, evaluator=None, tokenizer=None)  # type: ignore[arg-type]
         self.experience = StubExperience(config, parallel, [], leader)
-        self.timed, self.trained = Stopwatch(), 0
+        self.timed, self.trained, self.began_at = Stopwatch(), 0, 0
         self.experience.start(PromptMix([(c.SourceConfig(name="all", path=""), PROMPTS)], seed=1))
 
 
@@ -101,6 +101,8 @@ def measure(parallel: Any, seconds: argparse.Namespace, *, max_staleness: int) -
         rollout=c.RolloutConfig(engine="sglang", prompts_per_step=8, max_staleness=max_staleness),
         data=c.DataConfig(train=[]),
         train=c.TrainConfig(steps=seconds.steps + FILLING + 1),
+        rewards=c.RewardsConfig(watch=False),
+        log=c.LogConfig(answer_every=0),
     )
     run = StubRun(config, parallel, Stages(seconds))
     for _ in range(FILLING):

@@ -22,7 +22,7 @@ from step_bench.cases import Case
 
 from megatron_opd.core import lifeline, rendezvous
 from megatron_opd.core.arguments import Parser, add_config
-from megatron_opd.launch import local
+from megatron_opd.launch import local, worker
 from megatron_opd.launch.rank_processes import Handle, Output, Ranks, Start, spawn
 from megatron_opd.sglang import serve
 
@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.case:
         return _as_rank(Case(**json.loads(arguments.case)), arguments.json)
     planned = cases.of(arguments)
-    if local.is_worker():
+    if worker.is_worker():
         if len(planned) > 1:
             raise ValueError("under torchrun or srun there is one case: one layout, one number of teachers")
         return _as_rank(planned[0], arguments.json, show_it=True)

@@ -115,6 +115,11 @@ class Config:
         """Whether training answers need their rewards."""
         return self.rl.needs_rewards
 
+    @property
+    def has_rewards(self) -> bool:
+        """Whether training answers are graded at all."""
+        return self.is_graded or self.rewards.watch
+
     def teacher_weights(self, source: str) -> list[float]:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""
         return ensemble_weights(self.teachers, source)

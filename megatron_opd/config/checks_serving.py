@@ -70,6 +70,7 @@ def _check_engine(rollout: RolloutConfig) -> list[str]:
     if rollout.partial and rollout.max_staleness < 1:
         problems.append("rollout.partial needs rollout.max_staleness of 1 or more: kept answers are stale")
     not_for_all = {
+        "dtype": rollout.dtype != "fp32",
         "top_p": rollout.top_p != 1,
         "top_k": rollout.top_k != 0,
         "max_staleness": rollout.max_staleness != 0,

@@ -75,6 +75,10 @@ class RewardsConfig:
     thinking: list[str] = dataclasses.field(default_factory=list)
     """Markers that open and close a model's thinking, two of them; only the text behind it is graded. Empty: the
     markers of the student's tokenizer or chat template, [THINK] or <thinking>, else <think> and </think>."""
+    watch: bool = True
+    """Grading of the student's training answers where no term of the loss needs it, for the metrics `reward/…`. Rows
+    without what their reward needs are left out, and a reward that fails is a warning. `time/grade` is what it takes:
+    the reward code runs every answer in the sandbox, math may take 10 s for an odd one."""
     ifeval: Literal["prompt", "instruction"] = "prompt"
     """Value of the reward ifeval: prompt (1 for an answer that follows every instruction of its prompt, else 0), or
     instruction (the share of the instructions that it follows)."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
 import json
 import operator
@@ -22,6 +21,7 @@ import yaml
 
 from megatron_opd.config import Config, methods, retired, yaml_text
 from megatron_opd.config.checks import check
+from megatron_opd.config.other_names import meant_by
 from megatron_opd.config.schema import adapter, bounds, setting_at, without_empty
 from megatron_opd.config.strict import what_to_write
 
@@ -38,9 +38,10 @@ class ConfigError(ValueError):
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and check everything.
+    """Read a YAML file, apply `section.key=value` overrides and check everything.
 
-    Lists are addressed by index: `teachers.0.weight=0.5`. Raises ConfigError listing every problem.
+    Lists are addressed by index: `teachers.0.weight=0.5`. A text is taken as it is, another value is YAML.
+    Raises ConfigError listing every problem.
     """
     return from_dict(read(path, overrides), where=str(path))
 
@@ -133,6 +134,25 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def not_defaults(section: Any) -> dict[str, Any]:
+    """The settings of a config, or of a section, that have another value than their default, as plain data.
+
+    Sections in a list are told apart by their places, so each has an entry; one without other settings is empty.
+    """
+    found = {}
+    for field in dataclasses.fields(section):
+        value, factory = getattr(section, field.name), field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if dataclasses.is_dataclass(value):
+            inside: Any = not_defaults(value)
+        elif isinstance(value, list) and any(dataclasses.is_dataclass(entry) for entry in value):
+            inside = [not_defaults(entry) for entry in value]
+        else:
+            inside = None if value == default else value
+        found |= {field.name: inside} if inside not in (None, {}) else {}
+    return found
+
+
 def dump(settings: dict[str, Any]) -> str:
     """A resolved config, as `to_dict` gives it, as YAML."""
     return yaml_text.dump(settings)
@@ -188,9 +208,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else _opened(node, part)
-        node[int(last) if isinstance(node, list) else last] = yaml_text.load_value(text)
+        node[int(last) if isinstance(node, list) else last] = _value(dotted, text)
     except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError([f"cannot set {dotted}: {error}"], where="command line") from None
+
+
+def _value(dotted: str, text: str) -> Any:
+    """What a text on the command line means: itself where the setting is a text, YAML otherwise. Quotes around a whole
+    text are YAML's. Raises yaml.YAMLError."""
+    path = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
+    is_text = setting_at(path).get("type") == "string"
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text if is_text and not is_quoted else yaml_text.load_value(text)
 
 
 def _opened(node: Any, part: str) -> Any:
@@ -207,10 +236,8 @@ def _explain(error: Any) -> str:
         case "unexpected_keyword_argument" | "extra_forbidden":
             if advice := retired.advice_for_setting(error["loc"]):
                 return f"{where} is no longer a setting: {advice}"
-            *parents, name = error["loc"]
-            near = difflib.get_close_matches(name, list(setting_at(parents).get("properties", {})), n=1, cutoff=0.5)
-            hint = f"; did you mean {'.'.join(map(str, [*parents, near[0]]))}?" if near else ""
-            return f"{where}: unknown setting{hint}"
+            near = meant_by(error["loc"])
+            return f"{where}: unknown setting{f'; did you mean {near}?' if near else ''}"
         case "value_error":
             return f"{where}: {error['ctx']['error']}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":

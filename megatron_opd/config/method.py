@@ -55,6 +55,9 @@ class RolloutConfig:
     engine: EngineName = "local"
     """Engine that samples: local (embedded: transformers with a KV cache in the leader rank of each replica), or sglang
     (the servers of `servers`)."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which the student's embedded engine computes. In bf16 answers are the rounded model's, and may depend on
+    what is sampled beside them (docs/algorithms.md). Servers have servers.dtype."""
     servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
     """Servers of the student (engine sglang)."""
     prompts_per_step: AtLeastOne = 16

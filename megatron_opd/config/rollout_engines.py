@@ -27,7 +27,7 @@ class EngineTraits:
 
 
 ENGINES: dict[str, EngineTraits] = {
-    "local": EngineTraits(mixes=True),
+    "local": EngineTraits(mixes=True, takes=("dtype",)),
     "sglang": EngineTraits(
         is_served=True, takes=("top_p", "top_k", "max_staleness", "partial", "quantization", "sync_verify", "servers")
     ),

@@ -121,6 +121,9 @@ class LogConfig:
     """Also log to Weights & Biases; offline writes to <run.dir>/wandb."""
     wandb_project: str = "megatron-opd"
     """Project name for Weights & Biases."""
+    answer_every: Count = 10
+    """Steps between answers that the console and train.log show, one at a time, the first one after the first step.
+    0: none."""
     completions_every: Count = 0
     """Steps between tables of answers: those of one training step go to <run.dir>/completions.jsonl (and to a table of
     W&B). 0: no tables."""

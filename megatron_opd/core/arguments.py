@@ -29,5 +29,5 @@ def add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -
     shown = f"YAML file (default: {default})" if default else "YAML file (see examples/)"
     parser.add_argument("config", nargs="?" if default else None, default=default, help=shown)
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file; values are YAML"
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file, e.g. train.steps=20"
     )

@@ -104,6 +104,18 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def advised(said: str) -> str:
+    """An error's own words, with what to do about them where the table knows that."""
+    cause = _by_words(said)
+    return said if cause is None else f"{said}: {cause.advice.format(limit=_limit(cause.limit))}"
+
+
+def is_full(said: str) -> bool:
+    """Whether these are the words of an error for want of room on a disk."""
+    cause = _by_words(said)
+    return cause is not None and bool({errno.ENOSPC, errno.EDQUOT} & {*cause.numbers})
+
+
 def ended(code: int) -> str:
     """How a process with this exit code ended; the number of a signal is negative."""
     return f"was ended by {signal_name(-code)}" if code < 0 else f"failed with exit code {code}"
@@ -122,8 +134,11 @@ def _cause(error: BaseException) -> Cause | None:
         return next(cause for cause in CAUSES if errno.ENOMEM in cause.numbers)
     if isinstance(error, OSError) and error.errno is not None:
         return next((cause for cause in CAUSES if error.errno in cause.numbers), None)
-    text = str(error)
-    return next((cause for cause in CAUSES if re.search(cause.texts, text, re.IGNORECASE)), None)
+    return _by_words(str(error))
+
+
+def _by_words(said: str) -> Cause | None:
+    return next((cause for cause in CAUSES if re.search(cause.texts, said, re.IGNORECASE)), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

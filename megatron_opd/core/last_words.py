@@ -1,13 +1,16 @@
 """The message of a failing rank to its launcher, which prints it once, after all other output.
 
-A rank opens the file when it starts: it may be files, memory or disk that it lacks at its end. Lines of JSON, which
-ranks append whole.
+A rank maps its part of the file when it starts: it may be files, memory or disk that it lacks at its end, and a limit
+of the size of files holds for what is written, but not for what is mapped. A line of JSON in each part.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import re
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +22,8 @@ from megatron_opd.core.private_file import private_file
 PATH = "MEGATRON_OPD_LAST_WORDS"
 """The environment variable that tells ranks where to write."""
 _LONGEST = 20_000
+_ROOM = 1 << 16
+"""Bytes of a rank's part, where files may be so large. What nobody writes takes no memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +41,25 @@ class Words:
 
 
 @contextmanager
-def collected() -> Iterator[tuple[dict[str, str], Callable[[], dict[int, Words]]]]:
-    """Environment variables for ranks, and a function that returns what they have said, by rank."""
+def collected(count: int) -> Iterator[tuple[dict[str, str], Callable[[], dict[int, Words]]]]:
+    """Environment variables for `count` ranks, and a function that returns what they have said, by rank. Raises OSError
+    where this process may not even have a file of a page for each."""
     with private_file("last-words") as path:
+        os.truncate(path, count * _room(count))
         yield {PATH: path}, lambda: _read(Path(path).read_text(errors="replace"))
+
+
+def _room(count: int) -> int:
+    """Bytes for each of `count` ranks by the limit of the size of files: whole pages, which alone can be mapped."""
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if most == resource.RLIM_INFINITY:
+        return _ROOM
+    return min(_ROOM, max(most // count // mmap.PAGESIZE, 1) * mmap.PAGESIZE)
 
 
 def _read(text: str) -> dict[int, Words]:
     found: dict[int, Words] = {}
-    for line in text.splitlines():
+    for line in re.findall(r"[^\0\n]+", text):
         with suppress(ValueError, TypeError, KeyError):
             words = json.loads(line)
             found.setdefault(int(words.pop("rank")), Words(**words))
@@ -58,15 +73,29 @@ class Teller:
         """Raises OSError when the launcher has gone."""
         self.rank = int(environ.get("RANK", "0"))
         path = environ.get(PATH)
-        self._descriptor = None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._place = None if path is None else _mapped(path, self.rank, int(environ["WORLD_SIZE"]))
 
     @property
     def is_heard(self) -> bool:
         """Whether a launcher listens."""
-        return self._descriptor is not None
+        return self._place is not None
 
     def tell(self, said: str, *, is_lost: bool = False, trace: str = "") -> None:
         """Write it down for the launcher. The first words of a rank count."""
-        if self._descriptor is not None:
-            words = Words(said=said[:_LONGEST], when=time.monotonic(), is_lost=is_lost, trace=trace[-_LONGEST:])
-            os.write(self._descriptor, (json.dumps({"rank": self.rank, **asdict(words)}) + "\n").encode())
+        if self._place is None or self._place[0]:
+            return
+        line, longest = b"", _LONGEST
+        while not line or len(line) > len(self._place):
+            words = Words(said=said[:longest], when=time.monotonic(), is_lost=is_lost, trace=trace[-longest:])
+            line, longest = (json.dumps({"rank": self.rank, **asdict(words)}) + "\n").encode(), longest // 2
+        self._place[: len(line)] = line
+
+
+def _mapped(path: str, rank: int, count: int) -> mmap.mmap:
+    """The part of a rank."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        room = os.fstat(descriptor).st_size // count
+        return mmap.mmap(descriptor, room, offset=rank * room)
+    finally:
+        os.close(descriptor)

@@ -15,7 +15,7 @@ ADAPTER = "adapter"
 """What a run with LoRA exports beside the merged student: the adapters alone, for peft."""
 MARKER = "loop.json"
 """File of a checkpoint that is written last; without it there is no checkpoint."""
-_LOCK = ".lock"
+LOCK = ".lock"
 _STEP = re.compile(r"step_[0-9]+")
 
 
@@ -38,7 +38,7 @@ def claimed(run_dir: str | Path) -> Iterator[Path]:
     Raises ValueError when another run holds it. File systems that know no locks are not guarded.
     """
     path = make(run_dir)
-    with (path / _LOCK).open("a+") as lock:
+    with (path / LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

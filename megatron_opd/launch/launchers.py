@@ -44,13 +44,16 @@ class LocalLauncher:
 
     def launch(self, config: Config, given: Sequence[str], options: argparse.Namespace) -> int:
         """Check the config against its models and data, start everything, and wait for its end."""
-        from megatron_opd.launch import local
-        from megatron_opd.trainer.preflight import read_inputs
+        from megatron_opd.launch import first_look
 
         if options.dry_run:
+            from megatron_opd.launch import local
+
             print(*local.plan(config, given), sep="\n")
             return 0
-        read_inputs(config)
+        first_look.look(config, given[0])
+        from megatron_opd.launch import local
+
         return local.launch(config, given, max_restarts=config.run.max_restarts)
 
 

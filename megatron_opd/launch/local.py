@@ -10,14 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_opd.config import Config
 from megatron_opd.core import last_words, preemption, rendezvous, run_dir
 from megatron_opd.core.interrupts import Interrupted
 from megatron_opd.launch import culprit, oom
 from megatron_opd.launch.rank_processes import Ranks, Start, spawn
-from megatron_opd.sglang import serve
+from megatron_opd.sglang import process, serve
 from megatron_opd.sglang.keeper import Keeper, kept
+from megatron_opd.tracking import train_log
 
 _INTERRUPTIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -63,13 +65,11 @@ def plan(config: Config, arguments: Sequence[str]) -> list[Process]:
     ]
 
 
-def is_worker() -> bool:
-    """Whether torchrun or srun has started this process as a rank. Maps srun's names to torch's."""
-    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
-        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
-        os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"])
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+def not_here(config: Config) -> list[str]:
+    """Interpreters that servers would be started with, and that this machine does not have, a line each."""
+    ours = serve.to_start(serve.needed(config))
+    found = [(served.setting, process.without_interpreter(served.servers)) for served in ours]
+    return [f"{setting}.python: {missing}" for setting, missing in found if missing]
 
 
 def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0, start: Start = spawn) -> int:
@@ -89,7 +89,7 @@ def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0, s
                 if code != 1 or not left:
                     break
                 how = run_dir.how_to_continue(config.run.dir)
-                say(f"starting again ({left - 1} more time(s) by run.max_restarts): {how}")
+                train_log.say(config.run.dir, f"starting again ({left - 1} more time(s) by run.max_restarts): {how}")
             return code
     except preemption.Preempted:
         return preemption.EXIT_CODE
@@ -144,9 +144,10 @@ def _attempt(config: Config, arguments: Sequence[str], restarts: int, start: Sta
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; more threads only get in each other's way
     logs = run_dir.make(config.run.dir) / run_dir.LOGS
     logs.mkdir(exist_ok=True)
+    tell = partial(train_log.say, config.run.dir)
     number = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
     kills = oom.Kills()
-    with rendezvous.private_store() as store, last_words.collected() as (listener, heard):
+    with rendezvous.private_store() as store, last_words.collected(trainer.ranks) as (listener, heard):
         ranks = Ranks(
             trainer.command[1:],
             trainer.ranks,
@@ -156,10 +157,10 @@ def _attempt(config: Config, arguments: Sequence[str], restarts: int, start: Sta
         )
         with (
             _passing_warnings_on(ranks),
-            serve.running(config, say=say, beside_ranks=True) as servers,
-            kept(Keeper(servers, restarts=restarts, say=say)),
+            serve.running(config, say=tell, beside_ranks=True) as servers,
+            kept(Keeper(servers, restarts=restarts, say=tell)),
         ):
-            say(f"starting {number}; this takes some seconds")
+            tell(f"starting {number}; this takes some seconds")
             failures = ranks.run()
         words = heard()
     if not failures:
@@ -175,7 +176,7 @@ def _attempt(config: Config, arguments: Sequence[str], restarts: int, start: Sta
 
 def say(message: str) -> None:
     """A line of progress, while there is no rank yet that could log it."""
-    print(f"{time.strftime('%H:%M:%S')}  {message}", file=sys.stderr, flush=True)
+    print(train_log.for_console(message), file=sys.stderr, flush=True)
 
 
 def _mend_terminal() -> None:

@@ -30,6 +30,7 @@ from megatron_opd.loss.metrics import Columns, Compared, comparison, comparison_
 from megatron_opd.loss.targets import Target, Targets
 from megatron_opd.loss.term import Chunk, TermResult, of_chunks
 from megatron_opd.loss.told import StudentLogps, chunks
+from megatron_opd.tracking.headline import Headline
 
 _SAMPLED = {"policy_gradient": sampled_reverse_kl, "k2": k2, "k3": k3}
 """Losses of the sampled token by the name of their estimator."""
@@ -66,6 +67,12 @@ class Distillation:
             *(f"topk/{name}/{what}" for name in self._list_sizes for what in ("mass_outside", "overlap")),
             *(("importance/mean", "importance/capped_frac") if self.config.kind == "sampled" else ()),
         ]
+
+    def headlines(self) -> list[Headline]:
+        """The divergence to all teachers, by the name of what is known of it (docs/metrics.md, carriers)."""
+        levels = [CARRIERS[teacher.carrier].level for teacher in self.teachers]
+        known = {Level.EXACT: "kl", Level.LISTED: "kl(top-k)", Level.SAMPLED: "kl(k1)"}
+        return [Headline("kl/ensemble", known[max(levels)])] if levels else []
 
     @property
     def _names(self) -> list[str]:

@@ -23,6 +23,7 @@ from megatron_opd.loss.fused import Logits
 from megatron_opd.loss.metrics import Columns, Sums, sums
 from megatron_opd.loss.sampled_tokens import sampled_tokens
 from megatron_opd.loss.term import TeacherTerm, TermResult, TokenTerm
+from megatron_opd.tracking.headline import Headline
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,12 @@ class Objective:
             return names
         split = ["loss/on_policy", "loss/off_policy"] if self.has_answers_of_others else []
         return [*names, *(name for term in self.sampled for name in term.metric_names()), "loss/distill", *split]
+
+    def headlines(self) -> list[Headline]:
+        """The metrics of all terms that people are to see, of steps and of evaluations."""
+        its = [headline for term in (self.distillation, *self.sampled) for headline in term.headlines()]
+        held_out = [replace(h, metric=f"eval/{h.metric}") for h in its if h.metric.startswith("kl/")]
+        return [*its, *held_out]
 
     @property
     def takes_hidden(self) -> bool:

@@ -20,6 +20,7 @@ from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.metrics import Columns
 from megatron_opd.loss.policy_gradient import policy_gradient
 from megatron_opd.loss.term import StudentTokens, TermResult, TokenTerm, of_chunks
+from megatron_opd.tracking.headline import Headline
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class PolicyGradient:
     def metric_names(self) -> list[str]:
         """The ratios are those of the student's own tokens."""
         return ["loss/policy", "policy/ratio", "policy/clip_frac"]
+
+    def headlines(self) -> list[Headline]:
+        """How many tokens were cut: 0 while answers are fresh."""
+        return [Headline("policy/clip_frac", "clipped", "{:.2g}")]
 
     def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[torch.Tensor, Columns]:
         """As `TokenTerm`."""
@@ -55,6 +60,10 @@ class CrossEntropy:
         """`sft/nll` is of the tokens that have a weight."""
         return ["loss/sft", "sft/nll"]
 
+    def headlines(self) -> list[Headline]:
+        """One."""
+        return [Headline("sft/nll", "nll")]
+
     def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[torch.Tensor, Columns]:
         """As `TokenTerm`."""
         logp_C, weight_C = student.sampled(1.0), batch.weight("sft")[rows]
@@ -69,6 +78,10 @@ class Entropy:
     def metric_names(self) -> list[str]:
         """One."""
         return ["entropy"]
+
+    def headlines(self) -> list[Headline]:
+        """One."""
+        return [Headline("entropy", "entropy", "{:.3g}")]
 
     def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[None, Columns]:
         """As `TokenTerm`."""

@@ -17,6 +17,7 @@ from megatron_opd.core.types import MicroBatch
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.fused import Logits, in_graph
 from megatron_opd.loss.metrics import Columns, Sums, added, sums
+from megatron_opd.tracking.headline import Headline
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ class TeacherTerm(Protocol):
     def metric_names(self) -> list[str]:
         """Names of its metrics, in the order of tables; `loss` is one."""
 
+    def headlines(self) -> list[Headline]:
+        """Its metrics that people are to see at every step."""
+
     def __call__(self, batch: MicroBatch, student: Logits) -> TermResult:
         """The term at all tokens; with gradients on, logits may be overwritten."""
 
@@ -62,6 +66,9 @@ class TokenTerm(Protocol):
 
     def metric_names(self) -> list[str]:
         """Names of its metrics, in the order of tables."""
+
+    def headlines(self) -> list[Headline]:
+        """Its metrics that people are to see at every step."""
 
     def __call__(self, batch: MicroBatch, rows: slice, student: StudentTokens) -> tuple[torch.Tensor | None, Columns]:
         """(the loss of a chunk of tokens [C], which autograd differentiates, or None for a term that only measures;

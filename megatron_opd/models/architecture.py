@@ -88,6 +88,12 @@ def read_architecture(model_dir: str | Path, *, vocab_multiple: int = 1) -> Arch
         raise ValueError(f"{path}: {'missing ' if isinstance(error, KeyError) else ''}{error}") from None
 
 
+def is_known(model_dir: str | Path) -> bool:
+    """Whether a model is of one of the families; ValueError where there is no config.json that says it."""
+    names = _read(model_dir)[1].get("architectures")
+    return bool(isinstance(names, list) and names and names[0] in FAMILIES)
+
+
 def read_limits(model_dir: str | Path) -> tuple[int, int]:
     """(entries of the vocabulary, longest context) of a model of any architecture, for one that others run for us."""
     path, hf = _read(model_dir)

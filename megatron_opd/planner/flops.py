@@ -68,9 +68,8 @@ def scoring(job: Job, teacher: TeacherConfig, arch: Architecture) -> float:
 
 
 def prefill(job: Job) -> float:
-    """Reading the prompts; servers read a prompt once for all its samples, the embedded engine once for each."""
-    rollout = job.config.rollout
-    return (rollout.prompts_per_step if rollout.is_served else job.sequences) * body(job.student, job.prompt)
+    """Reading the prompts, each once for all its samples."""
+    return job.config.rollout.prompts_per_step * body(job.student, job.prompt)
 
 
 def decoding(job: Job) -> float:

@@ -60,4 +60,10 @@ class Assumed:
     """Of its memory that a server takes for weights and KV cache."""
     context: float = 0.5e9
     """Bytes that CUDA takes on a GPU for each process that opens it."""
+    process: float = 0.5e9
+    """Bytes of host memory of a rank, or of the launcher, before there is a model: Python, torch and Megatron."""
+    cuda: float = 2.5e9
+    """Bytes of host memory that a process has besides when it uses a GPU: CUDA's libraries and contexts."""
+    server_process: float = 4e9
+    """Bytes of host memory of a server, a GPU."""
     gpus_per_node: int = 8

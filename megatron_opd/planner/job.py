@@ -9,6 +9,9 @@ from megatron_opd.config.models import Recompute
 from megatron_opd.models.architecture import Architecture, check_layout, read_architecture
 from megatron_opd.planner.gpus import GPUS, Assumed, Gpu
 
+ANY_GPU = next(iter(GPUS))
+"""For what the kind of GPU makes no difference to."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
@@ -97,7 +100,7 @@ def gpus_of(servers: ServersConfig) -> int:
     return servers.tensor * (len(servers.urls) or servers.count)
 
 
-def build(config: Config, *, gpu: str, prompt: float | None = None, response: float | None = None) -> Job:
+def build(config: Config, *, gpu: str = ANY_GPU, prompt: float | None = None, response: float | None = None) -> Job:
     """Read the config.json of every model; lengths that are not given are the longest that the config allows.
 
     Raises ValueError for models that cannot be read, for an unknown GPU, and for impossible lengths.

@@ -7,6 +7,7 @@ backward passes with the loss.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from megatron_opd.config import TeacherConfig
@@ -18,8 +19,10 @@ from megatron_opd.planner.job import Job, gpus_of
 from megatron_opd.precision.fp8_plan import LINEARS, teacher_plan
 from megatron_opd.sglang.weights.transports import WAYS
 
-_LOCAL_BATCH = 256
-"""Sequences that the embedded engine decodes together at most."""
+ENGINE_ROWS, ENGINE_CACHE = 256, 2**30
+"""Sequences that the embedded engine decodes together at most, and bytes of their cache (more for a single one)."""
+_ENGINE_TOKENS = 4096
+"""Tokens of prompts that it reads together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,7 @@ def _rank(job: Job, stage: int) -> RankMemory:
     frozen = sizes.numel(sizes.stage_parameters(job.student, config.parallel, stage)) if config.lora.rank else 0
     is_last = stage == config.parallel.pipeline - 1
     resting, moving = _teacher_weights(job, stage)
-    engine, cache = _engine(job) if stage == 0 else (0.0, 0.0)
+    engine, sampling = _engine(job) if stage == 0 else (0.0, {})
     always = {
         "weights": (frozen + held.gradients) * BYTES[config.student.dtype],
         "gradients": 4 * held.gradients,
@@ -100,7 +103,7 @@ def _rank(job: Job, stage: int) -> RankMemory:
                 "hidden states": 2 * hidden,  # rollout by rollout, and put together in micro-batches
                 "activations": _scoring(job),
             },
-            "sampling": {"engine cache": cache},
+            "sampling": sampling,
         },
     )
 
@@ -189,12 +192,25 @@ def _contexts(job: Job) -> float:
     return job.assumed.context * (gpus_of(rollout.servers) - int(rollout.servers.colocated))
 
 
-def _engine(job: Job) -> tuple[float, float]:
-    """(weights, cache) of the embedded engine, which is whole and in float32 on the leader of each replica."""
+def engine_rows(job: Job) -> int:
+    """Sequences that the embedded engine decodes together."""
+    size = BYTES[job.config.rollout.dtype]
+    fitting = int(ENGINE_CACHE // (job.longest * cache_bytes(job.student, size, 1)))
+    return max(min(math.ceil(job.sequences / job.config.parallel.data), ENGINE_ROWS, fitting), 1)
+
+
+def _engine(job: Job) -> tuple[float, dict[str, float]]:
+    """(weights, what comes on top while it samples) of the embedded engine, which is whole on the leader of each
+    replica."""
     if job.config.rollout.is_served:
-        return 0.0, 0.0
-    sequences = min(job.sequences // job.config.parallel.data, _LOCAL_BATCH)
-    return 4 * sizes.numel(sizes.whole(job.student)), sequences * job.longest * cache_bytes(job.student, 4, 1)
+        return 0.0, {}
+    arch, rows, size = job.student, engine_rows(job), BYTES[job.config.rollout.dtype]
+    reading = _ENGINE_TOKENS * (3 * arch.hidden_size + 3 * arch.ffn_size) * size
+    drawing = rows * arch.vocab_size * (3 * 4 + 8)  # logits, their log-softmax and exponential; sums in float64
+    return size * sizes.numel(sizes.whole(arch)), {
+        "engine cache": rows * job.longest * cache_bytes(arch, size, 1),
+        "engine's passes": max(reading, drawing),
+    }
 
 
 def cache_bytes(arch: Architecture, size: int, tensor: int) -> float:

@@ -9,7 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_opd.planner import memory, search, servers, timing, traffic
+from megatron_opd.planner import host, memory, search, servers, timing, traffic
+from megatron_opd.planner.host import HostMemory
 from megatron_opd.planner.job import Job
 from megatron_opd.planner.memory import RankMemory
 from megatron_opd.planner.search import Candidate
@@ -25,6 +26,8 @@ class Plan:
     job: Job
     ranks: list[RankMemory]
     """Of each pipeline stage."""
+    hosts: list[HostMemory]
+    """Of a machine, with GPUs and without."""
     roles: list[Role]
     traffic: list[Traffic]
     estimate: Estimate
@@ -66,6 +69,7 @@ def plan(job: Job) -> Plan:
     return Plan(
         job=job,
         ranks=ranks,
+        hosts=[host.machine(job, on_gpu=on_gpu) for on_gpu in (True, False)],
         roles=roles,
         traffic=traffic.table(job),
         estimate=timing.estimate(job),
@@ -83,7 +87,8 @@ def as_dict(made: Plan) -> dict[str, Any]:
         "gpu": {"name": job.gpu_name, **dataclasses.asdict(job.gpu)},
         "assumed": dataclasses.asdict(job.assumed),
         "lengths": {"prompt": job.prompt, "response": job.response, "longest": job.longest},
-        "ranks": [{"stage": r.stage, "peak_at": r.peak_at, "parts": r.parts, "total": r.total} for r in made.ranks],
+        "ranks": [_rank(rank) for rank in made.ranks],
+        "hosts": [_host(machine) for machine in made.hosts],
         "servers": [dataclasses.asdict(role) for role in made.roles],
         "wire": {
             "bytes_a_token": {
@@ -104,3 +109,12 @@ def _layout(layout: Candidate | None) -> dict[str, Any] | None:
         return None
     found = {"overrides": layout.overrides, "seconds": layout.seconds, "memory": layout.memory}
     return found | {"gpus": layout.job.config.parallel.world_size}
+
+
+def _rank(rank: RankMemory) -> dict[str, Any]:
+    return {"stage": rank.stage, "peak_at": rank.peak_at, "parts": rank.parts, "total": rank.total}
+
+
+def _host(machine: HostMemory) -> dict[str, Any]:
+    found = {"on_gpu": machine.on_gpu, "ranks": machine.ranks_here, "rank": _rank(machine.rank)}
+    return found | {"trainer": machine.trainer, "others": machine.others, "total": machine.total}

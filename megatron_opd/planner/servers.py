@@ -96,11 +96,12 @@ def _weights(job: Job, dtype: str) -> float:
 
 
 def _embedded(job: Job) -> Role:
-    """transformers on the leader of each replica, in float32."""
+    """transformers on the leader of each replica."""
     replicas = job.config.parallel.data
-    concurrent = min(math.ceil(job.sequences / replicas), 256)
-    weights = 4.0 * sizes.numel(sizes.whole(job.student))
-    seconds = _sampling(job, "fp32", 1, replicas, concurrent)
+    concurrent = memory.engine_rows(job)
+    dtype = job.config.rollout.dtype
+    weights = float(BYTES[dtype]) * sizes.numel(sizes.whole(job.student))
+    seconds = _sampling(job, dtype, 1, replicas, concurrent)
     room = concurrent * job.longest
     return Role(
         name="rollout (embedded)", setting="", gpus=replicas, weights=weights, cache_tokens=room,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_opd.core import process_memory
 from megatron_opd.planner import traffic
 from megatron_opd.planner.plan import Plan
 from megatron_opd.planner.search import Candidate
@@ -26,7 +27,7 @@ def show(made: Plan, console: Console) -> None:
         f" {layout.data}; {job.sequences} answers a step, prompts of {job.prompt:g} and answers of {job.response:g}"
         f" tokens, at most {job.longest} together\n"
     )
-    for table in (_memory(made), _servers(made), _teachers(made), _traffic(made), _time(made)):
+    for table in (_memory(made), _host(made), _servers(made), _teachers(made), _traffic(made), _time(made)):
         if table.row_count:
             console.print(table)
     estimate = made.estimate
@@ -78,6 +79,26 @@ def _memory(made: Plan) -> Table:
     table.add_row("at its peak", *(_size(rank.total) for rank in shown), style="bold")
     table.add_row("which is in", *(rank.peak_at.removeprefix("the ") for rank in shown))
     table.add_row("usable", *(_size(made.usable) for _ in shown))
+    return table
+
+
+def _host(made: Plan) -> Table:
+    """Without GPUs all of it is in host memory, so there are two columns."""
+    table = _table("Host memory of a machine", "part", "with GPUs", "without GPUs")
+    ranks = [machine.rank for machine in made.hosts]
+    for name in dict.fromkeys(name for rank in ranks for name in rank.parts):
+        table.add_row(name, *(_size(rank.parts.get(name, 0.0)) for rank in ranks))
+    table.add_section()
+    table.add_row("a rank at its peak", *(_size(rank.total) for rank in ranks))
+    table.add_row("which is in", *(rank.peak_at.removeprefix("the ") for rank in ranks))
+    table.add_row("ranks on the machine", *(str(machine.ranks_here) for machine in made.hosts))
+    for name in ("launcher", "servers"):
+        if any(name in machine.others for machine in made.hosts):
+            table.add_row(name, *(_size(machine.others.get(name, 0.0)) for machine in made.hosts))
+    table.add_row("together", *(_size(machine.total) for machine in made.hosts), style="bold")
+    left = process_memory.available()
+    if math.isfinite(left):
+        table.add_row("this machine has left", *(_size(left) for _ in made.hosts))
     return table
 
 

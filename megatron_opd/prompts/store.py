@@ -9,6 +9,7 @@ import dataclasses
 import json
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import overload
 
 from megatron_opd.core.types import Prompt
@@ -39,6 +40,11 @@ class PackedPrompts(Sequence[Prompt]):
         others = json.dumps([getattr(prompt, name) for name in _OTHERS], ensure_ascii=False)
         self._others += others.encode("utf-8", "surrogatepass")
         self._others_end.append(len(self._others))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((end - begin for begin, end in pairwise(self._ids_end)), default=0)
 
     def __len__(self) -> int:
         return len(self._index)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from megatron_opd.config import RewardsConfig, SourceConfig
 from megatron_opd.core.episodes import episodes, last_turn
-from megatron_opd.core.types import Rollout
+from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.thinking import KNOWN, markers_of, response_text
 
 
 class Grader:
-    """The rewards of some sources."""
+    """The rewards of some sources. Somebody learns from them: a reward that fails ends the run."""
 
     def __init__(self, sources: Sequence[SourceConfig], settings: RewardsConfig, tokenizer: Tokenizer) -> None:
         """Raises ValueError when a reward cannot be had."""
@@ -38,6 +38,10 @@ class Grader:
                 graded |= dict.fromkeys(its, reward)
         return [graded[i] for i in range(len(rollouts))]
 
+    def news(self) -> list[str]:
+        """Nothing: what goes wrong is raised."""
+        return []
+
     def _text(self, rollout: Rollout) -> str:
         """The last turn, with the markers of its thinking."""
         turn = last_turn(rollout)
@@ -45,3 +49,51 @@ class Grader:
         end = max((i + 1 for i, is_learnt in enumerate(rollout.learnt) if is_learnt), default=0)
         before = (*rollout.prompt.token_ids, *rollout.token_ids[: end - len(turn)])
         return response_text(self.tokenizer, before, turn, self.markers)
+
+
+class Watcher:
+    """The rewards of some sources, for people to see: what cannot be graded is left out, and said once."""
+
+    def __init__(self, sources: Sequence[SourceConfig], settings: RewardsConfig, tokenizer: Tokenizer) -> None:
+        """Raises ValueError when a reward cannot be had."""
+        self.grader = Grader(sources, settings, tokenizer)
+        self._failed: set[str] = set()
+        self._news: list[str] = []
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """The reward of each rollout, in order; None for answers that are not the student's, for rows without what
+        their reward needs, and where a reward fails."""
+        by_source: dict[str, list[int]] = defaultdict(list)
+        for i, rollout in enumerate(rollouts):
+            if rollout.origin == "student" and self._can_grade(rollout.prompt):
+                by_source[rollout.prompt.source].append(i)
+        found: list[float | None] = [None] * len(rollouts)
+        for source, its in by_source.items():
+            try:
+                graded = self.grader.grade([rollouts[i] for i in its])
+            except Exception as error:  # whatever a user's own function raises
+                self._fail(source, error)
+                continue
+            for i, reward in zip(its, graded, strict=True):
+                found[i] = reward
+        return found
+
+    def news(self) -> list[str]:
+        """Warnings that nobody has heard yet."""
+        news, self._news = self._news, []
+        return news
+
+    def _can_grade(self, prompt: Prompt) -> bool:
+        try:
+            self.grader.rewards[prompt.source].check(prompt)
+        except ValueError:
+            return False
+        return True
+
+    def _fail(self, source: str, error: Exception) -> None:
+        if source not in self._failed:
+            self._failed.add(source)
+            self._news.append(
+                f"warning: training answers of {source} are not graded now, and the run goes on: {error}; repair the"
+                " reward, or turn rewards.watch off"
+            )

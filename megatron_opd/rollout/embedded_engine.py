@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_opd.core.types import Prompt, Rollout, Sampling
 from megatron_opd.rollout.decoding import Begun, Ended, decode
 from megatron_opd.rollout.drawing import uniforms
-from megatron_opd.rollout.reading import BatchReader, ModelReader
+from megatron_opd.rollout.own_cache import OwnCacheReader
+from megatron_opd.rollout.reading import BatchReader, ModelReader, has_rows
+
+Dtype = Literal["fp32", "bf16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LocalEngine:
     """Samples from a Hugging Face model whose weights `load` replaces."""
 
-    def __init__(self, model_dir: str | Path, *, eos_ids: tuple[int, ...], vocab_size: int) -> None:
+    def __init__(
+        self, model_dir: str | Path, *, eos_ids: tuple[int, ...], vocab_size: int, dtype: Dtype = "fp32"
+    ) -> None:
+        """Raises ValueError for a model that lacks weights, OSError and others of transformers' for one that it cannot
+        read."""
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -29,12 +37,18 @@ class LocalEngine:
         self.model: Any
         self.has_weights = any(Path(model_dir).glob("*.safetensors"))
         if self.has_weights:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            self.model, told = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                dtype=_DTYPES[dtype],
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+            if told["missing_keys"]:  # which transformers fills with random numbers
+                raise ValueError(f"{model_dir} has no weights for {', '.join(sorted(told['missing_keys'])[:3])}")
         else:  # a Megatron checkpoint: it has the config, and `load` brings the weights
             self.model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(model_dir, trust_remote_code=False), dtype=torch.float32
+                AutoConfig.from_pretrained(model_dir, trust_remote_code=False), dtype=_DTYPES[dtype]
             )
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.eos_ids = eos_ids
@@ -70,9 +84,10 @@ class LocalEngine:
             )
         return rollouts(self.reader(), prompts, sampling, eos_ids=self.eos_ids, version=self.version, told=on_finished)
 
-    def reader(self) -> ModelReader:
+    def reader(self) -> BatchReader:
         """The model, to be decoded with."""
-        return ModelReader(self.model, vocab_size=self.vocab_size)
+        kind = ModelReader if has_rows(self.model.config) else OwnCacheReader
+        return kind(self.model, vocab_size=self.vocab_size)
 
     def release(self) -> None:
         """Nothing: the model is small, and stays."""

@@ -57,7 +57,8 @@ def build_engine(config: Config, parallel: Parallel, *, eos_ids: tuple[int, ...]
 def _embedded(inputs: EngineInputs) -> RolloutEngine:
     from megatron_opd.rollout.embedded_engine import LocalEngine
 
-    return LocalEngine(inputs.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+    dtype = inputs.rollout.dtype
+    return LocalEngine(inputs.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size, dtype=dtype)
 
 
 def _served(inputs: EngineInputs) -> RolloutEngine:

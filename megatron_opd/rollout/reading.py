@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_opd.models.architecture import FAMILIES
+
 BEGIN_TOKENS = 4096
 """Tokens of prompts, padding included, that one forward pass takes: a bound for the memory of its activations."""
 _ENOUGH_TOKENS, _ALIKE = 512, 0.9
@@ -42,19 +44,18 @@ class BatchReader(Protocol):
     def next(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Read a token a row, which stands at that position. Returns the logits of the one after it, float32 [B, V]."""
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Put the first positions of a row into another one."""
+    def move(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Put the first positions of rows into other ones: (from, to), no row in two pairs."""
 
     def close(self) -> None:
         """Give the memory back."""
 
 
 class ModelReader:
-    """A BatchReader over a causal language model of transformers, run by its own forward pass."""
+    """A BatchReader over a model whose keys and values it keeps itself, run by transformers' forward pass."""
 
     def __init__(self, model: Any, *, vocab_size: int) -> None:
-        """Raises ValueError for a model that keeps something else than the keys and values of all positions."""
-        check_cache(model.config)
+        """`model` is one that `has_rows`."""
         self.model, self.vocab_size = model, vocab_size
         self._layers: list[_Layer] = []
         self._now = _Now()
@@ -107,11 +108,12 @@ class ModelReader:
         )
         return out.logits[:, -1, : self.vocab_size].float()
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Put the first positions of a row into another one."""
+    def move(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Put the first positions of rows into other ones: (from, to), no row in two pairs."""
+        sources, targets = (list(rows) for rows in zip(*pairs, strict=True))
         for layer in self._layers:
             for tensor in (layer.keys, layer.values):
-                tensor[target, :, :length] = tensor[source, :, :length]
+                tensor[targets, :, :length] = tensor[sources, :, :length]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -148,10 +150,10 @@ class MixtureReader:
         of_student, of_teacher = self._log_weights
         return torch.logaddexp(student_BV + of_student, teacher_BV + of_teacher) * self._temperature
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Put the first positions of a row into another one."""
+    def move(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Put the first positions of rows into other ones: (from, to), no row in two pairs."""
         for one in self._both:
-            one.move(source, target, length)
+            one.move(pairs, length)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -194,21 +196,23 @@ class _Layer:
         values_BHSD: torch.Tensor,
         prompts: Sequence[Given],
     ) -> None:
-        """Copy each prompt's keys and values into its rows."""
-        for i, (ids, rows) in enumerate(prompts):
-            for row in rows:
-                self.keys[row, :, : len(ids)] = keys_BHSD[i, :, : len(ids)]
-                self.values[row, :, : len(ids)] = values_BHSD[i, :, : len(ids)]
+        """Copy each prompt's keys and values into its rows; its padding comes along, and no mask lets it be seen."""
+        rows = [row for _, same in prompts for row in same]
+        sources = [i for i, (_, same) in enumerate(prompts) for _ in same]
+        length = keys_BHSD.shape[2]
+        self.keys[rows, :, :length] = keys_BHSD[sources]
+        self.values[rows, :, :length] = values_BHSD[sources]
 
 
-def check_cache(config: Any) -> None:
-    """Raises ValueError for a model that keeps something else than the keys and values of all positions."""
+def has_rows(config: Any) -> bool:
+    """Whether a model of transformers is one that `ModelReader` knows: it keeps the keys and values of all positions,
+    attends to all of them by `sdpa`, and takes a mask and positions as they are given."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or config._attn_implementation != "sdpa":
-        raise ValueError(
-            f"the embedded engine has no cache for a model of type {config.model_type} with {', '.join(sorted(kinds))}"
-            f" by {config._attn_implementation}: sample it by a server (rollout.engine: sglang)"
-        )
+    windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    # Some others ("dynamic") take their frequencies from the longest sequence of a batch.
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") in ("default", "llama3")
+    known = config.model_type in FAMILIES.values() and config._attn_implementation == "sdpa"
+    return bool(known and rope and kinds == {"full_attention"} and not windows)
 
 
 def _shape(config: Any) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd.config import LossConfig, RolloutConfig
 from megatron_opd.core.types import Sampling
 
 
@@ -21,3 +21,13 @@ def drawn(rollout: RolloutConfig, *, samples: int, seed: int) -> Sampling:
         samples_per_prompt=samples,
         seed=seed,
     )
+
+
+def notes(rollout: RolloutConfig, loss: LossConfig) -> list[str]:
+    """Lines for the user: what corrects for an engine that computes in another type than float32."""
+    if rollout.dtype == "fp32":
+        return []
+    exact = "the divergence is exact at every token, on answers of the rounded model"
+    weighted = f"tokens are weighted by q/μ up to loss.importance_cap ({loss.importance_cap})"
+    told = weighted if loss.kind == "sampled" else exact
+    return [f"rollout.dtype {rollout.dtype}: {told}; mismatch/kl is the distance between the two models"]

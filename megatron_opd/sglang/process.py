@@ -56,6 +56,22 @@ class Server:
         return self.process.pid
 
 
+def without_interpreter(servers: ServersConfig) -> str:
+    """What to do where the interpreter that starts the servers is not on this machine; empty where it is."""
+    python = _interpreter(servers)
+    if python.is_file() and os.access(python, os.X_OK):
+        return ""
+    what = "cannot be executed" if python.exists() else "does not exist"
+    return (
+        f"{python} {what}; `make sglang` installs SGLang into an environment of its own, or let servers.python name the"
+        " interpreter of yours"
+    )
+
+
+def _interpreter(servers: ServersConfig) -> Path:
+    return Path(servers.python).expanduser().absolute()
+
+
 def start(
     servers: ServersConfig,
     model: str | Path,
@@ -72,12 +88,9 @@ def start(
     `servers.args`. `sees_all`: weights come as CUDA IPC handles, so the servers see every GPU under the number that it
     has for the trainer. Raises ValueError when there is no SGLang, or when there are too few GPUs.
     """
-    python = Path(servers.python).expanduser().absolute()
-    if not python.is_file():
-        raise ValueError(
-            f"servers.python: {python} does not exist; `make sglang` installs SGLang into an environment of its own, or"
-            " let servers.python name the interpreter of yours"
-        )
+    if missing := without_interpreter(servers):
+        raise ValueError(f"servers.python: {missing}")
+    python = _interpreter(servers)
     Path(log_dir).mkdir(parents=True, exist_ok=True)
     gpus = _gpus(servers)
     started: list[Server] = []

@@ -10,10 +10,9 @@ saved. A checkpoint can be restored on another layout; random states are then le
 from __future__ import annotations
 
 import dataclasses
-import queue
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,18 +22,18 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opd.core import durable, hashed_files, marker, stacks
+from megatron_opd.core import causes, durable, hashed_files, marker, process_memory
 from megatron_opd.core.parallel import Parallel, lost_peer
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.lora_layout import facts
 from megatron_opd.models.torch_dist_dir import TorchDistDir
-from megatron_opd.student import checkpoint_files, listed_loading, optim, optimizer_state, whole_checkpoint
+from megatron_opd.student import checkpoint_files, listed_loading, optim, optimizer_state, streamed, whole_checkpoint
+from megatron_opd.student.streamed import reason
 from megatron_opd.student.student import Student
 from megatron_opd.student.whole_checkpoint import CheckpointError
 
@@ -71,9 +70,7 @@ class Checkpoints:
         try:
             self.parallel.share_world(lambda: _make_empty(target))
             optim.complete_state(student.optimizer)
-            with _writing_in_this_process():
-                state = self._state(student, loading=False, with_rng=True)
-                dist_checkpointing.save(state, str(target), _shared_by_all(self.parallel))
+            self._write(student, target)
             dist.barrier(group=self.parallel.world_group)
             files, failed = checkpoint_files.record(target, self.parallel, contents=self.verify)
             if failed:
@@ -82,13 +79,22 @@ class Checkpoints:
             self.parallel.share_world(lambda: _complete(target, {**loop, **facts}))
         except CheckpointException as error:  # on all ranks alike; only rank 0 is told what failed where
             failure = error
-            self.parallel.share_world(lambda: self._give_up(target, _reason(failure)))
+            self.parallel.share_world(lambda: self._give_up(target, reason(failure)))
         except (OSError, RuntimeError) as error:
             if not self.parallel.is_main or (isinstance(error, RuntimeError) and lost_peer(error)):
                 raise  # what a single rank does alone, rank 0 does: this one has only lost its peers
-            self._give_up(target, _reason(error))
+            self._give_up(target, reason(error))
         self.parallel.share_world(self._clean_up)
         return target
+
+    def _write(self, student: Student, target: Path) -> None:
+        """All files but the marker, a tensor at a time. Collective."""
+        state = self._state(student, loading=False, with_rng=True)
+        second_names = optimizer_state.second_names(student.optimizer, state["model"])
+        second_names = dict(chain(*(names.items() for names in self.parallel.gather_world(second_names))))
+        streamed.stand_alone(state)
+        with streamed.writing(second_names):
+            dist_checkpointing.save(state, str(target), _shared_by_all(self.parallel))
 
     def restore(
         self, student: Student, look: Callable[[Path, dict[str, Any]], None] | None = None
@@ -116,11 +122,14 @@ class Checkpoints:
             state = listed_loading.load(self._state(student, loading=True, with_rng=with_rng), found.path)
         except CheckpointException as error:
             failure = error
-            self.parallel.share_world(lambda: _damaged(found.path, _reason(failure)))
+            self.parallel.share_world(lambda: _damaged(found.path, reason(failure)))
         student.gpt.load_state_dict(state["model"])
-        optim.load_state(student.optimizer, student.scheduler, state)
+        with optimizer_state.by_owners(student.optimizer):
+            optim.load_state(student.optimizer, student.scheduler, state)
         if with_rng:
             _set_random_state(state["random"])
+        del state
+        process_memory.give_back()
         self.parallel.share_world(lambda: self._finish_removals(found.path))
         return found.loop
 
@@ -162,12 +171,13 @@ class Checkpoints:
         for old in set(begun[: begun.index(used)]) - set(whole):
             shutil.rmtree(old, ignore_errors=True)
 
-    def _give_up(self, target: Path, reason: str) -> NoReturn:
+    def _give_up(self, target: Path, why: str) -> NoReturn:
         shutil.rmtree(target, ignore_errors=True)  # half a checkpoint is of no use, and the disk may be full
-        free = shutil.disk_usage(self.dir.parent).free
+        said = causes.advised(why)
+        if causes.is_full(why) or "unexpected pos" in why:  # torch's words where it could not write all
+            said += f"; {shutil.disk_usage(self.dir.parent).free / 1e9:.1f} GB are free on the disk of run.dir"
         raise CheckpointError(
-            f"the checkpoint {target} could not be written: {reason}; {free / 1e9:.1f} GB are free on the disk of"
-            f" run.dir; {how_to_continue(self.dir.parent)}"
+            f"the checkpoint {target} could not be written: {said}; {how_to_continue(self.dir.parent)}"
         )
 
 
@@ -177,48 +187,6 @@ def _shared_by_all(parallel: Parallel) -> FullyParallelSaveStrategyWrapper:
     writer = get_default_save_sharded_strategy()
     writer.thread_count = _FILES
     return FullyParallelSaveStrategyWrapper(writer, parallel.world_group)
-
-
-@contextmanager
-def _writing_in_this_process() -> Iterator[None]:
-    """Megatron writes in processes that it forks, made for saves in the background. Ours are not, and a fork may hang
-    where other threads hold locks, or for good when the forked process is killed; so this process writes itself."""
-    writer, method = filesystem_async.FileSystemWriterAsync, stacks.here().writes_files
-    saved = getattr(writer, method), filesystem_async._results_queue
-    setattr(writer, method, staticmethod(_write_here))
-    filesystem_async._results_queue = queue.Queue()  # otherwise one of a manager process
-    try:
-        yield
-    finally:
-        setattr(writer, method, staticmethod(saved[0]))
-        filesystem_async._results_queue = saved[1]
-
-
-def _write_here(transforms: list[Any], _: bool, rank: int, files: list[Any], results: queue.Queue[Any]) -> None:
-    """Write this rank's files; results gets what Megatron expects: {number of the file: its entries} or an error."""
-    done: queue.Queue[Any] = queue.Queue()
-    written = {}
-    for i, file in enumerate(files):
-        pending: queue.Queue[int] = queue.Queue()
-        pending.put(i)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, i, file, done, pending, use_fsync=True)
-        _, outcome = done.get()
-        if isinstance(outcome, Exception):
-            results.put(OSError(f"{_reason(outcome)} (rank {rank})"))
-            return
-        written[i] = outcome
-    results.put(written)
-
-
-def _reason(error: BaseException) -> str:
-    """One line: what the operating system said, where torch's own complaint about it hides that."""
-    if isinstance(error, CheckpointException):
-        causes = [cause for _, (cause, _) in sorted(error.failures.items())]
-        return _reason(causes[0]).removeprefix("Worker failure: ") if causes else "another rank failed"
-    cause: BaseException | None = error
-    while cause and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return (str(cause or error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_marker(
@@ -255,14 +223,14 @@ def _check_small_files(checkpoint: Path) -> None:
             raise CheckpointError("there is no common.pt in it")
         listed_loading.check_small_files(checkpoint)
     except (OSError, ValueError, TypeError, CheckpointingException) as error:
-        raise CheckpointError(f"metadata.json, common.pt or .metadata: {_reason(error)}") from None
+        raise CheckpointError(f"metadata.json, common.pt or .metadata: {reason(error)}") from None
     if wrong := TorchDistDir(checkpoint).damage():
         raise CheckpointError(wrong[0])
 
 
-def _damaged(checkpoint: Path, reason: str) -> NoReturn:
+def _damaged(checkpoint: Path, why: str) -> NoReturn:
     raise CheckpointError(
-        f"the checkpoint {checkpoint} cannot be read: {reason}; remove this directory to continue from the one before"
+        f"the checkpoint {checkpoint} cannot be read: {why}; remove this directory to continue from the one before"
     )
 
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.config import OptimConfig
-from megatron_opd.student import fusions, groups
+from megatron_opd.student import chained_state, fusions, groups
 from megatron_opd.student.fusions import Fusions
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
@@ -132,7 +132,8 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             slot = adam.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
-                slot.setdefault(name, torch.zeros_like(parameter))
+                if name not in slot:
+                    slot[name] = torch.zeros_like(parameter)
             slot.setdefault("step", torch.zeros(()))
 
 
@@ -141,10 +142,11 @@ def load_state(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
 
     Megatron keeps rates, betas and epsilon in the checkpoint too, and would go on with those.
     """
-    _complete_loaded(optimizer, state["optimizer"])
+    loaded = chained_state.fit(_parts(optimizer), state["optimizer"])
+    _complete_loaded(optimizer, loaded)
     for group in optimizer.param_groups[:1]:  # all have the same settings; there is none on a rank without weights
-        _set_loaded(state["optimizer"], {name: group[name] for name in _SETTINGS if name in group})
-    optimizer.load_state_dict(state["optimizer"])
+        _set_loaded(loaded, {name: group[name] for name in _SETTINGS if name in group})
+    optimizer.load_state_dict(loaded)
     scheduler.load_state_dict(state["scheduler"])  # which makes the learning rate of the next step
 
 

@@ -6,11 +6,14 @@ Megatron's own way gathers all buckets on every rank, on the GPU and again in ho
 them on one rank, which then writes alone. Here a parameter's state goes to the rank that has most of it. Most
 parameters lie on one rank, so little travels, a rank needs host memory for about its own share, and all ranks write. A
 load reads straight into what lies on one rank, and no rank reads what it has no part of.
+
+In fp32 the optimizer's weights are the model's: the same memory. Then the file has them once, under both names, which
+is 12 bytes a parameter. A load reads the model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Megatron's word for checkpoints with a tensor a parameter, in its metadata."""
-_STATES = ("param", "exp_avg", "exp_avg_sq")
+_PREFIX, _WEIGHTS, _MOMENTS = "optimizer.state", "param", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +63,34 @@ def owner(of: list[Piece]) -> int:
 
 @contextmanager
 def by_owners(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Within, `optimizer.sharded_state_dict` with the metadata `SHARDING` is made as this module says. Collective."""
+    """Within, `optimizer.sharded_state_dict` with the metadata `SHARDING` is made as this module says, which is
+    collective, and what was read for it is loaded."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     ours = [part for part in parts if isinstance(part, DistributedOptimizer)]
     for part in ours:
         part.sharded_param_state_fully_reshardable = partial(_sharded, part)
+        part.load_parameter_state_from_fully_reshardable = partial(
+            _load, part, part.load_parameter_state_from_fully_reshardable
+        )
     try:
         yield
     finally:
         for part in ours:
-            del part.sharded_param_state_fully_reshardable
+            del part.sharded_param_state_fully_reshardable, part.load_parameter_state_from_fully_reshardable
+
+
+def second_names(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, str]:
+    """Of the weights which the optimizer has in the model itself: {name: name as the optimizer's}. `model` is the
+    model's sharded state."""
+    described = _described(model)
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return {
+        described[parameter].key: f"{_PREFIX}.{_WEIGHTS}.{described[parameter].key}"
+        for part in parts
+        if isinstance(part, DistributedOptimizer)
+        for parameter, held in _held(part)
+        if _has(part, held) and _WEIGHTS not in _states(part, parameter)
+    }
 
 
 def _sharded(
@@ -78,8 +99,7 @@ def _sharded(
     """In place of Megatron's method: {number of the parameter: {state: sharded tensor}}, of what this rank is to write,
     or to read. `model` is the model's sharded state."""
     del metadata
-    tensors, _ = extract_sharded_tensors_and_factories(model)
-    described = {sharded.data: sharded for sharded in nested_values(tensors)}
+    described = _described(model)
     found = {}
     for number, (parameter, held) in enumerate(_held(optimizer)):
         whole = _to_read(optimizer, parameter, held) if is_loading else _to_write(optimizer, parameter, held)
@@ -87,6 +107,25 @@ def _sharded(
             copy = _copy_number(optimizer, held)
             found[number] = {name: _named(described[parameter], name, data, copy) for name, data in whole.items()}
     return found
+
+
+def _load(optimizer: DistributedOptimizer, megatrons: Callable[[Any], None], found: dict[int, dict[str, Any]]) -> None:
+    """In place of Megatron's method, which wants weights, too."""
+    for number, (parameter, held) in enumerate(_held(optimizer)):
+        if _has(optimizer, held):
+            found[number] = {_WEIGHTS: parameter.detach(), **found[number]}
+    megatrons(found)
+
+
+def _described(model: dict[str, Any]) -> dict[Any, Any]:
+    """The sharded tensor, or the factory of several, of each parameter."""
+    tensors, _ = extract_sharded_tensors_and_factories(model)
+    return {sharded.data: sharded for sharded in nested_values(tensors)}
+
+
+def _has(optimizer: DistributedOptimizer, held: list[Piece]) -> bool:
+    """Whether this rank has a part of a parameter."""
+    return optimizer.data_parallel_group.rank() in [piece.rank for piece in held]
 
 
 def _held(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, list[Piece]]]:
@@ -134,7 +173,7 @@ def _to_read(
 ) -> dict[str, torch.Tensor] | None:
     """Where to read a parameter's state to: the optimizer's own tensors where they are whole, else host memory, from
     which Megatron takes this rank's part. None where this rank has none."""
-    if optimizer.data_parallel_group.rank() not in [piece.rank for piece in held]:
+    if not _has(optimizer, held):
         return None
     states = _states(optimizer, parameter)
     if len(held) == 1:
@@ -143,9 +182,10 @@ def _to_read(
 
 
 def _states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """This rank's part of a parameter's state, flat."""
+    """This rank's part of a parameter's state, flat; without weights where they are the model's own memory."""
     found = optimizer._get_main_param_and_optimizer_states(parameter)
-    return {name: found[name] for name in _STATES}
+    is_own = found[_WEIGHTS].untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
+    return {name: found[name] for name in (_WEIGHTS, *_MOMENTS) if name != _WEIGHTS or is_own}
 
 
 def _copy_number(optimizer: DistributedOptimizer, held: list[Piece]) -> int:
@@ -158,7 +198,7 @@ def _named(described: Any, name: str, data: torch.Tensor, copy: int) -> Any:
     """`data` as the state `name` of the parameter whose place in the model is `described`."""
     assert len(described.replica_id) == 3, described.replica_id  # pipeline, tensor, data
     changes: dict[str, Any] = {
-        "key": f"optimizer.state.{name}.{described.key}",
+        "key": f"{_PREFIX}.{name}.{described.key}",
         "data": data,
         "replica_id": (*described.replica_id[:2], copy),
     }

@@ -19,19 +19,28 @@ AtTheEnd = Callable[[MicroBatch, torch.Tensor], Any]
 """What the last stage does with the model's output for a micro-batch, or for this rank's part of it."""
 
 
+def _nobody() -> None:
+    """Is told nothing."""
+
+
 def train(
-    model: torch.nn.Module, batches: Sequence[MicroBatch], loss: AtTheEnd, split: Split | None = None
+    model: torch.nn.Module,
+    batches: Sequence[MicroBatch],
+    loss: AtTheEnd,
+    split: Split | None = None,
+    *,
+    told: Callable[[], object] = _nobody,
 ) -> list[Any]:
     """Forward and backward over micro-batches; `loss` returns Megatron's (sum, tokens, extra).
 
     Where there are several stages the micro-batches must be equally shaped. Gradients are accumulated, reduced and
     divided by the global number of tokens. Returns the extras of the last stage, in order; [] on other stages. With a
-    `split`, ranks and `loss` have parts of the micro-batches.
+    `split`, ranks and `loss` have parts of the micro-batches. `told` is called when a micro-batch begins.
     """
     shapes = {b.model_shape for b in batches}
     is_piped = get_model_config(model).pipeline_model_parallel_size > 1
     assert len(shapes) == 1 or not is_piped, f"micro-batches of one step must have one shape, not {shapes}"
-    return _schedule(model, batches, lambda batch, output: loss(batch, output), split, forward_only=False)
+    return _schedule(model, batches, lambda batch, output: loss(batch, output), split, forward_only=False, told=told)
 
 
 @torch.no_grad()
@@ -56,12 +65,14 @@ def _schedule(
     split: Split | None,
     *,
     forward_only: bool,
+    told: Callable[[], object] = _nobody,
 ) -> list[Any]:
     size, length = batches[0].model_shape
     of_engine = get_model_config(model).transformer_impl == "transformer_engine"
 
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(iterator)
+        told()
         if split is None:
             tokens, positions, described = packing.inputs(batch, of_engine=of_engine)
         else:

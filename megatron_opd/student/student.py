@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -67,6 +67,8 @@ class Student:
         """How many of the last steps in a row left the weights as they were; a resumed run sets it."""
         self.skipped: str | None = None
         """Why the last step left the weights as they were; None: it did not."""
+        self.told: Callable[[], object] = lambda: None
+        """Told in a step that the next micro-batch begins."""
 
     def vocab_shard(self, size: int) -> VocabShard:
         """This rank's columns of the logits; `size` is the number of real entries to normalise over."""
@@ -86,7 +88,7 @@ class Student:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._means(pipeline.train(self.model, batches, self._at_rows(objective), self.split), objective)
+        metrics = self._means(self._train(batches, objective), objective)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         if self.scaler is not None:
             metrics["loss_scale"] = self._loss_scale()
@@ -105,6 +107,9 @@ class Student:
         self.scheduler.step(1)
         self.skipped, self.skips = None, 0
         return {**metrics, "step/skipped": 0.0}
+
+    def _train(self, batches: Sequence[MicroBatch], objective: Objective) -> list[Sums]:
+        return pipeline.train(self.model, batches, self._at_rows(objective), self.split, told=self.told)
 
     def _overflow(self, metrics: dict[str, float]) -> dict[str, float]:
         """Leave everything as it is but the loss scale. That a scale settles is no failure, and ends by itself: only

@@ -20,6 +20,9 @@ from megatron_opd.models.weight_map import Named, Rule, Shards, is_expert, plain
 from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.student import groups, lora
 
+BUCKET_BYTES = 64 << 20
+"""Weights that are gathered together, of all ranks that share them."""
+
 
 @torch.no_grad()
 def load(model: torch.nn.Module, arch: Architecture, model_dir: str | Path, parallel: Parallel) -> None:
@@ -55,7 +58,7 @@ def load_head_rows(model_dir: str | Path, arch: Architecture, start: int, stop: 
 
 
 def export(
-    model: torch.nn.Module, arch: Architecture, parallel: Parallel, bucket_bytes: int = 256 << 20
+    model: torch.nn.Module, arch: Architecture, parallel: Parallel, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream (Hugging Face name, full tensor) of the whole model; pairs are yielded on the leader of each replica.
 
@@ -66,7 +69,7 @@ def export(
 
 
 def export_adapters(
-    model: torch.nn.Module, parallel: Parallel, bucket_bytes: int = 256 << 20
+    model: torch.nn.Module, parallel: Parallel, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same for the adapters alone, under the names of peft's files."""
     return _to_leader(_adapter_buckets(model, parallel, bucket_bytes), parallel)
@@ -85,6 +88,7 @@ def _to_leader(buckets: Iterator[Named], parallel: Parallel) -> Iterator[tuple[s
                     yield from merged
                 elif parallel.tensor_rank == 0:
                     _send(merged, parallel)
+                del merged  # before the next bucket is made
             if parallel.tensor_rank == 0 and stage > 0:
                 _send(None, parallel)
         elif parallel.is_leader:
@@ -98,8 +102,8 @@ def _merged_buckets(
     """This stage's Hugging Face tensors, bucket by bucket: one gather over the ranks that share it a bucket."""
     tables = [stage_rules(arch, parallel, expert_rank=rank) for rank in range(parallel.expert_size)]
     for experts in (False, True):
-        all_named = [(plain_name(name), tensor) for name, tensor in lora.merged_parameters(model)]
-        named = [(name, tensor) for name, tensor in all_named if is_expert(name) == experts]
+        all_named = ((plain_name(name), tensor) for name, tensor in lora.merged_parameters(model))
+        named = ((name, tensor) for name, tensor in all_named if is_expert(name) == experts)
         num_shards = parallel.expert_size if experts else parallel.tensor_size
         for bucket in _buckets(named, bucket_bytes // num_shards):
             shards = _gather(bucket, parallel.expert_group if experts else parallel.tensor_group, num_shards)
@@ -143,11 +147,11 @@ def _buckets(named: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Itera
 
 def _gather(bucket: Named, group: dist.ProcessGroup, num_shards: int) -> list[Shards]:
     """Every rank's tensors of a bucket, in the order of ranks."""
+    if num_shards == 1:
+        return [[tensor for _, tensor in bucket]]
     flat = torch.cat([tensor.reshape(-1) for _, tensor in bucket])
-    everyone = [flat]
-    if num_shards > 1:
-        everyone = [torch.empty_like(flat) for _ in range(num_shards)]
-        dist.all_gather(everyone, flat, group=group)
+    everyone = [torch.empty_like(flat) for _ in range(num_shards)]
+    dist.all_gather(everyone, flat, group=group)
     sizes, shapes = [t.numel() for _, t in bucket], [t.shape for _, t in bucket]
     return [[p.view(s) for p, s in zip(shard.split(sizes), shapes, strict=True)] for shard in everyone]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 
 from megatron_opd.config import Config, TeacherConfig, TrainConfig
@@ -16,10 +16,20 @@ from megatron_opd.teachers.offload import in_turn
 from megatron_opd.teachers.rounded_head import RoundedHead
 from megatron_opd.teachers.scorer import TeacherScorer
 
+Loading = Callable[[TeacherConfig], AbstractContextManager[object]]
+"""Shows somebody that a teacher is being built."""
 
-def build_teachers(config: Config, parallel: Parallel, vocab: VocabShard) -> list[TeacherScorer]:
-    """All teachers of the config, in its order. `vocab` is this rank's shard of the student's vocabulary."""
-    return [build_teacher(teacher, config, parallel, vocab) for teacher in config.teachers]
+
+def build_teachers(
+    config: Config, parallel: Parallel, vocab: VocabShard, *, loading: Loading = lambda _: nullcontext()
+) -> list[TeacherScorer]:
+    """All teachers of the config, in its order. `vocab` is this rank's shard of the student's vocabulary; each is built
+    within `loading` of its settings."""
+    made = []
+    for teacher in config.teachers:
+        with loading(teacher):
+            made.append(build_teacher(teacher, config, parallel, vocab))
+    return made
 
 
 def build_teacher(

@@ -10,6 +10,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,17 @@ def kl_table(run: RecordedRun) -> Table:
         values = list(run.series(prefix + name).values())
         if values:
             first, last = values[0], values[-1] if len(values) > 1 else None
-            lines.append([name, _number(first), _number(last), _ratio(first, last)])
+            lines.append([f"{name}{_bound(run, name)}", _number(first), _number(last), _ratio(first, last)])
     header = ["KL, nats/token", "before", "after", "change"]
     title = f"Distance from student to teacher, {where}"
-    return Table(title=title, header=header, lines=lines, total=len(lines) > 1 and lines[-1][0] == "ensemble")
+    return Table(title=title, header=header, lines=lines, total=len(lines) > 1 and lines[-1][0].startswith("ensemble"))
+
+
+def _bound(run: RecordedRun, name: str) -> str:
+    """What to say of a KL to a teacher that lists its likeliest tokens alone, or to a target with such a teacher."""
+    pattern = f"topk/{'*' if name == 'ensemble' else name}/mass_outside"
+    is_listed = any(fnmatchcase(metric, pattern) for row in run.rows for metric in row)
+    return " (top-k, a lower bound)" if is_listed else ""
 
 
 def speed_table(run: RecordedRun) -> Table:

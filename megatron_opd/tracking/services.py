@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import LogConfig
 from megatron_opd.core.whole_file import write_whole
+from megatron_opd.tracking.wandb_files import Scratch
 
 STEP = "step"
 """Field of a row that is not a metric."""
@@ -46,15 +46,26 @@ class WeightsAndBiases:
     """A run at Weights & Biases. Raises ValueError when it is not installed, or refuses."""
 
     def __init__(self, log: LogConfig, run_dir: Path, settings: dict[str, Any]) -> None:
-        wandb = _wandb(run_dir)
+        self._scratch = Scratch(run_dir / "wandb" / "tmp")
+        try:
+            with self._scratch.in_use():
+                self._wandb = _wandb()
+                self._run = self._begin(log, run_dir, settings)
+        except BaseException:
+            self._scratch.close()
+            raise
+        # Its own step only grows; ours goes back on resume and repeats, so it is logged as a metric and used as x axis.
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
+
+    def _begin(self, log: LogConfig, run_dir: Path, settings: dict[str, Any]) -> Any:
         # The id lives in the run directory, so that a resumed run goes on with the same curves.
         id_file = run_dir / "wandb_id"
         if not (id_file.is_file() and id_file.read_text().strip()):
             write_whole(id_file, secrets.token_hex(4))
-        self._wandb = wandb
         online = log.wandb == "online"
         try:
-            self._run = wandb.init(
+            return self._wandb.init(
                 project=log.wandb_project,
                 name=run_dir.name,
                 id=id_file.read_text().strip(),
@@ -62,13 +73,10 @@ class WeightsAndBiases:
                 dir=str(run_dir),
                 mode="online" if online else "offline",
                 config=settings,
-                settings=wandb.Settings(quiet=True),  # without its own tables at the end; `report` has ours
+                settings=self._wandb.Settings(quiet=True),  # without its own tables at the end; `report` has ours
             )
-        except wandb.Error as error:
+        except self._wandb.Error as error:
             raise ValueError(f"log.wandb: {error} (or set log.wandb=offline)") from None
-        # Its own step only grows; ours goes back on resume and repeats, so it is logged as a metric and used as x axis.
-        self._run.define_metric(STEP)
-        self._run.define_metric("*", step_metric=STEP)
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         self._run.log({STEP: step, **row})
@@ -84,19 +92,14 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+        self._scratch.close()
 
 
-def _wandb(run_dir: Path) -> Any:
-    """The module. Its import makes temporary directories, which a killed run leaves behind: in its own directory."""
-    scratch = run_dir / "wandb" / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
-    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
+def _wandb() -> Any:
     try:
         import wandb
     except ImportError:
         raise ValueError(_missing("log.wandb", "wandb")) from None
-    finally:
-        tempfile.tempdir = before
     return wandb
 
 

@@ -11,29 +11,23 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_opd.config import LogConfig
 from megatron_opd.tracking import json_lines, services
+from megatron_opd.tracking.headline import Headline
+from megatron_opd.tracking.phase import Phase
+from megatron_opd.tracking.terminal import Terminal
+from megatron_opd.tracking.train_log import LOG_FILE
 
 METRICS_FILE = "metrics.jsonl"
-LOG_FILE = "train.log"
 
 _STEP, _TIME = services.STEP, "time_s"  # the two fields of a row that are not metrics
-
-# Label and format of the few numbers shown for a training step; everything else is in metrics.jsonl.
-_HEADLINES = {
-    "loss": ("loss", "{:.4g}"),
-    "grad_norm": ("grad", "{:.3g}"),
-    "tokens_per_s": ("tok/s", "{:.0f}"),
-}
-_ACCURACY = "eval/accuracy/"
-_EVAL_KL = "eval/kl/ensemble"
 
 
 class Sink(Protocol):
@@ -55,7 +49,7 @@ class Sink(Protocol):
 class Tracker:
     """What the training loop sees. Without sinks and terminal (every rank but the main one) it does nothing."""
 
-    def __init__(self, sinks: Sequence[Sink] = (), terminal: _Terminal | None = None) -> None:
+    def __init__(self, sinks: Sequence[Sink] = (), terminal: Terminal | None = None) -> None:
         self._terminal = terminal
         self._sinks: list[Sink] = [*sinks, *([terminal] if terminal else [])]
 
@@ -75,6 +69,28 @@ class Tracker:
         """One line for people, on the console and in train.log."""
         if self._terminal:
             self._terminal.message(text)
+
+    @contextmanager
+    def phase(self, what: str, *, total: int = 0, unit: str = "", is_told: bool = True) -> Iterator[Phase]:
+        """Work of the block, shown on the console; the phase may be told of progress, of `total` units.
+
+        train.log, and a console that is no terminal, get a line when it begins (`is_told`) and at most every 30 s.
+        """
+        if self._terminal is None:
+            yield Phase(what, total, unit, show=lambda _: None)
+            return
+        with self._terminal.phase(what, total=total, unit=unit, is_told=is_told) as phase:
+            yield phase
+
+    def show(self, headlines: Sequence[Headline]) -> None:
+        """Metrics to put into the lines of steps and evaluations, besides those of every run."""
+        if self._terminal:
+            self._terminal.show(headlines)
+
+    def begin(self, step: int) -> None:
+        """Training goes on after `step`: from here on the time to go is estimated."""
+        if self._terminal:
+            self._terminal.begin(step)
 
     def rewind(self, step: int) -> None:
         """Drop every row after `step`; to be called on resume, and with -1 by a run that starts afresh."""
@@ -105,8 +121,13 @@ def build_tracker(
         extra.append(services.TensorBoard(run_dir / "tensorboard"))
     if log.wandb != "off":
         extra.append(services.WeightsAndBiases(log, run_dir, settings))
-    terminal = _Terminal(run_dir / LOG_FILE, num_steps, console or Console(stderr=True))
+    terminal = Terminal(run_dir / LOG_FILE, num_steps, console or Console(stderr=True))
     return Tracker([_JsonLines(run_dir / METRICS_FILE), *extra], terminal)
+
+
+def console_alone() -> Tracker:
+    """A tracker of work outside a run: phases on stderr, and nothing in files."""
+    return Tracker(terminal=Terminal(Path(os.devnull), 0, Console(stderr=True)))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -178,94 +199,3 @@ def _cut_unfinished_line(path: Path) -> bytes:
 def _json_float(value: float) -> float | str:
     """JSON has no NaN and no infinities: they become strings that float() reads back."""
     return value if math.isfinite(value) else str(value)
-
-
-class _Terminal:
-    """The console and train.log: messages, one line per logged step, or a progress bar where there is a terminal."""
-
-    def __init__(self, path: Path, num_steps: int, console: Console) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._num_steps = num_steps
-        self._console = console
-        self._progress: Progress | None = None
-        self._first: tuple[int, float] | None = None
-        self._accuracy = ""
-
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        if any(name.startswith("eval/") for name in row):
-            self._evaluation(row, step)
-        if "loss" in row:
-            self._training(row, step)
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Too wide for a log."""
-
-    def message(self, text: str) -> None:
-        self._write(text)
-        self._print(text)
-
-    def rewind(self, step: int) -> list[str]:
-        self._first = None  # the pace before and after a resume are different things
-        return []
-
-    def close(self) -> None:
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
-        self._file.close()
-
-    def _training(self, row: Mapping[str, float], step: int) -> None:
-        now = time.monotonic()
-        self._first = self._first or (step, now)
-        eta = _clock_time(self._remaining(step, now))
-        parts = [f"{label} {form.format(row[name])}" for name, (label, form) in _HEADLINES.items() if name in row]
-        line = "  ".join([f"step {step}/{self._num_steps}", *parts, f"eta {eta}"])
-        self._write(line)
-        if self._console.is_terminal:
-            self._bar(step, "  ".join([*parts, *([self._accuracy] if self._accuracy else []), f"eta {eta}"]))
-        else:
-            self._print(line)
-
-    def _evaluation(self, row: Mapping[str, float], step: int) -> None:
-        accuracy = {name.removeprefix(_ACCURACY): value for name, value in row.items() if name.startswith(_ACCURACY)}
-        parts = [f"{source} {value:.3f}" for source, value in accuracy.items()]
-        if "all" in accuracy:
-            self._accuracy = f"accuracy {accuracy['all']:.3f}"
-        if _EVAL_KL in row:
-            parts.append(f"kl {row[_EVAL_KL]:.4g}")
-        if parts:
-            self.message("  ".join([f"step {step}/{self._num_steps}", "eval", *parts]))
-
-    def _bar(self, step: int, status: str) -> None:
-        if self._progress is None:
-            # No refresh thread: saving a checkpoint forks, and a fork while that thread holds its lock hangs.
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[status]}"))
-            self._progress = Progress(*columns, console=self._console, auto_refresh=False)
-            self._progress.add_task("train", total=self._num_steps, status="")
-            self._progress.start()
-        self._progress.update(self._progress.task_ids[0], completed=step, status=status, refresh=True)
-
-    def _remaining(self, step: int, now: float) -> float | None:
-        """Seconds to go at the mean pace since the first step of this process; None while there is no pace."""
-        assert self._first is not None
-        first_step, first_time = self._first
-        if step <= first_step:
-            return None
-        return (now - first_time) / (step - first_step) * (self._num_steps - step)
-
-    def _print(self, text: str) -> None:
-        line = f"{time.strftime('%H:%M:%S')}  {text}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _write(self, text: str) -> None:
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-        self._file.flush()
-
-
-def _clock_time(seconds: float | None) -> str:
-    """h:mm:ss, or m:ss below an hour."""
-    if seconds is None:
-        return "-"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,6 +1,8 @@
-"""Tables of training answers for people to read: <run.dir>/completions.jsonl, and Weights & Biases where it is on.
+"""Training answers for people to read: one now and then on the console, and tables of them in
+<run.dir>/completions.jsonl, and Weights & Biases where it is on.
 
-A line an answer. After a resume the lines of steps that are done again are dropped first, as in metrics.jsonl.
+In the file a line is an answer. After a resume the lines of steps that are done again are dropped first, as in
+metrics.jsonl.
 
 Shape suffixes: T learnt tokens of a micro-batch, B its answers, N teachers.
 """
@@ -21,6 +23,7 @@ from megatron_opd.loss.term import TeacherTerm
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.tracking import json_lines
 from megatron_opd.tracking.tracker import Tracker
+from megatron_opd.trainer import shown_answer
 
 COMPLETIONS_FILE = "completions.jsonl"
 AnswerLogps = list[dict[str, float | None]]
@@ -44,10 +47,12 @@ class Completions:
         batches: Sequence[MicroBatch],
         distillation: TeacherTerm,
     ) -> None:
-        """Write the step's first answers, replica by replica, if it is a step that is written. Collective.
+        """Write the step's first answers, replica by replica, and show one, if it is such a step. Collective.
 
         `batches` hold `rollouts` in order, with what teachers told, which `distillation` can read.
         """
+        if self.config.answer_every and (step - 1) % self.config.answer_every == 0:
+            self._show(rollouts, batches, distillation)
         if not self.config.completions_every or step % self.config.completions_every:
             return
         first = rollouts[: self.config.completions]
@@ -61,6 +66,15 @@ class Completions:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             self.tracker.table("completions", rows, step)
+
+    def _show(self, rollouts: Sequence[Rollout], batches: Sequence[MicroBatch], distillation: TeacherTerm) -> None:
+        """One answer of the first replica, for people to read. Collective."""
+        at = shown_answer.place(rollouts)
+        told = answer_logps(distillation, batches, at + 1, self.parallel)
+        if self.parallel.is_main and self.tokenizer is not None and rollouts:
+            text = self.tokenizer.decode(rollouts[at].token_ids)
+            for line in shown_answer.lines(rollouts[at], text, told[at]):
+                self.tracker.message(line)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`, and what a killed run left unfinished; damaged ones are put aside."""

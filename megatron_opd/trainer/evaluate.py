@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_opd.config import DataConfig, RewardsConfig, RolloutConfig, RunConfig
 from megatron_opd.core.episodes import episodes
-from megatron_opd.core.protocols import RolloutEngine
+from megatron_opd.core.protocols import OnFinished, RolloutEngine
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.rewards.grading import Grader
@@ -36,20 +36,23 @@ class Evaluator:
         self.rollout, self.seed = rollout, run.seed
         self.grader = Grader(data.eval, rewards, tokenizer)
 
-    def greedy(self, engine: RolloutEngine, prompts: list[Prompt]) -> list[Rollout]:
+    def greedy(self, engine: RolloutEngine, prompts: list[Prompt], told: OnFinished = lambda _: None) -> list[Rollout]:
         """A greedy answer to each prompt."""
-        return engine.generate(prompts, sampling.greedy(self.rollout))
+        return engine.generate(prompts, sampling.greedy(self.rollout), told)
 
-    def answer(self, engine: RolloutEngine, prompts: list[Prompt], *, samples: int = 1) -> tuple[list[Rollout], Tally]:
+    def answer(
+        self, engine: RolloutEngine, prompts: list[Prompt], *, samples: int = 1, told: OnFinished = lambda _: None
+    ) -> tuple[list[Rollout], Tally]:
         """A greedy answer to each prompt, and how good those are; with `samples` above 1 also how good that many drawn
-        at rollout.temperature are. Raises ValueError when a reward fails."""
+        at rollout.temperature are. `told` gets each answer as soon as it is finished. Raises ValueError when a reward
+        fails."""
         if not prompts:
             return [], {}
-        greedy = self.greedy(engine, prompts)
+        greedy = self.greedy(engine, prompts, told)
         totals = dict(self.graded(greedy))
         if samples > 1:
             how = sampling.drawn(self.rollout, samples=samples, seed=self.seed)
-            drawn = engine.generate(prompts, how)
+            drawn = engine.generate(prompts, how, told)
             totals |= tally_samples(*self._graded(drawn), samples=samples)
         return greedy, totals
 
@@ -61,6 +64,11 @@ class Evaluator:
         """(the first trajectory of each episode, the episodes' rewards)."""
         rewards, first = self.grader.grade(rollouts), [its[0] for its in episodes(rollouts)]
         return [rollouts[i] for i in first], [rewards[i] for i in first]
+
+
+def num_answers(prompts: int, samples: int) -> int:
+    """How many answers an evaluation asks for."""
+    return prompts * (1 + samples if samples > 1 else 1)
 
 
 def teacher_accuracies(evaluator: Evaluator, answers: Mapping[str, list[Rollout]]) -> dict[str, float]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from megatron_opd.core.types import MicroBatch, Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer, load_tokenizer
 from megatron_opd.precision.fp8_plan import length_multiple
 from megatron_opd.prompts.mix import PromptMix
-from megatron_opd.rewards.grading import Grader
+from megatron_opd.rewards.grading import Grader, Watcher
 from megatron_opd.rollout import colocated, sampling
 from megatron_opd.rollout.ahead import Ahead
 from megatron_opd.rollout.answers import Answers
@@ -31,6 +32,7 @@ from megatron_opd.student.student import Student
 from megatron_opd.teachers import ask_all
 from megatron_opd.teachers.scorer import TeacherScorer
 from megatron_opd.trainer.evaluate import Evaluator
+from megatron_opd.trainer.finished import Finished
 from megatron_opd.trainer.origin_weights import weighted
 from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.together import Together
@@ -45,8 +47,8 @@ class Leader:
     engine: RolloutEngine
     answers: Answers | None
     """Who answers beside the student; None: nobody."""
-    grader: Grader | None
-    """None where no term needs rewards."""
+    grader: Grader | Watcher | None
+    """None where training answers are not graded."""
     evaluator: Evaluator
     tokenizer: Tokenizer
 
@@ -58,10 +60,11 @@ def build_leader(config: Config, served: Config, parallel: Parallel, inputs: Inp
     ids: dict[str, Any] = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
     tokenizer = load_tokenizer(config.student.model)
     engine = build_engine(served, parallel, **ids)
+    grader = Grader if config.is_graded else Watcher
     return Leader(
         engine=engine,
         answers=build_answers(served, engine, **ids) if config.answers.has_others else None,
-        grader=Grader(config.data.train, config.rewards, tokenizer) if config.is_graded else None,
+        grader=grader(config.data.train, config.rewards, tokenizer) if config.has_rewards else None,
         evaluator=Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer),
         tokenizer=tokenizer,
     )
@@ -88,6 +91,10 @@ class Experience:
         self.together = Together(parallel) if config.is_served else nullcontext
         """Guards work for which some ranks talk to servers."""
         self.ahead: Ahead | None = None
+        self.finished = Finished()
+        """Counts this replica's training answers."""
+        self._grading_s: dict[int, float] = {}
+        """Seconds of grading, by step."""
 
     def start(self, prompts: PromptMix) -> None:
         """Draw training prompts from here on; `prompts` are where a resumed run has them."""
@@ -125,19 +132,33 @@ class Experience:
         return self.parallel.share(self.ahead.take(step))
 
     def answers_to(self, step: int, prompts: list[Prompt]) -> list[Rollout]:
-        """The leader's rollouts of its share of the prompts of all replicas, graded where a term needs rewards.
+        """The leader's rollouts of its share of the prompts of all replicas, graded where rewards are wanted.
 
         Each goes to the served teachers as soon as it is finished.
         """
         assert self.leader is not None, "leaders sample"
         how = replace(self.drawn, seed=self.drawn.seed + step)
+
+        def told(rollout: Rollout) -> None:
+            self._submit(rollout)
+            self.finished.add(step)
+
         if self.leader.answers is None:
-            rollouts = self.leader.engine.generate(self.mine(prompts), how, on_finished=self._submit)
+            rollouts = self.leader.engine.generate(self.mine(prompts), how, on_finished=told)
         else:
-            rollouts = self.leader.answers.to(self.mine(prompts), how, step, on_finished=self._submit)
+            rollouts = self.leader.answers.to(self.mine(prompts), how, step, on_finished=told)
         if self.leader.grader is None:
             return rollouts
-        return [replace(r, reward=x) for r, x in zip(rollouts, self.leader.grader.grade(rollouts), strict=True)]
+        began = time.perf_counter()
+        rewards = self.leader.grader.grade(rollouts)
+        self._grading_s[step] = time.perf_counter() - began
+        return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+    def grading(self, step: int) -> tuple[dict[str, float], list[str]]:
+        """(what this leader's grading of the step took, warnings about it that nobody has heard yet)."""
+        if self.leader is None or self.leader.grader is None:
+            return {}, []
+        return {"time/grade": self._grading_s.pop(step, 0.0)}, self.leader.grader.news()
 
     def score(self, rollouts: list[Rollout], teachers: Sequence[TeacherScorer] | None = None) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""

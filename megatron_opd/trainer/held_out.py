@@ -10,8 +10,10 @@ from megatron_opd.config import LossConfig, TeacherConfig, TrainConfig
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.loss.objective import Objective
 from megatron_opd.student.student import Student
+from megatron_opd.tracking.phase import Phase
+from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer import reference_nll
-from megatron_opd.trainer.evaluate import Tally, means, teacher_accuracies
+from megatron_opd.trainer.evaluate import Tally, means, num_answers, teacher_accuracies
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.teacher_answers import Answers, forced_agreement, teacher_answers
@@ -27,10 +29,12 @@ class HeldOut:
         teachers: Sequence[TeacherConfig],
         inputs: Inputs,
         experience: Experience,
+        tracker: Tracker,
     ) -> None:
         self.train, self.loss, self.teachers = train, loss, teachers
         self.directory = Path(experience.config.run.dir)
         self.inputs, self.experience, self.leader = inputs, experience, experience.leader
+        self.tracker = tracker
 
     def evaluate(self, student: Student, objective: Objective, step: int) -> dict[str, float]:
         """How good held-out answers are, and the divergence to the teachers on the greedy ones.
@@ -41,29 +45,34 @@ class HeldOut:
         if not train.eval_every or not self.inputs.eval:
             return {}
         prompts = experience.mine([p for _, source in self.inputs.eval for p in source])
-        with experience.together():
-            rollouts, tally = parallel.share(lambda: self._answers(prompts))
+        what, total = f"evaluating after step {step}", num_answers(len(prompts), train.eval_samples)
+        with self.tracker.phase(what, total=total, unit="answers") as phase, experience.together():
+            rollouts, tally = parallel.share(lambda: self._answers(prompts, phase))
         metrics = means(parallel.gather_leaders(tally), "eval")
         experience.release()
-        with experience.together():
-            batches = experience.score(rollouts) if rollouts else []
-        found = student.evaluate(batches, replace(objective, measures_agreement=train.eval_agreement))
+        with self.tracker.phase("comparing the answers with the teachers' distributions"):
+            with experience.together():
+                batches = experience.score(rollouts) if rollouts else []
+            found = student.evaluate(batches, replace(objective, measures_agreement=train.eval_agreement))
         metrics |= {f"eval/{name}": x for name, x in found.items() if name.startswith(("kl/", "agreement/"))}
         vocab, settings = objective.distillation.vocab, {"loss": self.loss, "packing": experience.packing}
-        metrics |= reference_nll.nll(student, vocab, self.inputs.eval, train=train, **settings)
+        with self.tracker.phase("reading the reference answers", is_told=train.eval_nll):
+            metrics |= reference_nll.nll(student, vocab, self.inputs.eval, train=train, **settings)
         if train.eval_agreement:
             metrics |= forced_agreement(student, vocab, parallel.share_world(self._teacher_answers), **settings)
         if step == 0 and train.eval_teachers:
             metrics |= parallel.share_world(self._teacher_accuracies)
         return metrics
 
-    def _answers(self, prompts: list[Prompt]) -> tuple[list[Rollout], Tally]:
+    def _answers(self, prompts: list[Prompt], phase: Phase) -> tuple[list[Rollout], Tally]:
         assert self.leader is not None
-        return self.leader.evaluator.answer(self.leader.engine, prompts, samples=self.train.eval_samples)
+        ask = self.leader.evaluator.answer
+        return ask(self.leader.engine, prompts, samples=self.train.eval_samples, told=lambda _: phase.advance())
 
     def _teacher_answers(self) -> Answers:
         assert self.leader is not None
-        return teacher_answers(self.teachers, self.leader.evaluator, self.inputs, self.directory)
+        ask = self.leader.evaluator
+        return teacher_answers(self.teachers, ask, self.inputs, self.directory, tracker=self.tracker)
 
     def _teacher_accuracies(self) -> dict[str, float]:
         assert self.leader is not None

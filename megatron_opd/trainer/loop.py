@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.config.file import to_dict
 from megatron_opd.core import run_dir
 from megatron_opd.core.parallel import Parallel, PeerError
@@ -27,8 +27,11 @@ from megatron_opd.sglang import nccl, serve
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import build_teachers
+from megatron_opd.tracking import train_log
+from megatron_opd.tracking.phase import Phase
 from megatron_opd.tracking.tracker import Tracker, build_tracker
-from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, step_metrics
+from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, shaping_metrics, step_metrics
+from megatron_opd.trainer.alarms import Watchman, alarms_of
 from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
 from megatron_opd.trainer.experience import Experience, build_leader
@@ -50,6 +53,8 @@ def train(config: Config, notice: Notice) -> None:
     if serve.has_nccl_group(config.rollout):
         nccl.settle()
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
+    if parallel.is_main:
+        train_log.say_early(config.run.dir, "reading the models' configs, tokenizers and prompts")
     inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
     if config.data.on_change == "error":
         parallel.share_world(lambda: check_newest(config.run.dir, inputs.data))
@@ -84,27 +89,39 @@ class Run:
             tracker.message(f"warning: the loss runs on the backend {backend.name}: {backend.note}")
         loss = dataclasses.replace(config.loss, backend=backend.name or config.loss.backend)
         config = dataclasses.replace(config, loss=loss)  # self.config stays as it was written
-        served = parallel.share_world(lambda: serve.with_urls(config))
-        colocated.clear_for_ranks(served.rollout, parallel)
-        self.student = Student(config, parallel)
+        with tracker.phase("looking for the servers", is_told=config.is_served):
+            served = parallel.share_world(lambda: serve.with_urls(config))
+            colocated.clear_for_ranks(served.rollout, parallel)
+        with tracker.phase(f"loading the student {config.student.model}"):
+            self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
-        teachers = build_teachers(served, parallel, vocab)
+        teachers = build_teachers(served, parallel, vocab, loading=self._loading)
         self.objective = build_objective(config, vocab, teachers, has_answers_of_others=config.answers.lmbda < 1)
         shaped = is_shaped(config.loss, config.policy, config.rl)
         self.shaping = Shaping(config, parallel, self.objective.distillation) if shaped else None
-        leader = build_leader(config, served, parallel, inputs)
+        with tracker.phase(f"starting who answers: rollout.engine {config.rollout.engine}"):
+            leader = build_leader(config, served, parallel, inputs)
         self.experience = Experience(config, parallel, teachers, leader)
-        self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience)
+        self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience, tracker)
         self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
         found = conditions.measure(backend, parallel, config.student, config.teachers)
         record = RunRecord(inputs.data, found, config.data.on_change)
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed = Stopwatch()
+        self.watchman = Watchman(alarms_of(config.rl))
+        tracker.show([*step_metrics.headlines(config.rl), *self.objective.headlines()])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
-        self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
+        with tracker.phase("looking for a checkpoint to continue from"):
+            self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
         self.cursor = prompts.state()
         """Place in the prompts behind the last batch that the student was trained on."""
+        self.began_at = self.trained
+        """Steps that were done before this process."""
         self.experience.start(prompts)
+
+    def _loading(self, teacher: TeacherConfig) -> AbstractContextManager[Phase]:
+        how = "connecting to the servers of" if teacher.is_served else "loading"
+        return self.tracker.phase(f"{how} teacher {teacher.name} {teacher.model}")
 
     def close(self) -> None:
         """End what runs beside the loop."""
@@ -119,43 +136,71 @@ class Run:
             how = f"{lost}; {run_dir.how_to_continue(self.config.run.dir)}"
             raise ServersLost(how) if self.parallel.is_main else PeerError(how) from lost
         if self.config.train.export:
-            self.saving.export()
+            with self.tracker.phase("exporting the student as a Hugging Face directory"):
+                self.saving.export()
         self.tracker.message(f"done; for tables and a plot: megatron-opd report {self.config.run.dir}")
 
     def _steps(self, watch: Watch, notice: Notice) -> None:
         train = self.config.train
-        self.sync()
+        with self.tracker.phase("handing the weights to the engine"):
+            self.sync()
         if self.trained == 0:
             if self.config.precision.fp8.is_on:
                 fp8_fidelity.judge(self.measure_fp8(), self.config.precision.fp8, self.parallel, self.tracker)
             self._evaluate()
         elif self.trained >= train.steps:
             self.tracker.message(f"nothing to train: train.steps is {train.steps}; a larger one continues")
+        self.tracker.begin(self.trained)
         while self.trained < train.steps:
             watch.beat()
             if self.parallel.any_world(notice.asked):
                 self._save()
                 raise Preempted(run_dir.how_to_continue(self.config.run.dir))
-            self.tracker.log(self.step(), self.trained)
+            self._tell(self.step())
             if _due(self.trained, train.eval_every, train.steps):
                 self._evaluate()
             if _due(self.trained, train.save_every, train.steps) or self.trained == train.steps:
                 self._save()
 
+    def _tell(self, row: dict[str, float]) -> None:
+        """The metrics of a step, and what they warn of."""
+        self.tracker.log(row, self.trained)
+        for warning in self.watchman.look(row):
+            self.tracker.message(warning)
+
+    @contextmanager
+    def _stage(self, stage: str, what: str, *, total: int = 0, unit: str = "") -> Iterator[Phase]:
+        """A timed part of a step. Only the first step of a process tells of it, unless it takes long."""
+        is_first = self.trained == self.began_at
+        phase = self.tracker.phase(f"step {self.trained + 1}: {what}", total=total, unit=unit, is_told=is_first)
+        with phase as shown, self.timed(stage):
+            yield shown
+
+    def _sample(self, step: int) -> list[Rollout]:
+        rollout, experience = self.config.rollout, self.experience
+        total = rollout.prompts_per_step * rollout.samples_per_prompt // self.parallel.data_size
+        with (
+            self._stage("generate", "sampling", total=total, unit="answers") as phase,
+            experience.together(),
+            experience.finished.told_to(phase, step),
+        ):
+            return experience.sample(step)
+
     def step(self) -> dict[str, float]:
         """One turn of the loop: from prompts to new weights in the engine."""
         step, started, together = self.trained, time.perf_counter(), self.experience.together
-        with self.timed("generate"), together():
-            rollouts = self.experience.sample(step)
+        rollouts = self._sample(step)
         if self.experience.shares_gpus:
             with self.timed("release"):
                 self.experience.release()
-        with self.timed("score"), together():
+        with self._stage("score", "scoring by the teachers"), together():
             batches = self.experience.score(rollouts)
         parts, shaped = split(batches, self.config.train.minibatches), {}
         if self.shaping is not None:
             parts, shaped = self.shaping(rollouts, parts, step)
-        with self.timed("step"):
+        total = len(batches) * self.config.train.epochs
+        with self._stage("step", "updating the student", total=total, unit="micro-batches") as phase:
+            self.student.told = phase.advance
             metrics = update(self.student, parts, self.objective, self.config.train)
         self.trained, self.cursor = step + 1, self.experience.cursor
         if self.student.skipped:
@@ -163,7 +208,8 @@ class Run:
         self.completions.log(rollouts, self.trained, batches, self.objective.distillation)
         self._settle()
         try:
-            with self.timed("sync"):
+            what = f"step {self.trained}: handing the new weights to the engine"
+            with self.tracker.phase(what, is_told=False), self.timed("sync"):
                 self.sync()
         except ServersLost:  # the step is trained all the same, and the checkpoint that follows goes on behind it
             self.tracker.log(self._row({**metrics, **shaped}, rollouts, batches, started), self.trained)
@@ -181,10 +227,17 @@ class Run:
     def _measured(self, rollouts: list[Rollout], batches: list[MicroBatch], step: int) -> dict[str, float]:
         """The step's metrics besides the objective's. Collective."""
         is_mixed = self.config.answers.lmbda < 1
+        grading, news = self.experience.grading(step)
+        for line in news:
+            self.tracker.message(line)
+        if self.shaping is None and self.config.has_rewards:
+            grading |= shaping_metrics.of_rewards(rollouts, self.config.data.train, self.parallel)
         return {
             **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=is_mixed),
+            **grading,
             **step_metrics.of_batches(batches, self.parallel),
             **step_metrics.of_parts(self.experience.parts, self.parallel),
+            **step_metrics.of_memory(self.parallel),
             **{f"time/{stage}": seconds for stage, seconds in self.timed.times.items()},
         }
 
@@ -216,7 +269,8 @@ class Run:
             self.sync()
 
     def _save(self) -> None:
-        self.saving.save(self.trained, self.cursor)
+        with self.tracker.phase(f"saving after step {self.trained}"):
+            self.saving.save(self.trained, self.cursor)
 
 
 class Stopwatch:

@@ -31,7 +31,7 @@ from megatron_opd.config.file import ConfigError
 from megatron_opd.core.types import Prompt
 from megatron_opd.loss.crosstok.pieces import read_pieces
 from megatron_opd.loss.divergences import DIVERGENCES, GKD
-from megatron_opd.models.architecture import check_layout, read_architecture, read_limits
+from megatron_opd.models.architecture import check_layout, is_known, read_architecture, read_limits
 from megatron_opd.models.headers import check_tensors
 from megatron_opd.models.lora_layout import check_targets
 from megatron_opd.models.tokenizer import Tokenizer, difference, foreign_ends, load_tokenizer
@@ -44,6 +44,7 @@ from megatron_opd.prompts.store import PackedPrompts
 from megatron_opd.prompts.views import RowReader, build_row_reader, build_views
 from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
+from megatron_opd.rollout import sampling
 from megatron_opd.sglang import serve
 from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.transports import check_sync
@@ -65,6 +66,8 @@ class Inputs:
     """Fingerprints of the sources, to be compared when the run goes on another time."""
     notes: tuple[str, ...] = ()
     """Lines for the user: prompts that were left out, how answers are graded here."""
+    longest_prompt: int = 0
+    """Tokens."""
 
 
 def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
@@ -115,8 +118,10 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
             *read.notes,
             *(reward.note for reward in read.rewards.values() if reward and reward.note),
             *of_precision,
+            *sampling.notes(config.rollout, config.loss),
             *of_ends,
         ),
+        longest_prompt=max(read.longest, default=0),
     )
     if problems:
         raise ConfigError(problems)
@@ -231,10 +236,12 @@ def _tokenizers(
 
 
 def check_model(model: str | Path, student: str) -> None:
-    """Raises ConfigError when a model cannot take the place of `student`, the directory of student.model."""
+    """Raises ConfigError when a model cannot answer for `student`, the directory of student.model.
+
+    The model may be of a family that only transformers knows; the engine then looks at its tensors.
+    """
     problems: list[str] = []
-    arch = _attempt("--model", lambda: read_architecture(model), problems)
-    wrong = _attempt("--model", lambda: check_tensors(model, arch), problems) if arch else None
+    wrong = _attempt("--model", lambda: _wrong_tensors(model), problems)
     problems += [f"--model: {problem}" for problem in wrong or []]
     theirs = _tokenizer("--model", str(model), problems)
     why = difference(load_tokenizer(student), theirs) if theirs else None
@@ -242,6 +249,13 @@ def check_model(model: str | Path, student: str) -> None:
         problems.append(f"--model: its tokenizer is not that of student.model: {why}")
     if problems:
         raise ConfigError(problems)
+
+
+def _wrong_tensors(model: str | Path) -> list[str]:
+    if is_known(model):
+        return check_tensors(model, read_architecture(model))
+    read_limits(model)
+    return []
 
 
 def _tokenizer(what: str, model: str, problems: list[str]) -> Tokenizer | None:
@@ -258,6 +272,8 @@ class _Reader:
     problems: list[str]
     rows_to_try: int
     notes: list[str] = field(default_factory=list)
+    longest: list[int] = field(default_factory=list)
+    """Tokens of each source's longest prompt."""
     fingerprints: dict[str, list[Fingerprint]] = field(default_factory=lambda: defaultdict(list))
     """By data.train and data.eval, of the sources that could be read."""
     rewards: dict[str, Reward | None] = field(default_factory=dict)
@@ -293,6 +309,8 @@ class _Reader:
             found.append((source, prompts or []))
             if prompts and prompts.fingerprint:
                 self.fingerprints[setting].append(prompts.fingerprint)
+            if prompts:
+                self.longest.append(prompts.longest)
             if prompts and are_graded:
                 self._try(source, prompts, reward)
             if prompts and prompts.dropped:

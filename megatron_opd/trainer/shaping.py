@@ -58,7 +58,8 @@ class Shaping:
         """
         parts = [list(part) for part in parts]
         shaped = self._of_rollouts(rollouts, step)
-        totals = Totals(self.config.policy, self.config.rl, self.config.data.train)
+        config = self.config
+        totals = Totals(config.policy, config.rl, config.data.train, has_rewards=config.has_rewards)
         count_rewards(totals, rollouts)
         lengths_R, counts = self._episodes(rollouts, parts)
         if self.parallel.is_last_stage:
@@ -80,7 +81,7 @@ class Shaping:
         """Only the student's own, graded episodes are compared with each other; others get no advantage, no mask."""
         distill_R, rewarded_R = [self._weight(step)] * len(rollouts), [0.0] * len(rollouts)
         graded = [its for its in episodes(rollouts) if _is_graded(rollouts[its[0]])]
-        if graded:
+        if graded and self.config.is_graded:  # else they are only watched
             rewards = [rollouts[its[0]].reward or 0.0 for its in graded]
             groups = [rollouts[its[0]].prompt.group for its in graded]
             found = advantages.from_rewards(rewards, groups, self.config.rl)

@@ -19,9 +19,11 @@ from megatron_opd.trainer.advantages import members_by_group
 class Totals:
     """Sums and counts by name; every rank has the same names."""
 
-    def __init__(self, policy: PolicyConfig, rl: RLConfig, sources: Sequence[SourceConfig]) -> None:
+    def __init__(
+        self, policy: PolicyConfig, rl: RLConfig, sources: Sequence[SourceConfig], *, has_rewards: bool = True
+    ) -> None:
         names = [f"reward/{source.name}" for source in sources]
-        names = ["reward/mean", *names, "reward/mixed_groups"] if rl.needs_rewards else []
+        names = ["reward/mean", *names, "reward/mixed_groups"] if has_rewards else []
         if has_policy_gradient(policy, rl):
             names += ["advantage/mean", "advantage/square"]
         if policy.kl_coef:
@@ -57,6 +59,13 @@ class Totals:
         if "distill/advantage" in found:
             found["distill/reverse_kl"] = -found["distill/advantage"]
         return found
+
+
+def of_rewards(rollouts: Sequence[Rollout], sources: Sequence[SourceConfig], parallel: Parallel) -> dict[str, float]:
+    """The rewards of a step alone, where nothing is shaped. Collective."""
+    totals = Totals(PolicyConfig(), RLConfig(), sources)
+    count_rewards(totals, rollouts)
+    return totals.means(parallel)
 
 
 def count_rewards(totals: Totals, rollouts: Sequence[Rollout]) -> None:

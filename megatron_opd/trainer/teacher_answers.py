@@ -24,6 +24,7 @@ from megatron_opd.loss.objective import Objective
 from megatron_opd.loss.sampled_tokens import Likeliest
 from megatron_opd.models.sampled_digest import sampled_digest
 from megatron_opd.student.student import Student
+from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.evaluate import Evaluator
 from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.reference_nll import as_answer, token_means
@@ -43,7 +44,7 @@ class _Kept:
 
 
 def teacher_answers(
-    teachers: Sequence[TeacherConfig], evaluator: Evaluator, inputs: Inputs, directory: Path
+    teachers: Sequence[TeacherConfig], evaluator: Evaluator, inputs: Inputs, directory: Path, *, tracker: Tracker
 ) -> Answers:
     """Those in the directory where they are to these prompts, by these models; else teachers answer, loaded one after
     the other, whole, and the file is written."""
@@ -52,7 +53,7 @@ def teacher_answers(
     for teacher in teachers:
         settled = _digest(teacher, prompts, evaluator, inputs)
         if teacher.name not in kept or kept[teacher.name].of != settled:
-            kept[teacher.name] = _Kept(of=settled, tokens=_asked(teacher, prompts, evaluator, inputs))
+            kept[teacher.name] = _Kept(of=settled, tokens=_asked(teacher, prompts, evaluator, inputs, tracker))
             write_whole(path, json.dumps({name: asdict(its) for name, its in kept.items()}))
         both = zip(prompts, kept[teacher.name].tokens, strict=True)
         answers[teacher.name] = [as_answer(prompt, tuple(ids), origin="teacher") for prompt, ids in both]
@@ -74,11 +75,15 @@ def forced_agreement(
     return metrics
 
 
-def _asked(teacher: TeacherConfig, prompts: list[Prompt], evaluator: Evaluator, inputs: Inputs) -> list[list[int]]:
+def _asked(
+    teacher: TeacherConfig, prompts: list[Prompt], evaluator: Evaluator, inputs: Inputs, tracker: Tracker
+) -> list[list[int]]:
     from megatron_opd.rollout.embedded_engine import LocalEngine
 
-    engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-    return [list(answer.token_ids) for answer in evaluator.greedy(engine, prompts)]
+    with tracker.phase(f"evaluating teacher {teacher.name}", total=len(prompts), unit="answers") as phase:
+        engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
+        answers = evaluator.greedy(engine, prompts, lambda _: phase.advance())
+    return [list(answer.token_ids) for answer in answers]
 
 
 def _digest(teacher: TeacherConfig, prompts: list[Prompt], evaluator: Evaluator, inputs: Inputs) -> str:

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from megatron_opd.config import file as cfg
-from megatron_opd.config import retired, schema
+from megatron_opd.config import other_names, retired, schema
 from megatron_opd.config.checks_serving import check_vocabulary
+from megatron_opd.config.schema import setting_at
 
 MINIMAL = {
     "run": {"dir": "runs/x"},
@@ -60,12 +61,32 @@ def write(tmp_path, tree):
          "teachers.0.wieght", "teachers.0.weight"),
         ({**MINIMAL, "data": {"train": [{"name": "m", "path": "p", "wight": 1}]}},
          "data.train.0.wight", "data.train.0.weight"),
+        (tree_with(optim__learning_rate=1), "optim.learning_rate", "optim.lr"),
+        (tree_with(train__lr=1), "train.lr", "optim.lr"),
+        (tree_with(train__max_grad_norm=1), "train.max_grad_norm", "optim.clip_grad"),
+        (tree_with(rollout__num_generations=8), "rollout.num_generations", "rollout.samples_per_prompt"),
+        (tree_with(parallel__tp=2), "parallel.tp", "parallel.tensor"),
+        (tree_with(student__chat_template="x"), "student.chat_template", "data.chat_template"),
+        ({**MINIMAL, "learning-rate": 1}, "learning-rate", "optim.lr"),
     ],
 )  # fmt: skip
 def test_unknown_setting_names_the_nearest_one(tree, wrong, nearest):
     (problem,) = problems_of(tree)
     assert problem.startswith(f"{wrong}: unknown setting")
     assert problem.endswith(f"did you mean {nearest}?")
+
+
+def test_every_name_of_another_trainer_leads_to_a_setting_of_ours():
+    names = [name for names in other_names.ELSEWHERE.values() for name in names.split()]
+    assert len(names) == len(set(names))
+    for setting in other_names.ELSEWHERE:
+        assert setting_at(setting.split(".")), setting
+
+
+@pytest.mark.parametrize("wrong", ["optim.zzzz", "qqqq", "teachers.N.xyzzy", "train.weight"])
+def test_an_unknown_setting_that_is_near_to_nothing_gets_no_guess(wrong):
+    (problem,) = problems_of(tree_with_path(wrong, 1))
+    assert problem == f"{wrong.replace('N', '0')}: unknown setting"
 
 
 def test_retired_settings_and_choices_are_answered_with_what_to_write():
@@ -387,6 +408,12 @@ def test_settings_of_servers_are_not_for_the_embedded_engine(setting, value):
     (problem,) = problems_of(tree_with(**{f"rollout__{setting}": value}))
     assert problem == f"rollout.{setting} needs rollout.engine: sglang, not local"
     cfg.from_dict(served(**{setting: value}))
+
+
+def test_servers_have_a_type_of_their_own():
+    (problem,) = problems_of(served(dtype="bf16"))
+    assert problem == "rollout.dtype needs rollout.engine: local, not sglang"
+    cfg.from_dict(tree_with(rollout__dtype="bf16"))
 
 
 BESIDE = {"colocated": True, "args": ["--mem-fraction-static", "0.5"]}

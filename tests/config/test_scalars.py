@@ -95,9 +95,6 @@ def test_words_and_numbers_of_yaml_1_2(load, setting, text, value):
         ("train.packing", "yes", "write true"),
         ("train.packing", "0", "write false"),
         ("train.packing", "'False'", "write false"),
-        ("teachers.0.name", "7", 'write it in quotes: "7"'),
-        ("run.dir", "2026", 'write it in quotes: "2026"'),
-        ("data.train.0.reward", "true", 'write it in quotes: "true"'),
         ("log.wandb", "false", "should be 'off', 'offline' or 'online'"),
         ("optim.lr", "", "got nothing"),
     ],
@@ -161,10 +158,39 @@ def test_texts_survive_a_dump_for_readers_of_either_yaml(text):
     )
 
 
+@pytest.mark.parametrize(
+    ("setting", "text"), [("teachers.0.name", "7"), ("run.dir", "2026"), ("data.train.0.reward", "true")]
+)
+def test_a_file_has_quotes_around_a_text_that_is_something_else_in_yaml(tmp_path, setting, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml_text.dump(tree_with(setting, "VALUE")).replace("VALUE", text))
+    with pytest.raises(cfg.ConfigError, match=rf'{setting}: .* write it in quotes: "{text}"'):
+        cfg.load(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{{ prompt }} Reference: {{ answer }}", "a: b, c", "# heading", "- item", "[1, 2", "7", "true", "null",
+     "%d & *that", "!!binary aGk=", "it's", '"one" and "two'],
+)  # fmt: skip
+def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml_text.dump(MINIMAL))
+    config = cfg.load(path, [f"teachers.0.prompt_template={text}", f"log.wandb_project={text}"])
+    assert (config.teachers[0].prompt_template, config.log.wandb_project) == (text, text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("'7'", "7"), ('"two\\nlines"', "two\nlines"), ("''", "")])
+def test_quotes_around_a_whole_text_are_those_of_yaml(tmp_path, text, value):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml_text.dump(MINIMAL))
+    assert cfg.load(path, [f"teachers.0.prompt_template={text}"]).teachers[0].prompt_template == value
+
+
 @pytest.mark.parametrize("text", ["!!binary aGk=", "!!python/name:os.system ''", "!!timestamp 2026-01-01", "!!int x"])
 def test_other_kinds_of_data_are_not_read(load, text):
     with pytest.raises(cfg.ConfigError, match=r"not valid YAML|cannot set"):
-        load("run.dir", text)
+        load("train.steps", text)
 
 
 # Paths.
@@ -225,17 +251,13 @@ def test_texts_that_are_no_paths_stay_as_they_are(load, monkeypatch):
         ("#7", "#7"),
         ("a b # c", "a b # c"),
         ("'q #2'", "q #2"),
-        ('"q" #2', None),
+        ('"q" #2', '"q" #2'),
     ],
 )
 def test_a_hash_is_no_comment_in_an_override(tmp_path, text, value):
     path = tmp_path / "run.yaml"
     path.write_text(yaml_text.dump(MINIMAL) + "# a comment\nlog: {wandb: off} # another\n")
-    if value is None:
-        with pytest.raises(cfg.ConfigError, match=r"cannot set run\.dir"):
-            cfg.load(path, [f"run.dir={text}"])
-    else:
-        assert cfg.load(path, [f"run.dir={text}"]).run.dir == value
+    assert cfg.load(path, [f"run.dir={text}"]).run.dir == value
 
 
 def test_a_hash_within_lists_of_an_override(tmp_path):

@@ -193,6 +193,29 @@ def test_an_error_that_nobody_has_foreseen_comes_with_its_place(tmp_path):
         assert "Traceback" in log.read_text()
 
 
+@pytest.mark.parametrize(("size", "rank"), [(0, 0), (700, 1), (12_000, 0)])
+def test_a_rank_that_can_write_no_file_is_heard(tmp_path, size, rank):
+    body = f"limit(resource.RLIMIT_FSIZE, {size})\nraise KeyError('x' * 15_000)"
+    code, terminal = launched(tmp_path, body, who=[rank])
+    assert code == 1
+    first, second, third, *_, last = message(terminal).splitlines()
+    assert first == last == f"KeyError: '{'x' * 15_000}'"
+    assert second == f"rank {rank} failed with exit code 1; the run has stopped"
+    assert third == "where it was:"
+
+
+@pytest.mark.parametrize("size", [9_000, 30_000])
+def test_where_nobody_can_write_large_files_words_are_shortened(tmp_path, size, monkeypatch):
+    """Nine thousand bytes are a page for each of two ranks, and every sign here takes six of it."""
+    monkeypatch.setattr(f"{__name__}.LAUNCHER", f"import resource\nresource.setrlimit(1, ({size},) * 2)\n{LAUNCHER}")
+    code, terminal = launched(tmp_path, "raise ValueError('\\u2009' * 15_000)", who=[1])
+    assert code == 1
+    first, second = message(terminal).splitlines()
+    assert set(first) == {"\u2009"}
+    assert size / 30 < len(first) < size / 12
+    assert second == "rank 1 failed with exit code 1; the run has stopped"
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_of_ranks_that_fail_together_the_first_is_told(tmp_path, first):
     """Also if it is the last to be gone."""

@@ -27,11 +27,33 @@ def graded(reference, text):
         ("#### Answer: 5 of 6", 5), (r"\boxed{40\text{ cm}^2}", 40), (r"\boxed{3\frac{1}{4}}", Fraction(13, 4)),
         (r"\boxed{-\frac{5}{8}}", Fraction(-5, 8)), (r"\boxed{2.5\times 10^2}", 250), (r"\boxed{15\%}", 15),
         (r"\boxed{\$1,200}", 1200), (r"\boxed{6,000\,\mathrm{cm}^3}", 6000), (r"\boxed{30^\circ}", 30),
+        ("#### 3^4", 81), ("#### 7 + 6 = 13", 13), ("#### 2.500.000", 2_500_000), ("#### 9\u202f500 km", 9500),
+        (r"\boxed{\mathbf{31}}", 31), (r"\boxed{\text{31}}", 31), (r"\boxed{8\ \text{hours}}", 8),
+        (r"\boxed{8 \text{ hours}}", 8), (r"\boxed{about 8}", 8), ("#### 6 or 7", 6), ("#### 6 - six apples", 6),
         ("#### 4\nno, \\boxed{5}", 5), ("\\boxed{5}\n#### 4", 4), (r"\boxed{3\cdot 4}", 12), ("x = - 12", -12),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):
     assert final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{4 \text{ or } 9}", r"\boxed{4 or 9}", r"\boxed{4, 9}", r"\boxed{4 \text{ and } 9 \text{ apples}}",
+        r"\boxed{4 to 9}", r"\boxed{4 9}", r"#### 8 and \boxed{4; 9}", r"\boxed{4\text{ h }9\text{ min}}",
+    ],
+)  # fmt: skip
+def test_several_numbers_in_a_box_are_none_of_them(text):
+    """Else a model learns to say them all."""
+    assert final_number(text) not in (4, 8, 9, 13, 36, 49)
+
+
+@pytest.mark.parametrize(
+    "text", [r"\boxed{0.\overline{6}}", r"\boxed{0.\dot{6}}", "#### 9 - 6", "#### 6:30", "#### 2*6"]
+)
+def test_a_piece_of_an_expression_is_not_its_value(text):
+    assert final_number(text) not in (2, 6, 9, 30)
 
 
 @pytest.mark.parametrize(

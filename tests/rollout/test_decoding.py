@@ -10,7 +10,7 @@ from megatron_opd.core.types import Prompt, Sampling
 from megatron_opd.rollout import decoding, reading
 from megatron_opd.rollout.decoding import Begun, decode
 from megatron_opd.rollout.drawing import uniforms
-from megatron_opd.rollout.reading import MixtureReader, ModelReader, check_cache
+from megatron_opd.rollout.reading import MixtureReader, ModelReader, has_rows
 
 EOS, VOCAB_SIZE = tuple(range(2, 90, 9)), 90
 FAMILIES = ["qwen3", "llama", "qwen3_moe"]
@@ -163,18 +163,21 @@ def test_its_memory_is_given_back_also_after_a_failure(model, monkeypatch):
     assert reader._layers == []
 
 
+@pytest.mark.parametrize("family", sorted({*FAMILIES, "mistral", "qwen2"}))
+def test_families_of_the_trainer_have_rows(family):
+    assert has_rows(loaded(family).config)
+
+
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("family", "changes"),
     [
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "with full_attention, sliding_attention by sdpa"),
-        ({"layer_types": ["linear_attention"]}, "of type odd with linear_attention"),
-        ({"_attn_implementation": "eager"}, "by eager: sample it by a server"),
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}),
+        ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     ],
 )
-def test_a_model_with_another_kind_of_cache_is_refused(changes, said):
-    config = SimpleNamespace(**{"model_type": "odd", "_attn_implementation": "sdpa", "layer_types": None, **changes})
-    with pytest.raises(ValueError, match=said):
-        check_cache(config)
+def test_a_model_of_those_with_another_kind_of_cache_has_not(family, changes):
+    assert not has_rows(loaded(family, **changes).config)
 
 
 @pytest.mark.slow

@@ -211,3 +211,24 @@ def test_load_refuses(engine, model, change, message):
     with pytest.raises(ValueError, match=message):
         engine.load(iter(change(weights).items()), version=1)
     assert engine.version == 0
+
+
+def test_in_bf16_it_says_what_the_rounded_model_says(model, model_dir, prompts):
+    engine = LocalEngine(model_dir, eos_ids=EOS, vocab_size=VOCAB_SIZE, dtype="bf16")
+    rounded = tiny.build("qwen3").to(torch.bfloat16)
+    worst = 0.0
+    for answer in engine.generate(prompts, Sampling(max_new_tokens=9, samples_per_prompt=2, temperature=1.0, seed=3)):
+        ids, start = [*answer.prompt.token_ids, *answer.token_ids], len(answer.prompt.token_ids)
+        at = torch.arange(start - 1, len(ids) - 1), torch.tensor(answer.token_ids)
+        found = torch.tensor(answer.logps, dtype=torch.float64)
+        torch.testing.assert_close(found, next_logp(rounded, ids, 1.0)[at], atol=0.3, rtol=0)  # sums in another order
+        worst = max(worst, (found - next_logp(model, ids, 1.0)[at]).abs().max().item())
+    assert worst > 1e-3  # not the model in fp32
+
+
+def test_in_bf16_it_takes_new_weights_rounded(model_dir):
+    engine = LocalEngine(model_dir, eos_ids=EOS, vocab_size=VOCAB_SIZE, dtype="bf16")
+    new = {name: torch.randn_like(tensor) for name, tensor in load_file(f"{model_dir}/model.safetensors").items()}
+    engine.load(iter(new.items()), version=3)
+    for name, parameter in engine.model.named_parameters():
+        assert torch.equal(parameter, new[name].to(torch.bfloat16))

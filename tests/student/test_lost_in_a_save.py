@@ -12,11 +12,18 @@ LOST = [
     dist.DistStoreError("wait timeout after 7000ms"),
     dist.DistBackendError("NCCL communicator was aborted on rank 0"),
 ]
-OF_THE_DISK = [
-    OSError(28, "No space left on device"),
-    OSError(5, "Input/output error"),
-    RuntimeError("unexpected pos 64"),
-]
+FULL, OTHERS = "GB are free on the disk of run.dir", "not how much is free"
+OF_THE_DISK = {
+    "full": (OSError(28, "No space left on device"), FULL),
+    "quota": (OSError(122, "Disk quota exceeded"), FULL),
+    "torch": (RuntimeError("unexpected pos 64"), FULL),
+    "broken": (OSError(5, "Input/output error"), "the network's file system fails"),
+    "files": (OSError(24, "Too many open files"), "raise the limit (`ulimit -n`)"),
+    "files of the machine": (OSError(23, "Too many open files in system"), "fs.file-max"),
+    "large": (OSError(27, "File too large"), "raise the limit (`ulimit -f`)"),
+    "read-only": (OSError(30, "Read-only file system", "/here"), "take another directory"),
+    "another": (OSError(13, "Permission denied", "/here"), OTHERS),
+}
 
 
 def save(parallel, run_dir, error):
@@ -38,9 +45,11 @@ def test_a_peer_that_dies_in_a_save(ranks, tmp_path, error):
     assert ranks.run(1, save, str(tmp_path), error) == [(type(error).__name__, str(error))]
 
 
-@pytest.mark.parametrize("error", OF_THE_DISK, ids=["full", "broken", "torch"])
-def test_a_disk_that_fails_in_a_save(ranks, tmp_path, error):
+@pytest.mark.parametrize(("error", "advice"), OF_THE_DISK.values(), ids=OF_THE_DISK)
+def test_a_disk_that_fails_in_a_save(ranks, tmp_path, error, advice):
+    """What is free is told where room is what it lacked."""
     ((kind, said),) = ranks.run(1, save, str(tmp_path), error)
     assert kind == "CheckpointError"
     assert f"step_00000003 could not be written: {error}" in said
-    assert "GB are free" in said
+    assert (FULL in said) == (advice == FULL)
+    assert advice in said or advice == OTHERS

@@ -89,6 +89,18 @@ def test_kl_before_and_after(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("listed", "marked"), [("alpha", ["alpha", "ensemble"]), ("zeta", ["zeta", "ensemble"])])
+def test_kl_of_lists_is_called_a_lower_bound(tmp_path, listed, marked):
+    rows = [{**row, f"topk/{listed}/mass_outside": 0.1} for row in full_rows()]
+    table = rp.kl_table(rp.read_run(make_run(tmp_path, rows)))
+    names = [line[0] for line in table.lines]
+    assert [name.split()[0] for name in names if name.endswith(" (top-k, a lower bound)")] == marked
+    assert len(names) == 3
+    assert table.total
+    plain = rp.kl_table(rp.RecordedRun(dir=tmp_path, config={}, rows=full_rows(), sources=[], teachers=["alpha"]))
+    assert [line[0] for line in plain.lines] == ["alpha", "ensemble"]
+
+
 def test_kl_on_rollouts_stands_in_where_nothing_was_evaluated(tmp_path):
     rows = training_rows(3)
     rows[-1]["kl/alpha"] = 0.25

@@ -46,7 +46,9 @@ def test_evaluation_counts_episodes():
     sources = [c.SourceConfig(name="a", path="", reward="exact")]
     data = c.DataConfig(train=[], eval=sources)
     drawn = [replace(r, sample=s) for s in (0, 1) for r in two_episodes()[:2]] + two_episodes()[2:] * 2
-    engine = SimpleNamespace(generate=lambda prompts, how: drawn if how.samples_per_prompt == 2 else two_episodes())
+    engine = SimpleNamespace(
+        generate=lambda prompts, how, told: drawn if how.samples_per_prompt == 2 else two_episodes()
+    )
     rollouts, tally = Evaluator(data, settings.rewards, settings.rollout, settings.run, WORDS).answer(
         engine, [None, None], samples=2
     )

@@ -9,7 +9,7 @@ import tiny
 
 from megatron_opd.config import DataConfig, SourceConfig
 from megatron_opd.core.types import Prompt, Rollout
-from megatron_opd.trainer.evaluate import Evaluator, means, pass_at, tally_greedy, tally_samples, wilson
+from megatron_opd.trainer.evaluate import Evaluator, means, num_answers, pass_at, tally_greedy, tally_samples, wilson
 
 WORDS = SimpleNamespace(
     decode=lambda ids: "".join(map(chr, ids)), hf=SimpleNamespace(get_vocab=dict, all_special_ids=[])
@@ -90,15 +90,22 @@ def test_samples_of_a_prompt_are_taken_together():
 def test_greedy_first_then_samples_at_the_temperature_of_training():
     asked = []
 
-    def generate(prompts, sampling):
+    told = []
+
+    def generate(prompts, sampling, on_finished):
         asked.append(sampling)
-        return [answered("a", "x", "x") for _ in prompts for _ in range(sampling.samples_per_prompt)]
+        made = [answered("a", "x", "x") for _ in prompts for _ in range(sampling.samples_per_prompt)]
+        for rollout in made:
+            on_finished(rollout)
+        return made
 
     engine, prompts = SimpleNamespace(generate=generate), [answered("a", "x", "").prompt] * 2
     rollouts, totals = evaluator(a="exact").answer(engine, prompts)
     assert (len(rollouts), set(totals)) == (2, {("accuracy", "a"), ("reward", "a")})
-    rollouts, totals = evaluator(a="exact").answer(engine, prompts, samples=3)
+    rollouts, totals = evaluator(a="exact").answer(engine, prompts, samples=3, told=told.append)
     assert len(rollouts) == 2, "the greedy ones"
+    assert len(told) == num_answers(2, 3) == 8
+    assert num_answers(2, 1) == 2
     assert totals["avg@3", "a"] == (2, 2)
     assert [(s.temperature, s.samples_per_prompt, s.max_new_tokens, s.top_k) for s in asked] == [
         (0.0, 1, 3, 0), (0.0, 1, 3, 0), (0.7, 3, 3, 5)

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_opd.__main__ import main
+from megatron_opd.config.file import from_dict, load
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples/quickstart"
@@ -54,9 +55,36 @@ def jsonl(tmp_path, *lines):
     return path
 
 
+def test_check_prints_what_is_no_default(capsys, tmp_path):
+    given = ["check", "examples/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "optim.lr=5e-4", "optim.beta2=0.95"]
+    assert main(given) == 0
+    out, _ = capsys.readouterr()
+    shown = yaml.safe_load(out)
+    assert shown["optim"] == {"lr": 5e-4, "warmup_steps": 3}
+    assert shown["teachers"][1] == {"name": "compare", "model": "examples/quickstart/models/teacher_compare"}
+    assert "log" not in shown
+    config = load("examples/quickstart.yaml", given[2:])
+    assert from_dict({**shown, "method": "opd"}) == config
+    assert "# all other settings have their defaults (--all prints them)\n" in out
+
+
+def test_check_says_that_servers_have_no_interpreter_here(capsys, tmp_path):
+    plain = tmp_path / "python"
+    plain.write_text("")
+    served = ["rollout.engine=sglang", "teachers.0.backend=sglang", f"teachers.0.servers.python={plain}"]
+    given = ["check", "examples/quickstart.yaml", f"run.dir={tmp_path / 'run'}", *served]
+    assert main([*given, f"rollout.servers.python={tmp_path / 'nowhere'}"]) == 0
+    out, _ = capsys.readouterr()
+    assert f"# rollout.servers.python: {tmp_path / 'nowhere'} does not exist; `make sglang` installs" in out
+    assert f"# teachers.0.servers.python: {plain} cannot be executed; `make sglang` installs" in out
+    plain.chmod(0o755)
+    assert main([*given, f"rollout.servers.python={plain}"]) == 0
+    assert "servers.python: /" not in capsys.readouterr().out
+
+
 def test_check_prints_the_resolved_config_and_the_plan_and_starts_nothing(capsys, tmp_path):
     run_dir = tmp_path / "run"
-    assert main(["check", "examples/quickstart.yaml", f"run.dir={run_dir}", "optim.lr=5e-4"]) == 0
+    assert main(["check", "examples/quickstart.yaml", f"run.dir={run_dir}", "optim.lr=5e-4", "--all"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     resolved = yaml.safe_load(out)
@@ -378,6 +406,16 @@ def test_prompt_longer_than_the_context_or_the_setting(said, tmp_path):
 def test_answers_that_leave_no_room_for_a_prompt(said):
     _, problem = said("check", "rollout.max_new_tokens=100000")
     assert "rollout.max_new_tokens (100000) leaves no room for a prompt" in problem
+
+
+def test_answers_in_bf16_are_said(capsys):
+    config = str(QUICKSTART.parent / "quickstart.yaml")
+    for more, said in (
+        ([], "the divergence is exact at every token, on answers of the rounded model;"),
+        (["loss.kind=sampled", "loss.beta=1"], "tokens are weighted by q/μ up to loss.importance_cap (2.0);"),
+    ):
+        assert main(["check", config, "rollout.dtype=bf16", *more]) == 0
+        assert f"# rollout.dtype bf16: {said}" in capsys.readouterr().out
 
 
 # The model that `eval` is given.

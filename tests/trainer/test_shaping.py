@@ -42,3 +42,12 @@ def test_the_weight_of_the_distillation_is_that_of_the_step():
     anneal = {"weight": 1.0, "anneal": 0.25, "weight_min": 0.1}
     weights = [shaped(answers(0.0), step=step, loss=anneal).distill_R[0] for step in range(5)]
     assert weights == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.1])
+
+
+@pytest.mark.parametrize("loss", [{"weight": 0.5}, {"weight": 1.0, "aggregation": "sum"}])
+def test_rewards_that_are_only_watched_change_nothing(loss):
+    """Where something else is shaped."""
+    graded = [*answers(1.0, 0.0), *answers(None, 0.5, index=1)]
+    bare = [replace(r, reward=None) for r in graded]
+    assert shaped(graded, rl={}, loss=loss) == shaped(bare, rl={}, loss=loss)
+    assert shaped(graded, rl={}, loss=loss).rewarded_R == [0.0] * 4

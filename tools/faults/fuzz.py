@@ -116,6 +116,14 @@ def _checked(*arguments: str, drawn: Any) -> list[str]:
     return []
 
 
+def _checked_file(name: str, content: bytes, *arguments: str, drawn: Any) -> list[str]:
+    """The same with a file of that name, whose path takes the place of FILE."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / name
+        path.write_bytes(content)
+        return _checked(*(argument.replace("FILE", str(path)) for argument in arguments), drawn=drawn)
+
+
 def _paths(tree: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """All places of a nested config."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -138,13 +146,11 @@ def _try_settings(edits: list[tuple[tuple[Any, ...], Any]]) -> list[str]:
                 at[last] = value
         except (KeyError, IndexError, TypeError):
             continue  # an edit before has taken the place away
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "config.yaml"
-        try:
-            file.write_text(yaml.safe_dump(tree, allow_unicode=True))
-        except (UnicodeEncodeError, yaml.YAMLError):
-            return []
-        return _checked(str(file), drawn=edits)
+    try:
+        text = yaml.safe_dump(tree, allow_unicode=True).encode()
+    except (UnicodeEncodeError, yaml.YAMLError):
+        return []
+    return _checked_file("config.yaml", text, "FILE", drawn=edits)
 
 
 _NAMES = st.sampled_from([".".join(map(str, path)) for path in _paths(_QUICKSTART)]) | st.text(max_size=12)
@@ -167,10 +173,8 @@ _LINE = (
 
 
 def _try_rows(lines: list[bytes]) -> list[str]:
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "rows.jsonl"
-        file.write_bytes(b"\n".join(lines))
-        return _checked(program.CONFIG, f"data.train=[{{name: add, path: {file}}}]", drawn=lines)
+    given = (program.CONFIG, "data.train=[{name: add, path: FILE}]")
+    return _checked_file("rows.jsonl", b"\n".join(lines), *given, drawn=lines)
 
 
 _PIECES = st.sampled_from(
@@ -193,10 +197,8 @@ _PIECES = st.sampled_from(
 
 
 def _try_template(pieces: list[str]) -> list[str]:
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "template.jinja"
-        file.write_text("".join(pieces))
-        return _checked(program.CONFIG, f"data.chat_template={file}", drawn=pieces)
+    given = (program.CONFIG, "data.chat_template=FILE")
+    return _checked_file("template.jinja", "".join(pieces).encode(), *given, drawn=pieces)
 
 
 _WORDS = st.sampled_from(

@@ -17,8 +17,8 @@ _REFUSALS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.ENFILE, e
 
 @kind
 def disk_is_full_at_a_size(rng: random.Random, directory: Path) -> Played:
-    """No file can grow beyond a random size, from a page of text to more than a checkpoint."""
-    size = rng.choice([1 << 13, rng.randrange(1 << 13, 1 << 15), rng.randrange(1 << 13, 1 << 20)])
+    """No file can grow beyond a random size, from nothing to more than a checkpoint."""
+    size = rng.choice([0, rng.randrange(1 << 13), rng.randrange(1 << 13, 1 << 15), rng.randrange(1 << 13, 1 << 20)])
     return _limited(rng, directory, ["RLIMIT_FSIZE", size])
 
 

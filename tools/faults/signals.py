@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from faults import judge
 from faults.kind import Played, kind
 from faults.points import POINTS, draw_point
-from faults.stage import Ended, Stage, reference
+from faults.stage import Ended, Running, Stage, reference
 
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 """Signals that ask a launcher to end, and its exit code then."""
@@ -47,11 +48,7 @@ def _signalled(rng: random.Random, directory: Path, *, number: signal.Signals, r
     stage = Stage(ranks, directory)
     at = rng.uniform(0, reference(ranks).seconds)
     played = Played({"signal": number.name, "at_s": round(at, 3), "ranks": ranks})
-    running = stage.start()
-    time.sleep(at)
-    played.reached = running.is_alive()
-    running.process.send_signal(number)
-    how = stage.end(running)
+    how = _met(played, stage, at, lambda running: running.process.send_signal(number))
     if how.code == 0 or _DONE in how.printed:
         played.reached = False  # it was ending already
     if played.reached:
@@ -67,19 +64,8 @@ def rank_is_signalled(rng: random.Random, directory: Path) -> Played:
     stage = Stage(2, directory)
     at = rng.uniform(0, reference(2).seconds)
     played = Played({"signal": number.name, "rank": rank, "at_s": round(at, 3)})
-    running = stage.start()
-    time.sleep(at)
-    found = stage.rank(rank)
-    played.reached = found is not None and running.is_alive()
-    if found is not None and played.reached:
-        found.send_signal(number)
-    how = stage.end(running)
-    played.reached &= how.code != 0
-    if played.reached:
-        named = [] if f"rank {rank} was ended by {number.name}" in how.printed else [f"rank {rank} is not named"]
-        played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how) + named
-        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
-    return played
+    how = _met(played, stage, at, lambda running: _to_rank(played, stage, running, rank, number))
+    return _of_two(played, stage, how, f"rank {rank} was ended by {number.name}")
 
 
 @kind
@@ -92,16 +78,8 @@ def rank_is_stopped(rng: random.Random, directory: Path) -> Played:
     until = time.monotonic() + 240
     while not _has_logged(stage, played.facts["after_step"]) and running.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
-    found = stage.rank(rank)
-    played.reached = found is not None and running.is_alive()
-    if found is not None and played.reached:
-        found.send_signal(signal.SIGSTOP)
-    how = stage.end(running)
-    played.reached &= how.code != 0
-    if played.reached:
-        played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how)
-        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
-    return played
+    _to_rank(played, stage, running, rank, signal.SIGSTOP)
+    return _of_two(played, stage, stage.end(running), "")
 
 
 @kind
@@ -125,12 +103,8 @@ def kill_at_a_point_of_a_rank(rng: random.Random, directory: Path) -> Played:
     point = draw_point(rng, POINTS)
     played = Played({"rank": rank, **point})
     how = stage.run(fault={"rank": str(rank), **point, "do": {"signal": int(signal.SIGKILL)}})
-    played.reached = stage.happened() and how.code != 0
-    if played.reached:
-        named = [] if f"rank {rank} was ended by SIGKILL" in how.printed else [f"rank {rank} is not named"]
-        played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how) + named
-        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
-    return played
+    played.reached = stage.happened()
+    return _of_two(played, stage, how, f"rank {rank} was ended by SIGKILL")
 
 
 @kind
@@ -141,13 +115,13 @@ def two_signals(rng: random.Random, directory: Path) -> Played:
     at = rng.uniform(0, reference(2).seconds)
     stage = Stage(2, directory)
     played = Played({"signals": [first.name, second.name], "at_s": round(at, 3), "gap_s": round(gap, 4)})
-    running = stage.start()
-    time.sleep(at)
-    played.reached = running.is_alive()
-    running.process.send_signal(first)
-    time.sleep(gap)
-    running.process.send_signal(second)
-    how = stage.end(running)
+
+    def send_both(running: Running) -> None:
+        running.process.send_signal(first)
+        time.sleep(gap)
+        running.process.send_signal(second)
+
+    how = _met(played, stage, at, send_both)
     played.reached &= how.code != 0
     if played.reached:
         played.wrong = _after(stage, how, first, second)
@@ -164,12 +138,9 @@ def killed_again_while_resuming(rng: random.Random, directory: Path) -> Played:
     ]
     played = Played({"at_s": [round(at, 3) for at in times]}, reached=False)
     for at in times:
-        running = stage.start()
-        time.sleep(at)
-        alive = running.is_alive()
-        running.process.kill()
-        how = stage.end(running)
-        played.reached |= alive and how.code == _KILLED
+        one = Played({})
+        how = _met(one, stage, at, lambda running: running.process.kill())
+        played.reached |= one.reached and how.code == _KILLED
         played.wrong += [] if how.code in (0, _KILLED) else judge.ended(how, codes=(_KILLED,))
     if played.reached:
         played.wrong += judge.all_gone(stage) + judge.continues(stage, whole)
@@ -181,15 +152,37 @@ def power_cut(rng: random.Random, directory: Path) -> Played:
     """All processes of a run on two ranks are killed at once, at a random time."""
     stage, at = Stage(2, directory), rng.uniform(0, reference(2).seconds)
     played = Played({"at_s": round(at, 3)})
-    running = stage.start()
-    time.sleep(at)
-    played.reached = running.is_alive()
-    for one in stage.processes():
-        one.kill()
-    how = stage.end(running)
+    how = _met(played, stage, at, lambda _: [one.kill() for one in stage.processes()])
     played.reached &= how.code == _KILLED
     if played.reached:
         played.wrong = judge.all_gone(stage) + judge.continues(stage, reference(2))
+    return played
+
+
+def _met(played: Played, stage: Stage, at: float, happen: Callable[[Running], object]) -> Ended:
+    """The end of a run to which something happens after `at` seconds; reached where the run goes on until then."""
+    running = stage.start()
+    time.sleep(at)
+    played.reached = running.is_alive()
+    happen(running)
+    return stage.end(running)
+
+
+def _to_rank(played: Played, stage: Stage, running: Running, rank: int, number: signal.Signals) -> None:
+    """A signal to a rank, if it is there yet."""
+    found = stage.rank(rank)
+    played.reached = found is not None and running.is_alive()
+    if found is not None and played.reached:
+        found.send_signal(number)
+
+
+def _of_two(played: Played, stage: Stage, how: Ended, said: str) -> Played:
+    """Judge the end of a launcher by what happened to one of its two ranks; it has said so, among other things."""
+    played.reached &= how.code != 0
+    if played.reached:
+        played.wrong = judge.ended(how, codes=(1,)) + judge.one_message(how)
+        played.wrong += [] if said in how.printed else [f"it does not say {said!r}"]
+        played.wrong += judge.all_gone(stage) + judge.continues(stage, reference(2))
     return played
 
 

@@ -7,23 +7,28 @@ import resource
 from pathlib import Path
 from statistics import fmean
 
-STAGES = ("generate", "score", "step")
-
 
 class Stages:
     """`settings` are those of the folder's settings.json."""
 
     def __init__(self, folder: str) -> None:
         self.settings = json.loads((Path(folder) / "settings.json").read_text())
-        self.seconds: dict[str, list[float]] = {name: [] for name in STAGES}
+        self.seconds: dict[str, list[float]] = {}
+        self.prompt_tokens = 0
+        """Of all steps: the programs must read the same text."""
 
-    def add(self, *, generate: float, score: float, step: float) -> None:
-        """A step has ended."""
-        for name, seconds in zip(STAGES, (generate, score, step), strict=True):
-            self.seconds[name].append(seconds)
+    def add(self, **seconds: float) -> None:
+        """A step has ended; its stages are the same in all steps."""
+        for name, value in seconds.items():
+            self.seconds.setdefault(name, []).append(value)
 
-    def tell(self) -> None:
-        """One line of JSON on stdout: mean seconds of a step after the warm-up, and bytes."""
+    def tell(self, **more: float) -> None:
+        """One line of JSON on stdout: mean seconds of a step after the warm-up, bytes, and `more`."""
         told = {name: fmean(found[self.settings["warmup"] :]) for name, found in self.seconds.items()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({**told, "whole step": sum(told.values()), "peak": peak}), flush=True)
+        print(
+            json.dumps(
+                {**told, "whole step": sum(told.values()), "peak": peak, "prompt tokens": self.prompt_tokens, **more}
+            ),
+            flush=True,
+        )

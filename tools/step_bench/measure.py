@@ -37,14 +37,14 @@ def measure(case: Case) -> dict[str, Any]:
             run.step()
         with Traffic() as traffic:
             run.step()
-        _reset_peak()
         repeats = [_repeat(run, sampling, case.steps) for _ in range(case.repeats)]
-        mine = dict(traffic.bytes), _peak()
+        mine = dict(traffic.bytes), _resident()
         everyone = parallel.gather_world(mine)
     finally:
         run.close()
     groups.stop()
     found = {key: [repeat[key] for repeat in repeats] for key in repeats[0]}
+    on_gpu = max(found.pop("gpu_bytes"))
     return {
         "name": case.name,
         **{key: getattr(case, key) for key in ("tensor", "pipeline", "data", "context", "teachers", "ranks", "weak")},
@@ -52,7 +52,7 @@ def measure(case: Case) -> dict[str, Any]:
         "about": _about(),
         **found,
         "bytes": dict(sum((Counter(sent) for sent, _ in everyone), Counter())),
-        "peak_bytes": max(peak for _, peak in everyone),
+        "peak_bytes": on_gpu or max(peak for _, peak in everyone),
         "mfu": _mfu(case, found) if case.gpu else None,
     }
 
@@ -87,12 +87,13 @@ def _watch(engine: Any) -> _Sampling:
 def _repeat(run: Any, sampling: _Sampling, steps: int) -> dict[str, Any]:
     """Means over some steps. `hidden` is the share of the sampling that nobody waited for."""
     sampling.take()
-    started, stages, tokens, lengths = time.perf_counter(), Counter[str](), 0.0, 0.0
+    started, stages, tokens, lengths, on_gpu = time.perf_counter(), Counter[str](), 0.0, 0.0, 0.0
     for _ in range(steps):
         begun = time.perf_counter()
         metrics = run.step()
         tokens += metrics["tokens_per_s"] * (time.perf_counter() - begun)
         lengths += metrics["rollout/length"]
+        on_gpu = max(on_gpu, metrics.get("memory/gpu", 0.0))
         stages.update({name[5:]: value for name, value in metrics.items() if name.startswith("time/")})
     seconds = time.perf_counter() - started
     busy = max(run.parallel.gather_leaders(sampling.take()))
@@ -103,18 +104,12 @@ def _repeat(run: Any, sampling: _Sampling, steps: int) -> dict[str, Any]:
         "stages": {name: value / steps for name, value in stages.items()},
         "sampling_s": busy / steps,
         "hidden": max(1 - stages["generate"] / busy, 0.0) if busy else None,
+        "gpu_bytes": round(1e9 * on_gpu),
     }
 
 
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak() -> int:
-    """Bytes: allocated on the GPU since the warm-up, or resident since the start where there is none."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def _resident() -> int:
+    """Bytes of this process since the start."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -26,6 +26,7 @@ from megatron_opd.loss.crosstok.matched import Matched
 from megatron_opd.loss.crosstok.uld import Spans, other_tokens, uld
 from megatron_opd.loss.metrics import Columns, Compared, comparison, comparison_names, sums
 from megatron_opd.loss.term import TermResult, with_gradient
+from megatron_opd.tracking.headline import Headline
 
 _ULD = "matched", "unmatched", "aligned_frac"
 """What is measured of each teacher, besides."""
@@ -58,6 +59,10 @@ class CrossTokenizer:
         """As `TeacherTerm`; what begins with kl/ and uld/ is by span."""
         names = [teacher.name for teacher in self.teachers]
         return [*comparison_names(names), *(f"uld/{name}/{what}" for name in names for what in _ULD)]
+
+    def headlines(self) -> list[Headline]:
+        """The divergence to all teachers, by span."""
+        return [Headline("kl/ensemble", "kl(spans)")] if self.teachers else []
 
     @property
     def heads(self) -> tuple[torch.Tensor | None, ...]:

@@ -14,6 +14,7 @@ import torch
 from megatron_opd.core import scores
 from megatron_opd.core.scores import CARRIERS, Level
 from megatron_opd.loss.divergences import DIVERGENCES
+from megatron_opd.tracking.headline import Headline
 
 
 def alpha(student_TL, target_TL, vocab, beta):
@@ -67,6 +68,9 @@ class EntropyBonus:
     def metric_names(self):
         return ["loss/entropy"]
 
+    def headlines(self):
+        return [Headline("loss/entropy", "bonus")]
+
     def __call__(self, batch, rows, student):
         logp_CL = student.logp(student.sampling_temperature)
         entropy_C = -student.vocab.sum(logp_CL.exp() * logp_CL)
@@ -81,6 +85,9 @@ class Surprise:
 
     def metric_names(self):
         return ["surprise"]
+
+    def headlines(self):
+        return []
 
     def __call__(self, batch, rows, student):
         logp_C = student.sampled(student.sampling_temperature).detach()

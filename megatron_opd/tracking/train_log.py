@@ -1,0 +1,79 @@
+"""The lines of train.log and of a console without a bar, and those of them that come before a rank runs.
+
+A run says what it does within a second of the command, before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megatron_opd.core import run_dir as directory
+
+LOG_FILE = "train.log"
+
+
+def for_console(text: str) -> str:
+    """A line as the console shows it."""
+    return f"{time.strftime('%H:%M:%S')}  {text}"
+
+
+def for_file(text: str) -> str:
+    """A line as train.log has it."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n"
+
+
+def say(run_dir: str | Path, text: str) -> None:
+    """A line for people, on the console and in the train.log of a run whose directory is there."""
+    print(for_console(text), file=sys.stderr, flush=True)
+    if Path(run_dir).is_dir():
+        with suppress(OSError):  # the tracker, which opens the file for good, says what is wrong
+            _append(Path(run_dir), text)
+
+
+def say_early(run_dir: str | Path, text: str) -> None:
+    """As `say`, before the run has claimed its directory: the train.log of another run that has it is left alone."""
+    print(for_console(text), file=sys.stderr, flush=True)
+    if Path(run_dir).is_dir():
+        _append_if_free(Path(run_dir), text)
+
+
+@contextmanager
+def checking(run_dir: str | Path, text: str) -> Iterator[None]:
+    """Say the first line of a run while the block checks its settings.
+
+    The line is in train.log too, unless another run has the directory or there can be none, which whoever starts the
+    run says. When the block fails, nothing is left of a directory that was made for the line.
+    """
+    print(for_console(text), file=sys.stderr, flush=True)
+    path = Path(run_dir)
+    made = [path, *path.parents][: sum(not parent.exists() for parent in (path, *path.parents))]
+    _append_if_free(path, text)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # somebody has put something there
+            _take_back(path, made)
+        raise
+
+
+def _append_if_free(run_dir: Path, text: str) -> None:
+    with suppress(OSError, ValueError), directory.claimed(run_dir):
+        _append(run_dir, text)
+
+
+def _append(run_dir: Path, text: str) -> None:
+    with (run_dir / LOG_FILE).open("a", encoding="utf-8") as file:
+        file.write(for_file(text))
+
+
+def _take_back(run_dir: Path, made: list[Path]) -> None:
+    """Remove directories that were made for a first line, from the innermost outwards."""
+    if run_dir in made:
+        (run_dir / LOG_FILE).unlink(missing_ok=True)
+        (run_dir / directory.LOCK).unlink(missing_ok=True)
+    for path in made:
+        path.rmdir()

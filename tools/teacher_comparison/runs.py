@@ -1,0 +1,133 @@
+"""Training and measuring the model of a cell, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tool
+from teacher_comparison.cells import SOURCES, Cell
+
+from megatron_opd.core.run_dir import CHECKPOINTS, HF_EXPORT
+from megatron_opd.core.whole_file import write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+_CONFIG = ROOT / "examples/llm/two_teachers.yaml"
+_SPECIALIST = ROOT / "examples/llm/specialist.yaml"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What all cells share."""
+
+    folder: Path
+    model: Path
+    """The original."""
+    student: Path
+    """The student before."""
+    steps: int
+    prompts: int
+    held_out: int
+    """Prompts of each source that are evaluated."""
+    specialist_steps: int
+    threads: int
+    timeout_s: int
+
+    def told(self) -> dict[str, Any]:
+        """What decides a cell's numbers."""
+        return {name: getattr(self, name) for name in ("steps", "prompts", "held_out", "specialist_steps")}
+
+    @property
+    def specialist(self) -> Path:
+        """Its model."""
+        return self.folder / "specialist" / HF_EXPORT
+
+
+def finished(cell: Cell, setting: Setting) -> dict[str, Any]:
+    """The cell's line, after training its model and measuring it. Raises ValueError when a run fails."""
+    before = _core_seconds()
+    model = {"before": setting.student, "original": setting.model, "specialist": setting.specialist}.get(cell.name)
+    if model is None:
+        model = _trained(cell, setting)
+    spent = _core_seconds() - before
+    metrics = _measured(cell, model, setting)
+    return {
+        "cell": cell.name,
+        "settings": setting.told(),
+        "overrides": list(cell.settings or ()),
+        "core_seconds": {"train": round(spent, 1), "measure": round(_core_seconds() - before - spent, 1)},
+        "metrics": metrics,
+    }
+
+
+def make_specialist(setting: Setting) -> None:
+    """Unless it is there."""
+    if not (setting.specialist / "config.json").is_file():
+        steps = [
+            f"train.steps={setting.specialist_steps}",
+            f"optim.warmup_steps={min(3, setting.specialist_steps - 1)}",
+        ]
+        _train(_SPECIALIST, setting.folder / "specialist", [f"student.model={setting.model}", *steps], setting)
+
+
+def _trained(cell: Cell, setting: Setting) -> Path:
+    """The export of its run."""
+    folder = setting.folder / cell.name
+    steps = [f"train.steps={setting.steps}", f"optim.warmup_steps={min(2, setting.steps - 1)}"]
+    more = [*steps, f"rollout.prompts_per_step={setting.prompts}", "train.eval_every=0", *(cell.settings or ())]
+    if not (folder / HF_EXPORT / "config.json").is_file():
+        _train(_CONFIG, folder, [f"student.model={setting.student}", *_teachers(setting), *more], setting)
+    return folder / HF_EXPORT
+
+
+def _teachers(setting: Setting) -> list[str]:
+    return [f"teachers.0.model={setting.model}", f"teachers.1.model={setting.specialist}"]
+
+
+def _train(config: Path, folder: Path, overrides: list[str], setting: Setting) -> None:
+    """As the only rank of its world: there is no launcher between us and it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    log = folder / "log.txt"
+    command = [sys.executable, "-m", "megatron_opd", "train", str(config), f"run.dir={folder}", *overrides]
+    with log.open("a") as out:
+        try:
+            how: dict[str, Any] = {"stdout": out, "stderr": out, "timeout": setting.timeout_s, "check": False}
+            done = subprocess.run(command, cwd=ROOT, env=_environment(setting, **alone), **how)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"a run took more than {setting.timeout_s} s (--timeout); see {log}") from None
+    if done.returncode:
+        raise ValueError(f"a run failed; see {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # 2 GB; the export stays
+
+
+def _measured(cell: Cell, model: Path, setting: Setting) -> dict[str, Any]:
+    """By source and metric."""
+    folder = setting.folder / "measured" / cell.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = [f"data.eval.{i}.rows={setting.held_out}" for i in range(len(SOURCES))]
+    overrides = [f"student.model={model}", f"run.dir={folder}", *_teachers(setting), *rows]
+    asked = {"config": str(_CONFIG), "overrides": overrides, "answers": str(setting.folder / "answers")}
+    write_whole(folder / "measure.json", json.dumps(asked))
+    command = [sys.executable, str(Path(__file__).with_name("measured.py")), str(folder)]
+    how: dict[str, Any] = {"folder": str(ROOT), "timeout_s": setting.timeout_s}
+    return tool.told_by(f"measuring {cell.name}", command, environment=_environment(setting), **how)
+
+
+def _environment(setting: Setting, **more: str) -> dict[str, str]:
+    threads = {"OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **threads, "HF_HUB_OFFLINE": "1", **more}
+
+
+def _core_seconds() -> float:
+    """Of all processes that we waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
