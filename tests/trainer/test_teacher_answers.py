@@ -15,6 +15,7 @@ from test_answer_logps import LAYOUTS
 from megatron_opd import config as c
 from megatron_opd.core.types import Prompt
 from megatron_opd.rollout import embedded_engine
+from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.evaluate import Evaluator, teacher_accuracies
 from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.reference_nll import as_answer
@@ -59,36 +60,36 @@ def place(tmp_path, answers=("m\2", "n\2"), *, max_new_tokens=3):
 
 
 def test_teachers_answer_once(tmp_path, asked):
-    first = teacher_answers(*place(tmp_path), tmp_path)
+    first = teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker())
     assert asked == [(name, (1, n)) for name in ("math", "naming") for n in (0, 1)]
     assert [answer.token_ids for answer in first["naming"]] == [(ord("n"), 2)] * 2
-    assert teacher_answers(*place(tmp_path), tmp_path) == first
+    assert teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker()) == first
     assert len(asked) == 4, "the file has them"
 
 
 def test_other_prompts_lengths_and_models_are_asked_again(tmp_path, asked):
-    teacher_answers(*place(tmp_path), tmp_path)
-    teacher_answers(*place(tmp_path, answers=["m", "n", "o"]), tmp_path)
+    teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker())
+    teacher_answers(*place(tmp_path, answers=["m", "n", "o"]), tmp_path, tracker=Tracker())
     assert len(asked) == 4 + 6
-    teacher_answers(*place(tmp_path, answers=["m", "n", "o"], max_new_tokens=4), tmp_path)
+    teacher_answers(*place(tmp_path, answers=["m", "n", "o"], max_new_tokens=4), tmp_path, tracker=Tracker())
     assert len(asked) == 10 + 6
     place(tmp_path)
     (tmp_path / "math" / "tokenizer.json").write_text("{}")
-    teacher_answers(*place(tmp_path, answers=["m", "n", "o"], max_new_tokens=4), tmp_path)
+    teacher_answers(*place(tmp_path, answers=["m", "n", "o"], max_new_tokens=4), tmp_path, tracker=Tracker())
     assert [name for name, _ in asked[16:]] == ["math"] * 3
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"math": 3}', '{"math": {"of": "else"}}'])
 def test_a_damaged_file_is_made_again(tmp_path, asked, damage):
-    first = teacher_answers(*place(tmp_path), tmp_path)
+    first = teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker())
     (tmp_path / ANSWERS_FILE).write_text(damage)
-    assert teacher_answers(*place(tmp_path), tmp_path) == first
+    assert teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker()) == first
     assert set(json.loads((tmp_path / ANSWERS_FILE).read_text())) == {"math", "naming"}
 
 
 def test_accuracies_are_those_of_the_answers(tmp_path, asked):
     teachers, evaluator, inputs = place(tmp_path)
-    found = teacher_accuracies(evaluator, teacher_answers(teachers, evaluator, inputs, tmp_path))
+    found = teacher_accuracies(evaluator, teacher_answers(teachers, evaluator, inputs, tmp_path, tracker=Tracker()))
     assert found["eval/teacher/math/accuracy/a"] == found["eval/teacher/naming/accuracy/all"] == 0.5
 
 
