@@ -187,10 +187,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else _opened(node, part)
-        node[int(last) if isinstance(node, list) else last] = yaml_text.load_value(text)
-    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            node = node[_number(node, part)] if isinstance(node, list) else _opened(node, part)
+        node[_number(node, last) if isinstance(node, list) else last] = yaml_text.load_value(text)
+        twice = _set_twice(yaml_text.compose(text.replace("#", "_")), f"{dotted}.")  # nothing in it is a comment
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError([f"cannot set {dotted}: {error}"], where="command line") from None
+    if twice:
+        raise ConfigError([line.partition(", in lines")[0] for line in twice], where="command line")
+
+
+def _number(items: list[Any], part: str) -> int:
+    """The place of a part of a setting's name in a list. Raises ValueError."""
+    if re.fullmatch(r"0|[1-9][0-9]*", part) and int(part) < len(items):
+        return int(part)
+    raise ValueError(f"'{part}' is no place in this list, whose {len(items)} entries are numbered from 0")
 
 
 def _opened(node: Any, part: str) -> Any:
