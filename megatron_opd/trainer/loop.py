@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_opd.config import Config
 from megatron_opd.config.file import to_dict
-from megatron_opd.core import run_dir
+from megatron_opd.core import process_memory, run_dir
 from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.core.preemption import Notice, Preempted
 from megatron_opd.core.types import MicroBatch, Rollout
@@ -99,7 +99,7 @@ class Run:
         found = conditions.measure(backend, parallel, config.student, config.teachers)
         record = RunRecord(inputs.data, found, config.data.on_change)
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
-        self.timed = Stopwatch()
+        self.timed, self.kept = Stopwatch(), process_memory.Kept()
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
         self.cursor = prompts.state()
@@ -137,6 +137,7 @@ class Run:
                 self._save()
                 raise Preempted(run_dir.how_to_continue(self.config.run.dir))
             self.tracker.log(self.step(), self.trained)
+            self.kept.bound(process_memory.resident())
             if _due(self.trained, train.eval_every, train.steps):
                 self._evaluate()
             if _due(self.trained, train.save_every, train.steps) or self.trained == train.steps:
