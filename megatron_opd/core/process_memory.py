@@ -78,8 +78,8 @@ class Kept:
         self._usual, self._is_fresh = 0, True
 
     def bound(self, now: int) -> bool:
-        """Call it after every step with what is `resident`. Gives back what is free, and returns True, where the process
-        has grown beyond what a step by itself takes."""
+        """Call it after every step with what is `resident`. Gives back what is free, and returns True, where the
+        process has grown beyond what a step by itself takes."""
         if self._is_fresh:
             self._usual, self._is_fresh = max(self._usual, now), False
         elif now > _MOST_KEPT * self._usual:
