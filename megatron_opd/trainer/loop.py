@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.config.file import to_dict
-from megatron_opd.core import run_dir
+from megatron_opd.core import process_memory, run_dir
 from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.core.preemption import Notice, Preempted
 from megatron_opd.core.types import MicroBatch, Rollout
@@ -107,7 +107,7 @@ class Run:
         found = conditions.measure(backend, parallel, config.student, config.teachers)
         record = RunRecord(inputs.data, found, config.data.on_change)
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
-        self.timed = Stopwatch()
+        self.timed, self.kept = Stopwatch(), process_memory.Kept()
         self.watchman = Watchman(alarms_of(config.rl))
         tracker.show([*step_metrics.headlines(config.rl), *self.objective.headlines()])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
@@ -157,6 +157,7 @@ class Run:
                 self._save()
                 raise Preempted(run_dir.how_to_continue(self.config.run.dir))
             self._tell(self.step())
+            self.kept.bound(process_memory.resident())
             if _due(self.trained, train.eval_every, train.steps):
                 self._evaluate()
             if _due(self.trained, train.save_every, train.steps) or self.trained == train.steps:
