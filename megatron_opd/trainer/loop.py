@@ -109,7 +109,7 @@ class Run:
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed = Stopwatch()
         self.watchman = Watchman(alarms_of(config.rl))
-        tracker.show([*step_metrics.headlines(config.rl), *self.objective.headlines()])
+        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl)])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
             self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
