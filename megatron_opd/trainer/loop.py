@@ -193,7 +193,8 @@ class Run:
         if self.experience.shares_gpus:
             with self.timed("release"):
                 self.experience.release()
-        with self._stage("score", "scoring by the teachers"), together():
+        what = "scoring by the teachers" if self.experience.teachers else "packing the answers"
+        with self._stage("score", what), together():
             batches = self.experience.score(rollouts)
         parts, shaped = split(batches, self.config.train.minibatches), {}
         if self.shaping is not None:
@@ -268,7 +269,8 @@ class Run:
             self.sync()
 
     def _save(self) -> None:
-        with self.tracker.phase(f"saving after step {self.trained}"):
+        is_told = self.trained > self.saving.saved  # a run that has to stop may have just saved
+        with self.tracker.phase(f"saving after step {self.trained}", is_told=is_told):
             self.saving.save(self.trained, self.cursor)
 
 
