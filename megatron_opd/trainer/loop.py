@@ -109,7 +109,7 @@ class Run:
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed, self.kept = Stopwatch(), process_memory.Kept()
         self.watchman = Watchman(alarms_of(config.rl))
-        tracker.show([*step_metrics.headlines(config.rl), *self.objective.headlines()])
+        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl)])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
             self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
@@ -194,7 +194,8 @@ class Run:
         if self.experience.shares_gpus:
             with self.timed("release"):
                 self.experience.release()
-        with self._stage("score", "scoring by the teachers"), together():
+        what = "scoring by the teachers" if self.experience.teachers else "packing the answers"
+        with self._stage("score", what), together():
             batches = self.experience.score(rollouts)
         parts, shaped = split(batches, self.config.train.minibatches), {}
         if self.shaping is not None:
@@ -270,7 +271,8 @@ class Run:
             self.sync()
 
     def _save(self) -> None:
-        with self.tracker.phase(f"saving after step {self.trained}"):
+        is_told = self.trained > self.saving.saved  # a run that has to stop may have just saved
+        with self.tracker.phase(f"saving after step {self.trained}", is_told=is_told):
             self.saving.save(self.trained, self.cursor)
 
 
