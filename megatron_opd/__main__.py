@@ -247,6 +247,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     inputs = read_inputs(config)
     if not inputs.eval:
         raise ConfigError(["data.eval is empty: add a source to evaluate on"])
+    if all(source.reward == "none" for source, _ in inputs.eval):
+        raise ConfigError(
+            ["data.eval: no source has a reward, so there is nothing to grade; set one, e.g. reward: exact"]
+        )
     for note in inputs.notes:
         print(note, file=sys.stderr)
     exported = Path(config.run.dir) / HF_EXPORT

@@ -34,7 +34,7 @@ class SourceConfig:
     reward: str = "exact"
     """Grader of answers: exact (equal to `answer`), gsm8k (the final number is that of `answer`), math (the mathematics
     of `answer`, by math-verify), code (passes `tests`, which call `entry_point`), ifeval (follows
-    `instruction_id_list`), or your own as module:function; see docs/rewards.md."""
+    `instruction_id_list`), none (answers are not graded), or your own as module:function; see docs/rewards.md."""
 
 
 @section
@@ -84,7 +84,7 @@ class RewardsConfig:
     instruction (the share of the instructions that it follows)."""
 
 
-REWARDS = ("exact", "gsm8k", "math", "code", "ifeval")
+REWARDS = ("exact", "gsm8k", "math", "code", "ifeval", "none")
 
 
 def problem_with_reward(name: str) -> str | None:

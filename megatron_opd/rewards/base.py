@@ -26,6 +26,8 @@ class Reward:
     trial: Callable[[Prompt], str | None] | None = None
     """Why the prompt's row cannot tell right answers from wrong ones, or None. It takes a while and may be called from
     several threads; None in its place: rows need no trial."""
+    grades: bool = True
+    """Whether it grades at all; evaluation leaves answers to other sources out."""
     note: str = ""
     """What people should know about how it works here."""
 

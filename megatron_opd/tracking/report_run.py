@@ -48,7 +48,7 @@ def read_run(run_dir: Path) -> RecordedRun:
     config_file = run_dir / CONFIG
     config = _read_config(config_file) if config_file.is_file() else {}
     names = list(dict.fromkeys(name for row in rows for name in row))
-    sources = _captured(names, r"eval/(?:teacher/.+/)?accuracy/(.+)")
+    sources = _captured(names, r"eval/(?:(?:teacher/.+/)?accuracy|nll|forced_agreement/[^/]+)/(.+)")
     teachers = _captured(names, r"(?:eval/)?kl/(.+)") + _captured(names, r"eval/teacher/(.+)/accuracy/.+")
     return RecordedRun(
         dir=run_dir,

@@ -61,7 +61,8 @@ class Evaluator:
         return tally_greedy(*self._graded(greedy))
 
     def _graded(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[float]]:
-        """(the first trajectory of each episode, the episodes' rewards)."""
+        """(the first trajectory of each episode of a source that is graded, the episodes' rewards)."""
+        rollouts = [rollout for rollout in rollouts if self.grader.rewards[rollout.prompt.source].grades]
         rewards, first = self.grader.grade(rollouts), [its[0] for its in episodes(rollouts)]
         return [rollouts[i] for i in first], [rewards[i] for i in first]
 

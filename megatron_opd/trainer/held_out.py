@@ -59,7 +59,9 @@ class HeldOut:
         with self.tracker.phase("reading the reference answers", is_told=train.eval_nll):
             metrics |= reference_nll.nll(student, vocab, self.inputs.eval, train=train, **settings)
         if train.eval_agreement:
-            metrics |= forced_agreement(student, vocab, parallel.share_world(self._teacher_answers), **settings)
+            answers = parallel.share_world(self._teacher_answers)
+            with self.tracker.phase("reading the teachers' answers"):
+                metrics |= forced_agreement(student, vocab, answers, **settings)
         if step == 0 and train.eval_teachers:
             metrics |= parallel.share_world(self._teacher_accuracies)
         return metrics

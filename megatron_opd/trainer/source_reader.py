@@ -84,13 +84,13 @@ class SourceReader:
             rows = functools.partial(self._rows, source, within, is_trained_on=setting == "data.train")
             prompts = None
             with collecting("data", self.problems):
-                prompts = read(is_graded=are_graded, complete=rows())
+                prompts = read(is_graded=are_graded and (reward.grades or setting == "data.train"), complete=rows())
             found.append((source, prompts or []))
             if prompts and prompts.fingerprint:
                 self.fingerprints[setting].append(prompts.fingerprint)
             if prompts:
                 self.longest.append(prompts.longest)
-            if prompts and are_graded:
+            if prompts and are_graded and reward.grades:
                 self._try(source, prompts, reward)
             if prompts and prompts.dropped:
                 self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))

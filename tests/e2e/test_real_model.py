@@ -66,7 +66,7 @@ def test_megatron_computes_what_transformers_does(model, tmp_path):
     done = warm.run(command, timeout=300, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     logps = json.loads((tmp_path / "report.json").read_text())["logps"]["megatron"][0]
-    assert -4 < sum(logps) / len(logps) < -1, "it is a language model, and the text is English"
+    assert -7 < sum(logps) / len(logps) < -1, "chance is -10.8: it is a language model, and the text is English"
 
 
 def test_a_step_from_its_config_to_the_export(model, small, tmp_path):

@@ -230,3 +230,45 @@ def test_the_mean_reward_has_a_column_where_it_is_not_the_accuracy(tmp_path):
            "eval/reward/all": 0.7, "eval/reward_low/all": 0.6, "eval/reward_high/all": 0.8}  # fmt: skip
     table = rp.last_grades(rp.read_run(make_run(tmp_path, [row], CONFIG)))
     assert table.lines == [["all", "50.0 [40–60]", "70.0 [60–80]"]]
+
+
+AGREEMENT = {
+    "eval/forced_agreement/zeta/sub": (0.4, 0.7),
+    "eval/forced_agreement/zeta/all": (0.5, 0.8),
+    "eval/forced_agreement/alpha/all": (1.0, 1.0),
+    "eval/agreement/zeta": (0.6, 0.5),
+    "eval/agreement/ensemble": (0.25, 0.5),
+    "eval/nll/sub": (3.0, 2.5),
+    "eval/nll/all": (2.0, 2.125),
+}
+
+
+def test_agreement_says_how_much_of_what_lacked_is_recovered(tmp_path):
+    rows = full_rows()
+    rows[0] |= {name: first for name, (first, _) in AGREEMENT.items()}
+    run = make_run(tmp_path, rows, CONFIG)
+    unfinished = rp.agreement_table(rp.read_run(run)).lines
+    assert ["zeta's answers: sub", "40.0", "-", "-"] in unfinished
+    rows[-1] |= {name: last for name, (_, last) in AGREEMENT.items()}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = rp.agreement_table(rp.read_run(run))
+    assert table.lines == [
+        ["zeta's answers: sub", "40.0", "70.0", "50.0"],
+        ["zeta's answers: all", "50.0", "80.0", "60.0"],
+        ["alpha's answers: all", "100.0", "100.0", "-"],
+        ["the student's own answers, with zeta", "60.0", "50.0", "-25.0"],
+        ["the student's own answers, with ensemble", "25.0", "50.0", "33.3"],
+    ]
+    assert rp.nll_table(rp.read_run(run)).lines == [
+        ["sub", "3.000", "2.500", "-0.500"],
+        ["all", "2.000", "2.125", "+0.125"],
+    ]
+    printed, _ = report_of(run)
+    assert "recovered" in printed
+    assert "Cross-entropy" in printed
+
+
+def test_of_one_teacher_its_name_is_not_needed(tmp_path):
+    row = {"kl/only": 1.0, "eval/accuracy/sub": 0.0, "eval/forced_agreement/only/sub": 0.5, "eval/agreement/only": 0.25}
+    table = rp.agreement_table(rp.read_run(make_run(tmp_path, [{"step": 0, **row}])))
+    assert [line[0] for line in table.lines] == ["the teacher's answers: sub", "the student's own answers"]

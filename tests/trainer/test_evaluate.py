@@ -41,6 +41,15 @@ def test_each_source_has_its_own_reward_and_order_is_kept():
     assert evaluator(a="exact", b="gsm8k").grader.grade(rollouts) == [1, 1, 1, 0, 0, 1]
 
 
+def test_sources_without_a_reward_are_left_out():
+    rollouts = [answered("a", "12", "12"), answered("b", None, "well"), answered("a", "12", "13")]
+    judge = evaluator(a="exact", b="none")
+    assert means([judge.graded(rollouts)], "x", bounds=False) == {
+        "x/accuracy/a": 0.5, "x/accuracy/all": 0.5, "x/reward/a": 0.5, "x/reward/all": 0.5
+    }  # fmt: skip
+    assert means([judge.graded(rollouts[1:2])], "x") == {}
+
+
 def test_accuracy_counts_what_is_right_and_reward_is_the_mean():
     rollouts = [answered("a", "", "")] * 4
     totals = tally_greedy(rollouts, [1.0, 0.5, 0.5, 0.0])

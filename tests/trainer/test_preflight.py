@@ -460,7 +460,7 @@ def test_rewards_that_there_are_not(said):
     _, *problems = said("check", "data.eval.0.reward=exakt", "data.train.1.reward=a:b:c")
     assert len(problems) == 2
     assert (
-        "data.eval.0.reward: there is no reward 'exakt'; known: exact, gsm8k, math, code, ifeval, or a function"
+        "data.eval.0.reward: there is no reward 'exakt'; known: exact, gsm8k, math, code, ifeval, none, or a function"
         in problems[1]
     )
     _, problem = said("check", "data.eval.0.reward=no_such_module:f")
@@ -480,3 +480,13 @@ def test_rows_whose_tests_cannot_fail_are_named(said, tmp_path):
     )
     (_, problem) = said("check", f"data.eval.0.path={path}", "data.eval.0.reward=code")
     assert f'{path}, row 2: the "tests" cannot tell a right answer from a wrong one: they never call' in problem
+
+
+def test_no_reward_is_none_for_evaluation_and_an_error_where_rewards_are_learnt_from(said, capsys, tmp_path):
+    none = ["data.train.0.reward=none", "data.eval.0.reward=none"]
+    assert main(["check", "examples/quickstart.yaml", f"run.dir={tmp_path}/run", *none]) == 0
+    capsys.readouterr()
+    (problem,) = [line for line in said("check", *none, "rl.weight=1") if "none" in line]
+    assert "answers to 'add' are not graded: its reward is none" in problem
+    every = [f"data.eval.{i}.reward=none" for i in range(4)]
+    assert any("no source has a reward" in line for line in said("eval", *every))

@@ -59,31 +59,35 @@ def place(tmp_path, answers=("m\2", "n\2"), *, max_new_tokens=3):
     return teachers, Evaluator(data, config.rewards, config.rollout, config.run, WORDS), inputs
 
 
+def answers_to(tmp_path, **how):
+    return teacher_answers(*place(tmp_path, **how), tmp_path, tracker=Tracker())
+
+
 def test_teachers_answer_once(tmp_path, asked):
-    first = teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker())
+    first = answers_to(tmp_path)
     assert asked == [(name, (1, n)) for name in ("math", "naming") for n in (0, 1)]
     assert [answer.token_ids for answer in first["naming"]] == [(ord("n"), 2)] * 2
-    assert teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker()) == first
+    assert answers_to(tmp_path) == first
     assert len(asked) == 4, "the file has them"
 
 
 def test_other_prompts_lengths_and_models_are_asked_again(tmp_path, asked):
-    teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker())
-    teacher_answers(*place(tmp_path, answers=["m", "n", "o"]), tmp_path, tracker=Tracker())
+    answers_to(tmp_path)
+    answers_to(tmp_path, answers=["m", "n", "o"])
     assert len(asked) == 4 + 6
-    teacher_answers(*place(tmp_path, answers=["m", "n", "o"], max_new_tokens=4), tmp_path, tracker=Tracker())
+    answers_to(tmp_path, answers=["m", "n", "o"], max_new_tokens=4)
     assert len(asked) == 10 + 6
     place(tmp_path)
     (tmp_path / "math" / "tokenizer.json").write_text("{}")
-    teacher_answers(*place(tmp_path, answers=["m", "n", "o"], max_new_tokens=4), tmp_path, tracker=Tracker())
+    answers_to(tmp_path, answers=["m", "n", "o"], max_new_tokens=4)
     assert [name for name, _ in asked[16:]] == ["math"] * 3
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"math": 3}', '{"math": {"of": "else"}}'])
 def test_a_damaged_file_is_made_again(tmp_path, asked, damage):
-    first = teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker())
+    first = answers_to(tmp_path)
     (tmp_path / ANSWERS_FILE).write_text(damage)
-    assert teacher_answers(*place(tmp_path), tmp_path, tracker=Tracker()) == first
+    assert answers_to(tmp_path) == first
     assert set(json.loads((tmp_path / ANSWERS_FILE).read_text())) == {"math", "naming"}
 
 
