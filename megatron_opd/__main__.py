@@ -224,10 +224,9 @@ def _check(arguments: argparse.Namespace) -> int:
     for note in (*inputs.notes, *memory_warning.lines(build(config), inputs.longest_prompt)):
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
-    for process in local.plan(config, [arguments.config, *arguments.overrides]):
-        print(f"# {process}")
-    for missing in local.not_here(config):
-        print(f"# {missing}")
+    processes = local.plan(config, [arguments.config, *arguments.overrides])
+    for line in (*processes, *local.not_here(processes)):
+        print(f"# {line}")
     return 0
 
 

@@ -16,7 +16,7 @@ from megatron_opd.trainer import reference_nll
 from megatron_opd.trainer.evaluate import Tally, means, num_answers, teacher_accuracies
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
-from megatron_opd.trainer.teacher_answers import Answers, forced_agreement, teacher_answers
+from megatron_opd.trainer.teacher_answers import TeacherAnswers, forced_agreement, teacher_answers
 
 
 class HeldOut:
@@ -71,7 +71,7 @@ class HeldOut:
         ask = self.leader.evaluator.answer
         return ask(self.leader.engine, prompts, samples=self.train.eval_samples, told=lambda _: phase.advance())
 
-    def _teacher_answers(self) -> Answers:
+    def _teacher_answers(self) -> TeacherAnswers:
         assert self.leader is not None
         ask = self.leader.evaluator
         return teacher_answers(self.teachers, ask, self.inputs, self.directory, tracker=self.tracker)

@@ -30,7 +30,7 @@ from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.reference_nll import as_answer, token_means
 
 ANSWERS_FILE = "teacher_answers.json"
-Answers: TypeAlias = dict[str, list[Rollout]]
+TeacherAnswers: TypeAlias = dict[str, list[Rollout]]
 """By the teacher's name, an answer to each prompt of `data.eval`, in order."""
 
 
@@ -45,7 +45,7 @@ class _Kept:
 
 def teacher_answers(
     teachers: Sequence[TeacherConfig], evaluator: Evaluator, inputs: Inputs, directory: Path, *, tracker: Tracker
-) -> Answers:
+) -> TeacherAnswers:
     """Those in the directory where they are to these prompts, by these models; else teachers answer, loaded one after
     the other, whole, and the file is written."""
     path, prompts = directory / ANSWERS_FILE, [p for _, source in inputs.eval for p in source]
@@ -61,7 +61,7 @@ def teacher_answers(
 
 
 def forced_agreement(
-    student: Student, vocab: VocabShard, answers: Answers, *, loss: LossConfig, packing: Mapping[str, Any]
+    student: Student, vocab: VocabShard, answers: TeacherAnswers, *, loss: LossConfig, packing: Mapping[str, Any]
 ) -> dict[str, float]:
     """`eval/forced_agreement/<teacher>/<source>`, also for the source `all`: the share of the answers' tokens that are
     the student's likeliest ones. `packing` are the arguments of `pack`. Collective over all ranks."""
