@@ -84,7 +84,7 @@ REWARDED = (
     Alarm(
         bounds=(Bound("reward/mixed_groups", BELOW, 0.02),),
         text="no prompt has answers of different rewards ({metric} {value:.3g}): all advantages are 0, so rewards teach"
-        " nothing. Raise rollout.samples_per_prompt, or take prompts that are neither too easy nor too hard",
+        " nothing. Raise rollout.samples_per_prompt or rollout.temperature, or take easier or harder prompts",
     ),
     Alarm(
         bounds=(Bound("rollout/length", BELOW, 0.2, START), Bound("reward/mean", BELOW, 1.0, START)),
