@@ -231,7 +231,7 @@ def _value(dotted: str, text: str) -> tuple[Any, list[str]]:
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if is_text and not is_quoted:
         return text, []
-    return yaml_text.load_value(text), _set_twice(yaml_text.compose(text.replace("#", "_")), f"{dotted}.")
+    return yaml_text.load_value(text), _set_twice(yaml_text.compose_value(text), f"{dotted}.")
 
 
 def _opened(node: Any, part: str) -> Any:
