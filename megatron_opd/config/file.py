@@ -210,7 +210,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node = node[_number(node, part)] if isinstance(node, list) else _opened(node, part)
         value, twice = _value(dotted, text)
         node[_number(node, last) if isinstance(node, list) else last] = value
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError([f"cannot set {dotted}: {error}"], where="command line") from None
     if twice:
         raise ConfigError([line.partition(", in lines")[0] for line in twice], where="command line")
