@@ -162,7 +162,8 @@ class _Bar:
     """The last lines of a terminal: steps with their numbers, and the phase below."""
 
     def __init__(self, console: Console, num_steps: int) -> None:
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[status]}"))
+        numbers = TextColumn("{task.fields[status]}", markup=False)  # names of sources and teachers may have brackets
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(24), numbers)
         self._steps = Progress(*columns, console=console, auto_refresh=False)
         self._task = self._steps.add_task("train", total=num_steps, status="", visible=False)
         self._phase = ""

@@ -108,7 +108,7 @@ class Run:
         record = RunRecord(inputs.data, found, config.data.on_change)
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed, self.kept = Stopwatch(), process_memory.Kept()
-        self.watchman = Watchman(alarms_of(config.rl))
+        self.watchman = Watchman(alarms_of(config.rl, config.rollout))
         tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl)])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
@@ -229,9 +229,7 @@ class Run:
     def _measured(self, rollouts: list[Rollout], batches: list[MicroBatch], step: int) -> dict[str, float]:
         """The step's metrics besides the objective's. Collective."""
         is_mixed = self.config.answers.lmbda < 1
-        grading, news = self.experience.grading(step)
-        for line in news:
-            self.tracker.message(line)
+        grading = self._grading(step) if self.config.has_rewards else {}
         if self.shaping is None and self.config.has_rewards:
             grading |= shaping_metrics.of_rewards(rollouts, self.config.data.train, self.parallel)
         return {
@@ -242,6 +240,13 @@ class Run:
             **step_metrics.of_memory(self.parallel),
             **{f"time/{stage}": seconds for stage, seconds in self.timed.times.items()},
         }
+
+    def _grading(self, step: int) -> dict[str, float]:
+        """The seconds of the replica that graded longest; says what went wrong in any of them. Collective."""
+        everyone = self.parallel.gather_leaders(self.experience.grading(step))
+        for line in dict.fromkeys(line for _, news in everyone for line in news):
+            self.tracker.message(line)
+        return {"time/grade": max(seconds for seconds, _ in everyone)}
 
     def _settle(self) -> None:
         """Answers under way are not to change weights in their middle."""
