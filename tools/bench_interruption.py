@@ -72,13 +72,13 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _seconds(end: Callable[[psutil.Process], None]) -> float:
     """From `end` to the end of a run that has made three steps. Raises ValueError when the run does not get there."""
-    with tempfile.TemporaryDirectory() as run_dir:
+    with tempfile.TemporaryDirectory() as run_dir, tempfile.TemporaryFile("w+") as said:
         command = [*_COMMAND, *_OVERRIDES, f"run.dir={run_dir}"]
-        launcher = subprocess.Popen(
-            command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        launcher = subprocess.Popen(command, cwd=_ROOT, stdout=said, stderr=said, start_new_session=True)
         try:
-            _wait_for_step(3, Path(run_dir) / "metrics.jsonl", launcher)
+            if not _comes_to_step(3, Path(run_dir) / "metrics.jsonl", launcher):
+                said.seek(0)
+                raise ValueError(f"the run did not come to step 3. It said last:\n{said.read()[-2000:]}")
             begun = time.perf_counter()
             end(psutil.Process(launcher.pid))
             launcher.wait(_TIMEOUT_S)
@@ -88,12 +88,13 @@ def _seconds(end: Callable[[psutil.Process], None]) -> float:
             launcher.wait()
 
 
-def _wait_for_step(step: int, metrics: Path, launcher: subprocess.Popen[bytes]) -> None:
+def _comes_to_step(step: int, metrics: Path, launcher: subprocess.Popen[bytes]) -> bool:
     deadline = time.monotonic() + _TIMEOUT_S
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < step:
         if launcher.poll() is not None or time.monotonic() > deadline:
-            raise ValueError(f"the run did not come to step {step}")
-        time.sleep(0.01)
+            return False
+        time.sleep(0.02)
+    return True
 
 
 if __name__ == "__main__":

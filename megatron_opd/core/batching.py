@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Literal
 
 import torch
@@ -124,17 +125,15 @@ def _rounded_up(length: int, multiple: int) -> int:
 
 
 def _tokens(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
-    tokens_BS = torch.zeros(len(rollouts), length, dtype=torch.long)
-    for row_S, rollout in zip(tokens_BS, rollouts, strict=True):
-        ids = (*rollout.prompt.token_ids, *rollout.token_ids)
-        row_S[: len(ids)] = torch.tensor(ids)
-    return tokens_BS
+    padding = (0,) * length
+    return torch.tensor([(*r.prompt.token_ids, *r.token_ids, *padding)[:length] for r in rollouts], dtype=torch.long)
 
 
 def _predicted_at(rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
     starts = [b * length + len(r.prompt.token_ids) - 1 for b, r in enumerate(rollouts)]
-    learnt = [torch.tensor(r.learnt, dtype=torch.bool).nonzero()[:, 0] for r in rollouts]
-    return torch.cat([start + at_R for start, at_R in zip(starts, learnt, strict=True)])
+    places = [range(start, start + len(r.learnt)) for start, r in zip(starts, rollouts, strict=True)]
+    at_T = [at for r, ours in zip(rollouts, places, strict=True) for at in compress(ours, r.learnt)]
+    return torch.tensor(at_T, dtype=torch.long)
 
 
 def _weights(rollouts: Sequence[Rollout], weights: EnsembleWeights) -> torch.Tensor:

@@ -119,10 +119,17 @@ def _step(reader: BatchReader, rows: list[_Row], temperature: float, eos_ids: tu
     ids_B, logps_B = draw(logits_BV, uniform_B, temperature)
     drawn = zip(rows, ids_B.tolist(), logps_B.tolist(), strict=True)
     over = [i for i, (row, token, logp) in enumerate(drawn) if row.add(token, logp, eos_ids)]
+    return _leave(reader, rows, over) if over else []
+
+
+def _leave(reader: BatchReader, rows: list[_Row], over: list[int]) -> list[_Row]:
+    """Take these rows out; the last ones that go on move into their places, so that rows 0 to B-1 are in use."""
     ended = [rows[i] for i in over]
-    for i in reversed(over):  # from the end, so that the last row is either this one or goes on
-        last = rows.pop()
-        if i < len(rows):
-            reader.move(len(rows), i, last.at)
-            rows[i] = last
+    left = len(rows) - len(over)
+    pairs = list(zip(sorted(set(range(left, len(rows))) - set(over)), (i for i in over if i < left), strict=True))
+    if pairs:
+        reader.move(pairs, max(rows[source].at for source, _ in pairs))
+    for source, target in pairs:
+        rows[target] = rows[source]
+    del rows[left:]
     return ended

@@ -42,8 +42,8 @@ class BatchReader(Protocol):
     def next(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Read a token a row, which stands at that position. Returns the logits of the one after it, float32 [B, V]."""
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Put the first positions of a row into another one."""
+    def move(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Put the first positions of rows into other ones: (from, to), no row in two pairs."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -107,11 +107,12 @@ class ModelReader:
         )
         return out.logits[:, -1, : self.vocab_size].float()
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Put the first positions of a row into another one."""
+    def move(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Put the first positions of rows into other ones: (from, to), no row in two pairs."""
+        sources, targets = (list(rows) for rows in zip(*pairs, strict=True))
         for layer in self._layers:
             for tensor in (layer.keys, layer.values):
-                tensor[target, :, :length] = tensor[source, :, :length]
+                tensor[targets, :, :length] = tensor[sources, :, :length]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -148,10 +149,10 @@ class MixtureReader:
         of_student, of_teacher = self._log_weights
         return torch.logaddexp(student_BV + of_student, teacher_BV + of_teacher) * self._temperature
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Put the first positions of a row into another one."""
+    def move(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Put the first positions of rows into other ones: (from, to), no row in two pairs."""
         for one in self._both:
-            one.move(source, target, length)
+            one.move(pairs, length)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -194,11 +195,12 @@ class _Layer:
         values_BHSD: torch.Tensor,
         prompts: Sequence[Given],
     ) -> None:
-        """Copy each prompt's keys and values into its rows."""
-        for i, (ids, rows) in enumerate(prompts):
-            for row in rows:
-                self.keys[row, :, : len(ids)] = keys_BHSD[i, :, : len(ids)]
-                self.values[row, :, : len(ids)] = values_BHSD[i, :, : len(ids)]
+        """Copy each prompt's keys and values into its rows; its padding comes along, and no mask lets it be seen."""
+        rows = [row for _, same in prompts for row in same]
+        sources = [i for i, (_, same) in enumerate(prompts) for _ in same]
+        length = keys_BHSD.shape[2]
+        self.keys[rows, :, :length] = keys_BHSD[sources]
+        self.values[rows, :, :length] = values_BHSD[sources]
 
 
 def check_cache(config: Any) -> None:
