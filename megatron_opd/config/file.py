@@ -224,7 +224,7 @@ def _number(items: list[Any], part: str) -> int:
 
 
 def _value(dotted: str, text: str) -> tuple[Any, list[str]]:
-    """What a text on the command line means, and the settings that it has more than once. It means itself where the
+    """The meaning of a text on the command line, and the settings that it has more than once. It means itself where the
     setting is a text, unless the whole of it is in quotes, and otherwise YAML. Raises yaml.YAMLError."""
     path = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
     is_text = setting_at(path).get("type") == "string"

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 _GROUP = ("memory.max", "memory.current", "inactive_file")
-"""Of a control group: the files with its limit and with what is used of it; the line of memory.stat with how much of
-that are files, which can be dropped."""
+"""Files of a control group with its limit and its use; the line of its memory.stat with the part of its use that are
+files, which can be dropped."""
 _GROUP_OF_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 _MOST_KEPT = 1.15

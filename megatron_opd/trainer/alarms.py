@@ -29,7 +29,7 @@ class Bound:
     """ABOVE or BELOW."""
     limit: float
     times: str = ""
-    """What `limit` is a factor of: START, or another metric of the step. Empty: nothing."""
+    """The number that `limit` is a factor of: START, or another metric of the step. Empty: 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,7 @@ REWARDED = (
         " has collapsed. Raise rollout.temperature or policy.clip_high, or lower optim.lr",
     ),
 )
-"""Those of rewards that are learnt from."""
+"""Alarms about rewards that are learnt from."""
 
 
 def alarms_of(rl: RLConfig, rollout: RolloutConfig) -> tuple[Alarm, ...]:

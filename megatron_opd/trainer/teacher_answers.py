@@ -46,8 +46,8 @@ class _Kept:
 def teacher_answers(
     teachers: Sequence[TeacherConfig], evaluator: Evaluator, inputs: Inputs, directory: Path, *, tracker: Tracker
 ) -> TeacherAnswers:
-    """Those in the directory where they are to these prompts, by these models; else teachers answer, loaded one after
-    the other, whole, and the file is written."""
+    """The answers kept in the directory. Where they are to other prompts or of other models, the teachers are loaded
+    one after the other, whole, and asked."""
     path, prompts = directory / ANSWERS_FILE, [p for _, source in inputs.eval for p in source]
     kept, answers = _read(path), {}
     for teacher in teachers:
@@ -95,7 +95,7 @@ def _digest(teacher: TeacherConfig, prompts: list[Prompt], evaluator: Evaluator,
 
 
 def _read(path: Path) -> dict[str, _Kept]:
-    """What is kept, if it can be read: answers can be made again."""
+    """The answers of the file, if it can be read: they can be made again."""
     try:
         return {name: _Kept(**its) for name, its in json.loads(path.read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
