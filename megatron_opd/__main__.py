@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     compiler_cache.keep_out_of_temporary()
     arguments = _parser().parse_args(argv)
     try:
+        if not _has_directory():  # torch's libraries end the process then, with words of their own
+            raise ValueError("the current directory is not there any more; go to another one (`cd`)")
         return int(arguments.run(arguments) or 0)
     except BrokenPipeError:  # the reader of our output has seen enough, like `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,6 +62,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {said}", file=sys.stderr, flush=True)
         return 1
+
+
+def _has_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,10 +224,9 @@ def _check(arguments: argparse.Namespace) -> int:
     for note in (*inputs.notes, *memory_warning.lines(build(config), inputs.longest_prompt)):
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
-    for process in local.plan(config, [arguments.config, *arguments.overrides]):
-        print(f"# {process}")
-    for missing in local.not_here(config):
-        print(f"# {missing}")
+    processes = local.plan(config, [arguments.config, *arguments.overrides])
+    for line in (*processes, *local.not_here(processes)):
+        print(f"# {line}")
     return 0
 
 

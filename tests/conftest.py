@@ -1,5 +1,6 @@
 """Fixtures for tests that need several ranks, and what is done about the time of tests (`durations.py`)."""
 
+import os
 import signal
 
 import pytest
@@ -8,6 +9,9 @@ import warm
 from durations import pytest_addoption, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 from ranks import Ranks
 
+if not torch.cuda.is_available():
+    # Triton kernels run in its interpreter then. It must be told before it is imported, which Megatron does, too.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # as a shell's background jobs and nohup do, and then all children

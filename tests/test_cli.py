@@ -200,3 +200,11 @@ def test_an_unknown_option_is_still_refused(capsys):
     with pytest.raises(SystemExit):
         main(["check", "examples/quickstart.yaml", "--no-such-option", "run.seed=3"])
     assert "unrecognized arguments: --no-such-option\n" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["methods"]) == 1
+    assert capsys.readouterr().err == "error: the current directory is not there any more; go to another one (`cd`)\n"

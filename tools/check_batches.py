@@ -43,7 +43,7 @@ class Found:
 
     batch: int
     seconds: float
-    """Of the CPU."""
+    """CPU seconds."""
     others: int
     """Answers with other tokens."""
     worst: float

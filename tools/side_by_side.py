@@ -80,7 +80,7 @@ def in_turn(sources: list[list[Prompt]], count: int) -> list[Prompt]:
 def answers_of(
     model: str, prompts: list[Prompt], how: Sampling, *, eos_ids: tuple[int, ...], vocab_size: int
 ) -> list[str]:
-    """What a model says to each prompt."""
+    """A model's answer to each prompt."""
     from megatron_opd.rollout.embedded_engine import LocalEngine
 
     tokenizer = load_tokenizer(model)

@@ -207,19 +207,31 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else _opened(node, part)
-        node[int(last) if isinstance(node, list) else last] = _value(dotted, text)
-    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            node = node[_number(node, part)] if isinstance(node, list) else _opened(node, part)
+        value, twice = _value(dotted, text)
+        node[_number(node, last) if isinstance(node, list) else last] = value
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError([f"cannot set {dotted}: {error}"], where="command line") from None
+    if twice:
+        raise ConfigError([line.partition(", in lines")[0] for line in twice], where="command line")
 
 
-def _value(dotted: str, text: str) -> Any:
-    """What a text on the command line means: itself where the setting is a text, YAML otherwise. Quotes around a whole
-    text are YAML's. Raises yaml.YAMLError."""
+def _number(items: list[Any], part: str) -> int:
+    """The place of a part of a setting's name in a list. Raises ValueError."""
+    if re.fullmatch(r"0|[1-9][0-9]*", part) and int(part) < len(items):
+        return int(part)
+    raise ValueError(f"'{part}' is no place in this list, whose {len(items)} entries are numbered from 0")
+
+
+def _value(dotted: str, text: str) -> tuple[Any, list[str]]:
+    """The meaning of a text on the command line, and the settings that it has more than once. It means itself where the
+    setting is a text, unless the whole of it is in quotes, and otherwise YAML. Raises yaml.YAMLError."""
     path = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
     is_text = setting_at(path).get("type") == "string"
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text if is_text and not is_quoted else yaml_text.load_value(text)
+    if is_text and not is_quoted:
+        return text, []
+    return yaml_text.load_value(text), _set_twice(yaml_text.compose_value(text), f"{dotted}.")
 
 
 def _opened(node: Any, part: str) -> Any:

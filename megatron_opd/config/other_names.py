@@ -36,7 +36,7 @@ ELSEWHERE = {
     "parallel.context": "cp context_parallel_size cp_size",
     "parallel.data": "dp data_parallel_size dp_size",
     "parallel.expert": "ep expert_parallel_size expert_model_parallel_size ep_size",
-    "student.model": "model model_name model_name_or_path pretrained path",
+    "student.model": "model model_name model_name_or_path pretrained",
     "student.recompute": "gradient_checkpointing activation_checkpointing recompute_granularity",
     "lora.rank": "r lora_r lora_rank",
     "lora.alpha": "lora_alpha",
@@ -50,29 +50,33 @@ ELSEWHERE = {
     "log.wandb_project": "project project_name",
 }
 """Our settings, each with its names in TRL, verl, slime, ms-swift, NeMo-RL or Megatron-LM."""
+_SHORT = 4
+"""Letters of a name that half of may be those of anything."""
 
 
 def meant_by(path: Sequence[str | int]) -> str:
     """The setting that was probably meant by an unknown one, with its whole name; empty where nothing is near."""
     *parents, name = path
-    if near := _nearest(str(name), setting_at(parents).get("properties", {}), cutoff=0.75):
-        return _dotted(parents, near)
-    asked = [word for word in re.split(r"[^a-z0-9]+", str(name).lower()) if word]
-    if there := _elsewhere("_".join(asked), str(parents[0]) if parents else ""):
-        return there
-    near = _nearest(str(name), setting_at(parents).get("properties", {}), cutoff=0.5)
+    here, elsewhere = setting_at(parents).get("properties", {}), _elsewhere(str(name))
+    for setting in elsewhere:
+        if (last := setting.rpartition(".")[2]) in here:
+            return _dotted(parents, last)
+    # A setting of a list or of a section within one is meant there: `teachers.0.…` never answers for the student.
+    if len(elsewhere) == 1 and len(parents) < 2:
+        return elsewhere[0]
+    near = _nearest(str(name), here)
     return _dotted(parents, near) if near else ""
 
 
-def _elsewhere(name: str, section: str) -> str:
-    """The setting that other trainers, or another section here, call so; one of the same section before the others."""
-    same_name = [setting for setting in _settings(schema()) if setting.rpartition(".")[2] == name]
-    found = [setting for setting, names in ELSEWHERE.items() if name in names.split()] + same_name
-    found.sort(key=lambda setting: not setting.startswith(f"{section}."))
-    return found[0] if found and (len(found) == 1 or found[0] in ELSEWHERE) else ""
+def _elsewhere(name: str) -> list[str]:
+    """The settings that other trainers call so; or else those that are called so here, in any section."""
+    asked = "_".join(word for word in re.split(r"[^a-z0-9]+", name.lower()) if word)
+    found = [setting for setting, names in ELSEWHERE.items() if asked in names.split()]
+    return found or [setting for setting in _settings(schema()) if setting.rpartition(".")[2] == asked]
 
 
-def _nearest(name: str, known: dict[str, Any], *, cutoff: float) -> str:
+def _nearest(name: str, known: dict[str, Any]) -> str:
+    cutoff = 0.5 if len(name) > _SHORT else 0.75
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), "")
 
 

@@ -55,11 +55,11 @@ class TrainConfig:
     """Evaluate the cross-entropy of the reference answers of data.eval under the student too, where rows have one.
     Answers longer than rollout.max_new_tokens are cut there."""
     eval_teachers: bool = False
-    """Evaluate each teacher's own accuracy too, once before the first step (loads it whole on one rank)."""
+    """Evaluate each teacher's own accuracy too, once before the first step. One rank loads it whole and has it answer
+    data.eval, for which the others wait up to run.timeout_s; the answers are kept in <run.dir>/teacher_answers.json."""
     eval_agreement: bool = False
     """Evaluate the share of tokens at which the student's likeliest next token is the teachers' too: on its own
-    answers, and teacher-forced on each teacher's greedy answers to data.eval. Those are made once, before the first
-    step (loads the teacher whole on one rank), and kept in <run.dir>/teacher_answers.json."""
+    answers, and teacher-forced on each teacher's greedy answers to data.eval, which are made as for eval_teachers."""
     save_every: Count = 0
     """Steps between checkpoints; there is always one after the last step. 0: only that one."""
     keep_last: AtLeastOne = 2

@@ -48,6 +48,13 @@ def load_value(text: str) -> Any:
         raise yaml.YAMLError(str(error).replace(_HASH, "#")) from None
 
 
+def compose_value(text: str) -> yaml.Node | None:
+    """The nodes of a value that stands alone. Raises yaml.YAMLError."""
+    node = compose(text.replace("#", _HASH))
+    _restore_hashes(node)
+    return node
+
+
 def dump(data: Any) -> str:
     """Plain data as YAML, keys in their order. Texts that YAML 1.1 or 1.2 would take for something else are quoted."""
     out = io.StringIO()
@@ -86,6 +93,17 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
         return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
     except ValueError as error:
         raise yaml.constructor.ConstructorError(None, None, f"not a number: {error}", node.start_mark) from None
+
+
+def _restore_hashes(node: yaml.Node | None) -> None:
+    todo, seen = [node], set[int]()  # a node may be in itself, by an alias
+    while todo:
+        node = todo.pop()
+        if isinstance(node, yaml.ScalarNode):
+            node.value = node.value.replace(_HASH, "#")
+        elif isinstance(node, yaml.CollectionNode) and id(node) not in seen:
+            seen.add(id(node))
+            todo += [part for child in node.value for part in (child if isinstance(child, tuple) else (child,))]
 
 
 def _with_hashes(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The message of a failing rank to its launcher, which prints it once, after all other output.
 
-A rank maps its part of the file when it starts: it may be files, memory or disk that it lacks at its end, and a limit
-of the size of files holds for what is written, but not for what is mapped. A line of JSON in each part.
+A rank opens the file when it starts: it may be files, memory or disk that it lacks at its end. Each has a part of it,
+for a line of JSON. A limit of the size of files holds for what is written, but not for what is mapped.
 """
 
 from __future__ import annotations
@@ -73,29 +73,31 @@ class Teller:
         """Raises OSError when the launcher has gone."""
         self.rank = int(environ.get("RANK", "0"))
         path = environ.get(PATH)
-        self._place = None if path is None else _mapped(path, self.rank, int(environ["WORLD_SIZE"]))
+        self._descriptor = None if path is None else os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._count, self._has_told = int(environ.get("WORLD_SIZE", "1")), False
 
     @property
     def is_heard(self) -> bool:
         """Whether a launcher listens."""
-        return self._place is not None
+        return self._descriptor is not None
 
     def tell(self, said: str, *, is_lost: bool = False, trace: str = "") -> None:
         """Write it down for the launcher. The first words of a rank count."""
-        if self._place is None or self._place[0]:
+        if self._descriptor is None or self._has_told:
             return
+        room = os.fstat(self._descriptor).st_size // self._count
         line, longest = b"", _LONGEST
-        while not line or len(line) > len(self._place):
+        while not line or len(line) > room:
             words = Words(said=said[:longest], when=time.monotonic(), is_lost=is_lost, trace=trace[-longest:])
             line, longest = (json.dumps({"rank": self.rank, **asdict(words)}) + "\n").encode(), longest // 2
-        self._place[: len(line)] = line
+        _put(self._descriptor, line, self.rank * room, room)
+        self._has_told = True
 
 
-def _mapped(path: str, rank: int, count: int) -> mmap.mmap:
-    """The part of a rank."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        room = os.fstat(descriptor).st_size // count
-        return mmap.mmap(descriptor, room, offset=rank * room)
-    finally:
-        os.close(descriptor)
+def _put(descriptor: int, line: bytes, place: int, room: int) -> None:
+    """Write a line at a place, whose room is whole pages."""
+    with suppress(OSError):
+        if os.pwrite(descriptor, line, place) == len(line):
+            return
+    with mmap.mmap(descriptor, room, offset=place) as part:  # which takes another file for a moment
+        part[: len(line)] = line

@@ -9,9 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 _GROUP = ("memory.max", "memory.current", "inactive_file")
-"""Of a control group: the files with its limit and with what is used of it; the line of memory.stat with how much of
-that are files, which can be dropped."""
+"""Files of a control group with its limit and its use; the line of its memory.stat with the part of its use that are
+files, which can be dropped."""
 _GROUP_OF_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+_MOST_KEPT = 1.15
+"""Growth of a process that is kept, by what it has after a step that found nothing kept."""
 
 
 def resident(status: str | Path = "/proc/self/status") -> int:
@@ -65,6 +68,24 @@ def give_back() -> None:
     """Return to the system what was freed. The C library keeps it for later, also where nothing like it follows."""
     with suppress(AttributeError, OSError):  # not every C library has it
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Kept:
+    """Freed memory that the C library keeps for the next step, within bounds: steps of other lengths fit worse and
+    worse into its holes, and the process would grow. What was given back is made anew by the step after, once."""
+
+    def __init__(self) -> None:
+        self._usual, self._is_fresh = 0, True
+
+    def bound(self, now: int) -> bool:
+        """Call it after every step with what is `resident`. Gives back what is free, and returns True, where the
+        process has grown beyond what a step by itself takes."""
+        if self._is_fresh:
+            self._usual, self._is_fresh = max(self._usual, now), False
+        elif now > _MOST_KEPT * self._usual:
+            give_back()
+            self._is_fresh = True
+        return self._is_fresh
 
 
 def _field(path: Path, name: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,9 +59,19 @@ def claimed(run_dir: str | Path) -> Iterator[Path]:
 
 def saves(checkpoints: Path) -> list[Path]:
     """What saves have made or begun in `<run.dir>/checkpoints`, oldest first. Other names, `step_00000100_best`, are
-    somebody's own copies: no run continues from them, and none removes them."""
-    found = [path for path in checkpoints.glob("step_*") if _STEP.fullmatch(path.name)]
+    somebody's own copies: no run continues from them, and none removes them. Nor is a file a save."""
+    found = [path for path in checkpoints.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def remove_save(path: Path) -> None:
+    """Remove what a save has made or begun. Of a link, which no save makes, the link alone: what it leads to is
+    somebody's own."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    (path / MARKER).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the removal gets
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def complete(checkpoints: Path) -> list[Path]:

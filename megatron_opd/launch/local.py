@@ -65,9 +65,9 @@ def plan(config: Config, arguments: Sequence[str]) -> list[Process]:
     ]
 
 
-def not_here(config: Config) -> list[str]:
+def not_here(processes: Sequence[Process]) -> list[str]:
     """Interpreters that servers would be started with, and that this machine does not have, a line each."""
-    ours = serve.to_start(serve.needed(config))
+    ours = [planned.served for planned in processes if planned.served]
     found = [(served.setting, process.without_interpreter(served.servers)) for served in ours]
     return [f"{setting}.python: {missing}" for setting, missing in found if missing]
 

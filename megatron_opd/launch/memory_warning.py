@@ -35,7 +35,7 @@ def largest(need: HostMemory) -> tuple[str, float]:
 
 
 def remedy(part: str, job: Job) -> str:
-    """What makes a part of the plan smaller, by its setting."""
+    """The setting that makes a part of the plan smaller."""
     match part:
         case "activations" | "loss":
             return _of_a_pass(job)

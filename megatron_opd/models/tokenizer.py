@@ -69,8 +69,9 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     try:
         hf = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{model_dir}: its tokenizer cannot be loaded: {first_line}") from None
+        first, *more = (str(error).strip() or type(error).__name__).splitlines()
+        said = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
+        raise ValueError(f"{model_dir}: its tokenizer cannot be loaded: {said}") from None
     # Without any file transformers makes an empty tokenizer up, from the kind of model alone.
     if not any((Path(model_dir) / name).is_file() for name in hf.vocab_files_names.values()):
         raise ValueError(f"{model_dir} has no tokenizer: none of {', '.join(hf.vocab_files_names.values())} is there")
@@ -96,7 +97,7 @@ def _also_named(model_dir: Path, hf: Any) -> list[int | None]:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     ids = named if isinstance(named, list) else [named]
-    if not all(type(i) is int or i is None for i in ids):
+    if not all(type(i) is int or named is None for i in ids):
         raise ValueError(f"{path}: eos_token_id must be the id of a token, or a list of them, not {named!r}")
     largest = max(hf.get_vocab().values(), default=-1)
     if unknown := [i for i in ids if i is not None and not 0 <= i <= largest]:

@@ -99,8 +99,8 @@ def _weights(job: Job, teacher: TeacherConfig, arch: Architecture, stage: int) -
 
 
 def _save(job: Job, stage: int) -> dict[str, float]:
-    """What a save takes for a moment: two tensors from a GPU, and whole parameters of which a rank has only a part. The
-    export at the end takes a bucket of weights twice over, gathered and put together."""
+    """Memory that a save takes for a moment: two tensors from a GPU, and whole parameters of which a rank has only a
+    part. The export at the end takes a bucket of weights twice over, gathered and put together."""
     layout = job.config.parallel
     largest = max(p.numel for p in sizes.stage_parameters(job.student, layout, stage))
     states = 12 if BYTES[job.config.student.dtype] == 2 else 8

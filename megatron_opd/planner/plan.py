@@ -27,7 +27,7 @@ class Plan:
     ranks: list[RankMemory]
     """Of each pipeline stage."""
     hosts: list[HostMemory]
-    """Of a machine, with GPUs and without."""
+    """Host memory of a machine, with GPUs and without."""
     roles: list[Role]
     traffic: list[Traffic]
     estimate: Estimate

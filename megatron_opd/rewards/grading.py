@@ -58,6 +58,8 @@ class Watcher:
         """Raises ValueError when a reward cannot be had."""
         self.grader = Grader(sources, settings, tokenizer)
         self._failed: set[str] = set()
+        self._has_enough: dict[tuple[str, int], bool] = {}
+        """By source and row."""
         self._news: list[str] = []
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[float | None]:
@@ -84,11 +86,15 @@ class Watcher:
         return news
 
     def _can_grade(self, prompt: Prompt) -> bool:
-        try:
-            self.grader.rewards[prompt.source].check(prompt)
-        except ValueError:
-            return False
-        return True
+        """Whether a row has what its reward needs, which is asked once: `math` asks a process, `code` reads tests."""
+        row = prompt.source, prompt.index
+        if row not in self._has_enough:
+            try:
+                self.grader.rewards[prompt.source].check(prompt)
+                self._has_enough[row] = True
+            except ValueError:
+                self._has_enough[row] = False
+        return self._has_enough[row]
 
     def _fail(self, source: str, error: Exception) -> None:
         if source not in self._failed:

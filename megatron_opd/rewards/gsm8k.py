@@ -27,8 +27,10 @@ _NUMBER = re.compile(
 )
 _HASHES = re.compile(r"####([^\n]*)")
 _BEFORE_A_NUMBER = re.compile(r"[\s*_`(\\]*(?:(?:the )?(?:final )?answer(?: is)?\s*[:=]?)?[\s*_`(\\]*", re.IGNORECASE)
-_GOES_ON = re.compile(r"\s*(?:\*\*?|[-+/^×·÷:=])\s*[$€£({]?\s?\d")
-"""Behind a number: it is the beginning of an expression."""
+_GOES_ON = re.compile(r"\s*(?:\*\*?|[-+/^×·÷:])\s*[$€£({]?\s?\d")
+"""Behind a number: it is the beginning of an expression. Behind a number and `=` stands how one gets to it."""
+_ARITHMETIC = re.compile(r"[\d\s.,$€£(){}*+/^×·÷:=-]*\d[)}]*")
+_JOINS = re.compile(r"[*+/^×·÷]")
 _BESIDE = re.compile(r"\d\s*(?:;|\bor\b|\band\b|\bto\b)\s*[$€£]?-?\.?\d|\d\s+\d")
 """Two numbers that no sign joins."""
 _HEADING = re.compile(r"\d+[.):]\s+[^\W\d]")
@@ -76,9 +78,18 @@ def _behind_hashes(text: str) -> Iterator[tuple[int, _Read]]:
         if number is None or _HEADING.match(line, begin) or not (values := _numbers(number[0])):
             continue
         if _GOES_ON.match(line, number.end()):
-            yield found.start(), partial(mathematics.number, line[begin:])
+            yield found.start(), partial(_computed, line[begin:])
         else:
             yield found.start(), partial(values.__getitem__, 0)
+
+
+def _computed(line: str) -> Fraction | None:
+    """The number of an expression that begins a line: what stands behind its `=`, or what it comes to. None for numbers
+    that only `-` or `:` join: a difference, a range, a date and a time look alike."""
+    written = _ARITHMETIC.match(line)[0]
+    if "=" in written:
+        return next(iter(_numbers(written.rpartition("=")[2])), None)
+    return mathematics.number(written) if _JOINS.search(written) else None
 
 
 def _in_boxes(text: str) -> Iterator[tuple[int, _Read]]:

@@ -20,6 +20,10 @@ from megatron_opd.rollout.reading import Given
 
 _CACHES = ("past_key_values", "cache_params")
 """Names that a cache has among the arguments of a forward pass."""
+_SAME = {torch.float32: 1e-3}
+"""The largest difference of log-probabilities, in nats, between a step with a cache and a whole pass; for other types,
+which round more, _ALIKE."""
+_ALIKE = 0.2
 
 
 class OwnCacheReader:
@@ -32,17 +36,19 @@ class OwnCacheReader:
         self._always: dict[str, Any] = {"use_cache": True} if self._cache else {}
         self._always |= {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._rows: list[_Place] = []
+        if self._cache and not self._shares():
+            self._cache, self._always = "", {**self._always, "use_cache": False}
 
     @property
     def token_bytes(self) -> int:
         """Memory that a position of a row takes at most: a state or a window takes less than all positions."""
         text = self.model.config.get_text_config()
-        heads = getattr(text, "num_attention_heads", 0) * (getattr(text, "head_dim", None) or 0)
+        heads = getattr(text, "num_attention_heads", 0) * _head_size(text)
         return 2 * int(text.num_hidden_layers * max(heads, text.hidden_size)) * self.model.dtype.itemsize
 
     def open(self, rows: int, length: int) -> None:
         """Nothing is taken before it is needed; `length` has no meaning here."""
-        self._rows = [_Place(_Shared(torch.empty(1, 0, dtype=torch.int64)), 0)] * rows
+        self._rows = [_FREE] * rows
 
     def begin(self, prompts: Sequence[Given]) -> None:
         """Read all but the last token of each prompt, once, for all of its rows."""
@@ -56,6 +62,7 @@ class OwnCacheReader:
 
     def next(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Read a token a row; returns the logits of the one after it, float32 [B, V]."""
+        self._rows[len(ids) :] = [_FREE] * (len(self._rows) - len(ids))  # what ended there is not to keep a cache alive
         of: dict[int, list[int]] = {}
         for row in range(len(ids)):
             of.setdefault(id(self._rows[row].shared), []).append(row)
@@ -79,6 +86,25 @@ class OwnCacheReader:
     def close(self) -> None:
         """Give the memory back."""
         self._rows = []
+
+    @torch.no_grad()
+    def _shares(self) -> bool:
+        """Whether answers may share the model's cache: a step with it, of several answers, says what whole passes say.
+
+        Some models of transformers make caches that cannot be reordered, or compute a step in another way.
+        """
+        ids_12 = torch.tensor([[0, 1]], device=self.model.device) % self.vocab_size
+        new_31 = torch.tensor([[0], [1], [2]], device=self.model.device) % self.vocab_size
+        shared = _Shared(ids_12)
+        try:
+            self._read(shared, ids_12)
+            shared.keep([0] * len(new_31))
+            stepped_3V = self._read(shared, new_31)
+            whole_3V = self._read(_Shared(ids_12), torch.cat([ids_12.expand(len(new_31), -1), new_31], dim=1))
+        except Exception:  # whatever a model raises that has another kind of cache
+            return False
+        gap = (stepped_3V.log_softmax(-1) - whole_3V.log_softmax(-1)).abs().max()
+        return bool(gap <= _SAME.get(self.model.dtype, _ALIKE))
 
     def _read(self, shared: _Shared, ids_NS: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] behind the last of these tokens, which follow those in the cache."""
@@ -112,3 +138,14 @@ class _Place:
 
     shared: _Shared
     at: int
+
+
+_FREE = _Place(_Shared(torch.empty(1, 0, dtype=torch.int64)), 0)
+
+
+def _head_size(config: Any) -> int:
+    """0 where the config does not say it for all layers."""
+    try:
+        return config.head_dim or 0
+    except (AttributeError, RuntimeError):  # transformers raises the latter where layers differ
+        return 0

@@ -57,7 +57,7 @@ class Server:
 
 
 def without_interpreter(servers: ServersConfig) -> str:
-    """What to do where the interpreter that starts the servers is not on this machine; empty where it is."""
+    """Advice where the interpreter that starts the servers is not on this machine; empty where it is."""
     python = _interpreter(servers)
     if python.is_file() and os.access(python, os.X_OK):
         return ""

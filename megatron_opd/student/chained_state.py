@@ -17,7 +17,7 @@ _TENSORS = ("param_state", "fp32_from_fp16_params")
 
 
 def fit(parts: list[MegatronOptimizer], loaded: dict[Any, Any]) -> dict[Any, Any]:
-    """What `load_state_dict` of the optimizers `parts`, chained, takes: `loaded` itself, where it was saved by as many.
+    """The state that `load_state_dict` of the chained optimizers `parts` takes: `loaded`, where as many saved it.
 
     `loaded` is what Megatron's loading gives: tensors where these optimizers look, and all else where the optimizers
     that saved it had it.

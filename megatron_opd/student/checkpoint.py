@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_opd.core import causes, durable, hashed_files, marker, process_memory
 from megatron_opd.core.parallel import Parallel, lost_peer
-from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, saves
+from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete, how_to_continue, remove_save, saves
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.models.lora_layout import facts
 from megatron_opd.models.torch_dist_dir import TorchDistDir
@@ -161,15 +161,14 @@ class Checkpoints:
         """Remove all but the newest checkpoints, and what saves that were cut short have left."""
         keep = complete(self.dir)[-self.keep_last :]
         for old in set(saves(self.dir)) - set(keep):
-            (old / MARKER).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the removal gets
-            shutil.rmtree(old, ignore_errors=True)
+            remove_save(old)
 
     def _finish_removals(self, used: Path) -> None:
         """Remove what is older than `used` and no checkpoint: a removal was cut short, and no save may follow. What is
         newer stays until the next save, for somebody to look at."""
         begun, whole = saves(self.dir), complete(self.dir)
         for old in set(begun[: begun.index(used)]) - set(whole):
-            shutil.rmtree(old, ignore_errors=True)
+            remove_save(old)
 
     def _give_up(self, target: Path, why: str) -> NoReturn:
         shutil.rmtree(target, ignore_errors=True)  # half a checkpoint is of no use, and the disk may be full
@@ -259,7 +258,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.is_dir():
+        remove_save(directory)
     durable.make_directory(directory)
 
 

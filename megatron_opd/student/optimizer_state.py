@@ -80,8 +80,8 @@ def by_owners(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def second_names(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, str]:
-    """Of the weights which the optimizer has in the model itself: {name: name as the optimizer's}. `model` is the
-    model's sharded state."""
+    """Second names, {the model's: the optimizer's}, of weights that the optimizer has in the model's memory. `model` is
+    the model's sharded state."""
     described = _described(model)
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return {

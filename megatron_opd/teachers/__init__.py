@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 
-from megatron_opd.config import Config, TeacherConfig, TrainConfig
+from megatron_opd.config import Config, ParallelConfig, PrecisionConfig, TeacherConfig, TrainConfig
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.scores import TeacherScore
 from megatron_opd.core.types import Rollout
@@ -39,21 +39,21 @@ def build_teacher(
     build = partial(BUILDERS[teacher.backend], teacher, config.train, parallel)
     if teacher.tokenizer == "own":
         return _foreign(teacher, config.student.model, build, parallel, vocab)
-    plan = fp8_plan(teacher, config) if in_fp8 else None
+    plan = fp8_plan(teacher, config.precision, config.parallel) if in_fp8 else None
     made = build(vocab, plan)
     if plan is None or plan.head_products is None or not plan.emulate:
         return made
     return RoundedHead(made, plan.head_products)
 
 
-def fp8_plan(teacher: TeacherConfig, config: Config) -> ModelPlan | None:
+def fp8_plan(teacher: TeacherConfig, precision: PrecisionConfig, layout: ParallelConfig) -> ModelPlan | None:
     """What of a teacher computes in FP8; None: nothing, because FP8 is off or its servers tell no hidden states."""
-    if teacher.carrier != "hidden" or not config.precision.fp8.is_on:
+    if teacher.carrier != "hidden" or not precision.fp8.is_on:
         return None
     from megatron_opd.models.architecture import read_architecture
 
-    arch = read_architecture(teacher.model, vocab_multiple=config.parallel.tensor)
-    return teacher_plan(config.precision, teacher, config.parallel, arch)
+    arch = read_architecture(teacher.model, vocab_multiple=layout.tensor)
+    return teacher_plan(precision, teacher, layout, arch)
 
 
 _Build = Callable[[VocabShard, ModelPlan | None], TeacherScorer]

@@ -92,10 +92,11 @@ def kl_table(run: RecordedRun) -> Table:
 
 
 def _bound(run: RecordedRun, name: str) -> str:
-    """What to say of a KL to a teacher that lists its likeliest tokens alone, or to a target with such a teacher."""
+    """Words behind a KL to a teacher that lists its likeliest tokens alone, or to a target with such teachers: lists of
+    several teachers differ, so that KL may be too large as well."""
     pattern = f"topk/{'*' if name == 'ensemble' else name}/mass_outside"
-    is_listed = any(fnmatchcase(metric, pattern) for row in run.rows for metric in row)
-    return " (top-k, a lower bound)" if is_listed else ""
+    listed = {metric for row in run.rows for metric in row if fnmatchcase(metric, pattern)}
+    return " (top-k, approximate)" if len(listed) > 1 else " (top-k, a lower bound)" if listed else ""
 
 
 def speed_table(run: RecordedRun) -> Table:

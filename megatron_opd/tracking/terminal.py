@@ -1,7 +1,8 @@
 """The console and train.log: messages, phases, one line a step, and on a terminal a bar in place of these.
 
-No thread draws the bar: saving a checkpoint forks, and a fork while that thread holds its lock hangs. Other threads may
-tell of progress while the main one waits for them in a phase; what is shown then is over before it goes on.
+No thread of its own draws the bar: a fork while that thread holds its lock would hang the forked process, and a picture
+could get between lines that somebody else writes. Other threads may tell of progress while the main one waits for them
+in a phase; what is shown then is over before it goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ACCURACY = "eval/accuracy/all"
 
 
 class Terminal:
-    """What people see of a run. A sink of the tracker."""
+    """The lines and the bar of a run. A sink of the tracker."""
 
     def __init__(self, path: Path, num_steps: int, console: Console) -> None:
         self._file = path.open("a", encoding="utf-8")
@@ -162,7 +163,8 @@ class _Bar:
     """The last lines of a terminal: steps with their numbers, and the phase below."""
 
     def __init__(self, console: Console, num_steps: int) -> None:
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(24), TextColumn("{task.fields[status]}"))
+        numbers = TextColumn("{task.fields[status]}", markup=False)  # names of sources and teachers may have brackets
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(24), numbers)
         self._steps = Progress(*columns, console=console, auto_refresh=False)
         self._task = self._steps.add_task("train", total=num_steps, status="", visible=False)
         self._phase = ""

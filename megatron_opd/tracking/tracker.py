@@ -74,7 +74,8 @@ class Tracker:
     def phase(self, what: str, *, total: int = 0, unit: str = "", is_told: bool = True) -> Iterator[Phase]:
         """Work of the block, shown on the console; the phase may be told of progress, of `total` units.
 
-        train.log, and a console that is no terminal, get a line when it begins (`is_told`) and at most every 30 s.
+        train.log, and a console that is no terminal, get a line when it begins (`is_told`), and one at most every 30 s
+        while it counts.
         """
         if self._terminal is None:
             yield Phase(what, total, unit, show=lambda _: None)

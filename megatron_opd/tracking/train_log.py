@@ -31,14 +31,14 @@ def say(run_dir: str | Path, text: str) -> None:
     print(for_console(text), file=sys.stderr, flush=True)
     if Path(run_dir).is_dir():
         with suppress(OSError):  # the tracker, which opens the file for good, says what is wrong
-            _append(Path(run_dir), text)
+            _append(Path(run_dir), for_file(text))
 
 
 def say_early(run_dir: str | Path, text: str) -> None:
     """As `say`, before the run has claimed its directory: the train.log of another run that has it is left alone."""
     print(for_console(text), file=sys.stderr, flush=True)
     if Path(run_dir).is_dir():
-        _append_if_free(Path(run_dir), text)
+        _append_if_free(Path(run_dir), for_file(text))
 
 
 @contextmanager
@@ -51,29 +51,36 @@ def checking(run_dir: str | Path, text: str) -> Iterator[None]:
     print(for_console(text), file=sys.stderr, flush=True)
     path = Path(run_dir)
     made = [path, *path.parents][: sum(not parent.exists() for parent in (path, *path.parents))]
-    _append_if_free(path, text)
+    line = for_file(text)
+    _append_if_free(path, line)
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # somebody has put something there
-            _take_back(path, made)
+        with suppress(OSError, ValueError):  # somebody has put something there, or another run has it by now
+            _take_back(path, made, line)
         raise
 
 
-def _append_if_free(run_dir: Path, text: str) -> None:
+def _append_if_free(run_dir: Path, line: str) -> None:
     with suppress(OSError, ValueError), directory.claimed(run_dir):
-        _append(run_dir, text)
+        _append(run_dir, line)
 
 
-def _append(run_dir: Path, text: str) -> None:
+def _append(run_dir: Path, line: str) -> None:
     with (run_dir / LOG_FILE).open("a", encoding="utf-8") as file:
-        file.write(for_file(text))
+        file.write(line)
 
 
-def _take_back(run_dir: Path, made: list[Path]) -> None:
-    """Remove directories that were made for a first line, from the innermost outwards."""
+def _take_back(run_dir: Path, made: list[Path], line: str) -> None:
+    """Remove directories that were made for a first line, from the innermost outwards.
+
+    Raises ValueError where another run has the directory; one that had it in between has left lines of its own.
+    """
     if run_dir in made:
-        (run_dir / LOG_FILE).unlink(missing_ok=True)
-        (run_dir / directory.LOCK).unlink(missing_ok=True)
+        with directory.claimed(run_dir):
+            if (run_dir / LOG_FILE).read_text(encoding="utf-8") != line:
+                return
+            (run_dir / LOG_FILE).unlink()
+            (run_dir / directory.LOCK).unlink()
     for path in made:
         path.rmdir()

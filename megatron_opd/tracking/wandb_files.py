@@ -1,4 +1,4 @@
-"""What Weights & Biases keeps while a run lives lies in the run's own directory, also when the run is killed.
+"""The files that Weights & Biases keeps while a run lives: they lie in the run's own directory, also after a kill.
 
 Its import makes temporary directories, and the process that it starts has sockets in TMPDIR. The path of a socket may
 have 107 bytes, and that of a run's directory is often longer than what is left of them. So this process keeps the

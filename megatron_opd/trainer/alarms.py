@@ -6,16 +6,17 @@ thresholds.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from megatron_opd.config import RLConfig
+from megatron_opd.config import RLConfig, RolloutConfig
 
 ABOVE, BELOW = operator.gt, operator.lt
 START = "start"
-"""The metric's own value at the first step that this process saw."""
+"""The metric's own value at the first step where this process saw a finite one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Bound:
     """ABOVE or BELOW."""
     limit: float
     times: str = ""
-    """What `limit` is a factor of: START, or another metric of the step. Empty: nothing."""
+    """The number that `limit` is a factor of: START, or another metric of the step. Empty: 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,18 +74,21 @@ COMMON = (
         text="answers have become five times shorter ({metric} {value:.3g}), and the student is further from its"
         " teachers than it was: it has collapsed. Lower optim.lr, and go on from an older checkpoint",
     ),
+)
+"""Alarms of every run."""
+WAITED_FOR = (
     Alarm(
         bounds=(Bound("time/grade", ABOVE, 0.5, "time/step"),),
         text="grading takes {value:.3g} s a step ({metric}), more than half of what the update takes. Raise"
         " rewards.code_workers; where nothing learns from rewards, rewards.watch: false turns them off",
     ),
 )
-"""Alarms of every run."""
+"""Alarms about stages that a step waits for."""
 REWARDED = (
     Alarm(
         bounds=(Bound("reward/mixed_groups", BELOW, 0.02),),
         text="no prompt has answers of different rewards ({metric} {value:.3g}): all advantages are 0, so rewards teach"
-        " nothing. Raise rollout.samples_per_prompt, or take prompts that are neither too easy nor too hard",
+        " nothing. Raise rollout.samples_per_prompt or rollout.temperature, or take easier or harder prompts",
     ),
     Alarm(
         bounds=(Bound("rollout/length", BELOW, 0.2, START), Bound("reward/mean", BELOW, 1.0, START)),
@@ -97,12 +101,12 @@ REWARDED = (
         " has collapsed. Raise rollout.temperature or policy.clip_high, or lower optim.lr",
     ),
 )
-"""Those of rewards that are learnt from."""
+"""Alarms about rewards that are learnt from."""
 
 
-def alarms_of(rl: RLConfig) -> tuple[Alarm, ...]:
-    """The alarms of a run."""
-    return (*COMMON, *(REWARDED if rl.weight > 0 else ()))
+def alarms_of(rl: RLConfig, rollout: RolloutConfig) -> tuple[Alarm, ...]:
+    """The alarms of a run. Sampled ahead, answers are graded beside the update, and nothing waits for that."""
+    return (*COMMON, *(() if rollout.max_staleness else WAITED_FOR), *(REWARDED if rl.weight > 0 else ()))
 
 
 class Watchman:
@@ -118,7 +122,8 @@ class Watchman:
     def look(self, row: Mapping[str, float]) -> list[str]:
         """The warnings of a step, which are not said again."""
         for name, value in row.items():
-            self._start.setdefault(name, value)
+            if math.isfinite(value):
+                self._start.setdefault(name, value)
         return [text for i, alarm in enumerate(self.alarms) for text in self._of(i, alarm, row)]
 
     def _of(self, i: int, alarm: Alarm, row: Mapping[str, float]) -> Iterator[str]:
@@ -136,7 +141,7 @@ class Watchman:
     def _is_past(self, bound: Bound, metric: str, row: Mapping[str, float]) -> bool:
         if metric not in row:
             return False
-        of = {"": 1.0, START: self._start[metric]}.get(bound.times)
+        of = {"": 1.0, START: self._start.get(metric)}.get(bound.times)
         if of is None and (of := row.get(bound.times)) is None:
             return False
         return bound.is_past(row[metric], bound.limit * of)

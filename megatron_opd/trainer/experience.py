@@ -154,11 +154,11 @@ class Experience:
         self._grading_s[step] = time.perf_counter() - began
         return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
 
-    def grading(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """(what this leader's grading of the step took, warnings about it that nobody has heard yet)."""
+    def grading(self, step: int) -> tuple[float, list[str]]:
+        """(seconds that this leader has graded the step's answers, warnings about it that nobody has heard yet)."""
         if self.leader is None or self.leader.grader is None:
-            return {}, []
-        return {"time/grade": self._grading_s.pop(step, 0.0)}, self.leader.grader.news()
+            return 0.0, []
+        return self._grading_s.pop(step, 0.0), self.leader.grader.news()
 
     def score(self, rollouts: list[Rollout], teachers: Sequence[TeacherScorer] | None = None) -> list[MicroBatch]:
         """Micro-batches of rollouts with the scores of every teacher that has a weight for their source."""

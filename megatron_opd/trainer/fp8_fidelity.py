@@ -99,7 +99,7 @@ def without_fp8(
     """The teachers as they would be without FP8: those that have none are the same."""
     return [
         _Plain(asked.name, partial(build_teacher, asked, config, parallel, vocab, in_fp8=False))
-        if (plan := fp8_plan(asked, config)) is not None and plan.rules
+        if (plan := fp8_plan(asked, config.precision, config.parallel)) is not None and plan.rules
         else scorer
         for asked, scorer in zip(config.teachers, teachers, strict=True)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from megatron_opd.config import LossConfig, TeacherConfig, TrainConfig
@@ -16,7 +17,7 @@ from megatron_opd.trainer import reference_nll
 from megatron_opd.trainer.evaluate import Tally, means, num_answers, teacher_accuracies
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
-from megatron_opd.trainer.teacher_answers import Answers, forced_agreement, teacher_answers
+from megatron_opd.trainer.teacher_answers import TeacherAnswers, forced_agreement, teacher_answers
 
 
 class HeldOut:
@@ -59,23 +60,29 @@ class HeldOut:
         with self.tracker.phase("reading the reference answers", is_told=train.eval_nll):
             metrics |= reference_nll.nll(student, vocab, self.inputs.eval, train=train, **settings)
         if train.eval_agreement:
-            answers = parallel.share_world(self._teacher_answers)
+            answers = self.of_teachers
             with self.tracker.phase("reading the teachers' answers"):
                 metrics |= forced_agreement(student, vocab, answers, **settings)
         if step == 0 and train.eval_teachers:
-            metrics |= parallel.share_world(self._teacher_accuracies)
+            answers = self.of_teachers
+            metrics |= parallel.share_world(lambda: self._accuracies(answers))
         return metrics
+
+    @cached_property
+    def of_teachers(self) -> TeacherAnswers:
+        """The teachers' answers to the prompts of all replicas, on every rank. Collective the first time."""
+        return self.experience.parallel.share_world(self._ask_teachers)
 
     def _answers(self, prompts: list[Prompt], phase: Phase) -> tuple[list[Rollout], Tally]:
         assert self.leader is not None
         ask = self.leader.evaluator.answer
         return ask(self.leader.engine, prompts, samples=self.train.eval_samples, told=lambda _: phase.advance())
 
-    def _teacher_answers(self) -> Answers:
+    def _ask_teachers(self) -> TeacherAnswers:
         assert self.leader is not None
         ask = self.leader.evaluator
         return teacher_answers(self.teachers, ask, self.inputs, self.directory, tracker=self.tracker)
 
-    def _teacher_accuracies(self) -> dict[str, float]:
+    def _accuracies(self, answers: TeacherAnswers) -> dict[str, float]:
         assert self.leader is not None
-        return teacher_accuracies(self.leader.evaluator, self._teacher_answers())
+        return teacher_accuracies(self.leader.evaluator, answers)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.config.file import to_dict
-from megatron_opd.core import run_dir
+from megatron_opd.core import process_memory, run_dir
 from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.core.preemption import Notice, Preempted
 from megatron_opd.core.types import MicroBatch, Rollout
@@ -107,9 +107,9 @@ class Run:
         found = conditions.measure(backend, parallel, config.student, config.teachers)
         record = RunRecord(inputs.data, found, config.data.on_change)
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
-        self.timed = Stopwatch()
-        self.watchman = Watchman(alarms_of(config.rl))
-        tracker.show([*step_metrics.headlines(config.rl), *self.objective.headlines()])
+        self.timed, self.kept = Stopwatch(), process_memory.Kept()
+        self.watchman = Watchman(alarms_of(config.rl, config.rollout))
+        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl)])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
             self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
@@ -157,6 +157,7 @@ class Run:
                 self._save()
                 raise Preempted(run_dir.how_to_continue(self.config.run.dir))
             self._tell(self.step())
+            self.kept.bound(process_memory.resident())
             if _due(self.trained, train.eval_every, train.steps):
                 self._evaluate()
             if _due(self.trained, train.save_every, train.steps) or self.trained == train.steps:
@@ -193,7 +194,8 @@ class Run:
         if self.experience.shares_gpus:
             with self.timed("release"):
                 self.experience.release()
-        with self._stage("score", "scoring by the teachers"), together():
+        what = "scoring by the teachers" if self.experience.teachers else "packing the answers"
+        with self._stage("score", what), together():
             batches = self.experience.score(rollouts)
         parts, shaped = split(batches, self.config.train.minibatches), {}
         if self.shaping is not None:
@@ -227,9 +229,7 @@ class Run:
     def _measured(self, rollouts: list[Rollout], batches: list[MicroBatch], step: int) -> dict[str, float]:
         """The step's metrics besides the objective's. Collective."""
         is_mixed = self.config.answers.lmbda < 1
-        grading, news = self.experience.grading(step)
-        for line in news:
-            self.tracker.message(line)
+        grading = self._grading(step) if self.config.has_rewards else {}
         if self.shaping is None and self.config.has_rewards:
             grading |= shaping_metrics.of_rewards(rollouts, self.config.data.train, self.parallel)
         return {
@@ -240,6 +240,13 @@ class Run:
             **step_metrics.of_memory(self.parallel),
             **{f"time/{stage}": seconds for stage, seconds in self.timed.times.items()},
         }
+
+    def _grading(self, step: int) -> dict[str, float]:
+        """The seconds of the replica that graded longest; says what went wrong in any of them. Collective."""
+        everyone = self.parallel.gather_leaders(self.experience.grading(step))
+        for line in dict.fromkeys(line for _, news in everyone for line in news):
+            self.tracker.message(line)
+        return {"time/grade": max(seconds for seconds, _ in everyone)}
 
     def _settle(self) -> None:
         """Answers under way are not to change weights in their middle."""
@@ -269,7 +276,8 @@ class Run:
             self.sync()
 
     def _save(self) -> None:
-        with self.tracker.phase(f"saving after step {self.trained}"):
+        is_told = self.trained > self.saving.saved  # a run that has to stop may have just saved
+        with self.tracker.phase(f"saving after step {self.trained}", is_told=is_told):
             self.saving.save(self.trained, self.cursor)
 
 

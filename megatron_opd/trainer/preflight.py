@@ -228,10 +228,7 @@ def check_model(model: str | Path, student: str) -> None:
 
 
 def _wrong_tensors(model: str | Path) -> list[str]:
-    if is_known(model):
-        return check_tensors(model, read_architecture(model))
-    read_limits(model)
-    return []
+    return check_tensors(model, read_architecture(model)) if is_known(model) else []
 
 
 def _tokenizer(what: str, model: str, problems: list[str]) -> Tokenizer | None:

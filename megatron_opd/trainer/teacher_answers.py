@@ -30,7 +30,7 @@ from megatron_opd.trainer.preflight import Inputs
 from megatron_opd.trainer.reference_nll import as_answer, token_means
 
 ANSWERS_FILE = "teacher_answers.json"
-Answers: TypeAlias = dict[str, list[Rollout]]
+TeacherAnswers: TypeAlias = dict[str, list[Rollout]]
 """By the teacher's name, an answer to each prompt of `data.eval`, in order."""
 
 
@@ -45,9 +45,9 @@ class _Kept:
 
 def teacher_answers(
     teachers: Sequence[TeacherConfig], evaluator: Evaluator, inputs: Inputs, directory: Path, *, tracker: Tracker
-) -> Answers:
-    """Those in the directory where they are to these prompts, by these models; else teachers answer, loaded one after
-    the other, whole, and the file is written."""
+) -> TeacherAnswers:
+    """The answers kept in the directory. Where they are to other prompts or of other models, the teachers are loaded
+    one after the other, whole, and asked."""
     path, prompts = directory / ANSWERS_FILE, [p for _, source in inputs.eval for p in source]
     kept, answers = _read(path), {}
     for teacher in teachers:
@@ -61,7 +61,7 @@ def teacher_answers(
 
 
 def forced_agreement(
-    student: Student, vocab: VocabShard, answers: Answers, *, loss: LossConfig, packing: Mapping[str, Any]
+    student: Student, vocab: VocabShard, answers: TeacherAnswers, *, loss: LossConfig, packing: Mapping[str, Any]
 ) -> dict[str, float]:
     """`eval/forced_agreement/<teacher>/<source>`, also for the source `all`: the share of the answers' tokens that are
     the student's likeliest ones. `packing` are the arguments of `pack`. Collective over all ranks."""
@@ -95,7 +95,7 @@ def _digest(teacher: TeacherConfig, prompts: list[Prompt], evaluator: Evaluator,
 
 
 def _read(path: Path) -> dict[str, _Kept]:
-    """What is kept, if it can be read: answers can be made again."""
+    """The answers of the file, if it can be read: they can be made again."""
     try:
         return {name: _Kept(**its) for name, its in json.loads(path.read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError):

@@ -68,6 +68,10 @@ def write(tmp_path, tree):
         (tree_with(parallel__tp=2), "parallel.tp", "parallel.tensor"),
         (tree_with(student__chat_template="x"), "student.chat_template", "data.chat_template"),
         ({**MINIMAL, "learning-rate": 1}, "learning-rate", "optim.lr"),
+        ({**MINIMAL, "load": "x"}, "load", "train.resume_from"),
+        (tree_with(rollout__servers={"tp": 2}), "rollout.servers.tp", "rollout.servers.tensor"),
+        ({**MINIMAL, "teachers": [{"name": "a", "model": "t", "model_name_or_path": "x"}]},
+         "teachers.0.model_name_or_path", "teachers.0.model"),
     ],
 )  # fmt: skip
 def test_unknown_setting_names_the_nearest_one(tree, wrong, nearest):
@@ -83,7 +87,9 @@ def test_every_name_of_another_trainer_leads_to_a_setting_of_ours():
         assert setting_at(setting.split(".")), setting
 
 
-@pytest.mark.parametrize("wrong", ["optim.zzzz", "qqqq", "teachers.N.xyzzy", "train.weight"])
+@pytest.mark.parametrize(
+    "wrong", ["optim.zzzz", "qqqq", "kl", "teachers.N.xyzzy", "train.weight", "teachers.N.lr", "data.path"]
+)
 def test_an_unknown_setting_that_is_near_to_nothing_gets_no_guess(wrong):
     (problem,) = problems_of(tree_with_path(wrong, 1))
     assert problem == f"{wrong.replace('N', '0')}: unknown setting"
@@ -163,6 +169,15 @@ def test_overrides_reach_lists_new_sections_and_mappings(tmp_path):
         ("=3", "not of the form section.key=value"),
         ("teachers.7.weight=1", "cannot set teachers.7.weight"),
         ("teachers.first.weight=1", "cannot set teachers.first.weight"),
+        ("teachers.-1.weight=1", "'-1' is no place in this list, whose 2 entries are numbered from 0"),
+        ("teachers.+1.weight=1", "'+1' is no place in this list"),
+        ("data.train.2.path=x", "'2' is no place in this list"),
+        ("teachers.01.weight=1", "'01' is no place in this list"),
+        ("teachers.\u0661.weight=1", "'\u0661' is no place in this list"),
+        ("optim={lr: 1e-4, beta1: 0.8, lr: 1e-5}", "optim.lr is set twice"),
+        ("data.chat_template_options={a#: 1, b: [&x 3, *x], a#: 2}", "data.chat_template_options.a# is set twice"),
+        ("teachers=[&x [*x]]", "cannot set teachers: maximum recursion depth"),
+        ("teachers=[{name: a, model: m, name: b}]", "teachers.0.name is set twice"),
         ("train.steps.more=1", "cannot set train.steps.more"),
         ("optim.lr=[1", "cannot set optim.lr"),
         ("optim.lrr=1", "did you mean optim.lr?"),
@@ -560,3 +575,8 @@ def test_nothing_asks_for_more_tokens_than_there_are():
     assert problem.startswith("rollout.top_k (101) must not be above 100")
     both = check_vocabulary(config.rollout, config.teachers, 99)
     assert [p.split()[0] for p in both] == ["rollout.top_k", "teachers.1.top_k"]
+
+
+def test_names_that_differ_by_a_hash_are_two(tmp_path):
+    options = cfg.read(write(tmp_path, MINIMAL), ["data.chat_template_options={a#: 1, a_: 2}"])
+    assert options["data"]["chat_template_options"] == {"a#": 1, "a_": 2}

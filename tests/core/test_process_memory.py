@@ -73,3 +73,17 @@ def test_where_the_system_does_not_say(tmp_path):
     assert process_memory.resident(tmp_path / "status") == 12 * 1024
     assert process_memory.peak(tmp_path / "status") == 0
     assert process_memory.resident(tmp_path / "none") == 0
+
+
+def test_growth_is_given_back_and_what_steps_need_is_kept(monkeypatch):
+    given = []
+    monkeypatch.setattr(process_memory, "give_back", lambda: given.append(True))
+    kept = process_memory.Kept()
+    first = [kept.bound(size) for size in (100, 105, 114)]
+    assert first == [False] * 3
+    assert kept.bound(116)  # given back; the next is what a step takes by itself
+    again = [kept.bound(size) for size in (130, 149, 150)]
+    assert again == [False, False, True]
+    smaller = [kept.bound(size) for size in (60, 149)]
+    assert smaller == [False, False]  # steps of other lengths take more
+    assert len(given) == 2

@@ -26,7 +26,7 @@ IN_ORDER = [
     r"answer to \w+, row \d+  reward [01]  \d+ tokens.*student -[\d.]+  carry -.* \(kl .*\)  compare -.* \(kl .*\)",
     r"  prompt: .+",
     r"  answer: .*",
-    r"step 1/2  loss [\d.]+  grad [\d.]+  reward \d\.\d{3}  length [\d.]+  kl [\d.]+  tok/s \d+  eta \d+:\d\d",
+    r"step 1/2  loss [\d.]+  grad [\d.]+  kl [\d.]+  reward \d\.\d{3}  length [\d.]+  tok/s \d+  eta \d+:\d\d",
     r"saving after step 1",
     r"saved .*step_00000001",
     r"step 2/2  loss .*  eta 0:00",

@@ -204,6 +204,14 @@ def test_a_rank_that_can_write_no_file_is_heard(tmp_path, size, rank):
     assert third == "where it was:"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_may_open_no_file_more_is_heard(tmp_path, rank):
+    body = "limit(resource.RLIMIT_NOFILE, len(os.listdir('/proc/self/fd')) - 1)\nopen('/dev/null')"
+    code, terminal = launched(tmp_path, body, who=[rank])
+    assert code == 1
+    assert "raise the limit (`ulimit -n`)\nrank" in message(terminal)
+
+
 @pytest.mark.parametrize("size", [9_000, 30_000])
 def test_where_nobody_can_write_large_files_words_are_shortened(tmp_path, size, monkeypatch):
     """Nine thousand bytes are a page for each of two ranks, and every sign here takes six of it."""
@@ -263,7 +271,8 @@ def test_a_rank_that_hangs_is_told_and_not_taken_for_killed(tmp_path):
 
 
 def test_a_rank_that_leaves_as_if_all_were_well_is_told(tmp_path):
-    body = TOGETHER.replace("STOP", "os._exit(0)").replace("TIME_OUT", "60")
+    connected = TOGETHER.replace("if rank", "dist.barrier()\nif rank")  # torch itself tells of those that cannot be
+    body = connected.replace("STOP", "os._exit(0)").replace("TIME_OUT", "60")
     code, terminal = launched(tmp_path, body, who=[0, 1])
     assert code == 1
     assert message(terminal).startswith("rank 1 ended with exit code 0 before the run was over: rank 0 waited for more")

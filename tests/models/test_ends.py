@@ -86,6 +86,22 @@ def test_the_models_own_end_comes_first(tmp_path, own, named, eos_ids, eos_id):
     assert (loaded.eos_ids, loaded.eos_id) == (eos_ids, eos_id)
 
 
+@pytest.mark.parametrize("named", [[3, None], [None], "3", [[3]], True, 3.0], ids=str)
+def test_ends_that_are_no_ids(tmp_path, named):
+    model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    with pytest.raises(ValueError, match="eos_token_id must be the id of a token, or a list of them, not"):
+        load_tokenizer(model)
+
+
+def test_a_config_that_transformers_refuses_is_told_with_the_reason(tmp_path):
+    model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "eos_token_id": "2"}))
+    with pytest.raises(ValueError, match=r"its tokenizer cannot be loaded: .*'eos_token_id': .*\w"):
+        load_tokenizer(model)
+
+
 @pytest.mark.parametrize("named", [-1, [1, -7], 32, [99999]], ids=str)
 def test_ends_that_are_no_tokens(tmp_path, named):
     model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))

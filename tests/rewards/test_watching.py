@@ -1,5 +1,6 @@
 """Rewards that nobody learns from: graded where that can be, and never the end of a run."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,13 @@ WORDS = SimpleNamespace(
 )
 
 
+ROWS = {}
+"""The number of each row, by its source and answer."""
+
+
 def answered(source, answer, said, origin="student"):
-    prompt = Prompt(source=source, index=0, text="?", token_ids=(1,), answer=answer)
+    row = ROWS.setdefault((source, answer), len(ROWS))
+    prompt = Prompt(source=source, index=row, text="?", token_ids=(1,), answer=answer)
     ids = tuple(map(ord, said))
     same = {"learnt": (True,) * len(ids), "logps": (0.0,) * len(ids), "versions": (0,) * len(ids)}
     return Rollout(prompt=prompt, sample=0, token_ids=ids, finish="stop", origin=origin, **same)
@@ -36,6 +42,15 @@ def test_rows_without_a_reference_are_left_out():
     watching = watcher(a="exact", b="gsm8k")
     assert watching.grade(rollouts) == [1, None, None, 0, None, 0]
     assert watching.news() == []
+
+
+def test_a_row_is_asked_once_for_what_its_reward_needs():
+    watching, asked = watcher(a="exact"), []
+    rewards = watching.grader.rewards
+    rewards["a"] = replace(rewards["a"], check=lambda prompt: asked.append(prompt.index))
+    for _ in range(3):
+        watching.grade([answered("a", "12", "12"), answered("a", "12", "13"), answered("a", "7", "7")])
+    assert len(asked) == 2
 
 
 def raises(prompt, response):

@@ -26,8 +26,25 @@ KINDS = {
     "bloom": ("BloomConfig", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}),  # positions by the mask
     "mamba": ("MambaConfig", {**SIZES, "state_size": 4}),  # a state, no keys
     "lfm2": ("Lfm2Config", {**ATTENTION, "layer_types": ["conv", "full_attention"]}),  # convolutions and attention
+    # Caches that answers cannot share.
+    "bamba": (
+        "BambaConfig",
+        {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_head": 8,
+         "mamba_d_state": 8, "mamba_n_groups": 1, "attn_layer_indices": [1], "mamba_chunk_size": 8},
+    ),
+    "recurrent-gemma": (
+        "RecurrentGemmaConfig",
+        {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "lru_width": 32,
+         "attention_window_size": 4, "num_hidden_layers": 3},
+    ),
+    "minimax": (
+        "MiniMaxConfig",
+        {**ATTENTION, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4,
+         "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "gemma4": ("Gemma4TextConfig", {**ATTENTION, "sliding_window": 4}),  # heads of several sizes
     "openai-gpt": ("OpenAIGPTConfig", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-}
+}  # fmt: skip
 
 
 def model_of(kind):

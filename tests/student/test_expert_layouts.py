@@ -71,7 +71,7 @@ def words(there):
     return "".join(f"{name[0]}{size}" for name, size in there.items() if name != "sequence")
 
 
-@pytest.mark.parametrize(("first", "second", "dtype", "distributed"), cases())
+@pytest.mark.parametrize(("first", "second", "dtype", "distributed"), list(cases()))
 def test_experts_are_spread_anew(ranks, tmp_path, first, second, dtype, distributed):
     models = [tiny.save(tiny.build("qwen3_moe", seed=seed), tmp_path / str(seed)) for seed in range(2)]
     teacher = {"name": "t", "model": models[1]}

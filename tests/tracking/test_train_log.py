@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 from program import CONFIG, PATIENCE_S, ROOT, environment
@@ -44,6 +45,31 @@ def test_what_somebody_puts_there_meanwhile_stays(tmp_path):
     with pytest.raises(ValueError, match="refused"), train_log.checking(tmp_path / "new", "checking"):
         put_and_refuse()
     assert (tmp_path / "new/notes.txt").is_file()
+
+
+def test_another_run_that_has_had_the_directory_meanwhile_keeps_it(tmp_path):
+    def run_and_refuse():
+        with directory.claimed(tmp_path / "new"):
+            train_log.say(tmp_path / "new", "the other one")
+        raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"), train_log.checking(tmp_path / "new", "checking"):
+        run_and_refuse()
+    assert log(tmp_path / "new") == ["checking", "the other one"]
+
+
+def test_another_run_that_has_the_directory_keeps_its_lock(tmp_path):
+    other = ExitStack()
+
+    def claim_and_refuse():
+        other.enter_context(directory.claimed(tmp_path / "new"))
+        raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"), train_log.checking(tmp_path / "new", "checking"):
+        claim_and_refuse()
+    with pytest.raises(ValueError, match="another run is writing"), directory.claimed(tmp_path / "new"):
+        pass
+    other.close()
 
 
 def test_the_log_of_another_run_is_left_alone(tmp_path, capsys):

@@ -1,14 +1,15 @@
 """Warnings: on which side of a threshold, how many steps in a row, and once."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from megatron_opd.config import RLConfig
-from megatron_opd.trainer.alarms import ABOVE, COMMON, REWARDED, START, Alarm, Bound, Watchman, alarms_of
+from megatron_opd.config import RLConfig, RolloutConfig
+from megatron_opd.trainer.alarms import ABOVE, COMMON, REWARDED, START, WAITED_FOR, Alarm, Bound, Watchman, alarms_of
 
-EVERY = alarms_of(RLConfig(weight=1.0))
+EVERY = alarms_of(RLConfig(weight=1.0), RolloutConfig())
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -88,8 +89,9 @@ def test_each_teacher_is_warned_of_by_itself():
 
 
 def test_rewards_that_nobody_learns_from_raise_no_alarm():
-    assert alarms_of(RLConfig()) == COMMON
-    assert warnings([{"reward/mixed_groups": 0.0}] * 9, alarms_of(RLConfig())) == []
+    assert alarms_of(RLConfig(), RolloutConfig()) == (*COMMON, *WAITED_FOR)
+    assert alarms_of(RLConfig(weight=1.0), RolloutConfig(max_staleness=1)) == (*COMMON, *REWARDED)
+    assert warnings([{"reward/mixed_groups": 0.0}] * 9, alarms_of(RLConfig(), RolloutConfig())) == []
 
 
 def test_the_start_is_the_first_step_that_was_seen():
@@ -97,7 +99,7 @@ def test_the_start_is_the_first_step_that_was_seen():
     assert warnings([{"x": 1.0}, {"x": 2.0}, {"x": 2.5}], [alarm]) == [(2, "warning: 2.5")]
 
 
-@pytest.mark.parametrize("alarm", [*COMMON, *REWARDED], ids=CASES)
+@pytest.mark.parametrize("alarm", EVERY, ids=CASES)
 def test_docs_have_the_metrics_and_their_limits(alarm):
     table = (DOCS / "metrics.md").read_text().partition("## Warnings")[2]
     for bound in alarm.bounds:
@@ -113,3 +115,9 @@ def test_a_warning_names_settings_that_there_are(alarm):
     reference = (DOCS / "config.md").read_text()
     for setting in named:
         assert f"| `{setting.rpartition('.')[2]}` |" in reference
+
+
+def test_a_start_that_is_no_number_is_passed_over():
+    rows = [{"rollout/length": math.nan, "kl/ensemble": 1.0}, {"rollout/length": 100.0, "kl/ensemble": 1.0}]
+    later = [{"rollout/length": 5.0, "kl/ensemble": 2.0}] * 3
+    assert [line for _, line in warnings([*rows, *later], COMMON) if "five times shorter" in line]

@@ -15,7 +15,7 @@ class Stages:
         self.settings = json.loads((Path(folder) / "settings.json").read_text())
         self.seconds: dict[str, list[float]] = {}
         self.prompt_tokens = 0
-        """Of all steps: the programs must read the same text."""
+        """Tokens of all steps' prompts: the programs must read the same text."""
 
     def add(self, **seconds: float) -> None:
         """A step has ended; its stages are the same in all steps."""

@@ -30,12 +30,13 @@ def main(folder: str) -> None:
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     parallel = groups.start(config.parallel, config.run)
     inputs = read_inputs(config)
-    run = Run(config, parallel, inputs, Tracker())
+    tracker = Tracker()
+    run = Run(config, parallel, inputs, tracker)
     run.sync()
     found = {}
     for source, prompts in inputs.eval:
         only = dataclasses.replace(inputs, eval=[(source, prompts)])
-        held_out = HeldOut(config.train, config.loss, config.teachers, only, run.experience)
+        held_out = HeldOut(config.train, config.loss, config.teachers, only, run.experience, tracker)
         held_out.directory = Path(asked["answers"]) / source.name
         held_out.directory.mkdir(parents=True, exist_ok=True)
         metrics = held_out.evaluate(run.student, run.objective, step=1)

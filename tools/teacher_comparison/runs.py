@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from teacher_comparison.cells import SOURCES, Cell
 
 from megatron_opd.core.run_dir import CHECKPOINTS, HF_EXPORT
 from megatron_opd.core.whole_file import write_whole
+from megatron_opd.models.sampled_digest import sampled_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 _CONFIG = ROOT / "examples/llm/two_teachers.yaml"
@@ -25,7 +27,7 @@ _SPECIALIST = ROOT / "examples/llm/specialist.yaml"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What all cells share."""
+    """Settings that all cells share."""
 
     folder: Path
     model: Path
@@ -41,13 +43,30 @@ class Setting:
     timeout_s: int
 
     def told(self) -> dict[str, Any]:
-        """What decides a cell's numbers."""
-        return {name: getattr(self, name) for name in ("steps", "prompts", "held_out", "specialist_steps")}
+        """The settings that decide a cell's numbers."""
+        names = ("model", "student", "steps", "prompts", "held_out", "specialist_steps")
+        return {name: self._told(name) for name in names}
+
+    def _told(self, name: str) -> int | str:
+        """A setting; a model by what it is, wherever it lies."""
+        value = getattr(self, name)
+        return sampled_digest(value) if isinstance(value, Path) else value
+
+    def place(self, name: str, *settings: str) -> Path:
+        """The directory of a run, another one for other values of the `settings` that decide its model. So a run that
+        was cut off goes on, and none is taken for another."""
+        told = [self._told(setting) for setting in settings]
+        return self.folder / f"{name}-{blake2b(json.dumps(told).encode(), digest_size=4).hexdigest()}"
+
+    @property
+    def specialist_run(self) -> Path:
+        """Directory of the run that makes the specialist."""
+        return self.place("specialist", "model", "specialist_steps")
 
     @property
     def specialist(self) -> Path:
-        """Its model."""
-        return self.folder / "specialist" / HF_EXPORT
+        """Model directory of the specialist."""
+        return self.specialist_run / HF_EXPORT
 
 
 def finished(cell: Cell, setting: Setting) -> dict[str, Any]:
@@ -68,18 +87,18 @@ def finished(cell: Cell, setting: Setting) -> dict[str, Any]:
 
 
 def make_specialist(setting: Setting) -> None:
-    """Unless it is there."""
+    """Train the specialist, unless it is there."""
     if not (setting.specialist / "config.json").is_file():
         steps = [
             f"train.steps={setting.specialist_steps}",
             f"optim.warmup_steps={min(3, setting.specialist_steps - 1)}",
         ]
-        _train(_SPECIALIST, setting.folder / "specialist", [f"student.model={setting.model}", *steps], setting)
+        _train(_SPECIALIST, setting.specialist_run, [f"student.model={setting.model}", *steps], setting)
 
 
 def _trained(cell: Cell, setting: Setting) -> Path:
     """The export of its run."""
-    folder = setting.folder / cell.name
+    folder = setting.place(cell.name, "model", "student", "steps", "prompts", "specialist_steps")
     steps = [f"train.steps={setting.steps}", f"optim.warmup_steps={min(2, setting.steps - 1)}"]
     more = [*steps, f"rollout.prompts_per_step={setting.prompts}", "train.eval_every=0", *(cell.settings or ())]
     if not (folder / HF_EXPORT / "config.json").is_file():
@@ -128,6 +147,6 @@ def _environment(setting: Setting, **more: str) -> dict[str, str]:
 
 
 def _core_seconds() -> float:
-    """Of all processes that we waited for."""
+    """CPU seconds of all processes that we waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

@@ -45,10 +45,11 @@ def table(cells: Sequence[Cell], lines: Lines) -> None:
 
 
 def _row(metrics: Mapping[str, float]) -> list[str]:
-    return [
-        "-" if name not in metrics else f"{100 * metrics[name]:.1f}" if "agreement" in name else f"{metrics[name]:.3f}"
-        for name in _COLUMNS.values()
-    ]
+    return [_text(name, metrics[name]) if name in metrics else "-" for name in _COLUMNS.values()]
+
+
+def _text(name: str, value: float) -> str:
+    return f"{100 * value:.1f}" if "agreement" in name else f"{round(value, 3) + 0.0:.3f}"  # no -0.000
 
 
 def plot(cells: Sequence[Cell], lines: Lines, path: Path) -> None:
