@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -37,18 +35,12 @@ from megatron_opd.models.lora_layout import check_targets
 from megatron_opd.models.tokenizer import Tokenizer, difference, foreign_ends, load_tokenizer
 from megatron_opd.models.torch_dist_dir import is_torch_dist
 from megatron_opd.precision import fits as precision
-from megatron_opd.prompts.chat import Encoder, build_encoder
-from megatron_opd.prompts.fingerprint import DataRecord, Fingerprint
-from megatron_opd.prompts.mix import Limit, read_prompts
-from megatron_opd.prompts.store import PackedPrompts
-from megatron_opd.prompts.views import RowReader, build_row_reader, build_views
-from megatron_opd.rewards import build_reward
-from megatron_opd.rewards.base import Reward
+from megatron_opd.prompts.chat import build_encoder
+from megatron_opd.prompts.fingerprint import DataRecord
 from megatron_opd.rollout import sampling
-from megatron_opd.sglang import serve
 from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.transports import check_sync
-from megatron_opd.trainer.reward_trial import problems_of_rows
+from megatron_opd.trainer.source_reader import SourceReader, attempt, collecting
 
 _T = TypeVar("_T")
 
@@ -104,10 +96,10 @@ def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
         is_deterministic=config.run.deterministic,
     )
     problems += unfit
-    encoder = _attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
+    encoder = attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
     if encoder is None:
         raise ConfigError(problems)
-    read = _Reader(config, encoder, context, problems, rows_to_try)
+    read = SourceReader(config, encoder, context, problems, rows_to_try)
     inputs = Inputs(
         train=read.sources("data.train", config.data.train, are_graded=config.is_graded),
         eval=read.sources("data.eval", config.data.eval, are_graded=True),
@@ -137,22 +129,6 @@ def _check_divergence(loss: LossConfig) -> list[str]:
     return []
 
 
-@contextmanager
-def _collecting(what: str, problems: list[str]) -> Iterator[None]:
-    """A block whose ValueError becomes one of the problems, with the name of the setting before it."""
-    try:
-        yield
-    except ValueError as error:
-        problems.append(f"{what}: {error}")
-
-
-def _attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | None:
-    """The result, or None where it raises ValueError, which becomes one of the problems."""
-    with _collecting(what, problems):
-        return compute()
-    return None
-
-
 def _limits(
     student: StudentConfig,
     teachers: list[TeacherConfig],
@@ -169,7 +145,7 @@ def _limits(
             # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
             found.append(fits(what, teacher.model, parallel.tensor))
             continue
-        with _collecting(what, problems):
+        with collecting(what, problems):
             if teacher.tokenizer == "own":  # another vocabulary, and another number of tokens
                 read_architecture(teacher.model)
             elif teacher.carrier == "hidden":  # only its head is applied here
@@ -194,10 +170,10 @@ def _not_asked(teachers: list[TeacherConfig], train: TrainConfig) -> list[str]:
 def _on_our_ranks(
     what: str, model: str, vocab_multiple: int, *, parallel: ParallelConfig, lora: LoraConfig, problems: list[str]
 ) -> tuple[int, int] | None:
-    arch = _attempt(what, lambda: read_architecture(model, vocab_multiple=vocab_multiple), problems)
+    arch = attempt(what, lambda: read_architecture(model, vocab_multiple=vocab_multiple), problems)
     if arch is None:
         return None
-    wrong = _attempt(what, lambda: check_tensors(model, arch), problems)
+    wrong = attempt(what, lambda: check_tensors(model, arch), problems)
     problems += [f"{what}: {problem}" for problem in wrong or []]
     problems += check_layout(arch, parallel, what=what)
     problems += check_targets(arch, lora) if what == "student.model" else []
@@ -215,11 +191,11 @@ def _tokenizers(
         if not student or not theirs:
             continue
         if teacher.tokenizer == "own":
-            with _collecting("student.model", problems):
+            with collecting("student.model", problems):
                 read_pieces(student)
-            with _collecting(f"teachers.{i}.model", problems):
+            with collecting(f"teachers.{i}.model", problems):
                 read_pieces(theirs)
-            with _collecting(f"teachers.{i}.model", problems):
+            with collecting(f"teachers.{i}.model", problems):
                 build_encoder(data, theirs)
         elif why := difference(student, theirs):
             problems.append(
@@ -241,7 +217,7 @@ def check_model(model: str | Path, student: str) -> None:
     The model may be of a family that only transformers knows; the engine then looks at its tensors.
     """
     problems: list[str] = []
-    wrong = _attempt("--model", lambda: _wrong_tensors(model), problems)
+    wrong = attempt("--model", lambda: _wrong_tensors(model), problems)
     problems += [f"--model: {problem}" for problem in wrong or []]
     theirs = _tokenizer("--model", str(model), problems)
     why = difference(load_tokenizer(student), theirs) if theirs else None
@@ -261,93 +237,4 @@ def _wrong_tensors(model: str | Path) -> list[str]:
 def _tokenizer(what: str, model: str, problems: list[str]) -> Tokenizer | None:
     if not Path(model).is_dir():
         return None  # the missing config.json is reported already
-    return _attempt(what, lambda: load_tokenizer(model), problems)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    config: Config
-    encoder: Encoder
-    context: int
-    problems: list[str]
-    rows_to_try: int
-    notes: list[str] = field(default_factory=list)
-    longest: list[int] = field(default_factory=list)
-    """Tokens of each source's longest prompt."""
-    fingerprints: dict[str, list[Fingerprint]] = field(default_factory=lambda: defaultdict(list))
-    """By data.train and data.eval, of the sources that could be read."""
-    rewards: dict[str, Reward | None] = field(default_factory=dict)
-    """By name; None for one that cannot be built, which is reported already."""
-
-    def sources(
-        self, setting: str, sources: list[SourceConfig], *, are_graded: bool
-    ) -> list[tuple[SourceConfig, Sequence[Prompt]]]:
-        # A server keeps some positions of its context for itself.
-        room = self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
-        if room < 1:
-            problem = (
-                f"rollout.max_new_tokens ({self.config.rollout.max_new_tokens}) leaves no room for a prompt in the"
-                f" models' context of {self.context} tokens"
-            )
-            if problem not in self.problems:
-                self.problems.append(problem)
-            return []
-        limit, why = self.config.data.max_prompt_tokens, "data.max_prompt_tokens"
-        if room < limit:
-            limit, why = room, f"the models' context of {self.context} tokens less rollout.max_new_tokens"
-        within = Limit(limit, why, drop=self.config.data.on_too_long == "drop")
-        found: list[tuple[SourceConfig, Sequence[Prompt]]] = []
-        for source in sources:
-            reward = self._reward(source.reward)
-            if reward is None:
-                continue
-            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
-            rows = functools.partial(self._rows, source, within, is_trained_on=setting == "data.train")
-            prompts = None
-            with _collecting("data", self.problems):
-                prompts = read(is_graded=are_graded and (reward.grades or setting == "data.train"), complete=rows())
-            found.append((source, prompts or []))
-            if prompts and prompts.fingerprint:
-                self.fingerprints[setting].append(prompts.fingerprint)
-            if prompts:
-                self.longest.append(prompts.longest)
-            if prompts and are_graded and reward.grades:
-                self._try(source, prompts, reward)
-            if prompts and prompts.dropped:
-                self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
-        return found
-
-    def _rows(self, source: SourceConfig, limit: Limit, *, is_trained_on: bool) -> RowReader | None:
-        config = self.config
-        return build_row_reader(
-            build_views(config.teachers, config.data, source, self.encoder),
-            self.encoder,
-            limit=limit,
-            answers=config.answers,
-            max_answer_tokens=config.rollout.max_new_tokens,
-            is_trained_on=is_trained_on,
-            is_measured=config.train.eval_nll and not is_trained_on,
-        )
-
-    def _try(self, source: SourceConfig, prompts: Sequence[Prompt], reward: Reward) -> None:
-        """Report the rows whose tests cannot tell right answers from wrong ones."""
-        if reward.trial is None or not self.rows_to_try:
-            return
-        workers = self.config.rewards.code_workers
-        wrong, note = problems_of_rows(source, prompts, reward.trial, most=self.rows_to_try, workers=workers)
-        self.problems.extend(f"data: {problem}" for problem in wrong)
-        self.notes.extend([note] if note else [])
-
-    def _reward(self, name: str) -> Reward | None:
-        if name not in self.rewards:
-            self.rewards[name] = _attempt(
-                f"reward {name}", lambda: build_reward(name, self.config.rewards), self.problems
-            )
-        return self.rewards[name]
-
-
-def _dropped(what: str, prompts: PackedPrompts, limit: Limit) -> str:
-    """A line about the prompts that were left out of a source; a warning when they are more than a tenth."""
-    total = len(prompts) + prompts.dropped
-    line = f"{what}: left out {prompts.dropped} of {total} prompts, longer than {limit.tokens} tokens ({limit.why})"
-    return f"warning: {line}" if prompts.dropped > total / 10 else line
+    return attempt(what, lambda: load_tokenizer(model), problems)

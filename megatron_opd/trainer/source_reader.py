@@ -1,0 +1,132 @@
+"""Reading the prompt sources of a config: their problems, notes, fingerprints and longest prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from megatron_opd.config import Config, SourceConfig
+from megatron_opd.core.types import Prompt
+from megatron_opd.prompts.chat import Encoder
+from megatron_opd.prompts.fingerprint import Fingerprint
+from megatron_opd.prompts.mix import Limit, read_prompts
+from megatron_opd.prompts.store import PackedPrompts
+from megatron_opd.prompts.views import RowReader, build_row_reader, build_views
+from megatron_opd.rewards import build_reward
+from megatron_opd.rewards.base import Reward
+from megatron_opd.sglang import serve
+from megatron_opd.trainer.reward_trial import problems_of_rows
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def collecting(what: str, problems: list[str]) -> Iterator[None]:
+    """A block whose ValueError becomes one of the problems, with the name of the setting before it."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(f"{what}: {error}")
+
+
+def attempt(what: str, compute: Callable[[], _T], problems: list[str]) -> _T | None:
+    """The result, or None where it raises ValueError, which becomes one of the problems."""
+    with collecting(what, problems):
+        return compute()
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReader:
+    """Reads sources one after the other, and collects what is found out on the way."""
+
+    config: Config
+    encoder: Encoder
+    context: int
+    problems: list[str]
+    rows_to_try: int
+    notes: list[str] = field(default_factory=list)
+    longest: list[int] = field(default_factory=list)
+    """Tokens of each source's longest prompt."""
+    fingerprints: dict[str, list[Fingerprint]] = field(default_factory=lambda: defaultdict(list))
+    """By data.train and data.eval, of the sources that could be read."""
+    rewards: dict[str, Reward | None] = field(default_factory=dict)
+    """By name; None for one that cannot be built, which is reported already."""
+
+    def sources(
+        self, setting: str, sources: list[SourceConfig], *, are_graded: bool
+    ) -> list[tuple[SourceConfig, Sequence[Prompt]]]:
+        """The prompts of the sources under a setting, `data.train` or `data.eval`."""
+        # A server keeps some positions of its context for itself.
+        room = self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
+        if room < 1:
+            problem = (
+                f"rollout.max_new_tokens ({self.config.rollout.max_new_tokens}) leaves no room for a prompt in the"
+                f" models' context of {self.context} tokens"
+            )
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return []
+        limit, why = self.config.data.max_prompt_tokens, "data.max_prompt_tokens"
+        if room < limit:
+            limit, why = room, f"the models' context of {self.context} tokens less rollout.max_new_tokens"
+        within = Limit(limit, why, drop=self.config.data.on_too_long == "drop")
+        found: list[tuple[SourceConfig, Sequence[Prompt]]] = []
+        for source in sources:
+            reward = self._reward(source.reward)
+            if reward is None:
+                continue
+            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
+            rows = functools.partial(self._rows, source, within, is_trained_on=setting == "data.train")
+            prompts = None
+            with collecting("data", self.problems):
+                prompts = read(is_graded=are_graded and (reward.grades or setting == "data.train"), complete=rows())
+            found.append((source, prompts or []))
+            if prompts and prompts.fingerprint:
+                self.fingerprints[setting].append(prompts.fingerprint)
+            if prompts:
+                self.longest.append(prompts.longest)
+            if prompts and are_graded and reward.grades:
+                self._try(source, prompts, reward)
+            if prompts and prompts.dropped:
+                self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
+        return found
+
+    def _rows(self, source: SourceConfig, limit: Limit, *, is_trained_on: bool) -> RowReader | None:
+        config = self.config
+        return build_row_reader(
+            build_views(config.teachers, config.data, source, self.encoder),
+            self.encoder,
+            limit=limit,
+            answers=config.answers,
+            max_answer_tokens=config.rollout.max_new_tokens,
+            is_trained_on=is_trained_on,
+            is_measured=config.train.eval_nll and not is_trained_on,
+        )
+
+    def _try(self, source: SourceConfig, prompts: Sequence[Prompt], reward: Reward) -> None:
+        """Report the rows whose tests cannot tell right answers from wrong ones."""
+        if reward.trial is None or not self.rows_to_try:
+            return
+        workers = self.config.rewards.code_workers
+        wrong, note = problems_of_rows(source, prompts, reward.trial, most=self.rows_to_try, workers=workers)
+        self.problems.extend(f"data: {problem}" for problem in wrong)
+        self.notes.extend([note] if note else [])
+
+    def _reward(self, name: str) -> Reward | None:
+        if name not in self.rewards:
+            self.rewards[name] = attempt(
+                f"reward {name}", lambda: build_reward(name, self.config.rewards), self.problems
+            )
+        return self.rewards[name]
+
+
+def _dropped(what: str, prompts: PackedPrompts, limit: Limit) -> str:
+    """A line about the prompts that were left out of a source; a warning when they are more than a tenth."""
+    total = len(prompts) + prompts.dropped
+    line = f"{what}: left out {prompts.dropped} of {total} prompts, longer than {limit.tokens} tokens ({limit.why})"
+    return f"warning: {line}" if prompts.dropped > total / 10 else line
