@@ -67,8 +67,6 @@ class Student:
         """How many of the last steps in a row left the weights as they were; a resumed run sets it."""
         self.skipped: str | None = None
         """Why the last step left the weights as they were; None: it did not."""
-        self.told: Callable[[], object] = lambda: None
-        """Told in a step that the next micro-batch begins."""
 
     def vocab_shard(self, size: int) -> VocabShard:
         """This rank's columns of the logits; `size` is the number of real entries to normalise over."""
@@ -77,8 +75,11 @@ class Student:
         group = self.parallel.tensor_group if self.parallel.tensor_size > 1 else None
         return VocabShard(start, start + columns, size, group)
 
-    def step(self, batches: Sequence[MicroBatch], objective: Objective) -> dict[str, float]:
-        """One optimizer step on this replica's micro-batches; metrics are means over all replicas' tokens.
+    def step(
+        self, batches: Sequence[MicroBatch], objective: Objective, *, told: Callable[[], object] = lambda: None
+    ) -> dict[str, float]:
+        """One optimizer step on this replica's micro-batches; metrics are means over all replicas' tokens. `told` is
+        called when a micro-batch begins.
 
         Where the loss or the gradient's norm is not finite, weights, optimizer and schedule stay as they were on every
         rank, `step/skipped` is 1, `skipped` says why, and metrics that are not finite are left out. Raises
@@ -88,7 +89,7 @@ class Student:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._means(self._train(batches, objective), objective)
+        metrics = self._means(self._train(batches, objective, told), objective)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         if self.scaler is not None:
             metrics["loss_scale"] = self._loss_scale()
@@ -108,8 +109,8 @@ class Student:
         self.skipped, self.skips = None, 0
         return {**metrics, "step/skipped": 0.0}
 
-    def _train(self, batches: Sequence[MicroBatch], objective: Objective) -> list[Sums]:
-        return pipeline.train(self.model, batches, self._at_rows(objective), self.split, told=self.told)
+    def _train(self, batches: Sequence[MicroBatch], objective: Objective, told: Callable[[], object]) -> list[Sums]:
+        return pipeline.train(self.model, batches, self._at_rows(objective), self.split, told=told)
 
     def _overflow(self, metrics: dict[str, float]) -> dict[str, float]:
         """Leave everything as it is but the loss scale. That a scale settles is no failure, and ends by itself: only

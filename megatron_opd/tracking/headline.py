@@ -11,7 +11,7 @@ class Headline:
     """A metric in a line of the console and of train.log."""
 
     metric: str
-    """Its name. A `*` at the end: all metrics that begin like this."""
+    """Its name. With a `*`: all metrics that begin and end like this."""
     label: str
     """The word before the number; a `*` in it is what the name's stands for."""
     form: str = "{:.4g}"
@@ -19,9 +19,15 @@ class Headline:
 
     def texts(self, row: Mapping[str, float]) -> list[str]:
         """Label and number of each metric that the row has."""
-        prefix, star, _ = self.metric.partition("*")
-        names = [name for name in row if name.startswith(prefix)] if star else [self.metric] * (self.metric in row)
-        return [f"{self.label.replace('*', name[len(prefix) :])} {self.form.format(row[name])}" for name in names]
+        if "*" not in self.metric:
+            return [self._text(self.label, row[self.metric])] if self.metric in row else []
+        begin, _, end = self.metric.partition("*")
+        fitting = [name for name in row if name.startswith(begin) and name.endswith(end)]
+        labels = [self.label.replace("*", name.removeprefix(begin).removesuffix(end)) for name in fitting]
+        return [self._text(label, row[name]) for label, name in zip(labels, fitting, strict=True)]
+
+    def _text(self, label: str, value: float) -> str:
+        return f"{label} {self.form.format(value)}"
 
 
 BEFORE = (Headline("loss", "loss"), Headline("grad_norm", "grad", "{:.3g}"))
@@ -33,5 +39,6 @@ HELD_OUT = (
     Headline("eval/nll/all", "nll"),
     Headline("eval/kl/ensemble", "kl"),
     Headline("eval/agreement/ensemble", "agreement", "{:.3f}"),
+    Headline("eval/forced_agreement/*/all", "forced *", "{:.3f}"),
 )
 """In an evaluation's line; a declared one of the same metric takes its place."""

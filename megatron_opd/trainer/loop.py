@@ -202,8 +202,7 @@ class Run:
             parts, shaped = self.shaping(rollouts, parts, step)
         total = len(batches) * self.config.train.epochs
         with self._stage("step", "updating the student", total=total, unit="micro-batches") as phase:
-            self.student.told = phase.advance
-            metrics = update(self.student, parts, self.objective, self.config.train)
+            metrics = update(self.student, parts, self.objective, self.config.train, told=phase.advance)
         self.trained, self.cursor = step + 1, self.experience.cursor
         if self.student.skipped:
             self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -22,13 +22,19 @@ def split(batches: Sequence[MicroBatch], count: int) -> list[list[MicroBatch]]:
 
 
 def update(
-    student: Student, parts: Sequence[Sequence[MicroBatch]], objective: Objective, train: TrainConfig
+    student: Student,
+    parts: Sequence[Sequence[MicroBatch]],
+    objective: Objective,
+    train: TrainConfig,
+    *,
+    told: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Train on `parts`, `train.epochs` times; metrics of the last pass, with `measure_after` also of the new weights.
 
+    `told` is called when a micro-batch begins.
     Raises FloatingPointError as `Student.step`.
     """
-    passes = [[student.step(part, objective) for part in parts] for _ in range(train.epochs)]
+    passes = [[student.step(part, objective, told=told) for part in parts] for _ in range(train.epochs)]
     metrics = joined(passes[-1])
     if train.measure_after:
         batches = [batch for part in parts for batch in part]

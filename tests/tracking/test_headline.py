@@ -19,6 +19,7 @@ def test_a_metric_that_the_row_lacks_is_not_there():
 def test_a_star_is_every_metric_that_begins_like_this():
     row = {"eval/agreement/math": 0.5, "eval/kl/ensemble": 1.0, "eval/agreement/all": 0.25}
     assert Headline("eval/agreement/*", "agrees (*)").texts(row) == ["agrees (math) 0.5", "agrees (all) 0.25"]
+    assert Headline("eval/*/all", "of all: *").texts(row) == ["of all: agreement 0.25"]
 
 
 def objective(*carriers, rl=0.0, sft=0.0):
