@@ -66,7 +66,14 @@ def test_what_is_printed(quickstart):
     run_dir, done = quickstart
     assert done.stdout == ""
     lines = done.stderr.splitlines()
-    ours = re.compile(r"\d\d:\d\d:\d\d  (starting 4 ranks|step \d+/40  |saved |exported |done; )")
+    phases = (
+        "checking the settings of ", "starting 4 ranks", "importing torch and Megatron", "reading the models' configs",
+        "loading the student ", r"loading teacher (carry|compare) ", "starting who answers", "looking for a checkpoint",
+        "handing the weights to the engine", r"evaluating (after step \d+|teacher \w+)", "comparing the answers with",
+        r"step \d+: (sampling|scoring by|updating the student)", r"step \d+/40  ", r"answer to \w+, row \d+  ",
+        r"  (prompt|answer): ", r"saving after step \d+", "saved ", "exporting the student", "exported ", "done; ",
+    )  # fmt: skip
+    ours = re.compile(rf"\d\d:\d\d:\d\d  ({'|'.join(phases)})")
     unexpected = [line for line in lines if not ours.match(line)]
     assert unexpected == []
     assert lines[-1].endswith(f"done; for tables and a plot: megatron-opd report {run_dir}")
