@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import re
 import signal
 import sys
@@ -53,6 +54,7 @@ def live(run: Callable[[preemption.Notice], None]) -> int:
 
 
 def _fail(error: Exception, teller: Teller) -> int:
+    _forget_compile_times()
     if isinstance(error, PeerError):
         teller.tell(str(error), is_lost=True)
         return _after_the_others(PEER_FAILED)
@@ -75,6 +77,13 @@ def _print(said: str, teller: Teller) -> None:
     """For its own log; rank 0 has none, and leaves the terminal to a launcher that listens."""
     if teller.rank or not teller.is_heard:
         print(f"error: {said}", file=sys.stderr, flush=True)
+
+
+def _forget_compile_times() -> None:
+    """torch logs how long it has compiled when the process ends, and imports a package for that. A rank that fails for
+    want of files cannot, and would leave a second message behind its own."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    atexit.unregister(getattr(dynamo, "dump_compile_times", None))
 
 
 def _after_the_others(code: int) -> int:

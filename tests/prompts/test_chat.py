@@ -184,7 +184,7 @@ def test_check_tells_what_was_left_out(check, long, start):
         ),
         (["data.system_prompt=x"], ["data.system_prompt has no effect without a template; set data.chat_template"]),
         (["data.chat_template_options={a: 1}"], ["data.chat_template_options has no effect without a template"]),
-        (["data.chat_template="], ["data.chat_template: Input should be a valid string"]),
+        (["data.chat_template="], ["data.chat_template must be none, tokenizer, or a file"]),
         (["data.chat_template=''"], ["data.chat_template must be none, tokenizer, or a file"]),
         (["data.train.0.split=test"], ["data.train.0: subset and split are for data sets of the hub (path hf:…)"]),
         (["data.train.0.answer_field=''"], ["data.train.0: prompt_field and answer_field must not be empty"]),
