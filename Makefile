@@ -60,7 +60,7 @@ quickstart-llm: install ## a real language model teaches a damaged copy of itsel
 	test -f models/SmolLM2-pruned/config.json || \
 	  "$(BIN)/python" tools/prune_model.py models/SmolLM2-135M-Instruct models/SmolLM2-pruned --drop 12 15 18 21
 	rm -rf runs/quickstart_llm
-	"$(BIN)/megatron-opd" train examples/llm/quickstart.yaml
+	OMP_NUM_THREADS=2 "$(BIN)/megatron-opd" train examples/llm/quickstart.yaml
 	"$(BIN)/python" tools/side_by_side.py examples/llm/quickstart.yaml
 	"$(BIN)/megatron-opd" report runs/quickstart_llm
 
