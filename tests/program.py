@@ -59,6 +59,19 @@ def opd(*arguments, timeout=PATIENCE_S, env=None, **how):
     return warm.run([*_PROGRAM, *arguments], env=environment(**(env or {})), timeout=timeout, **how)
 
 
+def tool(*command):
+    """Run a script of tools/ in a fresh interpreter to its end."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
 def here(*arguments):
     """As `opd`, but by the command line's function in this process: for `check`, and for what is refused."""
     out, err = io.StringIO(), io.StringIO()

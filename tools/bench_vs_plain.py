@@ -40,10 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="a Hugging Face directory with a chat template")
-    parser.add_argument(
-        "--prompts", type=Path, default=_ROOT / "examples/llm/data/gsm8k.eval.jsonl", metavar="FILE", help="JSON lines"
-    )
+    tool.add_model_and_prompts(parser)
     parser.add_argument("--batch", type=tool.positive, default=16, metavar="N", help="answers a step (%(default)s)")
     parser.add_argument("--response", type=tool.positive, default=32, metavar="TOKENS", help="each (%(default)s)")
     parser.add_argument(

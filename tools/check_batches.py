@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import tool
 from rich.console import Console
@@ -27,7 +26,6 @@ from megatron_opd.prompts.chat import build_encoder
 from megatron_opd.rollout import decoding
 from megatron_opd.rollout.embedded_engine import LocalEngine
 
-_ROOT = Path(__file__).resolve().parents[1]
 _BOUND = 1e-5
 """Nats."""
 _EXAMPLES = """\
@@ -55,10 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="a Hugging Face directory with a chat template")
-    parser.add_argument(
-        "--prompts", type=Path, default=_ROOT / "examples/llm/data/gsm8k.eval.jsonl", metavar="FILE", help="JSON lines"
-    )
+    tool.add_model_and_prompts(parser)
     parser.add_argument("--answers", type=tool.positive, default=1000, metavar="N", help="in all (%(default)s)")
     parser.add_argument("--samples", type=tool.positive, default=5, metavar="N", help="of a prompt (%(default)s)")
     parser.add_argument("--response", type=tool.positive, default=32, metavar="TOKENS", help="at most (%(default)s)")

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +34,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _M_MMAP_THRESHOLD = -3  # as in malloc.h
 _LINE_EVERY_S = 5.0
 """Time between lines of progress where there is no terminal."""
+
+
+def add_model_and_prompts(parser: argparse.ArgumentParser) -> None:
+    """The arguments `model` and `--prompts` of a tool that samples a real model."""
+    prompts = Path(__file__).resolve().parents[1] / "examples/llm/data/gsm8k.eval.jsonl"
+    parser.add_argument("model", type=Path, help="a Hugging Face directory with a chat template")
+    parser.add_argument(
+        "--prompts", type=Path, default=prompts, metavar="FILE", help="JSON lines (GSM8K's held-out rows)"
+    )
 
 
 def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:

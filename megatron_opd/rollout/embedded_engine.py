@@ -7,6 +7,7 @@ same rollouts whatever the layout, the batch or the number of replicas; there is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,11 @@ class LocalEngine:
 
     def reader(self) -> BatchReader:
         """The model, to be decoded with."""
+        return self._reader
+
+    @cached_property
+    def _reader(self) -> BatchReader:
+        """Made once: a family with a cache of its own is tried first (`OwnCacheReader`)."""
         kind = ModelReader if has_rows(self.model.config) else OwnCacheReader
         return kind(self.model, vocab_size=self.vocab_size)
 

@@ -1,4 +1,4 @@
-"""What a run says, on the console as in its log: phases in their order, numbers, an answer, the time to go."""
+"""The lines of a run, on the console as in its log: phases in their order, numbers, an answer, the time to go."""
 
 import re
 from pathlib import Path

@@ -56,7 +56,7 @@ PAIRS = [
     (layout(4, 2), layout(1, 1)),
 ]
 ALWAYS = {(0, "fp32", True), (1, "bf16", False), (1, "fp16", True), (4, "fp16", False)}
-"""Of the product, cases beside which the others are slow: a pair, a type, and whether the optimizer is distributed."""
+"""Cases of the product beside which the others are slow: (pair, type, whether the optimizer is distributed)."""
 
 
 def cases():

@@ -47,7 +47,7 @@ def test_a_peer_that_dies_in_a_save(ranks, tmp_path, error):
 
 @pytest.mark.parametrize(("error", "advice"), OF_THE_DISK.values(), ids=OF_THE_DISK)
 def test_a_disk_that_fails_in_a_save(ranks, tmp_path, error, advice):
-    """What is free is told where room is what it lacked."""
+    """The message has the free room where room was lacking, and nowhere else."""
     ((kind, said),) = ranks.run(1, save, str(tmp_path), error)
     assert kind == "CheckpointError"
     assert f"step_00000003 could not be written: {error}" in said

@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,18 +21,6 @@ from trl_bench import inputs  # noqa: E402
 LITTLE = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=1", "train.micro_batch_size=2"]
 
 
-def run(*command):
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=program.environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=program.PATIENCE_S,
-        check=False,
-    )
-
-
 def found(name, rates, **more):
     """A result as the file has it."""
     return {"name": name, "tokens_per_s": rates, "about": {"commit": "abc"}, **more}
@@ -44,8 +31,9 @@ def test_steps_are_measured_on_ranks_of_their_own_and_added_to_the_file(tmp_path
     out = tmp_path / "steps.json"
     out.write_text(json.dumps({"cases": [found("older", [1.0], ranks=1, stages=[{"step": 1.0}])]}))
     few = ["--warmup", 1, "--steps", 1, "--repeats", 2]
-    done = run("tools/bench_step.py", ROOT / program.CONFIG, *LITTLE, "--layouts", "2x1x1", "--teachers", 3, *few,
-               "--json", out, "--plot", tmp_path / "steps.png")  # fmt: skip
+    files = ["--json", out, "--plot", tmp_path / "steps.png"]
+    case = [ROOT / program.CONFIG, *LITTLE, "--layouts", "2x1x1", "--teachers", 3]
+    done = program.tool("tools/bench_step.py", *case, *few, *files)
     assert done.returncode == 0, done.stderr
     older, case = json.loads(out.read_text())["cases"]
     assert older["name"] == "older"
@@ -66,7 +54,7 @@ def test_both_ways_of_packing_do_one_step(tmp_path):
     out = tmp_path / "packing.json"
     small = {"hidden": 32, "layers": 1, "vocab": 64, "answers": 4, "micro-batch-size": 2, "mean": 6, "longest": 20}
     sizes = [str(word) for name, size in small.items() for word in (f"--{name}", size)]
-    done = run("tools/bench_packing.py", *sizes, "--rounds", 2, "--json", out)
+    done = program.tool("tools/bench_packing.py", *sizes, "--rounds", 2, "--json", out)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["packed"]["padding"] == 0 < found["padded"]["padding"]
@@ -150,7 +138,7 @@ def test_compare_tells_a_difference_from_noise(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_loop_over_stages_that_only_take_time():
     """On a busy machine no figure is sure, but who samples ahead is a version behind."""
-    done = run("tools/bench_overlap.py", "--generate", 0.05, "--train", 0.05, "--steps", 3, "--at-most", 1000)
+    done = program.tool("tools/bench_overlap.py", "--generate", 0.05, "--train", 0.05, "--steps", 3, "--at-most", 1000)
     assert done.returncode == 0, done.stderr
     lags = [line.split("|")[4].strip() for line in done.stdout.splitlines() if line.startswith(("| 0", "| 1", "| 2"))]
     assert lags == ["0.00", "1.00", "2.00"]
@@ -161,7 +149,7 @@ def test_our_side_of_the_comparison_with_trl(tmp_path):
     """TRL's needs an environment of its own; both sides read the same folder and print the same figures."""
     sizes = {"vocab": 64, "hidden": 32, "layers": 1, "batch": 2, "prompt": 4, "response": 3, "steps": 2, "warmup": 1}
     inputs.make(tmp_path, argparse.Namespace(**sizes))
-    done = run("tools/trl_bench/of_ours.py", tmp_path)
+    done = program.tool("tools/trl_bench/of_ours.py", tmp_path)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert len(told["losses"]) == 3

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -33,23 +32,8 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("options", [[], ["--generate-only", "--bf16"]])
 def test_both_programs_read_the_same(model, tmp_path, options):
     sizes = ["--batch", "4", "--response", "3", "--steps", "1", "--rounds", "1", "--json", str(tmp_path / "a.json")]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "tools/bench_vs_plain.py",
-            str(model),
-            "--prompts",
-            str(model.parent / "prompts.jsonl"),
-            *sizes,
-            *options,
-        ],
-        cwd=ROOT,
-        env=program.environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=program.PATIENCE_S,
-        check=False,
-    )
+    prompts = model.parent / "prompts.jsonl"
+    done = program.tool("tools/bench_vs_plain.py", model, "--prompts", prompts, *sizes, *options)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "a.json").read_text())["runs"]
     assert len({its[0]["prompt tokens"] for its in runs.values()}) == 1

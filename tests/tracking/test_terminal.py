@@ -1,4 +1,4 @@
-"""What people see while they wait: phases with progress, without a bar in lines that are few."""
+"""The console and train.log while people wait: phases with progress, without a bar in lines that are few."""
 
 import io
 import re
