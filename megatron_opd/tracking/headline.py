@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+
+def fitting(pattern: str, names: Iterable[str]) -> dict[str, str]:
+    """The metrics of a pattern, a name or one with a `*` in it, each with what its `*` stands for."""
+    begin, star, end = pattern.partition("*")
+    if not star:
+        return {name: "" for name in names if name == pattern}
+    fit = [name for name in names if name.startswith(begin) and name.endswith(end) and len(name) >= len(pattern) - 1]
+    return {name: name[len(begin) : len(name) - len(end)] for name in fit}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +28,8 @@ class Headline:
 
     def texts(self, row: Mapping[str, float]) -> list[str]:
         """Label and number of each metric that the row has."""
-        if "*" not in self.metric:
-            return [self._text(self.label, row[self.metric])] if self.metric in row else []
-        begin, _, end = self.metric.partition("*")
-        fitting = [name for name in row if name.startswith(begin) and name.endswith(end)]
-        labels = [self.label.replace("*", name.removeprefix(begin).removesuffix(end)) for name in fitting]
-        return [self._text(label, row[name]) for label, name in zip(labels, fitting, strict=True)]
-
-    def _text(self, label: str, value: float) -> str:
-        return f"{label} {self.form.format(value)}"
+        found = fitting(self.metric, row)
+        return [f"{self.label.replace('*', its)} {self.form.format(row[name])}" for name, its in found.items()]
 
 
 BEFORE = (Headline("loss", "loss"), Headline("grad_norm", "grad", "{:.3g}"))

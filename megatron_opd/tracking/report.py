@@ -10,13 +10,13 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from megatron_opd.core.run_dir import CHECKPOINTS, HF_EXPORT, complete
+from megatron_opd.tracking.headline import fitting
 from megatron_opd.tracking.report_likeness import agreement_table, nll_table, plot_agreement
 from megatron_opd.tracking.report_run import ALL, RecordedRun, last_value, read_run
 from megatron_opd.tracking.report_tables import MISSING, Table, grades_table, percent, to_markdown, to_rich
@@ -82,9 +82,7 @@ def kl_table(run: RecordedRun) -> Table:
     prefix, where = ("eval/kl/", "held-out prompts") if held_out else ("kl/", "training rollouts")
     lines = []
     for name in [*run.teachers, "ensemble"]:
-        values = list(run.series(prefix + name).values())
-        if values:
-            first, last = values[0], values[-1] if len(values) > 1 else None
+        for first, last in run.ends(prefix + name):
             lines.append([f"{name}{_bound(run, name)}", _number(first), _number(last), _ratio(first, last)])
     header = ["KL, nats/token", "before", "after", "change"]
     title = f"Distance from student to teacher, {where}"
@@ -95,7 +93,7 @@ def _bound(run: RecordedRun, name: str) -> str:
     """Words behind a KL to a teacher that lists its likeliest tokens alone, or to a target with such teachers: lists of
     several teachers differ, so that KL may be too large as well."""
     pattern = f"topk/{'*' if name == 'ensemble' else name}/mass_outside"
-    listed = {metric for row in run.rows for metric in row if fnmatchcase(metric, pattern)}
+    listed = {metric for row in run.rows for metric in fitting(pattern, row)}
     return " (top-k, approximate)" if len(listed) > 1 else " (top-k, a lower bound)" if listed else ""
 
 

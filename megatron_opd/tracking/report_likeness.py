@@ -16,9 +16,7 @@ def agreement_table(run: RecordedRun) -> Table:
     (after - before) / (1 - before)."""
     lines = []
     for what, name in _measures(run):
-        values = list(run.series(name).values())
-        if values:
-            first, last = values[0], values[-1] if len(values) > 1 else None
+        for first, last in run.ends(name):
             lines.append([what, percent(first), percent(last), _recovered(first, last)])
     header = ["tokens of", "before", "after", "recovered"]
     return Table(title="Top-1 agreement with the teacher in percent, held-out prompts", header=header, lines=lines)
@@ -28,9 +26,7 @@ def nll_table(run: RecordedRun) -> Table:
     """Cross-entropy of the reference answers: real text, which nobody sampled."""
     lines = []
     for source in [*run.sources, ALL]:
-        values = list(run.series(f"eval/nll/{source}").values())
-        if values:
-            first, last = values[0], values[-1] if len(values) > 1 else None
+        for first, last in run.ends(f"eval/nll/{source}"):
             change = MISSING if last is None else f"{last - first:+.3f}"
             lines.append([source, f"{first:.3f}", MISSING if last is None else f"{last:.3f}", change])
     header = ["nats/token", "before", "after", "change"]

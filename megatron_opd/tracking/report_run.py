@@ -34,6 +34,11 @@ class RecordedRun:
         found = {int(row["step"]): row[name] for row in self.rows if name in row}
         return dict(sorted(found.items()))
 
+    def ends(self, name: str) -> list[tuple[float, float | None]]:
+        """(the metric's first value, its last one where there is another), in a list that is empty without a value."""
+        values = list(self.series(name).values())
+        return [(values[0], values[-1] if len(values) > 1 else None)] if values else []
+
 
 def read_run(run_dir: Path) -> RecordedRun:
     """Raises ValueError that says what is wrong with the directory."""

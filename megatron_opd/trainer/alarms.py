@@ -10,9 +10,9 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from megatron_opd.config import RLConfig, RolloutConfig
+from megatron_opd.tracking.headline import fitting
 
 ABOVE, BELOW = operator.gt, operator.lt
 START = "start"
@@ -128,14 +128,12 @@ class Watchman:
 
     def _of(self, i: int, alarm: Alarm, row: Mapping[str, float]) -> Iterator[str]:
         first, *others = alarm.bounds
-        for metric in [name for name in row if fnmatchcase(name, first.metric)]:
+        for metric, name in fitting(first.metric, row).items():
             at = i, metric
             is_past = self._is_past(first, metric, row) and all(self._is_past(b, b.metric, row) for b in others)
             self._row[at] = self._row.get(at, 0) + 1 if is_past else 0
             if self._row[at] >= alarm.steps and at not in self._said:
                 self._said.add(at)
-                before, _, behind = first.metric.partition("*")
-                name = metric[len(before) : len(metric) - len(behind)]
                 yield "warning: " + alarm.text.format(value=row[metric], metric=metric, name=name)
 
     def _is_past(self, bound: Bound, metric: str, row: Mapping[str, float]) -> bool:
