@@ -18,6 +18,7 @@ import traceback
 import types
 from multiprocessing.connection import Connection, wait
 
+import torch.distributed as dist
 import warm
 
 TIMEOUT_S = 300.0
@@ -40,10 +41,11 @@ class Ranks:
         while len(self._workers) < num_ranks:
             self._workers.append(_start())
         layout = layout or {"tensor": num_ranks}
-        port = _free_port()
         connections = [connection for _, connection in self._workers[:num_ranks]]
+        # Served from here, as torchrun serves it: a port that rank 0 were told could be taken until it listens.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, connection in enumerate(connections):
-            connection.send_bytes(pickle.dumps((fn, args, layout, (rank, num_ranks, port))))
+            connection.send_bytes(pickle.dumps((fn, args, layout, (rank, num_ranks, store.port))))
         return self._results(connections, timeout_s)
 
     def _results(self, connections, timeout_s):
@@ -92,12 +94,6 @@ def _start():
     return process, Connection(ours.detach())
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def serve():
     """A rank's life: one request after the other, which come by its stdin, until the pool goes away."""
     import torch
@@ -128,6 +124,7 @@ def _call(fn, args, layout, place):
     rank, world_size, port = place
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     try:
         parallel = groups.start(ParallelConfig(**layout), RunConfig(dir="unused", seed=1, timeout_s=TIMEOUT_S))
         return fn(parallel, *args)
