@@ -165,7 +165,24 @@ class VocabShard:
         mine_TK = x_TL.detach().topk(min(k, x_TL.shape[-1]), dim=-1).values
         if self.group is None:
             return mine_TK
+        all_TK = self._of_all_shards(mine_TK)
+        return all_TK.topk(min(k, all_TK.shape[-1]), dim=-1).values
+
+    def candidates(self, x_TL: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, values) of the k largest values of the whole vocabulary, descending, [T, L] -> [T, k] each, int64 and the
+        type of `x_TL`; fewer if there are fewer columns. Some ids are `size` or more where there are fewer real entries
+        than k. Without a gradient. Each shard sends its own k.
+        """
+        values_TK, ids_TK = self.fill_padding(x_TL.detach(), float("-inf")).topk(min(k, x_TL.shape[-1]), dim=-1)
+        ids_TK = ids_TK + self.start
+        if self.group is not None:
+            values_TK, ids_TK = self._of_all_shards(values_TK), self._of_all_shards(ids_TK)
+            values_TK, at_TK = values_TK.topk(min(k, values_TK.shape[-1]), dim=-1)
+            ids_TK = ids_TK.gather(-1, at_TK)
+        return ids_TK, values_TK
+
+    def _of_all_shards(self, mine_TK: torch.Tensor) -> torch.Tensor:
+        """Every shard's columns, one shard's behind the other's."""
         everyone = [torch.empty_like(mine_TK) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(everyone, mine_TK.contiguous(), group=self.group)
-        all_TK = torch.cat(everyone, dim=-1)
-        return all_TK.topk(min(k, all_TK.shape[-1]), dim=-1).values
+        return torch.cat(everyone, dim=-1)

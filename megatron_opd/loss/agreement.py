@@ -35,7 +35,7 @@ def measure(term: TeacherTerm, batch: MicroBatch, student: Logits) -> Sums:
     found: Sums = {}
     for level, rows in chunks(asked, term.config.chunk_tokens):
         if level is not Level.SAMPLED:
-            ours_C = term.vocab.likeliest(_logits(student, at_T[rows]))
+            ours_C = term.vocab.likeliest(logits_at(student, at_T[rows]))
             theirs = _of_teachers(term, targets.at(asked, rows, level), asked.weights_TN[rows] > 0)
             same = {name: (ours_C[on] == ids_C[on]).double() for name, (ids_C, on) in theirs.items()}
             found = added(found, sums(same))
@@ -60,7 +60,7 @@ def _of_teachers(
     return found
 
 
-def _logits(student: Logits, rows_C: torch.Tensor) -> torch.Tensor:
+def logits_at(student: Logits, rows_C: torch.Tensor) -> torch.Tensor:
     """This shard's columns of the student's logits at some tokens, [C, L] float32."""
     if isinstance(student, torch.Tensor):
         return student[rows_C].float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -153,6 +154,23 @@ class Student:
         self.model.eval()
         results = pipeline.forward(self.model, batches, self._at_rows(objective), self.split) if batches else []
         return self._means(results, objective)
+
+    def measure(
+        self, batches: Sequence[MicroBatch], read: Callable[[MicroBatch, Logits], dict[str, torch.Tensor]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """By micro-batch what `read` makes of it and of the student at its learnt tokens, by name [T, ...], also where
+        `read` sees a part of the whole micro-batch; [] on all but the last stage. Collective over the replica."""
+        self.model.eval()
+
+        def at_rows(batch: MicroBatch, hidden_BSD: torch.Tensor) -> dict[str, torch.Tensor]:
+            at_tokens = self._logits if self.fp8.head else partial(head.at_rows, self.gpt)
+            return read(batch, at_tokens(batch, hidden_BSD))
+
+        found = pipeline.forward(self.model, batches, at_rows, self.split) if batches else []
+        if self.split is None:
+            return found
+        both = zip(found, batches[: len(found)], strict=True)
+        return [{name: self.split.whole(x, batch) for name, x in its.items()} for its, batch in both]
 
     def logits(self, batch: MicroBatch) -> torch.Tensor | None:
         """Of one micro-batch at its learnt tokens, [T, L], on the last stage; None elsewhere."""

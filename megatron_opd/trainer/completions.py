@@ -1,8 +1,8 @@
 """Training answers for people to read: one now and then on the console, and tables of them in
-<run.dir>/completions.jsonl, and Weights & Biases where it is on.
+<run.dir>/completions.jsonl, and Weights & Biases where it is on; with scores of single tokens in <run.dir>/tokens.
 
-In the file a line is an answer. After a resume the lines of steps that are done again are dropped first, as in
-metrics.jsonl.
+In completions.jsonl a line is an answer. After a resume the lines and files of steps that are done again are dropped
+first, as in metrics.jsonl.
 
 Shape suffixes: T learnt tokens of a micro-batch, B its answers, N teachers.
 """
@@ -21,9 +21,10 @@ from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.loss.term import TeacherTerm
 from megatron_opd.models.tokenizer import Tokenizer
-from megatron_opd.tracking import json_lines
+from megatron_opd.student.student import Student
+from megatron_opd.tracking import json_lines, token_file
 from megatron_opd.tracking.tracker import Tracker
-from megatron_opd.trainer import shown_answer
+from megatron_opd.trainer import shown_answer, token_tables
 
 COMPLETIONS_FILE = "completions.jsonl"
 AnswerLogps = list[dict[str, float | None]]
@@ -38,7 +39,8 @@ class Completions:
     ) -> None:
         """`tokenizer` is for leaders."""
         self.config, self.parallel, self.tokenizer, self.tracker = config, parallel, tokenizer, tracker
-        self.path = Path(run_dir) / COMPLETIONS_FILE
+        self.dir = Path(run_dir)
+        self.path = self.dir / COMPLETIONS_FILE
 
     def log(
         self,
@@ -53,7 +55,7 @@ class Completions:
         """
         if self.config.answer_every and (step - 1) % self.config.answer_every == 0:
             self._show(rollouts, batches, distillation)
-        if not self.config.completions_every or step % self.config.completions_every:
+        if not self._is_due(step):
             return
         first = rollouts[: self.config.completions]
         told = answer_logps(distillation, batches, len(first), self.parallel)
@@ -67,6 +69,31 @@ class Completions:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             self.tracker.table("completions", rows, step)
 
+    def look(
+        self,
+        student: Student,
+        term: TeacherTerm,
+        *,
+        rollouts: Sequence[Rollout],
+        batches: Sequence[MicroBatch],
+        step: int,
+    ) -> None:
+        """Write the scores of single tokens of the same answers, if it is such a step; before its update. Collective.
+
+        `batches` are as for `log`, with their advantages.
+        """
+        if not self._is_due(step):
+            return
+        before = sum(self.parallel.gather_leaders(len(rollouts))[: self.parallel.data_rank])
+        first = rollouts[: max(self.config.completions - before, 0)]
+        answers, columns = token_tables.measured(student, term, rollouts=first, batches=batches, parallel=self.parallel)
+        if self.parallel.is_main and self.tokenizer is not None:
+            token_tables.write(self.dir, step, rollouts=answers, columns=columns, tokenizer=self.tokenizer)
+
+    def _is_due(self, step: int) -> bool:
+        every = self.config.completions_every
+        return bool(every) and step % every == 0
+
     def _show(self, rollouts: Sequence[Rollout], batches: Sequence[MicroBatch], distillation: TeacherTerm) -> None:
         """One answer of the first replica, for people to read. Collective."""
         at = shown_answer.place(rollouts)
@@ -77,9 +104,11 @@ class Completions:
                 self.tracker.message(line)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and what a killed run left unfinished; damaged ones are put aside."""
+        """Drop the lines and files of steps after `step`, and what a killed run left unfinished; damaged lines are put
+        aside."""
         if not self.parallel.is_main:
             return
+        token_file.rewind(self.dir, step)
         kept, notes = json_lines.rewind(self.path, step) if self.path.is_file() else ([], [])
         every = self.config.completions_every
         for line in notes + json_lines.missing(self.path, kept, step - step % every if every else 0):

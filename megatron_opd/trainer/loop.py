@@ -200,13 +200,15 @@ class Run:
         parts, shaped = split(batches, self.config.train.minibatches), {}
         if self.shaping is not None:
             parts, shaped = self.shaping(rollouts, parts, step)
+        term, scored = self.objective.distillation, [batch for part in parts for batch in part]
+        self.completions.look(self.student, term, rollouts=rollouts, batches=scored, step=step + 1)
         total = len(batches) * self.config.train.epochs
         with self._stage("step", "updating the student", total=total, unit="micro-batches") as phase:
             metrics = update(self.student, parts, self.objective, self.config.train, told=phase.advance)
         self.trained, self.cursor = step + 1, self.experience.cursor
         if self.student.skipped:
             self.tracker.message(f"step {self.trained} skipped, weights unchanged: {self.student.skipped}")
-        self.completions.log(rollouts, self.trained, batches, self.objective.distillation)
+        self.completions.log(rollouts, self.trained, batches, term)
         self._settle()
         try:
             what = f"step {self.trained}: handing the new weights to the engine"

@@ -1,0 +1,124 @@
+"""Scores of single tokens as Parquet: a file for each step that `log.completions_every` names.
+
+    <run.dir>/tokens/step_00000010.parquet        pandas.read_parquet("<run.dir>/tokens") reads all steps
+
+A row is an answer: what is known of it as a whole, and lists with an entry for each of its tokens. So a prompt is there
+once, a file stands alone, and `explode` makes a row a token of it. docs/view.md has the columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_opd.core.whole_file import write_whole
+
+DIRECTORY = "tokens"
+_NAME = re.compile(r"step_([0-9]+)\.parquet")
+TOP_ID, TOP_TOKEN, TOP_LOGP = "top_id", "top_token", "top_logp"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """An answer with n tokens."""
+
+    row: Mapping[str, Any]
+    """What is known of it as a whole, by column."""
+    token_ids: Sequence[int]
+    learnt: Sequence[bool]
+    """Whether each is learnt."""
+    columns: Mapping[str, np.ndarray]
+    """By column, a number [m] or several [m, k] for each of the m learnt tokens; NaN: not known."""
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """The file of a step."""
+    return run_dir / DIRECTORY / f"step_{step:08d}.parquet"
+
+
+def files(run_dir: Path) -> dict[int, Path]:
+    """The files of a run by step, in order."""
+    found = {int(m[1]): path for path in (run_dir / DIRECTORY).glob("*") if (m := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Remove the files of steps after `step`. Raises OSError."""
+    for its, path in files(run_dir).items():
+        if its > step:
+            path.unlink()
+
+
+def write(path: Path, answers: Sequence[Scored], text_of: Callable[[int], str]) -> None:
+    """Write a step's answers, all with the same columns; `text_of` gives the text of a token id. Raises OSError."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    arrays = {name: pa.array([answer.row[name] for answer in answers]) for name in answers[0].row}
+    ends = np.cumsum([0, *(len(answer.token_ids) for answer in answers)])
+    ids = np.concatenate([np.asarray(answer.token_ids, np.int64) for answer in answers])
+    learnt = np.concatenate([np.asarray(answer.learnt, bool) for answer in answers])
+    lists = {"token_id": _ids(ids), "token": _texts(ids, text_of), "learnt": pa.array(learnt)}
+    for name in answers[0].columns:
+        lists |= _lists(name, _at_all(learnt, [answer.columns[name] for answer in answers]), text_of)
+    arrays |= {name: pa.ListArray.from_arrays(pa.array(ends, pa.int32()), x) for name, x in lists.items()}
+    buffer = pa.BufferOutputStream()
+    parquet.write_table(pa.table(arrays), buffer, compression="zstd")
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, buffer.getvalue().to_pybytes())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The answers of a file by column. Raises ValueError for a file that cannot be read."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        found: list[dict[str, Any]] = parquet.ParquetFile(path).read().to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}; move it away") from None
+    return found
+
+
+def _at_all(learnt: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Of learnt tokens -> of all tokens."""
+    of_learnt = np.concatenate(parts)
+    whole = np.full((len(learnt), *of_learnt.shape[1:]), np.nan)
+    whole[learnt] = of_learnt
+    return whole
+
+
+def _lists(name: str, values: np.ndarray, text_of: Callable[[int], str]) -> dict[str, Any]:
+    """A column of numbers by token as one of the file; of candidates' ids also their texts."""
+    import pyarrow as pa
+
+    if values.ndim == 1:
+        return {name: pa.array(values.astype(np.float32), mask=np.isnan(values))}
+    known = ~np.isnan(values)
+    ends = pa.array(np.cumsum([0, *known.sum(-1)]), pa.int32())
+    what, _, whose = name.partition("/")
+    if what != TOP_ID:
+        return {name: pa.ListArray.from_arrays(ends, pa.array(values[known].astype(np.float32)))}
+    ids, of = values[known].astype(np.int64), f"/{whose}" if whose else ""
+    return {
+        name: pa.ListArray.from_arrays(ends, _ids(ids)),
+        f"{TOP_TOKEN}{of}": pa.ListArray.from_arrays(ends, _texts(ids, text_of)),
+    }
+
+
+def _ids(ids: np.ndarray) -> Any:
+    import pyarrow as pa
+
+    return pa.array(ids.astype(np.int32))
+
+
+def _texts(ids: np.ndarray, text_of: Callable[[int], str]) -> Any:
+    import pyarrow as pa
+
+    some, at = np.unique(ids, return_inverse=True)
+    return pa.array([text_of(int(i)) for i in some], pa.string()).take(pa.array(at.reshape(-1)))
