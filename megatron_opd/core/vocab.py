@@ -169,9 +169,10 @@ class VocabShard:
         return all_TK.topk(min(k, all_TK.shape[-1]), dim=-1).values
 
     def candidates(self, x_TL: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, values) of the k largest values of the whole vocabulary, descending, [T, L] -> [T, k] each, int64 and the
-        type of `x_TL`; fewer if there are fewer columns. Some ids are `size` or more where there are fewer real entries
-        than k. Without a gradient. Each shard sends its own k.
+        """(ids, values) of the k largest values of the whole vocabulary, descending, [T, L] -> int64 [T, k] and [T, k];
+        fewer if there are fewer columns. Where there are fewer real entries than k, some ids are `size` or more.
+
+        Without a gradient. Each shard sends its own k.
         """
         values_TK, ids_TK = self.fill_padding(x_TL.detach(), float("-inf")).topk(min(k, x_TL.shape[-1]), dim=-1)
         ids_TK = ids_TK + self.start

@@ -29,8 +29,8 @@ from megatron_opd.tracking.token_file import TOP_ID, TOP_LOGP
 def measure(term: TeacherTerm, batch: MicroBatch, student: Logits, candidates: int) -> dict[str, torch.Tensor]:
     """Float64 [T], and [T, candidates] for the likeliest tokens, by name; the same on every shard.
 
-    `logp` and `entropy` are the student's, `kl` is KL(student || target) as far as the target is known, `logp/NAME` and
-    `kl/NAME` are a teacher's alone. An id that is no entry of the vocabulary stands for no candidate.
+    `logp` and `entropy` are the student's, `logp_target` is the combined teachers', `kl` is KL(student || target) as far
+    as the target is known, `logp/NAME` and `kl/NAME` are a teacher's alone. An id that is no entry of the vocabulary stands for no candidate.
     """
     found = _nothing(term, batch, candidates)
     for rows_C in torch.arange(len(batch.targets_T), device=batch.targets_T.device).split(term.config.chunk_tokens):
@@ -51,7 +51,13 @@ def measure(term: TeacherTerm, batch: MicroBatch, student: Logits, candidates: i
 def _nothing(term: TeacherTerm, batch: MicroBatch, candidates: int) -> dict[str, torch.Tensor]:
     """Every column, before anything is known."""
     models = ["", *(f"/{teacher.name}" for teacher in term.teachers)]
-    plain = ["entropy", "kl", *(f"logp{model}" for model in models), *(f"kl{model}" for model in models[1:])]
+    plain = [
+        "entropy",
+        "kl",
+        "logp_target",
+        *(f"logp{model}" for model in models),
+        *(f"kl{model}" for model in models[1:]),
+    ]
     lists = [f"{name}{model}" for model in models for name in (TOP_ID, TOP_LOGP)]
     shape_T = (len(batch.targets_T),)
     like = {"dtype": torch.float64, "device": batch.targets_T.device}
@@ -89,7 +95,7 @@ def _of_teachers(
     target = targets.at(asked, rows, level)
     student_CL = term.vocab.log_softmax(logits_CL, term.config.temperature)
     student = targets.student(student_CL, asked.targets_T[rows], target)
-    found = {"kl": _kl(term, student, target)}
+    found = {"kl": _kl(term, student, target), "logp_target": target.sampled_C}
     for n, (teacher, told) in enumerate(zip(term.teachers, target.told, strict=True)):
         if told is None:
             continue

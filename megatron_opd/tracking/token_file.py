@@ -21,6 +21,12 @@ from megatron_opd.core.whole_file import write_whole
 DIRECTORY = "tokens"
 _NAME = re.compile(r"step_([0-9]+)\.parquet")
 TOP_ID, TOP_TOKEN, TOP_LOGP = "top_id", "top_token", "top_logp"
+"""Columns of the likeliest tokens: the student's, and with a slash and its name behind them a teacher's."""
+ROW = {
+    **{"step": "int64", "answer": "int64", "source": "string", "index": "int64", "sample": "int64", "part": "int64"},
+    **{"origin": "string", "finish": "string", "reward": "float64", "prompt": "string", "response": "string"},
+}
+"""Columns of an answer as a whole, and their types in every file, whatever a step has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +34,7 @@ class Scored:
     """An answer with n tokens."""
 
     row: Mapping[str, Any]
-    """What is known of it as a whole, by column."""
+    """What is known of it as a whole: the columns `ROW`."""
     token_ids: Sequence[int]
     learnt: Sequence[bool]
     """Whether each is learnt."""
@@ -59,7 +65,7 @@ def write(path: Path, answers: Sequence[Scored], text_of: Callable[[int], str]) 
     import pyarrow as pa
     from pyarrow import parquet
 
-    arrays = {name: pa.array([answer.row[name] for answer in answers]) for name in answers[0].row}
+    arrays = {name: pa.array([answer.row[name] for answer in answers], kind) for name, kind in ROW.items()}
     ends = np.cumsum([0, *(len(answer.token_ids) for answer in answers)])
     ids = np.concatenate([np.asarray(answer.token_ids, np.int64) for answer in answers])
     learnt = np.concatenate([np.asarray(answer.learnt, bool) for answer in answers])

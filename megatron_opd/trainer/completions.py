@@ -41,6 +41,8 @@ class Completions:
         self.config, self.parallel, self.tokenizer, self.tracker = config, parallel, tokenizer, tracker
         self.dir = Path(run_dir)
         self.path = self.dir / COMPLETIONS_FILE
+        self.texts: token_tables.Texts | None = None
+        """Of tokens, on the main rank from the first table on."""
 
     def log(
         self,
@@ -88,7 +90,8 @@ class Completions:
         first = rollouts[: max(self.config.completions - before, 0)]
         answers, columns = token_tables.measured(student, term, rollouts=first, batches=batches, parallel=self.parallel)
         if self.parallel.is_main and self.tokenizer is not None:
-            token_tables.write(self.dir, step, rollouts=answers, columns=columns, tokenizer=self.tokenizer)
+            self.texts = self.texts or token_tables.Texts(self.tokenizer)
+            token_tables.write(self.dir, step, rollouts=answers, columns=columns, texts=self.texts)
 
     def _is_due(self, step: int) -> bool:
         every = self.config.completions_every

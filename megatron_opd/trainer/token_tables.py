@@ -8,8 +8,8 @@ Shape suffixes: T learnt tokens of a micro-batch, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +32,25 @@ Columns: TypeAlias = dict[str, np.ndarray]
 """Of an answer with R learnt tokens: numbers [R], or [R, K] of candidates, by column; NaN: not known."""
 
 
+class Texts:
+    """The texts of a tokenizer's tokens, for people."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        try:
+            self.pieces = read_pieces(tokenizer).of_id
+        except ValueError:  # a decoder that nobody has taken apart
+            self.pieces = ()
+
+    def of(self, token_id: int) -> str:
+        """Bytes that are no whole characters as \\xNN, special tokens by their names."""
+        piece = self.pieces[token_id] if token_id < len(self.pieces) else None
+        if piece is not None:
+            return piece.decode("utf-8", "backslashreplace")
+        name = self.tokenizer.hf.convert_ids_to_tokens(token_id)
+        return f"<{token_id}>" if name is None else str(name)
+
+
 def measured(
     student: Student,
     term: TeacherTerm,
@@ -52,35 +71,15 @@ def measured(
     return [x for _, its, _ in everyone for x in its], [x for _, _, its in everyone for x in its]
 
 
-def write(
-    run_dir: Path, step: int, *, rollouts: Sequence[Rollout], columns: Sequence[Columns], tokenizer: Tokenizer
-) -> None:
+def write(run_dir: Path, step: int, *, rollouts: Sequence[Rollout], columns: Sequence[Columns], texts: Texts) -> None:
     """The file of a step's answers; none without an answer. Raises OSError."""
     both = enumerate(zip(rollouts, columns, strict=True))
     scored = [
-        token_file.Scored(row=_row(r, tokenizer, step, i), token_ids=r.token_ids, learnt=r.learnt, columns=its)
+        token_file.Scored(row=_row(r, texts.tokenizer, step, i), token_ids=r.token_ids, learnt=r.learnt, columns=its)
         for i, (r, its) in both
     ]
     if scored:
-        token_file.write(token_file.path_of(run_dir, step), scored, text_of(tokenizer))
-
-
-def text_of(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """The text that a token stands for; bytes that are no whole character as \\xNN, special tokens by their names."""
-    try:
-        pieces = read_pieces(tokenizer).of_id
-    except ValueError:  # a decoder that nobody has taken apart
-        pieces = ()
-
-    @cache
-    def text(i: int) -> str:
-        piece = pieces[i] if i < len(pieces) else None
-        if piece is not None:
-            return piece.decode("utf-8", "backslashreplace")
-        name = tokenizer.hf.convert_ids_to_tokens(i)
-        return f"<{i}>" if name is None else str(name)
-
-    return text
+        token_file.write(token_file.path_of(run_dir, step), scored, texts.of)
 
 
 def _row(rollout: Rollout, tokenizer: Tokenizer, step: int, number: int) -> dict[str, Any]:
