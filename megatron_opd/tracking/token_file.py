@@ -42,6 +42,32 @@ class Scored:
     """By column, a number [m] or several [m, k] for each of the m learnt tokens; NaN: not known."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lists:
+    """Candidates: how many each token has, and all of them, one behind the other."""
+
+    counts: np.ndarray
+    values: Sequence[Any]
+    """Texts, or numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A file as it is read: the answers, and the tokens of all of them one behind the other, N in all."""
+
+    rows: list[dict[str, Any]]
+    """The columns `ROW`."""
+    counts: np.ndarray
+    """Tokens of each answer."""
+    texts: list[str]
+    learnt: np.ndarray
+    """bool [N]."""
+    numbers: dict[str, np.ndarray]
+    """By column [N]; NaN: not known."""
+    lists: dict[str, Lists]
+    """By column."""
+
+
 def path_of(run_dir: Path, step: int) -> Path:
     """The file of a step."""
     return run_dir / DIRECTORY / f"step_{step:08d}.parquet"
@@ -79,16 +105,44 @@ def write(path: Path, answers: Sequence[Scored], text_of: Callable[[int], str]) 
     write_whole(path, buffer.getvalue().to_pybytes())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The answers of a file by column. Raises ValueError for a file that cannot be read."""
+def read(path: Path) -> Table:
+    """Raises ValueError for a file that cannot be read."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        found: list[dict[str, Any]] = parquet.ParquetFile(path).read().to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}; move it away") from None
-    return found
+        found = parquet.ParquetFile(path).read()
+        table = found.combine_chunks()
+        lists = {name: table.column(name).combine_chunks() for name in table.column_names if name not in ROW}
+        return Table(
+            rows=table.select(list(ROW)).to_pylist(),
+            counts=np.diff(_plain(lists["token"].offsets)),
+            texts=lists["token"].values.to_pylist(),
+            learnt=_plain(lists["learnt"].values).astype(bool),
+            numbers={name: _plain(x.values).astype(float) for name, x in lists.items() if _is_number(x.values.type)},
+            lists={name: _listed(x.values) for name, x in lists.items() if pa.types.is_list(x.values.type)},
+        )
+    except (pa.ArrowException, OSError, LookupError, AttributeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as scores of tokens: {why}; move it away") from None
+
+
+def _plain(array: Any) -> np.ndarray:
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_floating(kind))
+
+
+def _listed(array: Any) -> Lists:
+    import pyarrow as pa
+
+    values = array.values
+    known = values.to_pylist() if pa.types.is_string(values.type) else _plain(values)
+    return Lists(counts=np.diff(_plain(array.offsets)), values=known)
 
 
 def _at_all(learnt: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
