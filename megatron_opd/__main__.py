@@ -9,13 +9,13 @@ import sys
 from contextlib import suppress
 
 from megatron_opd import __version__
-from megatron_opd.commands import check, eval, launch, methods, report, serve, train
+from megatron_opd.commands import check, eval, launch, methods, report, serve, train, view
 from megatron_opd.core import causes, compiler_cache, interrupts, lifeline
 from megatron_opd.core.arguments import Commands, Parser
 
 COMMANDS = {
     "a run": (check, train, launch, serve),
-    "what came of it": (eval, report),
+    "what came of it": (eval, report, view),
     "settings": (methods,),
 }
 """The modules of the commands, by their heading in --help."""
@@ -27,6 +27,7 @@ examples:
   megatron-opd train examples/quickstart.yaml optim.lr=5e-4 parallel.tensor=1 run.dir=runs/mine
   torchrun --nproc-per-node 4 -m megatron_opd train examples/quickstart.yaml
   megatron-opd report runs/quickstart                          table and plot of a run
+  megatron-opd view runs/quickstart                            its answers token by token, as a page for a browser
   megatron-opd eval examples/quickstart.yaml --model runs/quickstart/hf
   megatron-opd methods gkd                                     the settings of a method; without a name, all methods
   megatron-opd serve my.yaml --only teacher-math               its SGLang servers, in a job step of their own

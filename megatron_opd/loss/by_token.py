@@ -30,8 +30,8 @@ def measure(term: TeacherTerm, batch: MicroBatch, student: Logits, candidates: i
     """Float64 [T], and [T, candidates] for the likeliest tokens, by name; the same on every shard.
 
     `logp` and `entropy` are the student's, `logp_target` is the combined teachers', `kl` is KL(student || target) as
-    far as the target is known, `logp/NAME` and `kl/NAME` are a teacher's alone. An id that is no entry of the vocabulary
-    stands for no candidate.
+    far as the target is known, `logp/NAME` and `kl/NAME` are a teacher's alone. Ids that are no entries of the
+    vocabulary stand for no candidate.
     """
     found = _nothing(term, batch, candidates)
     for rows_C in torch.arange(len(batch.targets_T), device=batch.targets_T.device).split(term.config.chunk_tokens):

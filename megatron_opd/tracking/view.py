@@ -1,7 +1,7 @@
 """The answers of a run token by token, as one HTML page that needs no network: `megatron-opd view RUN_DIR`.
 
-The page is three files in `page/`, put together with the data. Numbers travel as whole numbers of 16 bits with a scale a
-column, texts of tokens as places in one list. Whatever a run's texts hold, they stay texts: they cannot end the block
+The page is three files in `page/`, put together with the data. Numbers travel as whole numbers of 16 bits with a scale
+a column, texts of tokens as places in one list. Whatever a run's texts hold, they stay texts: they cannot end the block
 of data, the script makes text of them before they become HTML, and the page runs no other script than its own.
 """
 
@@ -27,6 +27,8 @@ from megatron_opd.tracking.token_file import TOP_LOGP, TOP_TOKEN, Lists, Table
 PAGE = "view.html"
 _POINTS = 600
 """The most points of a curve."""
+_MOST_SHORT = 65535
+"""The most texts whose places 16 bits hold."""
 _UNKNOWN, _LARGEST = -32768, 32767
 _KEPT = ("source", "index", "sample", "part", "origin", "finish", "reward", "prompt", "response")
 
@@ -65,7 +67,7 @@ def data_of(run: RecordedRun, tables: Sequence[Table]) -> dict[str, Any]:
     candidates = max((int(x.counts.max(initial=0)) for x in lists), default=0)
     for text in (text for table in tables for text in _texts(table)):
         places.setdefault(text, len(places))
-    kind = np.uint32 if len(places) > 65535 else np.uint16
+    kind = np.uint32 if len(places) > _MOST_SHORT else np.uint16
     return {
         "name": run.dir.resolve().name,
         "about": _about(run, teachers),

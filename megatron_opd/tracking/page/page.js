@@ -4,7 +4,7 @@
 const began = performance.now();
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-const state = { step: 0, teacher: "", by: "kl", sort: "order", source: "", reward: "", query: "", marked: -1 };
+const state = { step: 0, teacher: "", by: "kl", sort: "total", source: "", reward: "", query: "", marked: -1 };
 let shown = [];      // the answers that pass the filters, in order
 let step = null;     // the step's columns, as typed arrays
 let cursor = null;   // {answer, at}: the token whose window is open
@@ -172,7 +172,10 @@ function draw() {
   close();
   const main = byId("answers");
   main.innerHTML = shown.length ? shown.map(card).join("") : '<p class="none">No answer passes these filters.</p>';
-  for (const article of main.querySelectorAll(".card")) soon.observe(article);
+  let room = 2000;  // tokens that are drawn at once: a window has no more, and the others come when they are near
+  for (const article of main.querySelectorAll(".card")) {
+    if (room > 0) { fill(article); room -= step.answers[article.dataset.n].tokens; } else soon.observe(article);
+  }
   const tokens = shown.reduce((n, a) => n + a.known, 0), total = shown.reduce((x, a) => x + a.total, 0);
   const kl = tokens ? ` Mean KL ${number(total / tokens)} nats a token.` : "";
   byId("sum").textContent = `${shown.length} of ${step.answers.length} answers, ${tokens.toLocaleString("en")} tokens.${kl}`;
@@ -359,6 +362,7 @@ function begin() {
   fillSelect("step", data.steps.map((s, i) => [i, s.step]));
   fillSelect("teacher", data.teachers.length === 1 ? [["", data.teachers[0]]] : [["", data.teachers.length ? "all together" : "none"], ...data.teachers.map((t) => [t, t])]);
   fillSelect("sort", Object.entries(SORTS).map(([value, [label]]) => [value, label]));
+  byId("sort").value = state.sort;
   fillSelect("reward", Object.entries(REWARDS).map(([value, [label]]) => [value, label]));
   const names = Object.keys(data.curves);
   charts = [...new Set(FIRST.flatMap((pattern) => names.filter((name) => pattern.test(name)).slice(0, 1)))].slice(0, 5);
