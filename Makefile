@@ -25,7 +25,7 @@ ELSEWHERE    := not gpu and not sglang and not slurm and not stacks
 ON_NEWEST    := $(addprefix tests/,core loss models precision student teachers rollout trainer e2e stacks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-llm quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-kernels test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-llm quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-kernels test-view test-gpu bench-methods lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -108,6 +108,11 @@ test-newest: install $(NEWEST)/.installed ## the quickstart, models, steps and c
 test-kernels: install ## the Triton kernels, compiled for GPUs that are not here and interpreted (installs Triton: 1 GB)
 	$(PIP) -c constraints.txt -e '.[triton]'
 	$(TEST) $(SIDE_BY_SIDE) -m kernels $(ARGS)
+
+test-view: install ## the page of `megatron-opd view` in a headless Chromium (apt-get install chromium, or dnf, brew)
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { echo "there is no Chromium here: apt-get install chromium (Debian), dnf install chromium, brew install chromium"; exit 1; }
+	$(TEST) tests/tracking/test_view_page.py $(ARGS)
 
 test-gpu: install ## tests that need a GPU
 	$(TEST) -m gpu

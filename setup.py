@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_opd" / "__init_
 README = HERE / "README.md"
 
 SGLANG = ["aiohttp>=3.9", "tenacity>=8.2"]
-DATASETS = ["datasets>=3", "pyarrow>=15"]
+DATASETS = ["datasets>=3"]
 TENSORBOARD = ["tensorboard>=2.14"]
 WANDB = ["wandb>=0.17"]
 # tools/fetch_smollm2.py reads a GGUF file with these; transformers asks for `accelerate` there.
@@ -49,6 +49,7 @@ setup(
         "megatron_opd.loss.fused": ["*.cpp", "*.h"],  # compiled at first use
         "megatron_opd.launch.slurm": ["*.sh"],
         "megatron_opd.methods": ["*.yaml"],
+        "megatron_opd.tracking.page": ["page.*"],
     },
     install_requires=[
         "torch>=2.10",
@@ -59,6 +60,9 @@ setup(
         "transformers>=4.57",
         "sentencepiece",
         "protobuf",
+        # Scores of tokens (log.completions_every) and prompts as Parquet. 55 MB to fetch, and pandas reads Parquet with
+        # it too; the one other writer, fastparquet, needs pandas itself.
+        "pyarrow>=15",
         "safetensors",
         "pydantic>=2.10",
         "pyyaml",
@@ -81,7 +85,7 @@ setup(
         "triton": ["triton>=3; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         # The client side only: SGLang is a server and lives in an environment of its own, with its own torch.
         "sglang": SGLANG,
-        # Prompts from Parquet files (pyarrow alone would do) and from the Hugging Face hub.
+        # Prompts from the Hugging Face hub.
         "datasets": DATASETS,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,

@@ -134,6 +134,6 @@ class LogConfig:
     0: none."""
     completions_every: Count = 0
     """Steps between tables of answers: those of one training step go to <run.dir>/completions.jsonl (and to a table of
-    W&B). 0: no tables."""
+    W&B), and the scores of their tokens to <run.dir>/tokens (docs/view.md). 0: no tables."""
     completions: AtLeastOne = 32
     """Answers in such a table, the first ones of the step."""

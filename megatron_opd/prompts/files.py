@@ -102,11 +102,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading Parquet needs pyarrow: {_INSTALL}") from None
+    import pyarrow
+    from pyarrow import parquet
+
     index = 0
     try:
         with parquet.ParquetFile(path) as file:

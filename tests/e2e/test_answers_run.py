@@ -86,6 +86,9 @@ def test_a_run_that_goes_on_between_mixed_answers_ends_bitwise_the_same(tmp_path
     assert exported(tmp_path / "copy") == exported(tmp_path / "whole")
     tables = [(tmp_path / run / "completions.jsonl").read_bytes() for run in ("copy", "whole")]
     assert tables[0] == tables[1]
+    tokens = [{x.name: x.read_bytes() for x in (tmp_path / run / "tokens").iterdir()} for run in ("copy", "whole")]
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 4
     fractions = [row["answers/student_frac"] for row in rows(tmp_path / "whole") if "loss" in row]
     assert 0 < min(fractions) < 1
 

@@ -166,6 +166,7 @@ def test_by_keyboard_alone(page):
     assert page.js("document.activeElement.id") == "query"
 
 
+@pytest.mark.slow
 def test_500_answers_open_within_a_second(browser, tmp_path):
     """A second of the script's own time, which is about 0.1 s on an idle core."""
     rng = np.random.default_rng(0)
