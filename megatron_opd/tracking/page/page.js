@@ -291,7 +291,7 @@ function about(answer, at) {
 
 // Curves --------------------------------------------------------------------------------------------------------------
 
-const FIRST = [/^kl\/ensemble$/, /^kl\//, /^reward$|^reward\/mean$/, /^eval\/accuracy\/all$/, /^rollout\/length$/, /^entropy$/, /^loss$/, /^grad_norm$/];
+const FIRST = [/^kl\/ensemble$/, /^kl\//, /^reward$|^reward\/mean$/, /^eval\/accuracy\/all$/, /^agreement\/ensemble$/, /^rollout\/length$/, /^entropy$/, /^grad_norm$/, /^loss$/];
 const W = 300, H = 92, LEFT = 38, BOTTOM = 14;
 
 function chart(name) {
@@ -337,6 +337,12 @@ function drawCurves() {
 
 const fillSelect = (id, pairs) => { byId(id).innerHTML = pairs.map(([value, label]) => `<option value="${text(value)}">${text(label)}</option>`).join(""); };
 
+/* A control is there where it has something to choose. */
+function only(id, isUseful) {
+  byId(id).closest(".field").hidden = !isUseful;
+  if (!isUseful) state[id] = byId(id).value = "";
+}
+
 function go(number) {
   if (number < 0 || number >= data.steps.length) return;
   state.step = number;
@@ -348,6 +354,8 @@ function go(number) {
   fillSelect("source", [["", "all"], ...sources.map((s) => [s, s])]);
   if (!sources.includes(state.source)) state.source = "";
   byId("source").value = state.source;
+  only("source", sources.length > 1);
+  only("reward", step.answers.some((a) => a.reward !== null));
   const known = Object.entries(MEASURES).filter(([, how]) => isKnown(how.values()));
   fillSelect("by", known.map(([name, how]) => [name, how.label]));
   if (known.length && !known.some(([name]) => name === state.by)) state.by = known[0][0];
