@@ -52,7 +52,7 @@ class Lists:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
+class TokenScores:
     """A file as it is read: the answers, and the tokens of all of them one behind the other, N in all."""
 
     rows: list[dict[str, Any]]
@@ -105,7 +105,7 @@ def write(path: Path, answers: Sequence[Scored], text_of: Callable[[int], str]) 
     write_whole(path, buffer.getvalue().to_pybytes())
 
 
-def read(path: Path) -> Table:
+def read(path: Path) -> TokenScores:
     """Raises ValueError for a file that cannot be read."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -114,7 +114,7 @@ def read(path: Path) -> Table:
         found = parquet.ParquetFile(path).read()
         table = found.combine_chunks()
         lists = {name: table.column(name).combine_chunks() for name in table.column_names if name not in ROW}
-        return Table(
+        return TokenScores(
             rows=table.select(list(ROW)).to_pylist(),
             counts=np.diff(_plain(lists["token"].offsets)),
             texts=lists["token"].values.to_pylist(),

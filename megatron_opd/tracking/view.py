@@ -22,7 +22,7 @@ import numpy as np
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.tracking import token_file
 from megatron_opd.tracking.report_run import RecordedRun, read_run
-from megatron_opd.tracking.token_file import TOP_LOGP, TOP_TOKEN, Lists, Table
+from megatron_opd.tracking.token_file import TOP_LOGP, TOP_TOKEN, Lists, TokenScores
 
 PAGE = "view.html"
 _POINTS = 600
@@ -59,7 +59,7 @@ def page(data: dict[str, Any]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], frame)
 
 
-def data_of(run: RecordedRun, tables: Sequence[Table]) -> dict[str, Any]:
+def data_of(run: RecordedRun, tables: Sequence[TokenScores]) -> dict[str, Any]:
     """What the page shows. Raises ValueError for a run without answers."""
     places: dict[str, int] = {"": 0}
     teachers = [name.removeprefix("logp/") for name in tables[0].numbers if name.startswith("logp/")]
@@ -116,7 +116,7 @@ def _curves(run: RecordedRun) -> dict[str, list[list[float]]]:
     return found
 
 
-def _texts(table: Table) -> Iterable[str]:
+def _texts(table: TokenScores) -> Iterable[str]:
     yield from table.texts
     for name, its in table.lists.items():
         if name.partition("/")[0] == TOP_TOKEN:
@@ -124,7 +124,7 @@ def _texts(table: Table) -> Iterable[str]:
 
 
 def _step(
-    table: Table, places: dict[str, int], kind: type, *, teachers: Sequence[str], candidates: int
+    table: TokenScores, places: dict[str, int], kind: type, *, teachers: Sequence[str], candidates: int
 ) -> dict[str, Any]:
     counts = zip(table.rows, table.counts.tolist(), strict=True)
     tops = {}

@@ -28,7 +28,7 @@ from megatron_opd.tracking import token_file
 
 CANDIDATES = 5
 """The likeliest tokens that are kept of each model."""
-Columns: TypeAlias = dict[str, np.ndarray]
+AnswerScores: TypeAlias = dict[str, np.ndarray]
 """Of an answer with R learnt tokens: numbers [R], or [R, K] of candidates, by column; NaN: not known."""
 
 
@@ -58,7 +58,7 @@ def measured(
     rollouts: Sequence[Rollout],
     batches: Sequence[MicroBatch],
     parallel: Parallel,
-) -> tuple[list[Rollout], list[Columns]]:
+) -> tuple[list[Rollout], list[AnswerScores]]:
     """The answers of all replicas, of this one's `rollouts`, which `batches` begin with; and by answer what `by_token`
     measures, the sampler's log-probabilities and the advantages, of its learnt tokens. Collective over all ranks."""
     these = _covering(batches, len(rollouts))
@@ -71,7 +71,9 @@ def measured(
     return [x for _, its, _ in everyone for x in its], [x for _, _, its in everyone for x in its]
 
 
-def write(run_dir: Path, step: int, *, rollouts: Sequence[Rollout], columns: Sequence[Columns], texts: Texts) -> None:
+def write(
+    run_dir: Path, step: int, *, rollouts: Sequence[Rollout], columns: Sequence[AnswerScores], texts: Texts
+) -> None:
     """The file of a step's answers; none without an answer. Raises OSError."""
     both = enumerate(zip(rollouts, columns, strict=True))
     scored = [
@@ -115,7 +117,7 @@ def _read(term: TeacherTerm, batch: MicroBatch, student: Logits) -> dict[str, to
     return {"logp_sampler": sampler_T, "advantage": advantage_T.double(), **columns}
 
 
-def _by_answer(batch: MicroBatch, columns: dict[str, torch.Tensor]) -> list[Columns]:
+def _by_answer(batch: MicroBatch, columns: dict[str, torch.Tensor]) -> list[AnswerScores]:
     """By answer its learnt tokens' part of the columns [T, ...]."""
     counts = torch.bincount(batch.sequence_T, minlength=len(batch.lengths)).tolist()
     split = {name: x.float().cpu().split(counts) for name, x in columns.items()}

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -84,6 +85,14 @@ def told(parallel, config, rollouts):
 
     _, objective, batches = built(parallel, config, rollouts)
     return answer_logps(objective.distillation, batches, len(rollouts), parallel)
+
+
+def told_by_token(parallel, config, rollouts):
+    from megatron_opd.trainer import token_tables
+
+    student, objective, batches = built(parallel, config, rollouts)
+    how = {"rollouts": rollouts, "batches": batches, "parallel": parallel}
+    return token_tables.measured(student, objective.distillation, **how)[1]
 
 
 def spoilt_step(parallel, config, rollouts):
@@ -286,6 +295,10 @@ def test_its_log_probabilities_of_whole_answers(ranks, paths, layout):
     size = layout.get("tensor", 1) * layout.get("pipeline", 1)
     for found in ranks.run(size, told, config(paths, loss, how, **layout), rollouts(paths), **layout):
         assert [row["other"] for row in found] == pytest.approx(wanted, rel=2e-5)
+    if layout == LAYOUTS["tp2"]:  # of single tokens it knows the ends of spans
+        for found in ranks.run(2, told_by_token, config(paths, loss, how, **layout), rollouts(paths), **layout):
+            assert [np.nansum(its["logp/other"]) for its in found] == pytest.approx(wanted, rel=2e-5)
+            assert all(np.isnan(its["kl"]).all() and not np.isnan(its["logp"]).any() for its in found)
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=str)
