@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,10 +21,12 @@ from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.loss.term import TeacherTerm
 from megatron_opd.models.tokenizer import Tokenizer
-from megatron_opd.student.student import Student
 from megatron_opd.tracking import json_lines, token_file
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer import shown_answer, token_tables
+
+if TYPE_CHECKING:
+    from megatron_opd.student.student import Student
 
 COMPLETIONS_FILE = "completions.jsonl"
 AnswerLogps = list[dict[str, float | None]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from megatron_opd.loss.crosstok.pieces import read_pieces
 from megatron_opd.loss.fused import Logits
 from megatron_opd.loss.term import TeacherTerm
 from megatron_opd.models.tokenizer import Tokenizer
-from megatron_opd.student.student import Student
 from megatron_opd.tracking import token_file
+
+if TYPE_CHECKING:
+    from megatron_opd.student.student import Student
 
 CANDIDATES = 5
 """The likeliest tokens that are kept of each model."""

@@ -1,10 +1,13 @@
 """Tables of answers: what a line says, who writes, when, and what a resume drops."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
+import pandas
 import pytest
 import tiny
 import torch
@@ -15,7 +18,9 @@ from megatron_opd.core.batching import pack
 from megatron_opd.core.scores import Sampled
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
+from megatron_opd.tracking import token_file
 from megatron_opd.tracking.tracker import Tracker, build_tracker
+from megatron_opd.trainer import token_tables
 from megatron_opd.trainer.completions import Completions
 
 TOKENIZER = SimpleNamespace(decode=lambda ids: "".join(chr(96 + i) for i in ids))
@@ -26,7 +31,7 @@ NO_TEACHER = (), Distillation(c.LossConfig(), 1.0, VocabShard.whole(9), (), ())
 
 def parallel(replicas=1, is_main=True):
     """Of replicas whose answers are all the same."""
-    place = {"is_main": is_main, "is_last_stage": True, "data_rank": 0}
+    place = {"is_main": is_main, "is_last_stage": True, "data_rank": 0, "is_leader": True, "counts_whole": True}
     return SimpleNamespace(
         **place, gather_leaders=lambda value: [value] * replicas, gather_world=lambda value: [value] * replicas
     )
@@ -88,10 +93,49 @@ def test_every_so_many_steps_and_no_more_than_so_many(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [2, 2, 2, 4, 4, 4]
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """Every look at a student that knows nothing, on answers to two teachers: (student, term, micro-batches)."""
+    monkeypatch.setattr(token_tables, "Texts", lambda tokenizer: SimpleNamespace(tokenizer=tokenizer, of=str))
+    batches, term = told_by_two()
+    logits = torch.zeros(len(batches[0].targets_T), 9)
+    return SimpleNamespace(measure=lambda its, read: [read(batch, logits) for batch in its]), term, batches
+
+
+def test_scores_of_tokens_of_the_same_answers(tmp_path, asked):
+    student, term, batches = asked
+    table = completions(tmp_path, every=2, most=1)
+    for step in (1, 2, 3, 4):
+        table.look(student, term, rollouts=rollouts(), batches=batches, step=step)
+        table.log(rollouts(), step, batches, term)
+    assert list(token_file.files(tmp_path)) == [2, 4]
+    (row,) = token_file.read(token_file.path_of(tmp_path, 4)).rows
+    (line,) = [line for line in rows(tmp_path) if line["step"] == 4]
+    assert {name: row[name] for name in row.keys() & line.keys()} == {
+        name: line[name] for name in row.keys() & line.keys()
+    }
+    table.rewind(3)
+    assert list(token_file.files(tmp_path)) == [2]
+
+
+def test_scores_of_an_answer_of_others_have_no_sampler(tmp_path, asked):
+    student, term, batches = asked
+    batches = [replace(batches[0], on_policy_T=torch.tensor([True, True, False]))]
+    completions(tmp_path).look(student, term, rollouts=rollouts(), batches=batches, step=1)
+    table = pandas.read_parquet(tmp_path / "tokens")
+    assert table["origin"].tolist() == ["student", "dataset"]
+    assert [np.isnan(x).tolist() for x in table["logp_sampler"]] == [[False, False], [True]]
+    assert table["logp/both"][1].tolist() == [-3.0]
+    assert np.isnan(table["logp/first"][1]).all()  # it was not asked
+    np.testing.assert_allclose(table["kl/both"][0], [0.5 - math.log(9), 1.25 - math.log(9)], rtol=1e-5)
+
+
 @pytest.mark.parametrize("place", [{"every": 0}, {"is_main": False}])
-def test_nothing_is_written_where_it_is_off_or_elsewhere(tmp_path, place):
+def test_nothing_is_written_where_it_is_off_or_elsewhere(tmp_path, place, asked):
     table = completions(tmp_path, **place)
+    student, term, batches = asked
     table.log(rollouts(), 4, *NO_TEACHER)
+    table.look(student, term, rollouts=rollouts(), batches=batches, step=4)
     table.rewind(1)
     assert list(tmp_path.iterdir()) == []
 

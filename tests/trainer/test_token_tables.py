@@ -4,8 +4,10 @@ import pytest
 import steps
 import test_step_invariance as invariance
 import torch
+import two_cuts
 from test_step_invariance import paths  # noqa: F401
 
+from megatron_opd.models.tokenizer import load_tokenizer
 from megatron_opd.trainer import token_tables
 
 COUNT = 3
@@ -75,3 +77,14 @@ def test_what_is_scored(of_one_rank):
         *("logp_sampler", "advantage", "entropy", "kl", "logp", "logp_target", "top_id", "top_logp"),
         *(f"{name}/{t}" for t in ("t0", "t1") for name in ("logp", "kl", "top_id", "top_logp")),
     }
+
+
+def test_texts_of_tokens(tmp_path):
+    byte = token_tables.Texts(load_tokenizer(two_cuts.byte_level(tmp_path / "byte")))
+    piece = token_tables.Texts(load_tokenizer(two_cuts.sentencepiece(tmp_path / "piece")))
+    for texts, eos in ((byte, "<|end|>"), (piece, "</s>")):
+        ids = texts.tokenizer.encode(" the quick fox")
+        assert "".join(texts.of(i) for i in ids).strip() == "the quick fox"
+        assert texts.of(texts.tokenizer.eos_id) == eos
+        assert texts.of(10**6)  # the head of a model may be longer than its vocabulary
+    assert "\\xe2" in "".join(byte.of(i) for i in byte.tokenizer.encode("☃"))  # a part of a character
