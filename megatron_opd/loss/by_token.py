@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron_opd.core.batching import select
 from megatron_opd.core.scores import Level, TokenRows
 from megatron_opd.core.types import MicroBatch
+from megatron_opd.core.vocab import PADDING_LOGP
 from megatron_opd.loss import reverse_kl
 from megatron_opd.loss.agreement import logits_at
 from megatron_opd.loss.fused import Logits
@@ -30,8 +31,8 @@ def measure(term: TeacherTerm, batch: MicroBatch, student: Logits, candidates: i
     """Float64 [T], and [T, candidates] for the likeliest tokens, by name; the same on every shard.
 
     `logp` and `entropy` are the student's, `logp_target` is the combined teachers', `kl` is KL(student || target) as
-    far as the target is known, `logp/NAME` and `kl/NAME` are a teacher's alone. Ids that are no entries of the
-    vocabulary stand for no candidate.
+    far as the target is known, `logp/NAME` and `kl/NAME` are a teacher's alone. Candidates that
+    are NaN are not there.
     """
     found = _nothing(term, batch, candidates)
     for rows_C in torch.arange(len(batch.targets_T), device=batch.targets_T.device).split(term.config.chunk_tokens):
@@ -76,7 +77,7 @@ def _of_student(
     term: TeacherTerm, batch: MicroBatch, rows_C: torch.Tensor, student: Logits, candidates: int
 ) -> dict[str, torch.Tensor]:
     logp_CL = term.vocab.log_softmax(logits_at(student, rows_C), term.config.temperature)
-    ids_CK, top_CK = term.vocab.candidates(logp_CL, candidates)
+    ids_CK, top_CK = _real(*term.vocab.candidates(logp_CL, candidates))
     sampled_C = term.vocab.gather(logp_CL, batch.targets_T[rows_C, None])[:, 0]
     entropy_C = -term.vocab.sum(logp_CL.exp() * logp_CL)
     return {"logp": sampled_C, "entropy": entropy_C, TOP_ID: ids_CK, TOP_LOGP: top_CK}
@@ -126,10 +127,16 @@ def _candidates(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(ids, log-probabilities) of a teacher's likeliest tokens, [C, K] each, the likeliest first; None: not known."""
     if told.logp_CL is not None:
-        return term.vocab.candidates(told.logp_CL, count)
+        return _real(*term.vocab.candidates(told.logp_CL, count))
     over_CO = None if outcomes is None else told.over(outcomes)
     if outcomes is None or over_CO is None:
         return None
     listed_CU = over_CO[:, :-1]  # the last outcome is the rest
     top = listed_CU.topk(min(count, listed_CU.shape[-1]), dim=-1)
-    return outcomes.ids_TU.gather(-1, top.indices), top.values
+    return _real(outcomes.ids_TU.gather(-1, top.indices), top.values)
+
+
+def _real(ids_CK: torch.Tensor, logp_CK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64, with NaN for what only fills: ids beyond the vocabulary, and those that a teacher did not list."""
+    fills_CK = logp_CK <= PADDING_LOGP
+    return ids_CK.double().masked_fill(fills_CK, torch.nan), logp_CK.double().masked_fill(fills_CK, torch.nan)

@@ -47,7 +47,7 @@ class Lists:
     """Candidates: how many each token has, and all of them, one behind the other."""
 
     counts: np.ndarray
-    values: Sequence[Any]
+    values: Sequence[Any] | np.ndarray
     """Texts, or numbers."""
 
 

@@ -133,8 +133,8 @@ def _step(
         tokens, logps = table.lists.get(f"{TOP_TOKEN}{of}"), table.lists.get(f"{TOP_LOGP}{of}")
         if tokens is not None and logps is not None and len(tokens.values):
             ids = Lists(counts=tokens.counts, values=[places[text] for text in tokens.values])
-            table_NK = _rectangle(ids, candidates, 0).astype(kind)
-            tops[model] = {"ids": _base64(table_NK), "logps": _packed(_rectangle(logps, candidates, np.nan))}
+            whole = _rectangle(ids, candidates, 0).astype(kind)
+            tops[model] = {"ids": _base64(whole), "logps": _packed(_rectangle(logps, candidates, np.nan))}
     return {
         "step": table.rows[0]["step"] if table.rows else 0,
         "answers": [{**{name: row[name] for name in _KEPT}, "tokens": count} for row, count in counts],

@@ -11,7 +11,8 @@ from megatron_opd.loss import by_token
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.fused import FactoredLogits
 
-CANDIDATES = 3
+CANDIDATES = 7
+"""More than some teachers list."""
 MIXTURES = [i for i, (_, _, beta) in enumerate(carriers.CASES) if beta == 1.0]
 
 
