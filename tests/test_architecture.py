@@ -27,7 +27,7 @@ ROOMS = {
     "launch": "starting a run: its processes on this machine, or a Slurm job",
     "commands": "what users call: a module for each command of `megatron-opd`",
 }
-AT_THE_ROOT = ["__init__.py", "__main__.py"]
+AT_THE_ROOT = ["__init__.py", "__main__.py", "py.typed"]
 DATA = ["methods"]  # folders without code
 LEAVES = ["config/*", "core/*"]
 HTTP = ["aiohttp", "httpx", "requests", "urllib.request"]
@@ -35,7 +35,7 @@ ONLY_IN = {
     "megatron": ["student/*", "teachers/megatron_teacher.py"],
     **{client: ["sglang/*"] for client in HTTP},
     "tenacity": ["sglang/*"],
-    f"{PACKAGE}.trainer.loop": ["commands/train.py"],
+    f"{PACKAGE}.trainer.loop": ["commands/*"],
 }
 NEVER_IN = {
     **dict.fromkeys(["transformers", *HTTP], LEAVES),

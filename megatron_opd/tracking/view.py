@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_opd.core.run_dir import COMPLETIONS
 from megatron_opd.core.whole_file import write_whole
 from megatron_opd.tracking import token_file
 from megatron_opd.tracking.report_run import RecordedRun, read_run
@@ -82,7 +83,7 @@ def data_of(run: RecordedRun, tables: Sequence[TokenScores]) -> dict[str, Any]:
 
 def _nothing(run_dir: Path) -> str:
     how = "set log.completions_every (for example log.completions_every=10) and train, or continue, the run"
-    if (run_dir / "completions.jsonl").is_file():
+    if (run_dir / COMPLETIONS).is_file():
         return f"{run_dir} has answers, but no scores of single tokens: they come with newer versions; {how}"
     return f"{run_dir} has no scores of tokens: {how}"
 

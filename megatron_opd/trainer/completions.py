@@ -18,6 +18,7 @@ import torch
 
 from megatron_opd.config import LogConfig
 from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.run_dir import COMPLETIONS
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.loss.term import TeacherTerm
 from megatron_opd.models.tokenizer import Tokenizer
@@ -28,7 +29,6 @@ from megatron_opd.trainer import shown_answer, token_tables
 if TYPE_CHECKING:
     from megatron_opd.student.student import Student
 
-COMPLETIONS_FILE = "completions.jsonl"
 AnswerLogps = list[dict[str, float | None]]
 """An answer after the other: by teacher, the log-probability in nats; None where it was not asked about the answer."""
 
@@ -42,7 +42,7 @@ class Completions:
         """`tokenizer` is for leaders."""
         self.config, self.parallel, self.tokenizer, self.tracker = config, parallel, tokenizer, tracker
         self.dir = Path(run_dir)
-        self.path = self.dir / COMPLETIONS_FILE
+        self.path = self.dir / COMPLETIONS
         self.texts: token_tables.Texts | None = None
         """Of tokens, on the main rank from the first table on."""
 
