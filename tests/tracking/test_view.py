@@ -68,6 +68,7 @@ def test_texts_stay_texts(tmp_path):
     blocks = Blocks(text)
     assert [kind for kind, _ in blocks.scripts] == ["application/json", ""]
     assert "img" not in blocks.tags
+    assert "<" not in blocks.scripts[0][1]  # so nothing can end the block, or begin a comment in it
     assert data == json.loads(blocks.scripts[0][1])
     assert data["steps"][0]["answers"][0]["response"] == viewed.NASTY
     assert "<title>a &lt;b&gt;&amp;</title>" in text

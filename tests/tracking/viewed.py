@@ -8,7 +8,7 @@ from megatron_opd.tracking import token_file
 from megatron_opd.tracking.token_file import Scored
 
 WORDS = [" the", " apples", "\n", " are", " 12", ".", " so", "<b>", " ↦", "\t", '"', "</s>", " 'x'", "&amp;", " a b"]
-NASTY = "</script><script>document.title='owned'</script><!-- <img src=x onerror=alert(1)> \u2028 \u202e &lt; ]]>"
+NASTY = "</script ></script><script>document.title='owned'</script><!-- <img src=x onerror=alert(1)> \u2028 \u202e &lt; ]]>"
 TEACHERS = ("big", "b&<i>")
 
 
