@@ -30,7 +30,7 @@ ROW = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
+class ScoredAnswer:
     """An answer with n tokens."""
 
     row: Mapping[str, Any]
@@ -86,7 +86,7 @@ def rewind(run_dir: Path, step: int) -> None:
             path.unlink()
 
 
-def write(path: Path, answers: Sequence[Scored], text_of: Callable[[int], str]) -> None:
+def write(path: Path, answers: Sequence[ScoredAnswer], text_of: Callable[[int], str]) -> None:
     """Write a step's answers, all with the same columns; `text_of` gives the text of a token id. Raises OSError."""
     import pyarrow as pa
     from pyarrow import parquet

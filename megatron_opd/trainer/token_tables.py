@@ -79,7 +79,9 @@ def write(
     """The file of a step's answers; none without an answer. Raises OSError."""
     both = enumerate(zip(rollouts, columns, strict=True))
     scored = [
-        token_file.Scored(row=_row(r, texts.tokenizer, step, i), token_ids=r.token_ids, learnt=r.learnt, columns=its)
+        token_file.ScoredAnswer(
+            row=_row(r, texts.tokenizer, step, i), token_ids=r.token_ids, learnt=r.learnt, columns=its
+        )
         for i, (r, its) in both
     ]
     if scored:

@@ -5,10 +5,12 @@ import json
 import numpy as np
 
 from megatron_opd.tracking import token_file
-from megatron_opd.tracking.token_file import Scored
+from megatron_opd.tracking.token_file import ScoredAnswer
 
 WORDS = [" the", " apples", "\n", " are", " 12", ".", " so", "<b>", " ↦", "\t", '"', "</s>", " 'x'", "&amp;", " a b"]
-NASTY = "</script ></script><script>document.title='owned'</script><!-- <img src=x onerror=alert(1)> \u2028 \u202e &lt; ]]>"
+NASTY = (
+    "</script ></script><script>document.title='owned'</script><!-- <img src=x onerror=alert(1)> \u2028 \u202e &lt; ]]>"
+)
 TEACHERS = ("big", "b&<i>")
 
 
@@ -33,7 +35,7 @@ def scored(number, step=10, *, length=12, teachers=TEACHERS, rng=None, **row):
         **{"part": 0, "origin": "student", "finish": "stop", "reward": (None, 0.0, 0.5, 1.0)[number % 4]},
         **{"prompt": f"question {number}", "response": "".join(WORDS[i] for i in ids)},
     }
-    return Scored(row=known | row, token_ids=ids.tolist(), learnt=learnt, columns=columns)
+    return ScoredAnswer(row=known | row, token_ids=ids.tolist(), learnt=learnt, columns=columns)
 
 
 def run(path, tables):
