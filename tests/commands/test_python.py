@@ -60,12 +60,14 @@ def test_overrides_are_values_or_texts(monkeypatch):
         "run.dir": Path("runs") / "one: two",
         "train.steps": 7,
         "optim.lr": 1e-5,
-        "rollout.stop": ["###", "a: b"],
+        "rewards.thinking": ["<a>", "b: c"],
+        "teachers.0.sources": {"max": 0.5, "min": 0},
         "train.eval_teachers": False,
     }
     config = megatron_opd.load_config("examples/gkd.yaml", values)
     assert (config.run.dir, config.train.steps, config.optim.lr) == ("runs/one: two", 7, 1e-5)
-    assert (config.rollout.stop, config.train.eval_teachers) == (["###", "a: b"], False)
+    assert (config.rewards.thinking, config.train.eval_teachers) == (["<a>", "b: c"], False)
+    assert config.teachers[0].sources == {"max": 0.5, "min": 0}
     assert megatron_opd.load_config("examples/gkd.yaml", ["train.steps=7"]).train.steps == 7
     with pytest.raises(ValueError, match=r"train\.step"):
         megatron_opd.load_config("examples/gkd.yaml", {"train.step": 7})
@@ -108,9 +110,11 @@ def test_what_cannot_be_read_or_trained(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("code", "error"), [(1, RuntimeError), (130, KeyboardInterrupt), (143, KeyboardInterrupt)])
 def test_runs_that_do_not_end_well(tmp_path, monkeypatch, code, error):
+    from megatron_opd.commands import first_look
     from megatron_opd.launch import local
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(first_look, "look", lambda *_, **__: None)
     monkeypatch.setattr(local, "launch", lambda *_, **__: code)
     config = megatron_opd.load_config("examples/gkd.yaml", {"run.dir": str(tmp_path / "run")})
     with pytest.raises(error):
