@@ -71,6 +71,16 @@ def test_scores_are_those_of_one_rank_and_leave_the_step_alone(ranks, given, of_
         assert all(torch.equal(x, untouched[rank][1][name]) for name, x in weights.items())
 
 
+def of_the_first_replica(parallel, config, rollouts):
+    mine = rollouts if parallel.data_rank == 0 else []
+    return all_scored(parallel, config, mine)[0]
+
+
+def test_replicas_with_nothing_to_show_ask_nobody(ranks, given):
+    config, made = given
+    assert ranks.run(2, of_the_first_replica, config, made, data=2) == [made] * 2
+
+
 def test_what_is_scored(of_one_rank):
     (its,) = {frozenset(found) for found in of_one_rank.values()}
     assert its == {
