@@ -11,12 +11,16 @@ import _thread
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_opd.core.preemption import Preempted
 
 _AGAIN_S = 0.02
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -25,6 +29,26 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Signals that come in the block, and that have a handler here, are dealt with at its end: so what the block starts
+    is known to whoever ends it. Elsewhere than in the main thread, which alone has handlers, the block is as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: handler for number in _ENDING if callable(handler := signal.getsignal(number))}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for heard in came:
+            signal.raise_signal(heard)
 
 
 def keep() -> None:

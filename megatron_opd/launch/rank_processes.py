@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from megatron_opd.core import lifeline
+from megatron_opd.core import interrupts, lifeline
 
 _GRACE_S = 5.0
 """How long ranks have for ending by themselves before they are killed. SIGTERM ends a rank at once, unless it is
@@ -114,7 +114,8 @@ class Ranks:
         try:
             with ExitStack() as opened:
                 for rank in range(self.count):
-                    self._handles.append(self._begin(rank, opened))
+                    with interrupts.deferred():  # a rank that nobody knows of would outlive us, and have its say
+                        self._handles.append(self._begin(rank, opened))
             while self._look() and not self._failures:
                 if time.monotonic() > deadline:
                     raise TimeoutError

@@ -6,6 +6,8 @@ import program
 import pytest
 import warm
 
+from megatron_opd.core import interrupts
+
 PROGRAM = """
 import signal, sys, time, weakref
 from megatron_opd.core import interrupts
@@ -68,3 +70,28 @@ def test_other_errors_in_callbacks_are_printed_as_ever():
     code += "; reference = weakref.ref(thing, lambda _: 1 / 0); del thing"
     done = warm.run(["-c", code], env=program.environment(), timeout=program.PATIENCE_S)
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_signals_in_a_block_are_heard_at_its_end_with_their_own_handlers():
+    heard, numbers = [], (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in numbers}
+    ours = [signal.getsignal(number) for number in numbers]
+    try:
+        with interrupts.deferred():
+            for number in numbers:
+                signal.raise_signal(number)
+            assert heard == []
+        assert heard == [*numbers]
+        assert [signal.getsignal(number) for number in numbers] == ours
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_in_a_block(heard)
+        assert heard[-1] == "to its end"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupted_in_a_block(heard):
+    with interrupts.deferred():
+        signal.raise_signal(signal.SIGINT)
+        heard.append("to its end")

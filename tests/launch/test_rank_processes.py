@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from megatron_opd.core import lifeline
+from megatron_opd.launch.interruption import until_interrupted
 from megatron_opd.launch.rank_processes import Ranks, spawn
 
 SLEEP = "import time; time.sleep(3600)"
@@ -52,6 +53,24 @@ def test_ranks_are_told_their_place_and_write_where_they_should(tmp_path, capfd)
     assert sorted((tmp_path / "logs/rank-1.log").read_text().split("\n")) == [
         "", f"1 1 2 2 127.0.0.1 x {os.getpid()}", "err"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_rank_whose_start_is_interrupted_is_ended_too(tmp_path, number, code, last):
+    """The signal comes when the process is there, and nobody has heard of it yet."""
+    begun = []
+
+    def start(*given):
+        begun.append(spawn(*given))
+        if len(begun) == last + 1:
+            signal.raise_signal(number)
+        return begun[-1]
+
+    ranks = Ranks(["-c", SLEEP], 2, logs=tmp_path, start=start)
+    assert until_interrupted(str(tmp_path), lambda: bool(ranks.run(timeout_s=120.0))) == code
+    assert len(begun) == last + 1
+    assert [rank.poll() for rank in begun] == [-signal.SIGTERM] * len(begun)
 
 
 def test_the_first_failure_ends_the_others(tmp_path):
