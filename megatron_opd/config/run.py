@@ -92,7 +92,8 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay from lr to min_lr over train.steps, an update at a time."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up, counted in updates, like the decay, where a step has several."""
+    """Steps of linear warm-up, counted in updates, like the decay, where a step has several. A run may end within it,
+    below `lr`."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
     beta1: Annotated[float, bound(ge=0, lt=1)] = 0.9

@@ -49,6 +49,13 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.1f}"
 
 
+def without_empty_columns(table: Table) -> Table:
+    """Without columns that say nothing in any line, as those of a second evaluation do while there is one alone."""
+    kept = [i for i in range(len(table.header)) if i == 0 or any(line[i] != MISSING for line in table.lines)]
+    lines = [[line[i] for i in kept] for line in table.lines]
+    return dataclasses.replace(table, header=[table.header[i] for i in kept], lines=lines)
+
+
 def to_rich(table: Table) -> RichTable:
     drawn = RichTable(title=table.title, title_justify="left", title_style="bold")
     for i, name in enumerate(table.header):

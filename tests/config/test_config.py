@@ -266,7 +266,6 @@ def test_the_ends_of_the_ranges_are_allowed(setting, value):
 @pytest.mark.parametrize(
     ("tree", "fragments"),
     [
-        (tree_with(optim__warmup_steps=10), ["optim.warmup_steps (10)", "train.steps (10)"]),
         (tree_with(optim__min_lr=0.1, optim__lr=0.01), ["optim.min_lr (0.1)", "optim.lr (0.01)"]),
         (tree_with(parallel__sequence=True), ["parallel.sequence needs parallel.tensor > 1"]),
         ({**MINIMAL, "parallel": {"tensor": 4, "expert": 3}}, ["parallel.expert (3) must divide parallel.tensor (4)"]),
