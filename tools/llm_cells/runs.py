@@ -39,8 +39,9 @@ def finished(cell: Cell, setting: Setting) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     _pass_on(setting.samples / _ANSWERS, folder / _ANSWERS)
     overrides = [*setting.overrides(), *of_lr(cell.lr), f"run.seed={_FIRST_SEED + cell.seed}", *cell.method.settings]
-    with _Attempt(folder / _ATTEMPTS):
-        train(CONFIG, folder, overrides, threads=setting.threads, timeout_s=setting.timeout_s)
+    if [point["step"] for point in points(folder, setting)][-1:] != [setting.steps]:
+        with _Attempt(folder / _ATTEMPTS):
+            train(CONFIG, folder, overrides, threads=setting.threads, timeout_s=setting.timeout_s)
     _pass_on(folder / _ANSWERS, setting.samples / _ANSWERS)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # 1.4 GB
     return {
@@ -78,15 +79,14 @@ def make_samples(setting: Setting) -> dict[str, Any]:
 
 def trained_steps(cell: Cell, setting: Setting) -> int:
     """Steps that the cell's run has behind it."""
-    path = setting.place(cell) / "metrics.jsonl"
-    return max((int(row["step"]) for row in read_metrics(path)), default=0) if path.is_file() else 0
+    return max((int(row["step"]) for row in _rows(setting.place(cell))), default=0)
 
 
 def points(folder: Path, setting: Setting) -> list[dict[str, float]]:
     """What was measured, at each evaluation, and the tokens that had a gradient until then."""
     found: dict[int, dict[str, float]] = {}
     tokens = 0.0
-    for row in read_metrics(folder / "metrics.jsonl"):
+    for row in _rows(folder):
         length = row.get("answers/length_others", row.get("rollout/length", 0.0))  # one of the two: all answer alike
         tokens += setting.prompts * length * (1 - row.get("step/skipped", 0.0))
         if _MEASURES["kl"] in row:
@@ -95,13 +95,17 @@ def points(folder: Path, setting: Setting) -> list[dict[str, float]]:
     return [found[step] for step in sorted(found)]
 
 
+def _rows(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    return read_metrics(path) if path.is_file() else []
+
+
 def _cost(cell: Cell, folder: Path, samples: dict[str, Any], setting: Setting) -> dict[str, float]:
     """Core seconds: of the whole cell, and of the training in it, by its share of the time; and of the teacher's
     samples that the cell used, in all that were sampled."""
     attempts = [json.loads(text) for text in (folder / _ATTEMPTS).read_text().splitlines()]
     spent, seconds = (sum(one[name] for one in attempts) for name in ("core_seconds", "seconds"))
-    rows = read_metrics(folder / "metrics.jsonl")
-    in_training = sum(row.get(f"time/{stage}", 0.0) for row in rows for stage in _STAGES)
+    in_training = sum(row.get(f"time/{stage}", 0.0) for row in _rows(folder) for stage in _STAGES)
     share = setting.steps * setting.prompts / sum(samples["kept"].values()) if cell.method.learns_samples else 0.0
     return {
         "cell": round(spent, 1),
