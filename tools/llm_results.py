@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     same.add_argument("--tokens", type=tool.positive, default=32, metavar="N", help="of an answer (%(default)s)")
     same.add_argument("--minibatches", type=tool.positive, default=2, metavar="N", help="a step (%(default)s)")
     same.add_argument("--evaluations", type=tool.positive, default=2, metavar="N", help="after the first (%(default)s)")
-    same.add_argument("--held-out", type=tool.positive, default=24, metavar="N", help="prompts (%(default)s)")
+    same.add_argument("--held-out", type=tool.positive, default=48, metavar="N", help="prompts (%(default)s)")
     same.add_argument("--sampled", type=tool.positive, default=240, metavar="N", help="by the teacher (%(default)s)")
     where = parser.add_argument_group("places")
     where.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="(%(default)s)")

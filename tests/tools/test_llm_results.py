@@ -153,7 +153,7 @@ def test_every_method_is_a_config_with_equally_many_answers(name, tmp_path):
     config = load(setting.CONFIG, [*of.overrides(), *setting.of_lr(1e-3), *METHODS[name].settings])
     assert config.rollout.prompts_per_step * config.rollout.samples_per_prompt == 16
     assert (config.train.steps, config.train.eval_every, config.rollout.max_new_tokens) == (8, 4, 32)
-    assert (config.data.eval[0].rows, config.data.eval[1].rows) == (16, 8)
+    assert (config.data.eval[0].rows, config.data.eval[1].rows) == (32, 16)
     assert (config.answers.lmbda == 0) == METHODS[name].learns_samples
     assert (config.optim.lr, config.optim.min_lr) == (1e-3, 1e-4)
 
