@@ -172,6 +172,21 @@ def test_points_count_the_tokens_of_students_and_of_samples(tmp_path):
     assert [(point["step"], point["tokens"]) for point in runs.points(tmp_path, of)] == [(0, 0), (3, 1016)]
 
 
+@pytest.mark.parametrize(("name", "samples"), [("sft", 64.0), ("jsd", 0.0)])
+def test_the_cost_counts_interrupted_attempts_and_the_samples_that_were_used(name, samples, tmp_path):
+    rows = [{"step": step, "time/generate": 2.0, "time/step": 3.0} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(KeyboardInterrupt), runs._Attempt(tmp_path / runs._ATTEMPTS):
+        raise KeyboardInterrupt
+    assert json.loads((tmp_path / runs._ATTEMPTS).read_text())["seconds"] > 0
+    attempts = [{"core_seconds": 50.0, "seconds": 30.0}, {"core_seconds": 100.0, "seconds": 70.0}]
+    (tmp_path / runs._ATTEMPTS).write_text("".join(json.dumps(one) + "\n" for one in attempts))
+    of = llm_results._setting(llm_results._parser().parse_args([]))
+    made = {"kept": {"gsm8k": 120, "instructions": 80}, "core_seconds": 100.0}  # of which a cell uses 128
+    cost = runs._cost(cells.Cell(METHODS[name], 1.0, 1), tmp_path, made, of)
+    assert cost == {"cell": 150.0, "training": 60.0, "samples": samples}
+
+
 def test_what_is_not_run_is_shown(tmp_path):
     lines = tuned(SFT)
     lines |= {cell.name: line(cell) for cell in [cells.Cell(SFT, 4e-4, 1)]}
