@@ -48,10 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
-    for note in (*inputs.notes, *memory_warning.lines(build(config), inputs.longest_prompt)):
+    job = build(config)
+    for note in (*inputs.notes, *memory_warning.lines(job, inputs.longest_prompt)):
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     processes = local.plan(config, [arguments.config, *arguments.overrides])
-    for line in (*processes, *local.not_here(processes)):
+    for line in (memory_warning.plan(job, inputs.longest_prompt), *processes, *local.not_here(processes)):
         print(f"# {line}")
     return 0

@@ -24,6 +24,7 @@ from megatron_opd.config import (
 )
 from megatron_opd.config.checks_answers import check_answers, needs_teachers
 from megatron_opd.config.checks_context import check_context
+from megatron_opd.config.checks_goals import check_goals
 from megatron_opd.config.checks_lora import check_lora
 from megatron_opd.config.checks_method import check_method, check_minibatches
 from megatron_opd.config.checks_precision import check_precision
@@ -41,6 +42,7 @@ def check(config: Config) -> list[str]:
     c = config
     return [
         *_check_schedule(c.optim),
+        *check_goals(c.train, c.data),
         *_check_layout(c.parallel, c.rollout, c.train),
         *check_context(c.parallel, c.teachers, c.train, longest=c.data.max_prompt_tokens + c.rollout.max_new_tokens),
         *check_lora(c.lora),

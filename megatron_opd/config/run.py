@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 from megatron_opd.config.section import AtLeastOne, Count, FilePath, NotNegative, Positive, bound, section
@@ -70,6 +71,12 @@ class TrainConfig:
     verify_checkpoints: bool = True
     """Hash the files of a checkpoint when it is saved, and compare them before it is loaded: each time one more reading
     of all of it, shared by the ranks. Without, only sizes are recorded and compared."""
+    save_best: str = ""
+    """Metric of the evaluations, e.g. eval/accuracy/all or eval/kl/ensemble: whenever it is better than ever, the
+    student becomes the Hugging Face directory <run.dir>/best, and best.json says of which step. Empty: none."""
+    stop_when: list[str] = dataclasses.field(default_factory=list)
+    """Conditions that end the run before train.steps, each enough: "eval/kl/ensemble < 0.05", "reward/mean > 0.9", or
+    "eval/nll/all stalls 3" (no new best in 3 measurements)."""
     max_skipped: Count = 10
     """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
     export: bool = True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_opd.core.run_dir import CHECKPOINTS, HF_EXPORT, complete
+from megatron_opd.core.run_dir import BEST, CHECKPOINTS, HF_EXPORT, complete
 from megatron_opd.tracking.headline import fitting
 from megatron_opd.tracking.report_likeness import agreement_table, nll_table
 from megatron_opd.tracking.report_plot import plot
@@ -145,6 +145,7 @@ def places(run: RecordedRun) -> list[tuple[str, Path]]:
         "metrics": METRICS_FILE,
         "log": "train.log",
         "Hugging Face export": HF_EXPORT,
+        "best model": BEST,
         "TensorBoard": "tensorboard",
     }
     there = [(what, run.dir / name) for what, name in fixed.items() if (run.dir / name).exists()]

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_opd.config import yaml_text
+from megatron_opd.config import goals, yaml_text
 from megatron_opd.core.run_dir import CONFIG
 from megatron_opd.tracking.tracker import METRICS_FILE, read_metrics
 
@@ -52,13 +52,18 @@ class RecordedRun:
         return [(values[0], values[-1] if len(values) > 1 else None)] if values else []
 
 
+def _is_enough(run: RecordedRun) -> bool:
+    conditions = map(goals.condition, (run.config.get("train") or {}).get("stop_when") or ())
+    return any(each.holds(list(run.series(each.metric).values())) for each in conditions)
+
+
 def headline(run: RecordedRun) -> str:
     """Steps done, speed and time in one sentence."""
     done = max(int(row["step"]) for row in run.rows)
     planned = (run.config.get("train") or {}).get("steps")
     parts = [f"{done} of {planned} steps" if planned else f"{done} step{'s' if done != 1 else ''}"]
     if planned and done < planned:
-        parts[0] += " (unfinished)"
+        parts[0] += " (ended by train.stop_when)" if _is_enough(run) else " (unfinished)"
     if tokens := run.finite("tokens_per_s"):
         parts.append(f"{statistics.median(tokens):,.0f} tokens/s (median)")
     if seconds := run.finite("time_s"):

@@ -6,7 +6,9 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from rich.console import Group
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from megatron_opd.tracking.report_run import ALL
 
@@ -56,14 +58,15 @@ def without_empty_columns(table: Table) -> Table:
     return dataclasses.replace(table, header=[table.header[i] for i in kept], lines=lines)
 
 
-def to_rich(table: Table) -> RichTable:
-    drawn = RichTable(title=table.title, title_justify="left", title_style="bold")
+def to_rich(table: Table) -> Group:
+    """The title, as wide as the console lets it be, over the table; without a title the table alone."""
+    drawn = RichTable()
     for i, name in enumerate(table.header):
         drawn.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for i, line in enumerate(table.lines):
         is_total = table.total and i == len(table.lines) - 1
         drawn.add_row(*line, style="bold" if is_total else None, end_section=table.total and i == len(table.lines) - 2)
-    return drawn
+    return Group(*([Text(table.title, style="bold")] if table.title else []), drawn)
 
 
 def to_markdown(table: Table) -> str:
