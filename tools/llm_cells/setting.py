@@ -16,8 +16,8 @@ from llm_cells.cells import Cell
 from megatron_opd.config.file import read
 
 CONFIG = ROOT / "examples/llm/quickstart.yaml"
-_PLACES = ("run", "model")
-"""Of the config; they do not decide a number."""
+_NOT_DECIDING = {"run", "model", "log", "save_every", "save_best", "keep_last", "export"}
+"""Names in the config whose values do not decide a number, or are told otherwise."""
 _SOURCES = ("gsm8k", "instructions")
 
 
@@ -118,7 +118,7 @@ def of_lr(lr: float) -> list[str]:
 
 def _contents(value: Any) -> Any:
     if isinstance(value, Mapping):
-        kept = {name: its for name, its in value.items() if name not in _PLACES}
+        kept = {name: its for name, its in value.items() if name not in _NOT_DECIDING}
         return {name: _of_file(its) if name == "path" else _contents(its) for name, its in kept.items()}
     return [_contents(one) for one in value] if isinstance(value, list) else value
 
