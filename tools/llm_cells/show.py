@@ -75,7 +75,7 @@ def in_short(line: Mapping[str, Any]) -> str:
 
 
 def tables(lines: Lines) -> str:
-    """Markdown: the methods, and the learning rates that were tried."""
+    """Markdown: how many cells are finished, the methods, and the learning rates that were tried."""
     rows = [_row(_HEAD), _row(["---"] * 3 + ["---:"] * (len(_HEAD) - 3))]
     if lines:
         first = next(iter(lines.values()))["points"][0]
@@ -84,7 +84,9 @@ def tables(lines: Lines) -> str:
     rows += [row for method in METHODS.values() for row in _of_method(method, lines)]
     tried = [_row(["learning rates tried: recovered, KL", "", "", ""]), _row(["---"] * 4)]
     tried += [_tried(method, lines) for method in METHODS.values()]
-    return "\n".join([*rows, "", *tried])
+    every = in_order(list(METHODS.values()), SEEDS, lines)
+    finished = f"{sum(cell.name in lines for cell in every)} of {len(every)} cells are finished."
+    return "\n".join([finished, "", *rows, "", *tried])
 
 
 def _of_method(method: Method, lines: Lines) -> list[str]:
