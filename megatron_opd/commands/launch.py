@@ -24,9 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
         if name != arguments.launcher:
             refuse(arguments, f"--{name}", launchers.defaults_of(other))
     config = load(arguments.config, arguments.overrides)
-    if arguments.launcher == launchers.DEFAULT and not arguments.dry_run:  # others start it where we cannot look
-        from megatron_opd.commands import first_look
+    given, launcher = [arguments.config, *arguments.overrides], launchers.LAUNCHERS[arguments.launcher]
+    if arguments.launcher != launchers.DEFAULT or arguments.dry_run:  # others start it where we cannot look
+        return launcher.launch(config, given, arguments)
+    from megatron_opd.commands import first_look
+    from megatron_opd.launch.interruption import until_interrupted
 
+    def look_and_launch() -> int:
         first_look.look(config, arguments.config)
-    launcher = launchers.LAUNCHERS[arguments.launcher]
-    return launcher.launch(config, [arguments.config, *arguments.overrides], arguments)
+        return launcher.launch(config, given, arguments)
+
+    return until_interrupted(config.run.dir, look_and_launch)

@@ -28,12 +28,17 @@ def run(arguments: argparse.Namespace) -> int:
         return _work(arguments)
     from megatron_opd.commands import first_look
     from megatron_opd.config.file import load
+    from megatron_opd.launch.interruption import until_interrupted
 
     config = load(arguments.config, arguments.overrides)
-    first_look.look(config, arguments.config)
-    from megatron_opd.launch import local
 
-    return local.launch(config, [arguments.config, *arguments.overrides])
+    def look_and_launch() -> int:
+        first_look.look(config, arguments.config)
+        from megatron_opd.launch import local
+
+        return local.launch(config, [arguments.config, *arguments.overrides])
+
+    return until_interrupted(config.run.dir, look_and_launch)
 
 
 def _work(arguments: argparse.Namespace) -> int:
