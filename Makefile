@@ -25,7 +25,7 @@ ELSEWHERE    := not gpu and not sglang and not slurm and not stacks
 ON_NEWEST    := $(addprefix tests/,core loss models precision student teachers rollout trainer e2e stacks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install sglang quickstart quickstart-llm quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-kernels test-view test-gpu bench-methods lint clean
+.PHONY: help install sglang quickstart quickstart-llm quickstart-sglang test test-rest test-all test-durations test-faults test-sglang test-slurm test-mutants test-images test-newest test-kernels test-view test-gpu bench-methods bench-llm lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' "$(firstword $(MAKEFILE_LIST))"
@@ -119,6 +119,13 @@ test-gpu: install ## tests that need a GPU
 
 bench-methods: install ## GRPO, on-policy distillation and the rest from the same student: who is right first
 	"$(BIN)/python" tools/compare_methods.py --json runs/methods/found.json --plot runs/methods/found.png
+
+bench-llm: install ## methods on a real model, cell by cell: hours; what is finished is kept (ARGS="--only sft --seeds 1")
+	"$(BIN)/python" tools/fetch_smollm2.py models/SmolLM2-135M-Instruct
+	test -f models/SmolLM2-pruned/config.json || \
+	  "$(BIN)/python" tools/prune_model.py models/SmolLM2-135M-Instruct models/SmolLM2-pruned --drop 12 15 18 21
+	"$(BIN)/python" tools/llm_results.py $(ARGS)
+	"$(BIN)/python" tools/llm_results.py --show
 
 lint: install ## style, shell scripts, types of the leaf modules, generated documentation, links of the docs
 	"$(BIN)/ruff" check .

@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 
 import tool
+from comparison.lines import add, read
+from comparison.training import check_models
 from teacher_comparison import show
-from teacher_comparison.cells import CELLS, add, known, read
+from teacher_comparison.cells import CELLS, known
 from teacher_comparison.runs import Setting, finished, make_specialist
 
 _EXAMPLES = """\
@@ -65,10 +67,8 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     path = arguments.json or setting.folder / "two_teachers.jsonl"
     left = [cell for cell in known(arguments.cells) if cell.name not in read(path, setting.told())]
-    for model in (setting.model, setting.student) if left else ():
-        if not (model / "config.json").is_file():
-            raise ValueError(f"{model} holds no model; python tools/compare_teachers.py --help says how to get it")
     if left:
+        check_models(setting.model, setting.student, told_by="tools/compare_teachers.py")
         make_specialist(setting)
     for number, cell in enumerate(left, start=1):
         print(f"{number} of {len(left)}: {cell.label}", file=sys.stderr, flush=True)

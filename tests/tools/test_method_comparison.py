@@ -47,7 +47,7 @@ def test_every_method_is_a_config(name, tmp_path):
     case = Case(METHODS[name], 1e-3, 1)
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(runs._base(case.method, tmp_path)))
-    config = config_file.load(path, runs._settings(case, SETTING, tmp_path))
+    config = config_file.load(path, runs._settings(case, SETTING))
     assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (8, 4)
     assert (config.train.steps, config.train.minibatches, config.train.micro_batch_size) == (4, 4, 8)
     assert config.student.model == "examples/quickstart/models/student"

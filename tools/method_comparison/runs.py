@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from comparison.training import ROOT, train
 from method_comparison.methods import Method
 
 from megatron_opd.tracking.tracker import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 _BASE = ROOT / "examples/quickstart.yaml"
 _HELD_OUT = 50
 """Prompts of each task that are evaluated."""
@@ -79,7 +76,8 @@ def curve(case: Case, setting: Setting) -> list[Point]:
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(_base(case.method, folder), sort_keys=False))
-    _train([str(config.absolute()), *_settings(case, setting, folder)], folder, setting.timeout_s)
+    (folder / "log.txt").unlink(missing_ok=True)
+    train(config, folder, _settings(case, setting), threads=1, timeout_s=setting.timeout_s)
     return _read(folder)
 
 
@@ -96,9 +94,8 @@ def _base(method: Method, folder: Path) -> dict[str, Any]:
     return base
 
 
-def _settings(case: Case, setting: Setting, folder: Path) -> list[str]:
+def _settings(case: Case, setting: Setting) -> list[str]:
     return [
-        f"run.dir={folder.absolute()}",
         f"run.seed={1000 + case.seed}",
         "parallel.tensor=1",
         "parallel.pipeline=1",
@@ -117,28 +114,6 @@ def _settings(case: Case, setting: Setting, folder: Path) -> list[str]:
         "train.export=false",
         *case.method.settings,
     ]
-
-
-def _train(arguments: list[str], folder: Path, timeout_s: int) -> None:
-    """As the only rank of its world: there is no launcher between us and it."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    log = folder / "log.txt"
-    command = [sys.executable, "-m", "megatron_opd", "train", *arguments]
-    with log.open("w") as out:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **alone, "OMP_NUM_THREADS": "1"},
-                stdout=out,
-                stderr=out,
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"a run took more than {timeout_s} s (--timeout); see {log}") from None
-    if done.returncode:
-        raise ValueError(f"a run failed; see {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
 
 
 def _read(folder: Path) -> list[Point]:

@@ -1,12 +1,9 @@
-"""The cells of the comparison: what each trains with, and the lines of JSON that they leave."""
+"""The cells of the comparison: what each trains with."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 SOURCES = ("gsm8k", "instructions")
 TEACHERS = ("original", "specialist")
@@ -37,28 +34,6 @@ CELLS = (
     Cell("probs", "averaged by probabilities", ("loss.ensemble=probs",)),
     Cell("only_specialist", "specialist alone", (_routed(0), _routed(1, *SOURCES))),
 )
-
-
-def read(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The finished cells of these settings, by name; a line that was cut off is none."""
-    found: dict[str, dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line["settings"] == settings:
-            found[line["cell"]] = line
-    return found
-
-
-def add(path: Path, line: Mapping[str, Any]) -> None:
-    """A cell is finished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_bytes() if path.is_file() else b""
-    cut_off = "" if before.endswith(b"\n") or not before else "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{cut_off}{json.dumps(line)}\n")
 
 
 def known(names: Sequence[str]) -> list[Cell]:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import tool
+from comparison import training
+from comparison.lines import digest, told
+from comparison.training import ROOT
 from teacher_comparison.cells import SOURCES, Cell
 
 from megatron_opd.core.run_dir import CHECKPOINTS, HF_EXPORT
 from megatron_opd.core.whole_file import write_whole
-from megatron_opd.models.sampled_digest import sampled_digest
 
-ROOT = Path(__file__).resolve().parents[2]
 _CONFIG = ROOT / "examples/llm/two_teachers.yaml"
 _SPECIALIST = ROOT / "examples/llm/specialist.yaml"
 
@@ -45,18 +42,12 @@ class Setting:
     def told(self) -> dict[str, Any]:
         """The settings that decide a cell's numbers."""
         names = ("model", "student", "steps", "prompts", "held_out", "specialist_steps")
-        return {name: self._told(name) for name in names}
-
-    def _told(self, name: str) -> int | str:
-        """A setting; a model by what it is, wherever it lies."""
-        value = getattr(self, name)
-        return sampled_digest(value) if isinstance(value, Path) else value
+        return {name: told(getattr(self, name)) for name in names}
 
     def place(self, name: str, *settings: str) -> Path:
         """The directory of a run, another one for other values of the `settings` that decide its model. So a run that
         was cut off goes on, and none is taken for another."""
-        told = [self._told(setting) for setting in settings]
-        return self.folder / f"{name}-{blake2b(json.dumps(told).encode(), digest_size=4).hexdigest()}"
+        return self.folder / f"{name}-{digest([told(getattr(self, setting)) for setting in settings])}"
 
     @property
     def specialist_run(self) -> Path:
@@ -71,17 +62,17 @@ class Setting:
 
 def finished(cell: Cell, setting: Setting) -> dict[str, Any]:
     """The cell's line, after training its model and measuring it. Raises ValueError when a run fails."""
-    before = _core_seconds()
+    before = training.core_seconds()
     model = {"before": setting.student, "original": setting.model, "specialist": setting.specialist}.get(cell.name)
     if model is None:
         model = _trained(cell, setting)
-    spent = _core_seconds() - before
+    spent = training.core_seconds() - before
     metrics = _measured(cell, model, setting)
     return {
         "cell": cell.name,
         "settings": setting.told(),
         "overrides": list(cell.settings or ()),
-        "core_seconds": {"train": round(spent, 1), "measure": round(_core_seconds() - before - spent, 1)},
+        "core_seconds": {"train": round(spent, 1), "measure": round(training.core_seconds() - before - spent, 1)},
         "metrics": metrics,
     }
 
@@ -111,19 +102,7 @@ def _teachers(setting: Setting) -> list[str]:
 
 
 def _train(config: Path, folder: Path, overrides: list[str], setting: Setting) -> None:
-    """As the only rank of its world: there is no launcher between us and it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    log = folder / "log.txt"
-    command = [sys.executable, "-m", "megatron_opd", "train", str(config), f"run.dir={folder}", *overrides]
-    with log.open("a") as out:
-        try:
-            how: dict[str, Any] = {"stdout": out, "stderr": out, "timeout": setting.timeout_s, "check": False}
-            done = subprocess.run(command, cwd=ROOT, env=_environment(setting, **alone), **how)
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"a run took more than {setting.timeout_s} s (--timeout); see {log}") from None
-    if done.returncode:
-        raise ValueError(f"a run failed; see {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
+    training.train(config, folder, overrides, threads=setting.threads, timeout_s=setting.timeout_s)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # 2 GB; the export stays
 
 
@@ -138,15 +117,4 @@ def _measured(cell: Cell, model: Path, setting: Setting) -> dict[str, Any]:
     write_whole(folder / "measure.json", json.dumps(asked))
     command = [sys.executable, str(Path(__file__).with_name("measured.py")), str(folder)]
     how: dict[str, Any] = {"folder": str(ROOT), "timeout_s": setting.timeout_s}
-    return tool.told_by(f"measuring {cell.name}", command, environment=_environment(setting), **how)
-
-
-def _environment(setting: Setting, **more: str) -> dict[str, str]:
-    threads = {"OMP_NUM_THREADS": str(setting.threads), "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **threads, "HF_HUB_OFFLINE": "1", **more}
-
-
-def _core_seconds() -> float:
-    """CPU seconds of all processes that we waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return tool.told_by(f"measuring {cell.name}", command, environment=training.environment(setting.threads), **how)
