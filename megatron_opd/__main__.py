@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     evaluate = commands.add_parser("eval", help="grade answers of a Hugging Face model to the config's eval sources")
-    evaluate.add_argument("--model", help="model directory (default: the run's export, else student.model)")
+    evaluate.add_argument("--model", help="model directory or hub name (default: the run's export, else student.model)")
     add_config(evaluate)
     evaluate.set_defaults(run=_eval)
 
@@ -130,7 +130,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from megatron_opd.launch import first_look
 
     config = load(arguments.config, arguments.overrides)
-    first_look.look(config, arguments.config)
+    config = first_look.look(config, arguments.config)
     from megatron_opd.launch import local
 
     return local.launch(config, [arguments.config, *arguments.overrides])
@@ -202,6 +202,7 @@ def _check(arguments: argparse.Namespace) -> int:
     _refuse(arguments, "--plan", planner.DEFAULTS)
     from megatron_opd.config.file import dump, load, method_in, not_defaults, read, to_dict
     from megatron_opd.launch import local, memory_warning
+    from megatron_opd.models import hub
     from megatron_opd.planner.job import build
     from megatron_opd.trainer.other_data import check_newest
     from megatron_opd.trainer.preflight import read_inputs
@@ -212,7 +213,8 @@ def _check(arguments: argparse.Namespace) -> int:
         processes = local.plan(config, [arguments.config, *arguments.overrides])
         print(*origins, "# models, tokenizers and data were not looked at", *processes, sep="\n")
         return 0
-    inputs = read_inputs(config, rows_to_try=_ROWS_OF_CHECK)
+    found = config.with_models(hub.directories(dict.fromkeys(config.model_settings, "texts"), config.model_settings))
+    inputs = read_inputs(found, rows_to_try=_ROWS_OF_CHECK)
     if config.data.on_change == "error":
         check_newest(config.run.dir, inputs.data)
     print(dump(to_dict(config) if arguments.all else not_defaults(config)))
@@ -221,7 +223,11 @@ def _check(arguments: argparse.Namespace) -> int:
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
-    for note in (*inputs.notes, *memory_warning.lines(build(config), inputs.longest_prompt)):
+    for note in (
+        *inputs.notes,
+        *hub.notes(found.model_settings),
+        *memory_warning.lines(build(found), inputs.longest_prompt),
+    ):
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     processes = local.plan(config, [arguments.config, *arguments.overrides])
@@ -235,6 +241,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     from megatron_opd.config.file import ConfigError, load
     from megatron_opd.core.run_dir import HF_EXPORT
+    from megatron_opd.models import hub
     from megatron_opd.models.tokenizer import load_tokenizer
     from megatron_opd.rollout.embedded_engine import LocalEngine
     from megatron_opd.tracking.report import print_grades
@@ -243,6 +250,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     from megatron_opd.trainer.preflight import check_model, read_inputs
 
     config = load(arguments.config, arguments.overrides)
+    exported = Path(config.run.dir) / HF_EXPORT
+    model = str(arguments.model or (exported if exported.is_dir() else config.student.model))
+    wanted: dict[str, hub.Need] = {**dict.fromkeys(config.model_settings, "texts"), model: "weights"}
+    found = hub.directories(wanted, {model: "--model", **config.model_settings})
+    config, model = config.with_models(found), found[model]
     inputs = read_inputs(config)
     if not inputs.eval:
         raise ConfigError(["data.eval is empty: add a source to evaluate on"])
@@ -252,29 +264,30 @@ def _eval(arguments: argparse.Namespace) -> int:
         )
     for note in inputs.notes:
         print(note, file=sys.stderr)
-    exported = Path(config.run.dir) / HF_EXPORT
-    model = arguments.model or (exported if exported.is_dir() else config.student.model)
     check_model(model, config.student.model)
     samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
     ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
     with console_alone() as shown:
-        with shown.phase(f"loading {model}"):
+        with shown.phase(f"loading {hub.shown(model)}"):
             engine = LocalEngine(model, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
         evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
         with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
             _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())
-    print_grades(str(model), means([totals], "eval"), console=Console())
+    print_grades(hub.shown(model), means([totals], "eval"), console=Console())
     return 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from megatron_opd.config.file import load
     from megatron_opd.launch import local
+    from megatron_opd.models import hub
     from megatron_opd.sglang import serve
     from megatron_opd.sglang.keeper import Keeper
 
     config = load(arguments.config, arguments.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job step's end is an end like Ctrl-C
+    served = [t.model for t in config.teachers if t.is_served] + [config.student.model] * config.rollout.is_served
+    config = config.with_models(hub.directories(dict.fromkeys(served, "weights"), config.model_settings))
     try:
         with serve.running(config, say=local.say, only=arguments.only) as servers:
             if not servers:

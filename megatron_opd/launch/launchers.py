@@ -51,7 +51,7 @@ class LocalLauncher:
 
             print(*local.plan(config, given), sep="\n")
             return 0
-        first_look.look(config, given[0])
+        config = first_look.look(config, given[0])
         from megatron_opd.launch import local
 
         return local.launch(config, given, max_restarts=config.run.max_restarts)

@@ -12,7 +12,9 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.config.file import to_dict
@@ -21,6 +23,7 @@ from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.core.preemption import Notice, Preempted
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.core.watchdog import Watch
+from megatron_opd.models import hub
 from megatron_opd.prompts.mix import PromptMix
 from megatron_opd.rollout import colocated
 from megatron_opd.sglang import nccl, serve
@@ -30,7 +33,7 @@ from megatron_opd.teachers import build_teachers
 from megatron_opd.tracking import train_log
 from megatron_opd.tracking.phase import Phase
 from megatron_opd.tracking.tracker import Tracker, build_tracker
-from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, shaping_metrics, step_metrics
+from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, model_places, shaping_metrics, step_metrics
 from megatron_opd.trainer.alarms import Watchman, alarms_of
 from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
@@ -53,8 +56,13 @@ def train(config: Config, notice: Notice) -> None:
     if serve.has_nccl_group(config.rollout):
         nccl.settle()
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
+    written = to_dict(config)
+    say = partial(train_log.say_early, config.run.dir)
+    asks = config.train.eval_teachers or config.train.eval_agreement
+    needs = hub.needs(config.student, config.teachers, starts_servers=False, asks_teachers=asks)
+    config = config.with_models(model_places.settle(needs, config.model_settings, parallel, say=say))
     if parallel.is_main:
-        train_log.say_early(config.run.dir, "reading the models' configs, tokenizers and prompts")
+        say("reading the models' configs, tokenizers and prompts")
     inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
     if config.data.on_change == "error":
         parallel.share_world(lambda: check_newest(config.run.dir, inputs.data))
@@ -65,7 +73,7 @@ def train(config: Config, notice: Notice) -> None:
             nonlocal tracker
             opened.enter_context(run_dir.claimed(config.run.dir))
             directory, steps = Path(config.run.dir), config.train.steps
-            made = build_tracker(config.log, directory, num_steps=steps, settings=to_dict(config))
+            made = build_tracker(config.log, directory, num_steps=steps, settings=written)
             tracker = opened.enter_context(made)
 
         parallel.share_world(open_run_dir)
@@ -73,7 +81,7 @@ def train(config: Config, notice: Notice) -> None:
             tracker.message(note)
         logs = Path(config.run.dir) / run_dir.LOGS
         watch = opened.enter_context(Watch(logs, parallel.rank, config.run.timeout_s))
-        run = Run(config, parallel, inputs, tracker)
+        run = Run(config, parallel, inputs, tracker, written=written)
         opened.callback(run.close)
         run.to_the_end(watch, notice)
     groups.stop()  # a rank that fails does not wait for the others here
@@ -82,7 +90,10 @@ def train(config: Config, notice: Notice) -> None:
 class Run:
     """The parts of a run on this rank, and the loop over them."""
 
-    def __init__(self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker) -> None:
+    def __init__(
+        self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker, *, written: dict[str, Any]
+    ) -> None:
+        """`written` has all settings as the user wrote them; `config` has directories in place of models' names."""
         self.config, self.parallel, self.inputs, self.tracker = config, parallel, inputs, tracker
         backend = loss_backend.settle(config.loss, config.student, config.teachers, parallel)
         if backend.note:
@@ -92,7 +103,7 @@ class Run:
         with tracker.phase("looking for the servers", is_told=config.is_served):
             served = parallel.share_world(lambda: serve.with_urls(config))
             colocated.clear_for_ranks(served.rollout, parallel)
-        with tracker.phase(f"loading the student {config.student.model}"):
+        with tracker.phase(f"loading the student {hub.shown(config.student.model)}"):
             self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
         teachers = build_teachers(served, parallel, vocab, loading=self._loading)
@@ -112,7 +123,7 @@ class Run:
         tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl)])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
-            self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
+            self.trained = self.saving.restore(prompts, self.completions, written)
         self.cursor = prompts.state()
         """Place in the prompts behind the last batch that the student was trained on."""
         self.began_at = self.trained
@@ -121,7 +132,7 @@ class Run:
 
     def _loading(self, teacher: TeacherConfig) -> AbstractContextManager[Phase]:
         how = "connecting to the servers of" if teacher.is_served else "loading"
-        return self.tracker.phase(f"{how} teacher {teacher.name} {teacher.model}")
+        return self.tracker.phase(f"{how} teacher {teacher.name} {hub.shown(teacher.model)}")
 
     def close(self) -> None:
         """End what runs beside the loop."""
