@@ -9,7 +9,8 @@ from megatron_opd.tracking import train_log
 def look(config: Config, path: str) -> Config:
     """Say that the config at `path` is checked, check it, and warn where this machine has too little memory for it.
 
-    Models that the hub has are downloaded first. Returns the config with their directories. Raises what `read_inputs` raises.
+    Models that the hub has are downloaded first. Returns the config with their directories.
+    Raises what `read_inputs` raises.
     """
     with train_log.checking(config.run.dir, f"checking the settings of {path}, its models and its data"):
         # Slow imports, which the line above does not wait for.

@@ -116,7 +116,7 @@ def directory(text: str, need: Need = "weights", *, say: Callable[[str], None] =
     name = HubName(matched["repo"], matched["revision"] or "main", matched["file"] or "")
     try:
         return _gguf(name, say) if name.file else _snapshot(name, need, say)
-    except hub_errors.Refused as refused:
+    except hub_errors.Unavailable as refused:
         raise ValueError(f"{refused}{nearby(text)}") from None
 
 
@@ -184,9 +184,11 @@ def _snapshot(name: HubName, need: Need, say: Callable[[str], None]) -> str:
             _announce(name, need, say)
             found = snapshot_download(name.repo, etag_timeout=_ETAG_S, library_name="megatron-opd", **how)
     if not (Path(found) / "config.json").is_file():
-        raise hub_errors.Refused(f"{name.repo}@{name.revision} is no model in the form of transformers: no config.json")
+        raise hub_errors.Unavailable(
+            f"{name.repo}@{name.revision} is no model in the form of transformers: no config.json"
+        )
     if need == "weights" and lacks_weights(found):
-        raise hub_errors.Refused(
+        raise hub_errors.Unavailable(
             f"{name.repo}@{name.revision} has no safetensors in the cache, and the hub was not asked for them"
         )
     return found
@@ -195,8 +197,8 @@ def _snapshot(name: HubName, need: Need, say: Callable[[str], None]) -> str:
 def _announce(name: HubName, need: Need, say: Callable[[str], None]) -> None:
     """Say what is going to be downloaded, if anything.
 
-    Raises Refused where the repository has no safetensors, or the disk no room. A hub that does not answer is no error
-    yet: what is asked for may be in the cache.
+    Raises Unavailable where the repository has no safetensors, or the disk no room. A hub that does not answer is no
+    error yet: what is asked for may be in the cache.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects
@@ -209,7 +211,7 @@ def _announce(name: HubName, need: Need, say: Callable[[str], None]) -> None:
         return
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if need == "weights" and not any(path.endswith(".safetensors") and "/" not in path for path in sizes):
-        raise hub_errors.Refused(_no_safetensors(name, list(sizes)))
+        raise hub_errors.Unavailable(_no_safetensors(name, list(sizes)))
     wanted = filter_repo_objects(sizes, allow_patterns=_PATTERNS[need], ignore_patterns=_NEVER)
     missing = {
         path: sizes[path]
@@ -233,7 +235,7 @@ def _no_safetensors(name: HubName, files: list[str]) -> str:
 def _check_room(name: HubName, num_bytes: int, cache: Path) -> None:
     free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.is_dir())).free
     if num_bytes and free < num_bytes + _ROOM_BYTES:
-        raise hub_errors.Refused(
+        raise hub_errors.Unavailable(
             f"{name.repo} needs {_size(num_bytes)} more in {cache}, and {_size(free)} are free; make room there, or let"
             " HF_HOME name a directory on another disk"
         )

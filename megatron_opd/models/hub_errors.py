@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Refused(ValueError):
+class Unavailable(ValueError):
     """A model cannot be had from the hub; the message says why."""
 
 
@@ -17,13 +17,13 @@ _FILL = "download it where there is a network, with the same HF_HOME, or name a 
 
 @contextmanager
 def explained(repo: str, revision: str, file: str = "") -> Iterator[None]:
-    """Turns whatever huggingface_hub raises into Refused. `file` is the only one that is asked for, if it is one."""
+    """Turns whatever huggingface_hub raises into Unavailable. `file` is the one that is asked for alone, if any."""
     try:
         yield
-    except Refused:
+    except Unavailable:
         raise
     except Exception as error:  # its own, those of three HTTP libraries, and OSErrors of the disk
-        raise Refused(why(error, repo, revision, file)) from error
+        raise Unavailable(why(error, repo, revision, file)) from error
 
 
 def why(error: BaseException, repo: str, revision: str, file: str = "") -> str:

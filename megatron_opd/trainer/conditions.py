@@ -35,8 +35,8 @@ class Conditions:
     device: str
     versions: dict[str, str]
     models: dict[str, str]
-    """Digests of the files that a run goes on reading: the student's config and tokenizer, each teacher. `Org/Name@commit`
-    for models of the hub."""
+    """Digests of the files that a run goes on reading: the student's config and tokenizer, each teacher. For
+    models of the hub Org/Name@commit."""
 
 
 def measure(

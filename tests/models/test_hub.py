@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ def served(tmp_path, monkeypatch):
 
 
 def refused(text, *needed, need="weights"):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(needed[0])) as caught:
         hub.directory(text, need, say=lambda _: None)
     missing = [part for part in needed if part not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
