@@ -17,6 +17,7 @@ from megatron_opd.core import causes, compiler_cache, interrupts, lifeline
 from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.launch import launchers
 from megatron_opd.planner import options as planner
+from megatron_opd.tracking import push
 
 if TYPE_CHECKING:
     from megatron_opd.core.preemption import Notice
@@ -114,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the methods that a config can name, or print one")
     methods.add_argument("name", nargs="?", help="print the settings of this method, with their comments")
     methods.set_defaults(run=_methods)
+
+    push.add(commands)
 
     report = commands.add_parser("report", help="table and plot of a run, finished or not")
     report.add_argument("run_dir", help="run.dir of the run")

@@ -220,8 +220,8 @@ def _announce(name: HubName, need: Need, say: Callable[[str], None]) -> None:
     }
     _check_room(name, sum(missing.values()), Path(constants.HF_HUB_CACHE))
     if missing:
-        size, cache = _size(sum(missing.values())), constants.HF_HUB_CACHE
-        say(f"downloading {len(missing)} files of {name.repo}@{(info.sha or '')[:12]} ({size}) into {cache}")
+        what = f"{len(missing)} files of {name.repo}@{(info.sha or '')[:12]} ({size(sum(missing.values()))})"
+        say(f"downloading {what} into {constants.HF_HUB_CACHE}")
 
 
 def _no_safetensors(name: HubName, files: list[str]) -> str:
@@ -236,12 +236,13 @@ def _check_room(name: HubName, num_bytes: int, cache: Path) -> None:
     free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.is_dir())).free
     if num_bytes and free < num_bytes + _ROOM_BYTES:
         raise hub_errors.Unavailable(
-            f"{name.repo} needs {_size(num_bytes)} more in {cache}, and {_size(free)} are free; make room there, or let"
+            f"{name.repo} needs {size(num_bytes)} more in {cache}, and {size(free)} are free; make room there, or let"
             " HF_HOME name a directory on another disk"
         )
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """A number of bytes for people."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
