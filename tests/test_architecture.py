@@ -1,6 +1,7 @@
 """The architecture, kept by reading the source: the lists below are the rules, the functions only look them up."""
 
 import ast
+import importlib
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -24,6 +25,7 @@ ROOMS = {
     "teachers": "what teachers say about the student's tokens: in-process, or behind servers",
     "trainer": "the loop and what it is made of: preflight, experience, updates, evaluation, saving",
     "launch": "starting a run: its processes on this machine, or a Slurm job",
+    "commands": "what users call: a module for each command of `megatron-opd`",
 }
 AT_THE_ROOT = ["__init__.py", "__main__.py"]
 DATA = ["methods"]  # folders without code
@@ -33,7 +35,7 @@ ONLY_IN = {
     "megatron": ["student/*", "teachers/megatron_teacher.py"],
     **{client: ["sglang/*"] for client in HTTP},
     "tenacity": ["sglang/*"],
-    f"{PACKAGE}.trainer.loop": ["__main__.py"],
+    f"{PACKAGE}.trainer.loop": ["commands/train.py"],
 }
 NEVER_IN = {
     **dict.fromkeys(["transformers", *HTTP], LEAVES),
@@ -166,6 +168,19 @@ def test_every_file_is_in_a_room():
     assert top == {*ROOMS, *AT_THE_ROOT, *DATA}
     assert {path.suffix for name in DATA for path in (ROOT / PACKAGE / name).iterdir()} == {".yaml"}
     assert all((ROOT / PACKAGE / name / "__init__.py").is_file() for name in ROOMS)
+
+
+def test_every_command_is_a_module_of_its_name():
+    headings = importlib.import_module(f"{PACKAGE}.__main__").COMMANDS
+    listed = [module.__name__.split(".")[-1] for modules in headings.values() for module in modules]
+    has_add = {
+        path.stem
+        for path, tree in parsed(f"{PACKAGE}/commands")
+        if any(isinstance(node, ast.FunctionDef) and node.name == "add" for node in tree.body)
+    }
+    assert sorted(listed) == sorted(has_add)
+    shown = importlib.import_module(f"{PACKAGE}.__main__")._parser().description
+    assert [line.split()[0].replace("-", "_") for line in shown.splitlines() if line.startswith("  ")] == listed
 
 
 def test_the_design_shows_the_rooms_in_their_order():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -22,6 +22,32 @@ class Parser(argparse.ArgumentParser):
             found.overrides = [*found.overrides, *(text for text in rest if not text.startswith("-"))]
             rest = [text for text in rest if text.startswith("-")]
         return found, rest
+
+
+class Commands:
+    """The commands of a program, which --help lists below headings, a line each."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parser = parser
+        parser.usage = f"{parser.prog} [--help | --version] COMMAND ..."
+        self._added = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog, help=argparse.SUPPRESS)
+
+    def begin(self, heading: str) -> None:
+        """The next commands are below this heading."""
+        self._parser.description = f"{self._parser.description}\n\n{heading}:"
+
+    def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
+        """The parser of a new command. `help` is its line; `options` are argparse's."""
+        self._parser.description = f"{self._parser.description}\n  {name:<17} {help}"
+        described = help[0].upper() + help[1:] + "."
+        return self._added.add_parser(name, **{"description": described, **options})
+
+
+def refuse(arguments: argparse.Namespace, needed: str, defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that do nothing without the option `needed`."""
+    given = [f"--{name.replace('_', '-')}" for name, default in defaults.items() if vars(arguments)[name] != default]
+    if given:
+        raise ValueError(f"{', '.join(given)} {'requires' if len(given) == 1 else 'require'} {needed}")
 
 
 def add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:

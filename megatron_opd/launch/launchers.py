@@ -43,17 +43,12 @@ class LocalLauncher:
         """It has none of its own."""
 
     def launch(self, config: Config, given: Sequence[str], options: argparse.Namespace) -> int:
-        """Check the config against its models and data, start everything, and wait for its end."""
-        from megatron_opd.launch import first_look
-
-        if options.dry_run:
-            from megatron_opd.launch import local
-
-            print(*local.plan(config, given), sep="\n")
-            return 0
-        config = first_look.look(config, given[0])
+        """Start everything, and wait for its end."""
         from megatron_opd.launch import local
 
+        if options.dry_run:
+            print(*local.plan(config, given), sep="\n")
+            return 0
         return local.launch(config, given, max_restarts=config.run.max_restarts)
 
 

@@ -71,9 +71,14 @@ def _loading(name: str) -> str:
 
 
 def _settings(run: RecordedRun, models: Mapping[str, str]) -> str:
-    rows = [("base model", models.get("student", "")), *((f"teacher {n}", m) for n, m in models.items() if n != "student")]
+    rows = [
+        ("base model", models.get("student", "")),
+        *((f"teacher {n}", m) for n, m in models.items() if n != "student"),
+    ]
     rows += [(f"`{name}`", str(value)) for name in _MAIN if (value := _setting(run.config, name)) not in (None, "")]
-    rows += [(f"`data.train`: {s['name']}", _place(s.get("path", ""))) for s in _setting(run.config, "data.train") or ()]
+    rows += [
+        (f"`data.train`: {s['name']}", _place(s.get("path", ""))) for s in _setting(run.config, "data.train") or ()
+    ]
     table = "\n".join(["| | |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows)])
     command = f"megatron-opd train {run.dir.name}.yaml"
     return f"{table}\n\nMade with megatron-opd {__version__}: `{command}`, with the run's config.yaml as that file."
@@ -103,5 +108,7 @@ def _models(run: RecordedRun) -> dict[str, str]:
 def _place(path: Any) -> str:
     """A hub's name as it is, and the last part of anything else."""
     text = str(path)
-    is_name = text.startswith(HUB) or (hub.may_be_name(text) and not Path(text).exists() and "." not in text.split("/")[0])
+    is_name = text.startswith(HUB) or (
+        hub.may_be_name(text) and not Path(text).exists() and "." not in text.split("/")[0]
+    )
     return text if is_name else Path(text).name

@@ -11,6 +11,8 @@ from pathlib import Path
 from house_figures.source import Function, Module, assigned, constant, rooms_of_rules
 
 EXTENSIONS = "tests/extensions"
+_NAMED_FOR_USERS = ("config", "commands")
+"""Rooms whose modules are named as users look for them."""
 _LISTED = re.compile(r"^    ([\w/]+\.\w+)(?:$| )", re.MULTILINE)
 
 
@@ -103,7 +105,8 @@ def shared_names(modules: Iterable[Module]) -> dict[str, list[str]]:
     """Public classes, aliases of types and modules of the package that share a name with another one, and where.
 
     A file of sections in config/ may be called like the part that reads it, because a user looks for `answers:` in
-    config/answers.py, and a developer for who answers in rollout/answers.py: there, one name is one thing.
+    config/answers.py, and a developer for who answers in rollout/answers.py: there, one name is one thing. So is a
+    command's, commands/report.py, and what it runs.
     """
     classes, files = defaultdict(set), defaultdict(set)
     for module in modules:
@@ -112,7 +115,7 @@ def shared_names(modules: Iterable[Module]) -> dict[str, list[str]]:
         where = "/".join(module.parts)
         for name in _public(module.tree):
             classes[name].add(where)
-        if not module.path.stem.startswith("__") and not (module.room == "config" and len(module.parts) == 2):
+        if not module.path.stem.startswith("__") and not (module.room in _NAMED_FOR_USERS and len(module.parts) == 2):
             files[module.path.stem].add(where)
     return {
         name: sorted(where) for names in (classes, files) for name, where in sorted(names.items()) if len(where) > 1

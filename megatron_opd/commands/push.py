@@ -6,20 +6,16 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from megatron_opd.core.arguments import Commands
 from megatron_opd.core.run_dir import CHECKPOINTS, HF_EXPORT, MARKER, complete
-from megatron_opd.models import hub, hub_errors, output_dir
-from megatron_opd.models.architecture import read_architecture
-from megatron_opd.models.headers import check_tensors
-from megatron_opd.tracking import model_card
-from megatron_opd.tracking.report_run import read_run
+from megatron_opd.models import hub, hub_errors
 
 CARD = "README.md"
 
 
-def add(commands: Any) -> None:
-    """Add the command to those of the program."""
+def add(commands: Commands) -> None:
+    """The command and its options."""
     push = commands.add_parser("push", help="upload the export of a run to the Hugging Face hub, with a model card")
     push.add_argument("run_dir", help="run.dir of a finished run")
     push.add_argument("--to", required=True, metavar="Org/Name", help="repository; made if it is not there")
@@ -54,6 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _export(run_dir: Path) -> Path:
     """The export of a run. Raises ValueError where it is not there, or not that of the run as it is now."""
+    from megatron_opd.models import output_dir
+    from megatron_opd.models.architecture import read_architecture
+    from megatron_opd.models.headers import check_tensors
+    from megatron_opd.tracking.report_run import read_run
+
     run = read_run(run_dir)
     export, unfinished = run_dir / HF_EXPORT, output_dir.temporary(run_dir / HF_EXPORT)
     how = "`megatron-opd train` with the run's config finishes it"
@@ -69,6 +70,9 @@ def _export(run_dir: Path) -> Path:
 
 
 def _card(arguments: argparse.Namespace) -> str:
+    from megatron_opd.tracking import model_card
+    from megatron_opd.tracking.report_run import read_run
+
     if not arguments.card:
         return model_card.make(read_run(Path(arguments.run_dir)), arguments.to, license_name=arguments.license)
     if arguments.license:

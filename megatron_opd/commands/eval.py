@@ -1,0 +1,59 @@
+"""`megatron-opd eval`: grade a model's answers to the config's held-out prompts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_opd.core.arguments import Commands, add_config
+
+
+def add(commands: Commands) -> None:
+    """The command and its options."""
+    parser = commands.add_parser("eval", help="grade answers of a Hugging Face model to the config's eval sources")
+    parser.add_argument("--model", help="model directory or hub name (default: the run's export, else student.model)")
+    add_config(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Sample the answers, grade them, print the means."""
+    from rich.console import Console
+
+    from megatron_opd.config.file import ConfigError, load
+    from megatron_opd.core.run_dir import HF_EXPORT
+    from megatron_opd.models import hub
+    from megatron_opd.models.tokenizer import load_tokenizer
+    from megatron_opd.rollout.embedded_engine import LocalEngine
+    from megatron_opd.tracking.report import print_grades
+    from megatron_opd.tracking.tracker import console_alone
+    from megatron_opd.trainer.evaluate import Evaluator, means, num_answers
+    from megatron_opd.trainer.preflight import check_model, read_inputs
+
+    config = load(arguments.config, arguments.overrides)
+    exported = Path(config.run.dir) / HF_EXPORT
+    model = str(arguments.model or (exported if exported.is_dir() else config.student.model))
+    wanted: dict[str, hub.Need] = {**dict.fromkeys(config.model_settings, "texts"), model: "weights"}
+    found = hub.directories(wanted, {model: "--model", **config.model_settings})
+    config, model = config.with_models(found), found[model]
+    inputs = read_inputs(config)
+    if not inputs.eval:
+        raise ConfigError(["data.eval is empty: add a source to evaluate on"])
+    if all(source.reward == "none" for source, _ in inputs.eval):
+        raise ConfigError(
+            ["data.eval: no source has a reward, so there is nothing to grade; set one, e.g. reward: exact"]
+        )
+    for note in inputs.notes:
+        print(note, file=sys.stderr)
+    check_model(model, config.student.model)
+    samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
+    ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
+    with console_alone() as shown:
+        with shown.phase(f"loading {hub.shown(model)}"):
+            engine = LocalEngine(model, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
+        evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
+        with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
+            _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())
+    print_grades(hub.shown(model), means([totals], "eval"), console=Console())
+    return 0
