@@ -124,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"error": "out of order"}, self.hub.fails_with)
         if path == "/api/repos/create":
             return self._create(json.loads(body))
+        if path == "/api/validate-yaml":  # of a card's metadata
+            return self._json({"errors": [], "warnings": []})
         matched = re.fullmatch(
             r"(?:/api/models)?/([^/]+/[^/]+)(?:/(revision|tree|resolve|preupload|commit)/(.+))?", path
         )
@@ -165,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, told: dict) -> None:
         name = f"{told.get('organization') or 'me'}/{told['name']}"
         if name in self.hub.repos:
-            return self._json({"error": "it exists"}, 409)
+            return self._json({"error": "it exists", "url": f"{self.hub.url}/{name}"}, 409)
         self.hub.repos[name] = Repo(is_private=told.get("visibility") == "private" or bool(told.get("private")))
         self.hub.repos[name].commit({})
         return self._json({"url": f"{self.hub.url}/{name}", "name": name})

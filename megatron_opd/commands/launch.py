@@ -27,6 +27,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.launcher == launchers.DEFAULT and not arguments.dry_run:  # others start it where we cannot look
         from megatron_opd.commands import first_look
 
-        first_look.look(config, arguments.config)
+        config = first_look.look(config, arguments.config)
     launcher = launchers.LAUNCHERS[arguments.launcher]
     return launcher.launch(config, [arguments.config, *arguments.overrides], arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 from megatron_opd.core.arguments import Commands
@@ -64,7 +65,11 @@ def _export(run_dir: Path) -> Path:
     newest = complete(run_dir / CHECKPOINTS)[-1:]
     if newest and (newest[0] / MARKER).stat().st_mtime > (export / "config.json").stat().st_mtime + 1.0:
         raise ValueError(f"{export} is older than {newest[0]}: the run went on behind it; {how}")
-    if wrong := check_tensors(export, read_architecture(export)):
+    try:
+        wrong = check_tensors(export, read_architecture(export))
+    except ValueError as error:  # not even the headers can be read
+        wrong = [str(error)]
+    if wrong:
         raise ValueError("\n".join([f"{export} is not whole:", *wrong]))
     return export
 
@@ -74,7 +79,12 @@ def _card(arguments: argparse.Namespace) -> str:
     from megatron_opd.tracking.report_run import read_run
 
     if not arguments.card:
-        return model_card.make(read_run(Path(arguments.run_dir)), arguments.to, license_name=arguments.license)
+        return model_card.make(
+            read_run(Path(arguments.run_dir)),
+            arguments.to,
+            license_name=arguments.license,
+            version=metadata.version("megatron-opd"),
+        )
     if arguments.license:
         raise ValueError("--license writes into the made card; with --card, put it into that file")
     return Path(arguments.card).read_text(encoding="utf-8")

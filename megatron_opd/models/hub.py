@@ -243,7 +243,8 @@ def _check_room(name: HubName, num_bytes: int, cache: Path) -> None:
 
 def size(num_bytes: float) -> str:
     """A number of bytes for people."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+    unit, name = (1e9, "GB") if num_bytes >= 1e8 else (1e6, "MB") if num_bytes >= 1e5 else (1e3, "kB")
+    return f"{num_bytes / unit:.2f} {name}"
 
 
 def _gguf(name: HubName, say: Callable[[str], None]) -> str:

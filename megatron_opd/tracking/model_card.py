@@ -1,17 +1,17 @@
 """The model card of a run's export: what was learnt from whom and how, measured how well, and how to load it.
 
-It is made of what the run wrote, config.yaml, metrics.jsonl and its newest checkpoint's loop.json. Directories are told by
-their last part alone: a card is for others, who have other disks.
+It is made of what the run wrote: config.yaml, metrics.jsonl and the loop.json of its newest checkpoint. Directories are
+told by their last part alone, because a card is for others, who have other disks.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_opd import __version__
 from megatron_opd.config import HUB, yaml_text
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete
 from megatron_opd.models import hub
@@ -28,8 +28,9 @@ _MAIN = (
 """Settings that a card tells; those that a run does not have are left out."""
 
 
-def make(run: RecordedRun, name: str, *, license_name: str) -> str:
-    """The text of the card for the repository `name`. An empty `license_name` leaves that to its owner."""
+def make(run: RecordedRun, name: str, *, license_name: str, version: str) -> str:
+    """The text of the card for the repository `name`. An empty `license_name` leaves that to its owner; `version` is
+    the program's."""
     models = _models(run)
     tables = [t for t in (accuracy_table(run), agreement_table(run), kl_table(run), nll_table(run)) if t.lines]
     parts = [
@@ -38,7 +39,7 @@ def make(run: RecordedRun, name: str, *, license_name: str) -> str:
         _what(run, models),
         f"## How to load it\n\n{_loading(name)}",
         *map(to_markdown, tables),
-        f"## How it was made\n\n{_settings(run, models)}",
+        f"## How it was made\n\n{_settings(run, models)}\n\n{_command(run, version)}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -79,9 +80,12 @@ def _settings(run: RecordedRun, models: Mapping[str, str]) -> str:
     rows += [
         (f"`data.train`: {s['name']}", _place(s.get("path", ""))) for s in _setting(run.config, "data.train") or ()
     ]
-    table = "\n".join(["| | |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows)])
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows)])
+
+
+def _command(run: RecordedRun, version: str) -> str:
     command = f"megatron-opd train {run.dir.name}.yaml"
-    return f"{table}\n\nMade with megatron-opd {__version__}: `{command}`, with the run's config.yaml as that file."
+    return f"Made with megatron-opd {version}: `{command}`, with the config.yaml of the run as that file."
 
 
 def _setting(config: Any, name: str) -> Any:
@@ -94,10 +98,8 @@ def _models(run: RecordedRun) -> dict[str, str]:
     """The student and each teacher: a hub's name with its commit where the run has kept it, else a directory's name."""
     newest = complete(run.dir / CHECKPOINTS)[-1:]
     kept: dict[str, str] = {}
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a checkpoint of an older version
         kept = json.loads((newest[0] / MARKER).read_text())["conditions"]["models"] if newest else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # a checkpoint of an older version, or of another
     commits = {of.partition("@")[0]: of for of in kept.values() if "@" in of}
     named = {"student": _setting(run.config, "student.model")}
     named |= {teacher["name"]: teacher["model"] for teacher in run.config.get("teachers") or ()}
