@@ -79,12 +79,8 @@ def _card(arguments: argparse.Namespace) -> str:
     from megatron_opd.tracking.report_run import read_run
 
     if not arguments.card:
-        return model_card.make(
-            read_run(Path(arguments.run_dir)),
-            arguments.to,
-            license_name=arguments.license,
-            version=metadata.version("megatron-opd"),
-        )
+        run, version = read_run(Path(arguments.run_dir)), metadata.version("megatron-opd")
+        return model_card.make(run, arguments.to, license_name=arguments.license, version=version)
     if arguments.license:
         raise ValueError("--license writes into the made card; with --card, put it into that file")
     return Path(arguments.card).read_text(encoding="utf-8")

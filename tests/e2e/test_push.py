@@ -66,7 +66,7 @@ def test_a_dry_run_shows_card_and_files_and_asks_nobody(finished, served):
     for line in (
         f"`org/base@{COMMIT}` learned from carry (`org/teacher@v1`) and own (`teacher_own`) by the method `gkd`",
         'AutoModelForCausalLM.from_pretrained("me/mine"',
-        "| add | 6.0 | 95.0 | +89.0 |",
+        "| add | 6.0 | - | 95.0 | +89.0 |",
         "| `optim.lr` | 0.001 |",
         f"Made with megatron-opd {version('megatron-opd')}",
         "would upload to me/mine (private):",
@@ -95,7 +95,9 @@ def test_the_export_arrives_with_its_card(finished, served):
     assert b"learned from carry" in files["README.md"]
     assert len(repo.commits) == 2, "one commit behind the empty one"
     assert f"done: {served.url}/me/mine/commit/{repo.refs['main']}" in done.stdout
-    assert {told for _, path, told, _ in served.asked if path.startswith("/api")} == {"Bearer hf_mine"}
+    assert {told for _, path, told, _ in served.asked if path.startswith(("/api/repos", "/api/models"))} == {
+        "Bearer hf_mine"
+    }
 
 
 def test_a_card_of_ones_own_and_a_second_time(finished, served, tmp_path):
