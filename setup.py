@@ -61,7 +61,7 @@ setup(
         "protobuf",
         "safetensors",
         # Models by name. transformers needs it too, but the code imports it by itself.
-        "huggingface_hub>=0.34",
+        "huggingface_hub>=1.0",
         "filelock",
         "pydantic>=2.10",
         "pyyaml",

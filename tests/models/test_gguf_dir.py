@@ -19,6 +19,7 @@ needs_reader = pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {', '.
 TOKENS = [*(chr(c) for c in range(33, 127)), "Ġ", "ab", "<|end|>"]
 _PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
 _PARTS |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+_PARTS |= {"model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm"}
 _PARTS |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
