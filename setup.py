@@ -31,6 +31,11 @@ OLDEST_GPU = [*OLDEST, "transformer-engine[core-cu13,pytorch]>=2.9,<2.12"]
 NEWEST_GPU = [*NEWEST, "transformer-engine[core-cu13,pytorch]>=2.20,<2.21"]
 
 
+# The examples are part of the package, but lie beside it: people look for them at the root of the sources. An image's
+# first layers have the package alone (docker/).
+EXAMPLES = {"megatron_opd.examples": "examples"} if (HERE / "examples").is_dir() else {}
+
+
 def only(requirements, pythons):
     """The requirements for some versions of Python."""
     return [f"{requirement}; python_version {pythons}" for requirement in requirements]
@@ -44,12 +49,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_namespace_packages(include=["megatron_opd", "megatron_opd.*"]),
+    packages=[*find_namespace_packages(include=["megatron_opd", "megatron_opd.*"]), *EXAMPLES],
+    package_dir=EXAMPLES,
     package_data={
         "megatron_opd.loss.fused": ["*.cpp", "*.h"],  # compiled at first use
         "megatron_opd.launch.slurm": ["*.sh"],
         "megatron_opd.methods": ["*.yaml"],
+        "megatron_opd.sglang": ["install.sh", "requirements_cpu.txt"],  # for `install-sglang`
+        **{package: ["**/*"] for package in EXAMPLES},
     },
+    exclude_package_data={package: ["**/__pycache__/*"] for package in EXAMPLES},
     install_requires=[
         "torch>=2.10",
         "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",

@@ -9,18 +9,37 @@ import sys
 from contextlib import suppress
 
 from megatron_opd import __version__
-from megatron_opd.commands import check, eval, launch, methods, push, report, serve, train
+from megatron_opd.commands import (
+    check,
+    check_fp8,
+    compare_logprobs,
+    convert,
+    eval,
+    example,
+    inspect,
+    install_sglang,
+    launch,
+    methods,
+    prune,
+    push,
+    report,
+    serve,
+    train,
+    verify,
+)
 from megatron_opd.core import causes, compiler_cache, interrupts, lifeline
 from megatron_opd.core.arguments import Commands, Parser
 
 COMMANDS = {
+    "to begin with": (example, methods, install_sglang),
     "a run": (check, train, launch, serve),
-    "what came of it": (eval, report, push),
-    "settings": (methods,),
+    "what came of it": (report, eval, push),
+    "models and checkpoints": (convert, inspect, verify, compare_logprobs, prune, check_fp8),
 }
 """The modules of the commands, by their heading in --help."""
 _EPILOG = """\
 examples:
+  megatron-opd example quickstart                              a config with its models and data, written here
   megatron-opd check examples/quickstart.yaml                  what would run, without running it
   megatron-opd check my.yaml --plan --gpu H100                 what it needs, and how long a step takes
   megatron-opd train examples/quickstart.yaml                  start, or continue after an interruption
@@ -29,11 +48,9 @@ examples:
   megatron-opd report runs/quickstart                          table and plot of a run
   megatron-opd eval examples/quickstart.yaml --model runs/quickstart/hf
   megatron-opd push runs/quickstart --to Org/Name --dry-run    its model card, and the files that would be uploaded
-  megatron-opd methods gkd                                     the settings of a method; without a name, all methods
-  megatron-opd serve my.yaml --only teacher-math               its SGLang servers, in a job step of their own
   megatron-opd launch my.yaml --slurm --dry-run                the Slurm job of a run; without --dry-run it is submitted
 
-every setting: docs/config.md
+each command has its own --help; every setting: `megatron-opd check CONFIG --all`, and docs/config.md of the sources
 """
 
 

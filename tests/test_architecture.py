@@ -35,7 +35,7 @@ ONLY_IN = {
     "megatron": ["student/*", "teachers/megatron_teacher.py"],
     **{client: ["sglang/*"] for client in HTTP},
     "tenacity": ["sglang/*"],
-    f"{PACKAGE}.trainer.loop": ["commands/train.py"],
+    f"{PACKAGE}.trainer.loop": ["commands/*"],
 }
 NEVER_IN = {
     **dict.fromkeys(["transformers", *HTTP], LEAVES),

@@ -38,10 +38,10 @@ _ALLOWED_BYTES = 256 << 20
 _MEASURED = """\
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import convert_checkpoint
+from megatron_opd.__main__ import main
 from megatron_opd.models import convert, hf_dir
 start = time.perf_counter()
-code = convert_checkpoint.main(sys.argv[2:]) if sys.argv[2:] else 0
+code = main(["convert", *sys.argv[2:]]) if sys.argv[2:] else 0
 seconds = time.perf_counter() - start
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("measured", code, seconds, peak * 1024)

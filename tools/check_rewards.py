@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import tool
+from rich.console import Console
 from rich.progress import track
 
 from megatron_opd.config import RewardsConfig
@@ -108,7 +109,7 @@ def _table(arguments: argparse.Namespace) -> int:
     settings = RewardsConfig(code_timeout_s=arguments.timeout, code_workers=arguments.workers)
     found = {
         name: wrong(rows, way, settings)
-        for name, way in track(WAYS.items(), description="ways of writing", console=tool.Console(stderr=True))
+        for name, way in track(WAYS.items(), description="ways of writing", console=Console(stderr=True))
     }
     print("| the answer is | right |\n|---|---|")
     for name, those in found.items():

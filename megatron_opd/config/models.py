@@ -79,7 +79,7 @@ class ServersConfig:
     port: Annotated[int, bound(ge=1, le=65535)] = 30000
     """First port of started servers; each next one takes the next free port."""
     python: FilePath = ".venv-sglang/bin/python"
-    """Python of the environment with SGLang, which starts the servers (`make sglang` makes one without a GPU)."""
+    """Python of the environment with SGLang, which starts the servers (`megatron-opd install-sglang` makes one)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type in which started servers compute; auto: student.dtype for the student's, config.json's for a teacher's."""
     args: list[str] = dataclasses.field(default_factory=list)

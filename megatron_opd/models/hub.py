@@ -173,7 +173,10 @@ def nearby(text: str) -> str:
 def _snapshot(name: HubName, need: Need, say: Callable[[str], None]) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     how: dict[str, Any] = {"revision": name.revision, "allow_patterns": _PATTERNS[need], "ignore_patterns": _NEVER}
     with hub_errors.explained(name.repo, name.revision):
         found = ""

@@ -81,7 +81,7 @@ class LocalEngine:
         if not self.has_weights:
             raise ValueError(
                 f"{self.model.name_or_path or 'the model'} is a Megatron checkpoint, which this engine cannot read:"
-                " convert it with tools/convert_checkpoint.py megatron-to-hf"
+                " convert it with `megatron-opd convert megatron-to-hf`"
             )
         return rollouts(self.reader(), prompts, sampling, eos_ids=self.eos_ids, version=self.version, told=on_finished)
 

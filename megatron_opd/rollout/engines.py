@@ -145,7 +145,7 @@ def build_sampling_teacher(teacher: TeacherConfig, *, eos_ids: tuple[int, ...], 
     if not engine.has_weights:
         raise ValueError(
             f"teacher '{teacher.name}' is to sample, but {teacher.model} is a Megatron checkpoint, which the"
-            " embedded engine cannot read: convert it with tools/convert_checkpoint.py megatron-to-hf"
+            " embedded engine cannot read: convert it with `megatron-opd convert megatron-to-hf`"
         )
     return engine
 

@@ -63,8 +63,8 @@ def without_interpreter(servers: ServersConfig) -> str:
         return ""
     what = "cannot be executed" if python.exists() else "does not exist"
     return (
-        f"{python} {what}; `make sglang` installs SGLang into an environment of its own, or let servers.python name the"
-        " interpreter of yours"
+        f"{python} {what}; `megatron-opd install-sglang` installs SGLang into an environment of its own, or let"
+        " servers.python name the interpreter of yours"
     )
 
 

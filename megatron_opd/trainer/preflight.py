@@ -160,7 +160,7 @@ def _not_asked(teachers: list[TeacherConfig], train: TrainConfig) -> list[str]:
     """Problems of the settings that load teachers into transformers."""
     return [
         f"teachers.{i}.model: train.{name} needs a Hugging Face directory, and {teacher.model} is a Megatron"
-        " checkpoint; turn it off, or convert with tools/convert_checkpoint.py megatron-to-hf"
+        " checkpoint; turn it off, or convert with `megatron-opd convert megatron-to-hf`"
         for name in ("eval_teachers", "eval_agreement")
         for i, teacher in enumerate(teachers)
         if getattr(train, name) and is_torch_dist(teacher.model)

@@ -1,4 +1,4 @@
-"""The conversion tools as a user calls them: what they print, what they write, and how they refuse."""
+"""The commands on checkpoints as users call them, also by their names in tools/: what they print, write and refuse."""
 
 import json
 import os
@@ -17,13 +17,18 @@ import torch
 import warm
 from safetensors.torch import load_file, save_file
 
+from megatron_opd.__main__ import main
+from megatron_opd.commands import verify
+from megatron_opd.tracking.bytes_bar import BytesBar
+
 ROOT = Path(__file__).resolve().parents[2]
 STUDENT = ROOT / "examples/quickstart/models/student"
 TIMEOUT_S = 600
-sys.path.insert(0, str(ROOT / "tools"))
 
-import compare_logprobs  # noqa: E402
-import convert_checkpoint  # noqa: E402
+
+def command(given):
+    """`megatron-opd convert`, inspect or verify in this process."""
+    return main(given if given[:1] in (["inspect"], ["verify"]) else ["convert", *given])
 
 
 def run(*command, **options):
@@ -57,7 +62,7 @@ def model_dir(tmp_path):
 
 @pytest.fixture
 def checkpoint(model_dir, tmp_path, capsys):
-    assert convert_checkpoint.main(["hf-to-megatron", "--hf", str(model_dir), "--out", str(tmp_path / "mg")]) == 0
+    assert command(["hf-to-megatron", "--hf", str(model_dir), "--out", str(tmp_path / "mg")]) == 0
     capsys.readouterr()
     return tmp_path / "mg"
 
@@ -69,7 +74,7 @@ def refused(capsys, tmp_path):
     def call(*arguments):
         before = sorted(path.name for path in tmp_path.iterdir())
         capsys.readouterr()
-        assert convert_checkpoint.main([str(a) for a in arguments]) == 1
+        assert command([str(a) for a in arguments]) == 1
         assert sorted(path.name for path in tmp_path.iterdir()) == before
         said = capsys.readouterr().err
         assert said.startswith("error: ")
@@ -116,7 +121,7 @@ def test_there_and_back_from_the_shell(tmp_path):
 def test_dry_run_prints_the_plan_and_writes_nothing(model_dir, checkpoint, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     for command in (["hf-to-megatron", "--hf", model_dir, "--tp", 2], ["megatron-to-hf", "--checkpoint", checkpoint]):
-        assert convert_checkpoint.main([*map(str, command), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+        assert command([*map(str, command), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
         out = capsys.readouterr().out
         for words in (
             "19 of Megatron's, bfloat16",
@@ -132,34 +137,34 @@ def test_dry_run_prints_the_plan_and_writes_nothing(model_dir, checkpoint, tmp_p
 def test_padding_for_a_layout_is_said_and_undone(tmp_path, capsys):
     tiny.save(tiny.build("qwen2", vocab_size=93), tmp_path / "hf")
     command = ["hf-to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "mg")]
-    assert convert_checkpoint.main([*command, "--tp", "4", "--vocab-multiple", "6"]) == 0
+    assert command([*command, "--tp", "4", "--vocab-multiple", "6"]) == 0
     assert "vocabulary  93 entries and 3 of padding" in capsys.readouterr().out
-    assert convert_checkpoint.main(["verify", str(tmp_path / "hf"), str(tmp_path / "mg")]) == 0
+    assert command(["verify", str(tmp_path / "hf"), str(tmp_path / "mg")]) == 0
 
 
 def test_inspect(model_dir, checkpoint, capsys):
     for directory, words in ((model_dir, "Hugging Face"), (checkpoint, "torch_dist (Megatron)")):
-        assert convert_checkpoint.main(["inspect", str(directory), "--json"]) == 0
+        assert command(["inspect", str(directory), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         assert (facts["format"], facts["parameters"], facts["dtype"]) == (words, 102784, "bfloat16")
-        assert convert_checkpoint.main(["inspect", str(directory)]) == 0
+        assert command(["inspect", str(directory)]) == 0
         assert "102,784" in capsys.readouterr().out
     (checkpoint / "__0_0.distcp").unlink()
-    assert convert_checkpoint.main(["inspect", str(checkpoint)]) == 1
+    assert command(["inspect", str(checkpoint)]) == 1
     assert "problem: " in capsys.readouterr().err
 
 
 def test_verify_finds_a_single_changed_weight(model_dir, checkpoint, capsys):
     change_weights(model_dir, lambda w: w["model.layers.1.mlp.up_proj.weight"][5, 7].add_(0.5))
-    assert convert_checkpoint.main(["verify", str(model_dir), str(checkpoint)]) == 1
+    assert command(["verify", str(model_dir), str(checkpoint)]) == 1
     out = capsys.readouterr().out
     assert "model.layers.1.mlp.up_proj.weight: max |Δ| 0.5" in out
     assert "24 of 25 tensors are equal bit for bit" in out
     assert out.endswith("DIFFERENT\n")
-    assert convert_checkpoint.main(["verify", str(model_dir), str(checkpoint), "--atol", "0.6"]) == 0
+    assert command(["verify", str(model_dir), str(checkpoint), "--atol", "0.6"]) == 0
     assert "within the tolerance" in capsys.readouterr().out
     change_weights(model_dir, lambda w: w["model.norm.weight"][:1].fill_(float("nan")))
-    assert convert_checkpoint.main(["verify", str(model_dir), str(checkpoint), "--atol", "0.6"]) == 1
+    assert command(["verify", str(model_dir), str(checkpoint), "--atol", "0.6"]) == 1
     assert "model.norm.weight: max |Δ| inf" in capsys.readouterr().out
 
 
@@ -170,8 +175,8 @@ def test_verify_finds_logits_that_are_no_numbers(model_dir, checkpoint, capsys, 
         made[-1][-1, -1] = float("nan") if side.path == checkpoint else 0.0
         return made
 
-    monkeypatch.setattr(convert_checkpoint, "_logits", logits)
-    assert convert_checkpoint.main(["verify", str(model_dir), str(checkpoint), "--logits"]) == 1
+    monkeypatch.setattr(verify, "_logits", logits)
+    assert command(["verify", str(model_dir), str(checkpoint), "--logits"]) == 1
     out = capsys.readouterr().out
     assert "max |Δ| inf" in out
     assert out.endswith("DIFFERENT\n")
@@ -244,7 +249,7 @@ def test_outputs_are_never_overwritten_by_accident(model_dir, checkpoint, tmp_pa
     command = ["hf-to-megatron", "--hf", str(model_dir), "--out", str(checkpoint)]
     assert "exists and is not empty; choose another directory, or give --overwrite" in refused(*command)
     before = (checkpoint / ".metadata").stat().st_ino
-    assert convert_checkpoint.main([*command, "--overwrite"]) == 0
+    assert command([*command, "--overwrite"]) == 0
     assert (checkpoint / ".metadata").stat().st_ino != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()
@@ -289,15 +294,15 @@ def test_an_interrupted_conversion_leaves_nothing(model_dir, checkpoint, tmp_pat
     def interrupt(_, __):
         raise reason
 
-    monkeypatch.setattr(convert_checkpoint.tool.Bar, "__call__", interrupt)
+    monkeypatch.setattr(BytesBar, "__call__", interrupt)
     before = sorted(tmp_path.iterdir())
     for command in (["hf-to-megatron", "--hf", model_dir], ["megatron-to-hf", "--checkpoint", checkpoint]):
         arguments = [*map(str, command), "--out", str(tmp_path / "out")]
         if reason is KeyboardInterrupt:
-            assert convert_checkpoint.main(arguments) == 130
+            assert command(arguments) == 130
         else:
             with pytest.raises(SystemExit):
-                convert_checkpoint.main(arguments)
+                command(arguments)
         assert sorted(tmp_path.iterdir()) == before
 
 
@@ -325,10 +330,10 @@ def test_what_is_no_checkpoint_is_said_before_asking_for_its_model(run_dir, tmp_
 def test_a_runs_checkpoint(run_dir, model_dir, tmp_path, capsys, refused):
     step = run_dir / "checkpoints/step_00000010"
     command = ["megatron-to-hf", "--checkpoint", str(step), "--out", str(tmp_path / "out")]
-    assert convert_checkpoint.main(command) == 0
-    assert convert_checkpoint.main(["verify", str(model_dir), str(step)]) == 0
+    assert command(command) == 0
+    assert command(["verify", str(model_dir), str(step)]) == 0
     capsys.readouterr()
-    assert convert_checkpoint.main(["inspect", str(step), "--json"]) == 0
+    assert command(["inspect", str(step), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["step"], facts["saved at layout"]) == (10, "tensor 2 x pipeline 2 x data 1 (loads at any)")
     assert "is the directory of a run; name one of its checkpoints" in refused("inspect", run_dir)
@@ -344,9 +349,9 @@ def test_a_runs_checkpoint(run_dir, model_dir, tmp_path, capsys, refused):
 @pytest.mark.parametrize("command", ["", "hf-to-megatron", "megatron-to-hf", "inspect", "verify"])
 def test_help_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        convert_checkpoint.main([*filter(None, [command]), "--help"])
+        command([*filter(None, [command]), "--help"])
     assert stopped.value.code == 0
-    assert "examples:\n  python tools/convert_checkpoint.py" in capsys.readouterr().out
+    assert "examples:\n  megatron-opd " in capsys.readouterr().out
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -415,7 +420,7 @@ def test_logprobs_at_a_layout(checkpoint, tmp_path):
 
 def test_what_compare_logprobs_refuses(server, tmp_path, capsys):
     def refused(*arguments):
-        assert compare_logprobs.main(["--hf", str(STUDENT), *map(str, arguments)]) == 1
+        assert main(["compare-logprobs", "--hf", str(STUDENT), *map(str, arguments)]) == 1
         return capsys.readouterr().err
 
     assert "no such file" in refused("--prompts", tmp_path / "absent.jsonl")

@@ -7,19 +7,15 @@ import os
 import pickle
 import pickletools
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from program import CONFIG, MODELS, assert_user_error, here
 
+from megatron_opd.__main__ import main
 from megatron_opd.models import convert, unpickling
 from megatron_opd.models.torch_dist_dir import Region, TorchDistDir, write
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import convert_checkpoint
 
 
 class Calls:
@@ -139,7 +135,7 @@ def test_what_is_no_list_of_tensors_is_damaged(trace):
 @pytest.mark.parametrize("kind", ["os.mkdir", "a partial", "deep inside"])
 def test_inspect_check_and_teachers_refuse_such_metadata(published, trace, kind, capsys):
     (published / ".metadata").write_bytes(pickle.dumps(ways(trace)[kind]))
-    assert convert_checkpoint.main(["inspect", str(published)]) == 1
+    assert main(["inspect", str(published)]) == 1
     assert "which no checkpoint needs" in capsys.readouterr().err
     for setting in (f"student.model={published}", f"teachers.0.model={published}"):
         assert_user_error(here("check", CONFIG, setting), ".metadata asks for", "do not trust it")

@@ -1,11 +1,11 @@
-"""What tools/check_fp8.py measures by default, and that it takes what `megatron-opd train` takes."""
+"""What `megatron-opd check-fp8` measures by default, and that it takes what `megatron-opd train` takes."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_opd.commands import check_fp8
 from megatron_opd.config.file import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,10 +13,8 @@ BF16 = ["student.dtype=bf16", "teachers.0.dtype=bf16", "teachers.1.dtype=bf16"]
 
 
 @pytest.fixture
-def fp8_of(monkeypatch):
+def fp8_of():
     """precision.fp8 by recipe."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import check_fp8
 
     def made(*overrides, emulate=False, recipes=()):
         arguments = argparse.Namespace(
@@ -28,8 +26,7 @@ def fp8_of(monkeypatch):
         )
         return {recipe: config.precision.fp8 for recipe, config in check_fp8._configs(arguments).items()}
 
-    yield made
-    sys.modules.pop("check_fp8", None)
+    return made
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ time.sleep(600)
 
 def test_without_sglang_the_message_says_how_to_get_it(tmp_path):
     settings = ServersConfig(python=str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"servers\.python: .* `make sglang`"):
+    with pytest.raises(ValueError, match=r"servers\.python: .* `megatron-opd install-sglang`"):
         process.start(settings, tmp_path, name="a", log_dir=tmp_path, context=9)
 
 

@@ -93,7 +93,7 @@ def test_versions_are_those_of_the_stacks():
     newest = (ROOT / "constraints-newest.txt").read_text().splitlines()
     assert arguments("docker/Dockerfile")["TORCH"] in newest
     assert arguments("docker/Dockerfile.cpu")["TORCH"] in (ROOT / "constraints.txt").read_text().splitlines()
-    requirements = (ROOT / "tools/sglang_cpu/requirements.txt").read_text().splitlines()
+    requirements = (ROOT / "megatron_opd/sglang/requirements_cpu.txt").read_text().splitlines()
     assert arguments("docker/Dockerfile")["SGLANG"] in requirements
 
 

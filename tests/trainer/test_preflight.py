@@ -78,8 +78,11 @@ def test_check_says_that_servers_have_no_interpreter_here(capsys, tmp_path):
     given = ["check", "examples/quickstart.yaml", f"run.dir={tmp_path / 'run'}", *served]
     assert main([*given, f"rollout.servers.python={tmp_path / 'nowhere'}"]) == 0
     out, _ = capsys.readouterr()
-    assert f"# rollout.servers.python: {tmp_path / 'nowhere'} does not exist; `make sglang` installs" in out
-    assert f"# teachers.0.servers.python: {plain} cannot be executed; `make sglang` installs" in out
+    assert (
+        f"# rollout.servers.python: {tmp_path / 'nowhere'} does not exist; `megatron-opd install-sglang` installs"
+        in out
+    )
+    assert f"# teachers.0.servers.python: {plain} cannot be executed; `megatron-opd install-sglang` installs" in out
     plain.chmod(0o755)
     assert main([*given, f"rollout.servers.python={plain}"]) == 0
     assert "servers.python: /" not in capsys.readouterr().out

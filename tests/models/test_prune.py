@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-import prune_model
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
+
+from megatron_opd.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def load(path):
 @pytest.mark.parametrize(("drop", "kept"), [(["1", "3"], [0, 2, 4]), (["2-4"], [0, 1]), (["0", "1-2"], [3, 4])])
 def test_it_is_the_model_without_these_layers(model_dir, tmp_path, capsys, drop, kept):
     (model_dir / "notes.txt").write_text("beside the weights")
-    assert prune_model.main([str(model_dir), str(tmp_path / "small"), "--drop", *drop]) == 0
+    assert main(["prune", str(model_dir), str(tmp_path / "small"), "--drop", *drop]) == 0
     assert f"{len(kept)} of 5 layers" in capsys.readouterr().out
     expected = load(model_dir)
     expected.model.layers = torch.nn.ModuleList(expected.model.layers[i] for i in kept)
@@ -48,17 +49,17 @@ def test_it_is_the_model_without_these_layers(model_dir, tmp_path, capsys, drop,
     ],
 )
 def test_what_cannot_be_dropped(model_dir, tmp_path, capsys, drop, said):
-    assert prune_model.main([str(model_dir), str(tmp_path / "small"), f"--drop={drop[0]}"]) == 1
+    assert main(["prune", str(model_dir), str(tmp_path / "small"), f"--drop={drop[0]}"]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
 
 
 def test_a_dry_run_and_a_model_that_is_there(model_dir, tmp_path, capsys):
     out = tmp_path / "small"
-    assert prune_model.main([str(model_dir), str(out), "--drop", "1", "--dry-run"]) == 0
+    assert main(["prune", str(model_dir), str(out), "--drop", "1", "--dry-run"]) == 0
     assert not out.exists()
-    assert prune_model.main([str(model_dir), str(out), "--drop", "1"]) == 0
-    assert prune_model.main([str(model_dir), str(out), "--drop", "2"]) == 1
+    assert main(["prune", str(model_dir), str(out), "--drop", "1"]) == 0
+    assert main(["prune", str(model_dir), str(out), "--drop", "2"]) == 1
     assert "--overwrite" in capsys.readouterr().err
-    assert prune_model.main([str(model_dir), str(out), "--drop", "2", "--overwrite"]) == 0
+    assert main(["prune", str(model_dir), str(out), "--drop", "2", "--overwrite"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
