@@ -122,7 +122,7 @@ def _measure(configs: dict[str, Config]) -> dict[str, Measured]:
             scratch = tempfile.TemporaryDirectory() if parallel.is_main else None
             at = parallel.share_world(lambda: scratch.name)  # noqa: B023
             there = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=at))
-            run_of_it = Run(there, parallel, inputs, Tracker(), written={})
+            run_of_it = Run(there, parallel, inputs, Tracker())
             try:
                 run_of_it.sync()
                 found[recipe] = run_of_it.measure_fp8()

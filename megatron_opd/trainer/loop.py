@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.config.file import to_dict
@@ -47,6 +46,9 @@ from megatron_opd.trainer.shaping import Shaping, is_shaped
 from megatron_opd.trainer.together import ServersLost
 from megatron_opd.trainer.updates import split, update
 
+_AS_WRITTEN: Mapping[str, str] = {}
+"""Models that are all where the config says."""
+
 
 def train(config: Config, notice: Notice) -> None:
     """Run the config to its last step on this rank, from the newest checkpoint of run.dir if there is one.
@@ -56,14 +58,15 @@ def train(config: Config, notice: Notice) -> None:
     if serve.has_nccl_group(config.rollout):
         nccl.settle()
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
-    written = to_dict(config)
     say = partial(train_log.say_early, config.run.dir)
     asks = config.train.eval_teachers or config.train.eval_agreement
     needs = hub.needs(config.student, config.teachers, starts_servers=False, asks_teachers=asks)
-    config = config.with_models(model_places.settle(needs, config.model_settings, parallel, say=say))
+    places = model_places.settle(needs, config.model_settings, parallel, say=say)
     if parallel.is_main:
         say("reading the models' configs, tokenizers and prompts")
-    inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
+    inputs = parallel.share_world(
+        lambda: read_inputs(config.with_models(places), rows_to_try=0)
+    )  # the launcher has tried them
     if config.data.on_change == "error":
         parallel.share_world(lambda: check_newest(config.run.dir, inputs.data))
     with ExitStack() as opened:
@@ -73,7 +76,7 @@ def train(config: Config, notice: Notice) -> None:
             nonlocal tracker
             opened.enter_context(run_dir.claimed(config.run.dir))
             directory, steps = Path(config.run.dir), config.train.steps
-            made = build_tracker(config.log, directory, num_steps=steps, settings=written)
+            made = build_tracker(config.log, directory, num_steps=steps, settings=to_dict(config))
             tracker = opened.enter_context(made)
 
         parallel.share_world(open_run_dir)
@@ -81,7 +84,7 @@ def train(config: Config, notice: Notice) -> None:
             tracker.message(note)
         logs = Path(config.run.dir) / run_dir.LOGS
         watch = opened.enter_context(Watch(logs, parallel.rank, config.run.timeout_s))
-        run = Run(config, parallel, inputs, tracker, written=written)
+        run = Run(config, parallel, inputs, tracker, places)
         opened.callback(run.close)
         run.to_the_end(watch, notice)
     groups.stop()  # a rank that fails does not wait for the others here
@@ -91,15 +94,20 @@ class Run:
     """The parts of a run on this rank, and the loop over them."""
 
     def __init__(
-        self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker, *, written: dict[str, Any]
+        self,
+        config: Config,
+        parallel: Parallel,
+        inputs: Inputs,
+        tracker: Tracker,
+        places: Mapping[str, str] = _AS_WRITTEN,
     ) -> None:
-        """`written` has all settings as the user wrote them; `config` has directories in place of models' names."""
+        """`places` has the directories of models that the config names as a hub does."""
         self.config, self.parallel, self.inputs, self.tracker = config, parallel, inputs, tracker
         backend = loss_backend.settle(config.loss, config.student, config.teachers, parallel)
         if backend.note:
             tracker.message(f"warning: the loss runs on the backend {backend.name}: {backend.note}")
         loss = dataclasses.replace(config.loss, backend=backend.name or config.loss.backend)
-        config = dataclasses.replace(config, loss=loss)  # self.config stays as it was written
+        config = dataclasses.replace(config.with_models(places), loss=loss)  # self.config stays as it was written
         with tracker.phase("looking for the servers", is_told=config.is_served):
             served = parallel.share_world(lambda: serve.with_urls(config))
             colocated.clear_for_ranks(served.rollout, parallel)
@@ -123,7 +131,7 @@ class Run:
         tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl)])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
-            self.trained = self.saving.restore(prompts, self.completions, written)
+            self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
         self.cursor = prompts.state()
         """Place in the prompts behind the last batch that the student was trained on."""
         self.began_at = self.trained
