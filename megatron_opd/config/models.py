@@ -47,8 +47,8 @@ class StudentConfig:
     """The model that learns."""
 
     model: FilePath
-    """Hugging Face directory of the student (config.json, safetensors, tokenizer), a Megatron checkpoint, a name of the hub
-    (Org/Name or Org/Name@revision, docs/hub.md), or a GGUF file."""
+    """Hugging Face directory of the student (config.json, safetensors, tokenizer), a Megatron checkpoint, a GGUF file
+    or a name of the hub: Org/Name, Org/Name@revision (docs/hub.md)."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 master weights, and with fp16 the
     loss is scaled (optim.initial_loss_scale)."""
