@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         processes = local.plan(config, [arguments.config, *arguments.overrides])
         print(*origins, "# models, tokenizers and data were not looked at", *processes, sep="\n")
         return 0
-    found = config.with_models(hub.directories(dict.fromkeys(config.model_settings, "texts"), config.model_settings))
-    inputs = read_inputs(found, rows_to_try=_ROWS_TO_TRY)
+    places, unavailable = hub.look_up(dict.fromkeys(config.model_settings, "texts"))
+    found = config.with_models(places)
+    inputs = read_inputs(found, rows_to_try=_ROWS_TO_TRY, unavailable=unavailable)
     if config.data.on_change == "error":
         check_newest(config.run.dir, inputs.data)
     print(dump(to_dict(config) if arguments.all else not_defaults(config)))

@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     exported = Path(config.run.dir) / HF_EXPORT
     model = str(arguments.model or (exported if exported.is_dir() else config.student.model))
     wanted: dict[str, hub.Need] = {**dict.fromkeys(config.model_settings, "texts"), model: "weights"}
-    found = hub.directories(wanted, {model: "--model", **config.model_settings})
-    config, model = config.with_models(found), found[model]
-    inputs = read_inputs(config)
+    places, unavailable = hub.look_up(wanted)
+    config = config.with_models(places)
+    inputs = read_inputs(config, unavailable=unavailable)
     if not inputs.eval:
         raise ConfigError(["data.eval is empty: add a source to evaluate on"])
     if all(source.reward == "none" for source, _ in inputs.eval):
@@ -46,6 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for note in inputs.notes:
         print(note, file=sys.stderr)
+    if model in unavailable:
+        raise ConfigError([f"--model: {unavailable[model]}"])
+    model = places[model]
     check_model(model, config.student.model)
     samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
     ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}

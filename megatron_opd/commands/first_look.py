@@ -21,8 +21,9 @@ def look(config: Config, path: str) -> Config:
 
         asks = config.train.eval_teachers or config.train.eval_agreement
         needs = hub.needs(config.student, config.teachers, starts_servers=True, asks_teachers=asks)
-        config = config.with_models(hub.directories(needs, config.model_settings))
-        inputs = read_inputs(config)
+        places, unavailable = hub.look_up(needs)
+        config = config.with_models(places)
+        inputs = read_inputs(config, unavailable=unavailable)
     for line in memory_warning.lines(build(config), inputs.longest_prompt):
         train_log.say_early(config.run.dir, line)
     return config

@@ -82,22 +82,30 @@ def to_stderr(line: str) -> None:
 
 
 def directories(
-    wanted: Mapping[str, Need], what: Mapping[str, str] | None = None, *, say: Callable[[str], None] = to_stderr
+    wanted: Mapping[str, Need], what: Mapping[str, str], *, say: Callable[[str], None] = to_stderr
 ) -> dict[str, str]:
     """The directory of each name. Raises ValueError listing every one that cannot be had.
 
     `what` has the setting or option that gave a name, for the message.
     """
+    found, unavailable = look_up(wanted, say=say)
+    if unavailable:
+        raise ValueError("\n".join(f"{what[text]}: {why}" for text, why in unavailable.items()))
+    return found
+
+
+def look_up(
+    wanted: Mapping[str, Need], *, say: Callable[[str], None] = to_stderr
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The directory of each name, and the reason for each that cannot be had."""
     found: dict[str, str] = {}
-    problems: list[str] = []
+    unavailable: dict[str, str] = {}
     for text, need in wanted.items():
         try:
             found[text] = directory(text, need, say=say)
         except ValueError as error:
-            problems.append(f"{(what or {}).get(text, 'model')}: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return found
+            unavailable[text] = str(error)
+    return found, unavailable
 
 
 def directory(text: str, need: Need = "weights", *, say: Callable[[str], None] = to_stderr) -> str:
@@ -117,7 +125,7 @@ def directory(text: str, need: Need = "weights", *, say: Callable[[str], None] =
     try:
         return _gguf(name, say) if name.file else _snapshot(name, need, say)
     except hub_errors.Unavailable as refused:
-        raise ValueError(f"{refused}{nearby(text)}") from None
+        raise ValueError(f"{text} is not a Hugging Face model directory, and {refused}{nearby(text)}") from None
 
 
 def pinned(text: str, found: str) -> str:
@@ -187,12 +195,10 @@ def _snapshot(name: HubName, need: Need, say: Callable[[str], None]) -> str:
             _announce(name, need, say)
             found = snapshot_download(name.repo, etag_timeout=_ETAG_S, library_name="megatron-opd", **how)
     if not (Path(found) / "config.json").is_file():
-        raise hub_errors.Unavailable(
-            f"{name.repo}@{name.revision} is no model in the form of transformers: no config.json"
-        )
+        raise hub_errors.Unavailable(f"the hub's {name.revision} has no config.json, as models of transformers have")
     if need == "weights" and lacks_weights(found):
         raise hub_errors.Unavailable(
-            f"{name.repo}@{name.revision} has no safetensors in the cache, and the hub was not asked for them"
+            f"the cache has no safetensors of {name.revision}, and the hub was not asked for them"
         )
     return found
 
@@ -232,14 +238,14 @@ def _no_safetensors(name: HubName, files: list[str]) -> str:
     told = f"; it has {', '.join(others[:3])}" if others else ""
     ggufs = [path for path in others if path.endswith(".gguf")]
     how = f"; name a GGUF file so: {name.repo}:{ggufs[0]}" if ggufs else "; name a model that has them"
-    return f"{name.repo}@{name.revision} has no safetensors, which weights are read from{told}{how}"
+    return f"the hub's {name.revision} has no safetensors, which weights are read from{told}{how}"
 
 
 def _check_room(name: HubName, num_bytes: int, cache: Path) -> None:
     free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.is_dir())).free
     if num_bytes and free < num_bytes + _ROOM_BYTES:
         raise hub_errors.Unavailable(
-            f"{name.repo} needs {size(num_bytes)} more in {cache}, and {size(free)} are free; make room there, or let"
+            f"the hub's needs {size(num_bytes)} in {cache}, where {size(free)} are free; make room there, or let"
             " HF_HOME name a directory on another disk"
         )
 

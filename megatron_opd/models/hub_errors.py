@@ -27,7 +27,7 @@ def explained(repo: str, revision: str, file: str = "") -> Iterator[None]:
 
 
 def why(error: BaseException, repo: str, revision: str, file: str = "") -> str:
-    """A sentence about an error that came while `repo` was asked for at `revision`."""
+    """A part of a sentence about an error that came while `repo` was asked for at `revision`."""
     from huggingface_hub import constants, errors
 
     if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in _chain(error)):
@@ -35,15 +35,15 @@ def why(error: BaseException, repo: str, revision: str, file: str = "") -> str:
     match error:
         case errors.GatedRepoError():
             page = f"{constants.ENDPOINT}/{repo}"
-            return f"{repo} is gated: accept its terms at {page}, and {_token('of the account that did')}"
+            return f"the hub's is gated: accept its terms at {page}, and {_token('of the account that did')}"
         case errors.RevisionNotFoundError():
-            return f"{repo} has no branch, tag or commit '{revision}'"
+            return f"the hub's has no branch, tag or commit '{revision}'"
         case errors.RepositoryNotFoundError():
-            return _unknown(repo)
+            return _unknown()
         case errors.RemoteEntryNotFoundError():
-            return f"{repo}@{revision} has no file {file}" if file else _first_line(error)
+            return f"the hub's {revision} has no file {file}" if file else _first_line(error)
         case errors.HFValidationError():
-            return f"{repo} is neither a directory nor the name of a model (Org/Name or Org/Name@revision)"
+            return "it is no name of the hub (Org/Name or Org/Name@revision)"
         case errors.HfHubHTTPError():
             return _answered(error, repo)
         case errors.EntryNotFoundError():  # of the cache: the hub was not asked, or did not answer
@@ -54,9 +54,9 @@ def why(error: BaseException, repo: str, revision: str, file: str = "") -> str:
     )
 
 
-def _unknown(repo: str) -> str:
+def _unknown() -> str:
     hidden = _token("of an account that may read it")
-    return f"there is no directory {repo} here, and no such model at the hub, or it is private: then {hidden}"
+    return f"the hub has none of that name, or it is private: then {hidden}"
 
 
 def _answered(error: BaseException, repo: str) -> str:
@@ -64,7 +64,7 @@ def _answered(error: BaseException, repo: str) -> str:
 
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status == 404 or (status == 401 and not get_token()):  # 401 is also the answer for what does not exist
-        return _unknown(repo)
+        return _unknown()
     if status in (401, 403):
         return f"the hub refuses {repo} ({status}): {_token('that is valid and may read it')}"
     return f"the hub answered {status} for {repo}: {_first_line(error)}. Try again later, or name a directory"
@@ -76,9 +76,10 @@ def _not_here(error: BaseException, repo: str, revision: str) -> str:
     part = "has only a part of" if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())) else "has no"
     cache = f"the cache {constants.HF_HUB_CACHE} {part} {repo}@{revision}"
     if constants.HF_HUB_OFFLINE:
-        return f"there is no directory {repo} here, {_OFFLINE}, and {cache}: {_FILL}"
+        return f"{_OFFLINE}, and {cache}: {_FILL}"
     causes = [link for link in _chain(error) if link is not error]
-    return f"no answer from {constants.ENDPOINT} ({_first_line(causes[0] if causes else error)}), and {cache}: {_FILL}"
+    said = _first_line(causes[0] if causes else error)
+    return f"no answer came from {constants.ENDPOINT} ({said}), and {cache}: {_FILL}"
 
 
 def _token(whose: str) -> str:

@@ -52,7 +52,7 @@ def test_eval_downloads_the_weights_of_the_one_model_that_answers(served, tmp_pa
 def test_every_model_that_cannot_be_had_is_told_with_its_setting(served):
     done = here("check", CONFIG, *SETTINGS, "student.model=org/studnt", "teachers.1.model=org/other@v7")
     assert_user_error(
-        done, "student.model: there is no directory org/studnt here", "teachers.1.model: org/other has no"
+        done, "student.model: org/studnt is not a Hugging Face", "teachers.1.model: org/other@v7 is not a"
     )
     done = here("check", CONFIG, *SMALL, "student.model=examples/quickstart/models/studnet")
     assert_user_error(done, "did you mean examples/quickstart/models/student?")

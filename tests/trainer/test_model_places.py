@@ -57,8 +57,14 @@ def test_an_error_of_one_is_the_error_of_all(served, ranks, tmp_path):
     served.add("org/student", FILES)
     with pytest.raises(RankError) as raised:
         ranks.run(2, settled, served.url, str(tmp_path / "home"), tmp_path, {0}, context=2)
-    assert "PeerError: teachers.0.model: there is no directory org/teacher here" in str(raised.value)
-    assert "ValueError: teachers.0.model: there is no directory org/teacher here" in str(raised.value)
+    assert (
+        "PeerError: teachers.0.model: org/teacher is not a Hugging Face model directory, and the hub has none"
+        in str(raised.value)
+    )
+    assert (
+        "ValueError: teachers.0.model: org/teacher is not a Hugging Face model directory, and the hub has none"
+        in str(raised.value)
+    )
 
 
 def test_without_names_the_ranks_do_not_meet():
