@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megatron_opd.core.arguments import Commands
 from megatron_opd.core.run_dir import CHECKPOINTS, HF_EXPORT, MARKER, complete
-from megatron_opd.models import hub, hub_errors
 
 CARD = "README.md"
 
@@ -29,6 +28,8 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Upload, or with --dry-run say what would be. Raises ValueError for a run that has no whole export."""
+    from megatron_opd.models import hub
+
     if not hub.may_be_name(arguments.to) or ":" in arguments.to or "@" in arguments.to:
         raise ValueError(f"--to {arguments.to} must be Org/Name, with your account or organisation as Org")
     export = _export(Path(arguments.run_dir))
@@ -90,6 +91,8 @@ def _upload(name: str, card: str, files: dict[str, Path], *, is_private: bool) -
     """Returns the address of the commit."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    from megatron_opd.models import hub_errors
+
     api = HfApi(library_name="megatron-opd")
     with _explained(name):
         api.create_repo(name, private=is_private, exist_ok=True)
@@ -103,6 +106,8 @@ def _upload(name: str, card: str, files: dict[str, Path], *, is_private: bool) -
 def _explained(name: str) -> Iterator[None]:
     """Errors of an upload in words."""
     from huggingface_hub import constants, errors
+
+    from megatron_opd.models import hub_errors
 
     try:
         yield

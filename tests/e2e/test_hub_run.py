@@ -4,7 +4,7 @@ import json
 
 import hub_server
 import pytest
-from program import CONFIG, MODELS, SMALL, assert_user_error, checkpoints, here, opd, train
+from program import CONFIG, MODELS, SMALL, assert_user_error, here, opd, train
 
 from megatron_opd.config import yaml_text
 
@@ -70,7 +70,7 @@ def test_a_run_by_names_and_the_same_when_a_branch_moved(served, tmp_path):
     assert f"teachers.1.model: org/other is the commit {commit}" in first.stderr
     written = yaml_text.load((run_dir / "config.yaml").read_text())
     assert [written["student"]["model"], written["teachers"][0]["model"]] == ["org/student", "org/teacher@v1"]
-    models = json.loads((checkpoints(run_dir)[-1] / "loop.json").read_text())["conditions"]["models"]
+    models = json.loads((run_dir / "checkpoints/step_00000001/loop.json").read_text())["conditions"]["models"]
     assert models["teacher 'compare'"] == f"org/other@{commit}"
 
     files = hub_server.files_of(MODELS / "teacher_compare")
