@@ -61,7 +61,7 @@ quickstart-llm: install ## a real language model teaches a damaged copy of itsel
 	  "$(BIN)/python" tools/prune_model.py models/SmolLM2-135M-Instruct models/SmolLM2-pruned --drop 12 15 18 21
 	rm -rf runs/quickstart_llm
 	OMP_NUM_THREADS=2 "$(BIN)/megatron-opd" train examples/llm/quickstart.yaml
-	"$(BIN)/python" tools/side_by_side.py examples/llm/quickstart.yaml
+	OMP_NUM_THREADS=1 "$(BIN)/python" tools/side_by_side.py examples/llm/quickstart.yaml  # a row of threads waits for the last
 	"$(BIN)/megatron-opd" report runs/quickstart_llm
 
 quickstart-sglang: install sglang ## the quickstart with rollouts and one teacher on real SGLang servers (no GPU needed)

@@ -1,6 +1,7 @@
 """Every command once in a fresh interpreter, as a shell starts it. Other tests fork their programs (`warm.py`)."""
 
 import functools
+import tempfile
 
 import program
 import pytest
@@ -36,6 +37,19 @@ def test_eval(trained):
     done = opd("eval", CONFIG, f"run.dir={trained}")
     assert done.returncode == 0, done.stderr
     assert "add" in done.stdout
+
+
+def test_eval_of_a_checkpoint(trained, tmp_path, monkeypatch):
+    """The same numbers as the export of the same weights, and nothing is left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    checkpoint = trained / "checkpoints/step_00000001"
+    ours, theirs = [
+        program.here("eval", CONFIG, f"run.dir={trained}", *model) for model in (["--model", checkpoint], [])
+    ]
+    assert (ours.returncode, theirs.returncode) == (0, 0), ours.stderr
+    assert f"intervals, {checkpoint}" in ours.stdout
+    assert ours.stdout.splitlines()[1:] == theirs.stdout.splitlines()[1:]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_check(tmp_path):

@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
-    of_memory = memory_warning.lines(build(found), inputs.longest_prompt)
-    for note in (*inputs.notes, *hub.notes(found.model_settings), *of_memory):
+    job = build(found)
+    for note in (*inputs.notes, *hub.notes(found.model_settings), *memory_warning.lines(job, inputs.longest_prompt)):
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     processes = local.plan(config, [arguments.config, *arguments.overrides])
-    for line in (*processes, *local.not_here(processes)):
+    for line in (memory_warning.plan(job, inputs.longest_prompt), *processes, *local.not_here(processes)):
         print(f"# {line}")
     return 0

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_opd.core.arguments import Commands, add_config
+
+if TYPE_CHECKING:
+    from megatron_opd.tracking.tracker import Tracker
 
 
 def add(commands: Commands) -> None:
     """The command and its options."""
-    parser = commands.add_parser("eval", help="grade answers of a Hugging Face model to the config's eval sources")
-    parser.add_argument("--model", help="model directory or hub name (default: the run's export, else student.model)")
+    parser = commands.add_parser("eval", help="grade answers of a model or a checkpoint to the config's eval sources")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="Hugging Face directory, hub name, or a checkpoint of a run, e.g. runs/mine/checkpoints/step_00000100"
+        " (default: the run's export, else student.model)",
+    )
     add_config(parser)
     parser.set_defaults(run=run)
 
@@ -33,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load(arguments.config, arguments.overrides)
     exported = Path(config.run.dir) / HF_EXPORT
-    model = str(arguments.model or (exported if exported.is_dir() else config.student.model))
-    wanted: dict[str, hub.Need] = {**dict.fromkeys(config.model_settings, "texts"), model: "weights"}
+    named = str(arguments.model or (exported if exported.is_dir() else config.student.model))
+    wanted: dict[str, hub.Need] = {**dict.fromkeys(config.model_settings, "texts"), named: "weights"}
     places, unavailable = hub.look_up(wanted)
     config = config.with_models(places)
     inputs = read_inputs(config, unavailable=unavailable)
@@ -46,17 +58,35 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for note in inputs.notes:
         print(note, file=sys.stderr)
-    if model in unavailable:
-        raise ConfigError([f"--model: {unavailable[model]}"])
-    model = places[model]
-    check_model(model, config.student.model)
+    if named in unavailable:
+        raise ConfigError([f"--model: {unavailable[named]}"])
     samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
     ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
-    with console_alone() as shown:
-        with shown.phase(f"loading {hub.shown(model)}"):
+    called = hub.origin(places[named]) or named
+    with console_alone() as shown, _readable(places[named], shown) as model:
+        check_model(model, config.student.model)
+        with shown.phase(f"loading {called}"):
             engine = LocalEngine(model, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
         evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
         with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
             _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())
-    print_grades(hub.shown(model), means([totals], "eval"), console=Console())
+    print_grades(called, means([totals], "eval"), console=Console())
     return 0
+
+
+@contextmanager
+def _readable(model: str | Path, shown: Tracker) -> Iterator[str | Path]:
+    """The model as transformers reads it: a Megatron checkpoint is converted into a folder that is removed again."""
+    from megatron_opd.models import convert, output_dir
+    from megatron_opd.models.torch_dist_dir import is_torch_dist
+
+    if not is_torch_dist(model):
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron-opd-eval-") as folder:
+        out, like = f"{folder}/{Path(model).name}", convert.find_like(model)
+        plan = convert.plan_to_hf(model, like=like)
+        output_dir.check_output(out, inputs=[model, like], num_bytes=plan.num_bytes)
+        with shown.phase(f"converting the checkpoint {model}"):
+            convert.to_hf(plan, model, out, like=like, progress=lambda _: None)
+        yield out

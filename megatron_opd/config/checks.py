@@ -24,6 +24,7 @@ from megatron_opd.config import (
 )
 from megatron_opd.config.checks_answers import check_answers, needs_teachers
 from megatron_opd.config.checks_context import check_context
+from megatron_opd.config.checks_goals import check_goals
 from megatron_opd.config.checks_lora import check_lora
 from megatron_opd.config.checks_method import check_method, check_minibatches
 from megatron_opd.config.checks_precision import check_precision
@@ -40,14 +41,15 @@ def check(config: Config) -> list[str]:
     """Every problem that the settings alone reveal, each naming the setting to change."""
     c = config
     return [
-        *_check_schedule(c.optim, c.train),
+        *_check_schedule(c.optim),
+        *check_goals(c.train, c.data),
         *_check_layout(c.parallel, c.rollout, c.train),
         *check_context(c.parallel, c.teachers, c.train, longest=c.data.max_prompt_tokens + c.rollout.max_new_tokens),
         *check_lora(c.lora),
         *_check_run(c.run),
         *([] if c.teachers or not needs_teachers(c.loss, c.policy, c.answers) else [_NO_TEACHER]),
         *_check_teachers(c.teachers, c.data),
-        *_check_data(c.data),
+        *_check_data(c.data, c.teachers),
         *_check_thinking(c.rewards),
         *check_serving(c.rollout, c.teachers, c.loss, c.parallel),
         *_check_tokenizers(c.teachers, c.answers, c.loss, c.policy, c.train),
@@ -58,17 +60,10 @@ def check(config: Config) -> list[str]:
     ]
 
 
-def _check_schedule(optim: OptimConfig, train: TrainConfig) -> list[str]:
-    problems = []
+def _check_schedule(optim: OptimConfig) -> list[str]:
     if optim.min_lr > optim.lr:
-        problems.append(f"optim.min_lr ({optim.min_lr}) must not be above optim.lr ({optim.lr})")
-    if optim.warmup_steps and optim.warmup_steps >= train.updates_per_step * train.steps:
-        several = "" if train.updates_per_step == 1 else " x train.minibatches x train.epochs"
-        problems.append(
-            f"optim.warmup_steps ({optim.warmup_steps}) must be below train.steps{several}"
-            f" ({train.updates_per_step * train.steps})"
-        )
-    return problems
+        return [f"optim.min_lr ({optim.min_lr}) must not be above optim.lr ({optim.lr})"]
+    return []
 
 
 def _check_layout(parallel: ParallelConfig, rollout: RolloutConfig, train: TrainConfig) -> list[str]:
@@ -109,11 +104,17 @@ def _check_teachers(teachers: list[TeacherConfig], data: DataConfig) -> list[str
     return problems + _check_weights(teachers, [*data.train, *data.eval])
 
 
-def _check_data(data: DataConfig) -> list[str]:
+def _check_data(data: DataConfig, teachers: list[TeacherConfig]) -> list[str]:
     problems = []
     for setting in ("system_prompt", "chat_template_options"):
         if getattr(data, setting) and data.chat_template == "none":
             problems.append(f"data.{setting} has no effect without a template; set data.chat_template")
+    if data.chat_template == "none":
+        problems += [
+            f"teachers.{i}.system_prompt has no effect without a template; set data.chat_template"
+            for i, teacher in enumerate(teachers)
+            if teacher.system_prompt
+        ]
     if not data.chat_template:
         problems.append("data.chat_template must be none, tokenizer, or a file")
     for kind, sources in (("train", data.train), ("eval", data.eval)):

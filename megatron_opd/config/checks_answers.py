@@ -79,10 +79,10 @@ def _check_sampling_teachers(
     for i, teacher in sampling_teachers(answers, teachers):
         if mixes and teacher.is_served:
             problems.append(f"answers.teacher_mixed_alpha needs teachers.{i}.backend: megatron, not {teacher.backend}")
-        if mixes and (teacher.prompt_field or teacher.prompt_template):
+        if mixes and teacher.has_own_prompt:
             problems.append(
                 f"answers.teacher_mixed_alpha needs teacher and student to see one prompt, but teachers.{i} has one of"
-                " its own (prompt_field, prompt_template)"
+                " its own (prompt_field, prompt_template, system_prompt)"
             )
         if answers.seq_kd and not teacher.is_served and (rollout.top_p != 1 or rollout.top_k != 0):
             problems.append(

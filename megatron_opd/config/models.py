@@ -139,6 +139,14 @@ class TeacherConfig:
     prompt_template: str = ""
     """Jinja template of a prompt of this teacher's own, with the fields of the row, `prompt` and `answer` among them,
     e.g. "{{ prompt }} Reference: {{ answer }}". It stands in place of the row's prompt, or of its last message."""
+    system_prompt: str = ""
+    """System message of this teacher's prompts, in place of the row's and of data.system_prompt; needs a chat template.
+    Empty: the student's."""
+
+    @property
+    def has_own_prompt(self) -> bool:
+        """Whether the teacher sees another prompt than the student, in the same tokens."""
+        return bool(self.prompt_field or self.prompt_template or self.system_prompt)
 
     @property
     def is_served(self) -> bool:

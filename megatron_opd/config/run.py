@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 from megatron_opd.config.section import AtLeastOne, Count, FilePath, NotNegative, Positive, bound, section
@@ -70,6 +71,12 @@ class TrainConfig:
     verify_checkpoints: bool = True
     """Hash the files of a checkpoint when it is saved, and compare them before it is loaded: each time one more reading
     of all of it, shared by the ranks. Without, only sizes are recorded and compared."""
+    save_best: str = ""
+    """Metric of the evaluations, e.g. eval/accuracy/all or eval/kl/ensemble: whenever it is better than ever, the
+    student becomes the Hugging Face directory <run.dir>/best, and best.json says of which step. Empty: none."""
+    stop_when: list[str] = dataclasses.field(default_factory=list)
+    """Conditions that end the run before train.steps, each enough: "eval/kl/ensemble < 0.05", "reward/mean > 0.9", or
+    "eval/nll/all stalls 3" (no new best in 3 measurements)."""
     max_skipped: Count = 10
     """Steps in a row that may be skipped because loss or gradient is not finite; one more ends the run."""
     export: bool = True
@@ -92,7 +99,8 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay from lr to min_lr over train.steps, an update at a time."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up, counted in updates, like the decay, where a step has several."""
+    """Steps of linear warm-up, counted in updates, like the decay, where a step has several. A run may end within it,
+    below `lr`."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
     beta1: Annotated[float, bound(ge=0, lt=1)] = 0.9

@@ -14,6 +14,8 @@ from pathlib import Path
 CONFIG, CHECKPOINTS, LOGS, HF_EXPORT, SERVERS = "config.yaml", "checkpoints", "logs", "hf", "servers"
 ADAPTER = "adapter"
 """What a run with LoRA exports beside the merged student: the adapters alone, for peft."""
+BEST, BEST_ADAPTER, BEST_RECORD = "best", "best_adapter", "best.json"
+"""The same of the weights that were best (`train.save_best`), and which these are."""
 MARKER = "loop.json"
 """File of a checkpoint that is written last; without it there is no checkpoint."""
 LOCK = ".lock"

@@ -48,7 +48,7 @@ class Prompt:
 
     def seen_by(self, teacher: str) -> Prompt:
         """The prompt with the token ids that the teacher of this name sees: its own where it has some
-        (`teachers.N.prompt_field`, `prompt_template`), else these."""
+        (`teachers.N.prompt_field`, `prompt_template`, `system_prompt`), else these."""
         ids = self.teacher_ids.get(teacher)
         return self if ids is None else replace(self, token_ids=ids)
 

@@ -15,10 +15,7 @@ from megatron_opd.planner.job import Job
 
 def lines(job: Job, longest_prompt: int, left: Callable[[], float] = process_memory.available) -> list[str]:
     """The warning, or nothing. `longest_prompt`: tokens, as the data have it. `left`: bytes that the machine has."""
-    data = job.config.data
-    data = replace(data, max_prompt_tokens=min(data.max_prompt_tokens, max(longest_prompt, 1)))
-    job = replace(job, config=replace(job.config, data=data))
-    need, room = host.machine(job, on_gpu=torch.cuda.is_available()), left()
+    need, room = _need(job, longest_prompt), left()
     if need.total <= room:
         return []
     part, size = largest(need)
@@ -26,6 +23,23 @@ def lines(job: Job, longest_prompt: int, left: Callable[[], float] = process_mem
         f"warning: this run may need {need.total / 1e9:.1f} GB of host memory, and {room / 1e9:.1f} GB are left here;"
         f" most is {part} ({size / 1e9:.1f} GB): {remedy(part, job)}; `check --plan` has the rest"
     ]
+
+
+def plan(job: Job, longest_prompt: int, left: Callable[[], float] = process_memory.available) -> str:
+    """A line with what the run needs here; arguments as of `lines`."""
+    need = _need(job, longest_prompt)
+    ranks = f"{need.ranks_here} rank{'s' if need.ranks_here > 1 else ''}"
+    return (
+        f"plan: {ranks} on a machine, about {need.total / 1e9:.1f} GB of host memory together, {left() / 1e9:.1f} GB"
+        " are left here; `check --plan` has the parts, GPUs, traffic and times"
+    )
+
+
+def _need(job: Job, longest_prompt: int) -> HostMemory:
+    data = job.config.data
+    data = replace(data, max_prompt_tokens=min(data.max_prompt_tokens, max(longest_prompt, 1)))
+    job = replace(job, config=replace(job.config, data=data))
+    return host.machine(job, on_gpu=torch.cuda.is_available())
 
 
 def largest(need: HostMemory) -> tuple[str, float]:

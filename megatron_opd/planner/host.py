@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +116,18 @@ def _prompts(job: Job) -> float:
     """Bytes of the prompts, which every rank has, by the sizes of their files; of others nothing is known."""
     data = job.config.data
     files = [Path(source.path) for source in (*data.train, *data.eval) if source.path]
-    return float(_PROMPTS * sum(file.stat().st_size for file in files if file.is_file()))
+    return float(_PROMPTS * sum(_unpacked(file) for file in files if file.is_file()))
+
+
+def _unpacked(file: Path) -> int:
+    """Bytes of a file as it is read. The last four bytes of a gzip file are its unpacked size, modulo 4 GiB. Parquet
+    packs too, but only a reader of it knows by how much."""
+    size = file.stat().st_size
+    if file.suffix != ".gz" or size < 4:
+        return size
+    with file.open("rb") as opened:
+        opened.seek(-4, os.SEEK_END)
+        return max(size, int.from_bytes(opened.read(4), "little"))
 
 
 def _servers(job: Job) -> float:

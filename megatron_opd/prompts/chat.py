@@ -19,7 +19,8 @@ from megatron_opd.prompts.turn import turn_of
 Messages: TypeAlias = list[dict[str, Any]]
 """Turns of a conversation, each with `role` and `content`; templates may read more."""
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+_ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Encoder:
 
     def _messages(self, asked: str | Messages) -> Messages:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        if self.system_prompt and messages[0]["role"] not in ("system", "developer"):
+        if self.system_prompt and messages[0]["role"] not in SYSTEM_ROLES:
             return [{"role": "system", "content": self.system_prompt}, *messages]
         return messages
 

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megatron_opd.config import AnswersConfig, DataConfig, SourceConfig, TeacherConfig
 from megatron_opd.core.types import Prompt
 from megatron_opd.models.tokenizer import load_tokenizer
-from megatron_opd.prompts.chat import Encoder, build_encoder, checked
+from megatron_opd.prompts.chat import SYSTEM_ROLES, Encoder, Messages, build_encoder, checked
 from megatron_opd.prompts.files import as_messages, at_path
 from megatron_opd.prompts.mix import Limit, ParsedRow
 
@@ -100,9 +100,12 @@ class View:
     def __init__(self, teacher: TeacherConfig, encoder: Encoder) -> None:
         """`encoder` is the student's, or the teacher's where its tokenizer is its own."""
         self.teacher, self.encoder, self.field = teacher.name, encoder, teacher.prompt_field
+        self.system_prompt = teacher.system_prompt
         # What a file says must not run as a program, nor an unknown field be nothing.
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
         self.template = environment.from_string(teacher.prompt_template) if teacher.prompt_template else None
+        if teacher.system_prompt:
+            self._try_system_prompt()
 
     def render(self, asked: ParsedRow) -> str:
         """Its text. Raises ValueError where the row lacks what it is made of."""
@@ -115,9 +118,25 @@ class View:
             raise ValueError(f"the prompt that teacher '{self.teacher}' sees is empty")
         if not isinstance(own, str | list):
             raise ValueError(f"teacher '{self.teacher}' needs a text or messages in the field \"{self.field}\"")
-        rendered = self.encoder.render(own)
+        rendered = self.encoder.render(self._with_system(own))
         rendered.encode()  # half a surrogate pair is no text
         return rendered
+
+    def _try_system_prompt(self) -> None:
+        """Once, before any row: a template that takes none refuses every one."""
+        try:
+            self.encoder.render(self._with_system("?"))
+        except ValueError as error:
+            raise ValueError(
+                f"the system_prompt of teacher '{self.teacher}', tried with one message: {error}"
+            ) from None
+
+    def _with_system(self, own: str | Messages) -> str | Messages:
+        if not self.system_prompt:
+            return own
+        messages = [{"role": "user", "content": own}] if isinstance(own, str) else own
+        others = messages[1:] if messages[0]["role"] in SYSTEM_ROLES else messages
+        return [{"role": "system", "content": self.system_prompt}, *others]
 
     def _own(self, asked: ParsedRow) -> Any:
         if self.field:
@@ -142,7 +161,7 @@ def build_views(
     return tuple(
         View(teacher, build_encoder(data, load_tokenizer(teacher.model)) if teacher.tokenizer == "own" else encoder)
         for teacher in asked
-        if teacher.prompt_field or teacher.prompt_template or (teacher.tokenizer == "own" and _is_there(teacher))
+        if teacher.has_own_prompt or (teacher.tokenizer == "own" and _is_there(teacher))
     )
 
 

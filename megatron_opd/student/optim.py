@@ -84,7 +84,8 @@ def build_optimizer(
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=max(config.warmup_steps - 1, 0),
-        lr_decay_steps=max(num_steps, 1),
+        # A run that ends within its warm-up has no decay; Megatron wants its end behind the warm-up all the same.
+        lr_decay_steps=max(num_steps, config.warmup_steps, 1),
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_opd.config import yaml_text
+from megatron_opd.config import goals, yaml_text
 from megatron_opd.core.run_dir import CONFIG
 from megatron_opd.tracking.tracker import METRICS_FILE, read_metrics
 
 ALL = "all"
+STAGES = ("generate", "score", "step", "sync")
+"""The parts of a step that take time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +38,37 @@ class RecordedRun:
         found = {int(row["step"]): row[name] for row in self.rows if name in row}
         return dict(sorted(found.items()))
 
+    def finite(self, name: str) -> list[float]:
+        """The metric's values in the order of steps, without what is no number."""
+        return [value for value in self.series(name).values() if math.isfinite(value)]
+
+    def accuracy(self, task: str) -> dict[int, float]:
+        """The student's, by step."""
+        return self.series(f"eval/accuracy/{task}")
+
     def ends(self, name: str) -> list[tuple[float, float | None]]:
         """(the metric's first value, its last one where there is another), in a list that is empty without a value."""
         values = list(self.series(name).values())
         return [(values[0], values[-1] if len(values) > 1 else None)] if values else []
+
+
+def _is_enough(run: RecordedRun) -> bool:
+    conditions = map(goals.condition, (run.config.get("train") or {}).get("stop_when") or ())
+    return any(each.holds(list(run.series(each.metric).values())) for each in conditions)
+
+
+def headline(run: RecordedRun) -> str:
+    """Steps done, speed and time in one sentence."""
+    done = max(int(row["step"]) for row in run.rows)
+    planned = (run.config.get("train") or {}).get("steps")
+    parts = [f"{done} of {planned} steps" if planned else f"{done} step{'s' if done != 1 else ''}"]
+    if planned and done < planned:
+        parts[0] += " (ended by train.stop_when)" if _is_enough(run) else " (unfinished)"
+    if tokens := run.finite("tokens_per_s"):
+        parts.append(f"{statistics.median(tokens):,.0f} tokens/s (median)")
+    if seconds := run.finite("time_s"):
+        parts.append(f"{seconds[-1]:,.0f} s in all")
+    return ", ".join(parts)
 
 
 def read_run(run_dir: Path) -> RecordedRun:

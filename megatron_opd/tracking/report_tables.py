@@ -6,7 +6,9 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from rich.console import Group
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from megatron_opd.tracking.report_run import ALL
 
@@ -49,14 +51,22 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.1f}"
 
 
-def to_rich(table: Table) -> RichTable:
-    drawn = RichTable(title=table.title, title_justify="left", title_style="bold")
+def without_empty_columns(table: Table) -> Table:
+    """Without columns that say nothing in any line, as those of a second evaluation do while there is one alone."""
+    kept = [i for i in range(len(table.header)) if i == 0 or any(line[i] != MISSING for line in table.lines)]
+    lines = [[line[i] for i in kept] for line in table.lines]
+    return dataclasses.replace(table, header=[table.header[i] for i in kept], lines=lines)
+
+
+def to_rich(table: Table) -> Group:
+    """The title, as wide as the console lets it be, over the table; without a title the table alone."""
+    drawn = RichTable()
     for i, name in enumerate(table.header):
         drawn.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for i, line in enumerate(table.lines):
         is_total = table.total and i == len(table.lines) - 1
         drawn.add_row(*line, style="bold" if is_total else None, end_section=table.total and i == len(table.lines) - 2)
-    return drawn
+    return Group(*([Text(table.title, style="bold")] if table.title else []), drawn)
 
 
 def to_markdown(table: Table) -> str:

@@ -31,12 +31,13 @@ from megatron_opd.student.student import Student
 from megatron_opd.teachers import build_teachers
 from megatron_opd.tracking import train_log
 from megatron_opd.tracking.phase import Phase
-from megatron_opd.tracking.tracker import Tracker, build_tracker
+from megatron_opd.tracking.tracker import METRICS_FILE, Tracker, build_tracker, read_metrics
 from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, model_places, shaping_metrics, step_metrics
 from megatron_opd.trainer.alarms import Watchman, alarms_of
 from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
 from megatron_opd.trainer.experience import Experience, build_leader
+from megatron_opd.trainer.goals import Goals
 from megatron_opd.trainer.held_out import HeldOut
 from megatron_opd.trainer.other_data import check_newest
 from megatron_opd.trainer.preflight import Inputs, read_inputs
@@ -136,6 +137,12 @@ class Run:
         """Place in the prompts behind the last batch that the student was trained on."""
         self.began_at = self.trained
         """Steps that were done before this process."""
+        self.evaluated = 0
+        """The step after which this process evaluated last."""
+        self.goals = Goals(config.train)
+        if self.goals and self.trained:
+            rows = Path(config.run.dir) / METRICS_FILE
+            parallel.share_world(lambda: self.goals.read(read_metrics(rows)))
         self.experience.start(prompts)
 
     def _loading(self, teacher: TeacherConfig) -> AbstractContextManager[Phase]:
@@ -170,7 +177,7 @@ class Run:
         elif self.trained >= train.steps:
             self.tracker.message(f"nothing to train: train.steps is {train.steps}; a larger one continues")
         self.tracker.begin(self.trained)
-        while self.trained < train.steps:
+        while self.trained < train.steps and not self._is_enough():
             watch.beat()
             if self.parallel.any_world(notice.asked):
                 self._save()
@@ -181,12 +188,26 @@ class Run:
                 self._evaluate()
             if _due(self.trained, train.save_every, train.steps) or self.trained == train.steps:
                 self._save()
+        if self.began_at < self.trained < train.steps:
+            if train.eval_every and self.evaluated < self.trained:
+                self._evaluate()
+            self._save()
+
+    def _is_enough(self) -> bool:
+        """Whether a condition of train.stop_when holds, which is then said. Collective."""
+        if not self.goals.conditions:
+            return False
+        if reached := self.parallel.share_world(self.goals.reached):
+            done = f"{self.trained} of {self.config.train.steps} steps"
+            self.tracker.message(f"the run ends after {done}: train.stop_when: {reached}")
+        return bool(reached)
 
     def _tell(self, row: dict[str, float]) -> None:
         """The metrics of a step, and what they warn of."""
         self.tracker.log(row, self.trained)
-        for warning in self.watchman.look(row):
-            self.tracker.message(warning)
+        is_first = self.trained == self.began_at + 1
+        for line in (*self.watchman.look(row), *self.goals.feed(row, self.trained, is_first=is_first)):
+            self.tracker.message(line)
 
     @contextmanager
     def _stage(self, stage: str, what: str, *, total: int = 0, unit: str = "") -> Iterator[Phase]:
@@ -279,8 +300,20 @@ class Run:
     def _evaluate(self) -> None:
         metrics = self.held_out.evaluate(self.student, self.objective, self.trained)
         if metrics:
+            self.evaluated = self.trained
             self.tracker.log(metrics, self.trained)
+            for line in self.goals.feed(metrics, self.trained, is_first=self.trained == 0):
+                self.tracker.message(line)
+            self._keep_if_best()
             self._back_to_sampling()
+
+    def _keep_if_best(self) -> None:
+        """Export the student where train.save_best asks for it and it is better than ever. Collective."""
+        if not (self.goals.best_of and self.parallel.share_world(lambda: self.goals.is_best(self.trained))):
+            return
+        with self.tracker.phase(f"exporting the best student so far, by {self.goals.best_of}"):
+            self.saving.export(run_dir.BEST, run_dir.BEST_ADAPTER)
+        self.parallel.share_world(lambda: self.goals.record_best(Path(self.config.run.dir), self.trained))
 
     def measure_fp8(self) -> fp8_fidelity.Measured:
         """The size of FP8's errors in this run, on answers to held-out prompts."""

@@ -18,6 +18,7 @@ from megatron_opd.config import (
     DataConfig,
     LoraConfig,
     LossConfig,
+    OptimConfig,
     ParallelConfig,
     SourceConfig,
     StudentConfig,
@@ -116,6 +117,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64, unavailable: Mapping[s
             *of_precision,
             *sampling.notes(config.rollout, config.loss),
             *of_ends,
+            *_of_schedule(config.optim, config.train),
         ),
         longest_prompt=max(read.longest, default=0),
     )
@@ -168,6 +170,18 @@ def _limits(
             else:
                 found.append(read_limits(teacher.model))
     return [limits for limits in found if limits is not None]
+
+
+def _of_schedule(optim: OptimConfig, train: TrainConfig) -> list[str]:
+    """A line where the run is too short for its warm-up, as one is that only tries whether all works."""
+    updates = train.updates_per_step * train.steps
+    if updates >= optim.warmup_steps:
+        return []
+    last = optim.lr * updates / optim.warmup_steps
+    return [
+        f"optim.warmup_steps ({optim.warmup_steps}) is more than the run's {updates} updates of the weights: it ends at"
+        f" a learning rate of {last:.3g}, below optim.lr ({optim.lr:.3g})"
+    ]
 
 
 def _not_asked(teachers: list[TeacherConfig], train: TrainConfig) -> list[str]:

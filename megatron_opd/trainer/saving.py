@@ -83,16 +83,16 @@ class Saving:
         self.saved = step
         self.tracker.message(f"saved {path}")
 
-    def export(self) -> None:
-        """The student as a Hugging Face directory; with LoRA also its adapters."""
-        out = self.dir / run_dir.HF_EXPORT
+    def export(self, name: str = run_dir.HF_EXPORT, adapter: str = run_dir.ADAPTER) -> None:
+        """The student as the Hugging Face directory `name` of the run; with LoRA also its adapters. Collective."""
+        out = self.dir / name
         weights, adapters = self.student.export(), self.student.export_adapters()
         if self.parallel.is_main:
             try:
                 hf_dir.write(weights, out, like=self.student.path)
                 if self.student.lora.rank:
                     base = self.student.path
-                    adapter_dir.write(adapters, out.with_name(run_dir.ADAPTER), self.student.lora, base=base)
+                    adapter_dir.write(adapters, out.with_name(adapter), self.student.lora, base=base)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"the export {out} could not be written: {error}; is the disk full?") from error
         else:

@@ -266,7 +266,12 @@ def test_the_ends_of_the_ranges_are_allowed(setting, value):
 @pytest.mark.parametrize(
     ("tree", "fragments"),
     [
-        (tree_with(optim__warmup_steps=10), ["optim.warmup_steps (10)", "train.steps (10)"]),
+        (tree_with(train__save_best="eval/kl/a"),
+         ["train.save_best: eval/kl/a is a metric of evaluations", "set train.eval_every and data.eval"]),
+        (tree_with(train__save_best="kl/a"), ["train.save_best: 'kl/a' is no metric of an evaluation (eval/…)"]),
+        (tree_with(train__save_best="eval/size"), ["train.save_best: it is not known whether a smaller"]),
+        (tree_with(train__stop_when=["loss < 1", "loss is small"]), ["train.stop_when.1: 'loss is small' is no"]),
+        (tree_with(train__stop_when=["eval/nll/all stalls 2"]), ["train.stop_when.0: eval/nll/all is a metric"]),
         (tree_with(optim__min_lr=0.1, optim__lr=0.01), ["optim.min_lr (0.1)", "optim.lr (0.01)"]),
         (tree_with(parallel__sequence=True), ["parallel.sequence needs parallel.tensor > 1"]),
         ({**MINIMAL, "parallel": {"tensor": 4, "expert": 3}}, ["parallel.expert (3) must divide parallel.tensor (4)"]),

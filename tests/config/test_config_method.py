@@ -40,8 +40,6 @@ def test_numbers_out_of_range_are_refused(setting):
         (with_sections(rl={"weight": 1, "distill_on": "wrong"}, rollout=PAIRS, loss={"weight": 0}),
          ["rl.distill_on: wrong has no effect without loss.weight"]),
         (tree_with(train__minibatches=4), ["train.minibatches (4)", "2 micro-batches"]),
-        (tree_with(train__minibatches=2, train__epochs=2, optim__warmup_steps=40),
-         ["optim.warmup_steps (40)", "x train.minibatches x train.epochs (40)"]),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(tree, fragments):

@@ -103,5 +103,5 @@ def _method(config):
     tree = to_dict(config)
     tree["answers"].pop("teacher_mixed_alpha")  # which servers cannot do
     found = {section: tree[section] for section in ("answers", "policy", "rl", "cross_tokenizer")}
-    sees_more = any(t.prompt_field or t.prompt_template for t in config.teachers)
+    sees_more = any(t.has_own_prompt for t in config.teachers)
     return found, config.loss.beta, config.loss.weight > 0, config.train.minibatches, sees_more

@@ -231,6 +231,30 @@ def test_the_script_of_a_config():
     assert subprocess.run(["bash", "-n"], input=text, text=True, timeout=60).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gpus_per_node", "taken"),
+    [
+        (["parallel.tensor=1", "parallel.pipeline=1"], 8, 1),
+        (["parallel.tensor=2", "parallel.pipeline=1"], 8, 2),
+        (["parallel.tensor=2", "parallel.pipeline=1", *SERVED, "loss.ensemble=probs"], 16, 10),
+        (["parallel.tensor=2", "parallel.pipeline=4", "rollout.prompts_per_step=64"], 8, 8),
+        (["parallel.tensor=2", "parallel.pipeline=4", *SERVED, "loss.ensemble=probs"], 8, 8),
+    ],
+)
+def test_a_job_asks_for_the_gpus_that_it_uses(overrides, gpus_per_node, taken):
+    """A part of one node leaves the rest to others; what the script places then is what was placed before."""
+    given = [QUICKSTART, *overrides]
+    config, steps = placed(*given, gpus_per_node=gpus_per_node)
+    text = script.script(config.run, given, steps, gpus_per_node=gpus_per_node)
+    header = dict(options(text))
+    assert header["gpus-per-node"] == str(taken)
+    assert ("exclusive" in header, "mem" in header) == ((taken == gpus_per_node,) * 2)
+    assert re.search(r"^OPD_GPUS_PER_NODE=(\d+)$", text, re.MULTILINE)[1] == str(taken)
+    assert placed(*given, gpus_per_node=taken)[1] == steps
+    shared = f"the job takes {taken} of the node's {gpus_per_node} GPUs, and "
+    assert (shared in text) == (taken < gpus_per_node)
+
+
 def test_the_command_prints_writes_and_submits(tmp_path, monkeypatch, capsys):
     submitted = []
 

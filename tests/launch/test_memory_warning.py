@@ -26,6 +26,13 @@ def test_nothing_is_said_where_there_is_room(model):
     assert memory_warning.lines(job(model), 8, lambda: 1e12) == []
 
 
+def test_the_plan_is_a_line_of_check(model, capsys):
+    line = memory_warning.plan(job(model), 8, lambda: 2.5e9)
+    assert line.startswith("plan: 1 rank on a machine, about ")
+    assert "GB of host memory together, 2.5 GB are left here" in line
+    assert float(line.split()[7]) == pytest.approx(memory_warning._need(job(model), 8).total / 1e9, abs=0.05)
+
+
 def test_one_line_with_what_to_change(model):
     made = job(
         model, rollout={"prompts_per_step": 512, "max_new_tokens": 2048}, train={"steps": 1, "micro_batch_size": 64}

@@ -1,6 +1,7 @@
 """Host memory in the plan, on GPUs and without, and what of it is somebody else's number."""
 
 import dataclasses
+import gzip
 
 import pytest
 import tiny
@@ -53,6 +54,11 @@ def test_prompts_are_twice_their_files(model, tmp_path):
     data = dataclasses.replace(made.config.data, train=[source, hub], eval=[])
     made = dataclasses.replace(made, config=dataclasses.replace(made.config, data=data))
     assert host.machine(made, on_gpu=True).rank.always["prompts"] == 2 * path.stat().st_size
+    size, path = path.stat().st_size, path.with_suffix(".jsonl.gz")
+    path.write_bytes(gzip.compress((tmp_path / "prompts.jsonl").read_bytes()))
+    assert path.stat().st_size < size / 2
+    made.config.data.train[0] = dataclasses.replace(made.config.data.train[0], path=str(path))
+    assert host.machine(made, on_gpu=True).rank.always["prompts"] == 2 * size
 
 
 def test_one_engine_a_replica(model):

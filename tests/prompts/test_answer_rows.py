@@ -193,6 +193,31 @@ def test_a_template_stands_in_place_of_the_last_message(tmp_path):
     assert prompt.teacher_ids["t"] == tuple(ours.encode([expected])[0])
 
 
+@pytest.mark.parametrize("own", [[], [{"role": "system", "content": "brief"}], [{"role": "developer", "content": "b"}]])
+@pytest.mark.parametrize("template", ["", "{{ prompt }} ({{ answer }})"])
+def test_a_teachers_system_prompt_stands_in_place_of_any_other(tmp_path, own, template):
+    ours, user = chat(system_prompt="be kind"), {"role": "user", "content": "1+1=?"}
+    settings = config([{"name": "t", "system_prompt": "you know: 2", "prompt_template": template}, {"name": "u"}])
+    (prompt,) = read(tmp_path, [{"messages": [*own, user], "answer": "2"}], ours, settings)
+    asked = "1+1=? (2)" if template else "1+1=?"
+    expected = ours.render([{"role": "system", "content": "you know: 2"}, {"role": "user", "content": asked}])
+    assert prompt.teacher_ids == {"t": tuple(ours.encode([expected])[0])}
+    assert prompt.token_ids == tuple(ours.encode([ours.render([*own, user])])[0])
+
+
+def test_a_teachers_system_prompt_of_a_prompt_that_is_a_text(tmp_path):
+    ours = chat()
+    (prompt,) = read(tmp_path, [ROW], ours, config([{"name": "t", "system_prompt": "hm"}]))
+    expected = ours.render([{"role": "system", "content": "hm"}, {"role": "user", "content": "1+1="}])
+    assert prompt.teacher_ids["t"] == tuple(ours.encode([expected])[0])
+
+
+def test_a_template_that_takes_no_system_prompt_is_said_before_any_row(tmp_path):
+    wrong = "the system_prompt of teacher 't', tried with one message: the chat template refuses it: no system role"
+    with pytest.raises(ValueError, match=wrong):
+        read(tmp_path, [], chat(test_chat.NO_SYSTEM), config([{"name": "t", "system_prompt": "x"}]))
+
+
 @pytest.mark.parametrize(
     ("settings", "row", "wrong"),
     [

@@ -183,6 +183,7 @@ def test_check_tells_what_was_left_out(check, long, start):
             ["data: data.chat_template: the tokenizer of student.model has no (default)"],
         ),
         (["data.system_prompt=x"], ["data.system_prompt has no effect without a template; set data.chat_template"]),
+        (["teachers.1.system_prompt=x"], ["teachers.1.system_prompt has no effect without a template"]),
         (["data.chat_template_options={a: 1}"], ["data.chat_template_options has no effect without a template"]),
         (["data.chat_template="], ["data.chat_template must be none, tokenizer, or a file"]),
         (["data.chat_template=''"], ["data.chat_template must be none, tokenizer, or a file"]),

@@ -214,6 +214,13 @@ def test_half_precision_is_close_on_two_ranks(ranks, alone, paths):
     assert all(tensor.dtype == torch.bfloat16 for tensor in found[2].values())
 
 
+def test_a_run_may_end_within_its_warm_up(ranks, paths):
+    """A short run takes the first steps of the long one, whatever the decay."""
+    made = config(paths, "qwen3", schedule="cosine", warmup_steps=8, lr=4e-3, train={"steps": 2})
+    found = ranks.run(1, steps.train, made, rollouts(), VOCAB_SIZE, 2)[0]
+    assert [row["lr"] for row in found[0]] == pytest.approx([5e-4, 1e-3])
+
+
 def test_twenty_steps_follow_the_reference(ranks, paths):
     """A wrong moment, bias correction or schedule shows only over many steps."""
     made = tiny.config(

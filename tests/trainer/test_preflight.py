@@ -9,7 +9,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_opd.__main__ import main
+from megatron_opd.config import OptimConfig, TrainConfig
 from megatron_opd.config.file import from_dict, load
+from megatron_opd.trainer import preflight
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples/quickstart"
@@ -69,6 +71,15 @@ def test_check_prints_what_is_no_default(capsys, tmp_path):
     config = load("examples/quickstart.yaml", given[2:])
     assert from_dict({**shown, "method": "opd"}) == config
     assert "# all other settings have their defaults (--all prints them)\n" in out
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(2, "ends at a learning rate of 0.000667, below optim.lr (0.001)"), (3, "")]
+)
+def test_a_run_that_ends_within_its_warm_up_is_told(steps, said):
+    optim, train = OptimConfig(lr=1e-3, warmup_steps=12), TrainConfig(steps=steps, minibatches=2, epochs=2)
+    assert said in "".join(preflight._of_schedule(optim, train))
+    assert bool(preflight._of_schedule(optim, train)) == bool(said)
 
 
 def test_check_says_that_servers_have_no_interpreter_here(capsys, tmp_path):

@@ -70,6 +70,13 @@ def num_nodes(steps: Sequence[Step]) -> int:
     return 1 + max(node for step in steps for node in step.nodes)
 
 
+def gpus_taken(steps: Sequence[Step], gpus_per_node: int) -> int:
+    """GPUs that the job asks for on each node: those that are used where it takes one node, else all of them."""
+    if num_nodes(steps) > 1:
+        return gpus_per_node
+    return len({gpu for step in steps for gpu in step.gpus})
+
+
 def idle_gpus(steps: Sequence[Step], gpus_per_node: int) -> dict[int, list[int]]:
     """GPUs that no step takes, by node."""
     taken = {(node, gpu) for step in steps for node in step.nodes for gpu in step.gpus}

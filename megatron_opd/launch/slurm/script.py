@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_opd.config import RunConfig
-from megatron_opd.launch.slurm.layout import Step, idle_gpus, num_nodes
+from megatron_opd.launch.slurm.layout import Step, gpus_taken, idle_gpus, num_nodes
 
 SUPERVISOR = Path(__file__).with_name("job.sh")
 WARNING_S = 300
@@ -31,12 +31,13 @@ def script(
 
     sbatch reads quotes in its header as a shell does."""
     name = Path(run.dir).resolve().name
+    taken = gpus_taken(steps, gpus_per_node)
+    whole = ["--exclusive", "--mem=0"] if taken == gpus_per_node else []
     header = [
         f"--job-name={name}",
         f"--nodes={num_nodes(steps)}",
-        f"--gpus-per-node={gpus_per_node}",
-        "--exclusive",
-        "--mem=0",
+        f"--gpus-per-node={taken}",
+        *whole,
         "--time=24:00:00",
         f"--output={name.replace('%', '%%')}-%j.out",
         "--open-mode=append",  # a requeued job goes on in the same file
@@ -44,7 +45,7 @@ def script(
         "--requeue",
         *sbatch,
     ]
-    settings = [f"OPD_GPUS_PER_NODE={gpus_per_node}", *([f"OPD_SETUP={shlex.quote(setup)}"] if setup else [])]
+    settings = [f"OPD_GPUS_PER_NODE={taken}", *([f"OPD_SETUP={shlex.quote(setup)}"] if setup else [])]
     return "\n".join(
         [
             "#!/usr/bin/env bash",
@@ -72,7 +73,11 @@ def describe(steps: Sequence[Step], gpus_per_node: int) -> list[str]:
             f"{step.name}: {step.tasks} task{'s' if step.tasks > 1 else ''} on node {_numbers(step.nodes)},"
             f" GPUs {_numbers(step.gpus)}{whose}{ports}"
         )
-    idle = idle_gpus(steps, gpus_per_node)
+    taken = gpus_taken(steps, gpus_per_node)
+    if taken < gpus_per_node:
+        shares = f"the job takes {taken} of the node's {gpus_per_node} GPUs, and the CPUs and memory that the cluster"
+        lines.append(f"{shares} gives with them; for more: --sbatch=--mem=64G --sbatch=--cpus-per-task=8")
+    idle = idle_gpus(steps, taken)
     return [*lines, *(f"warning: node {node} has idle GPUs: {_numbers(gpus)}" for node, gpus in idle.items())]
 
 
