@@ -58,7 +58,7 @@ quickstart: install ## train a student from two teachers on this machine, in min
 quickstart-llm: install ## a real language model teaches a damaged copy of itself, on two cores in a quarter of an hour
 	"$(BIN)/python" tools/fetch_smollm2.py models/SmolLM2-135M-Instruct
 	test -f models/SmolLM2-pruned/config.json || \
-	  "$(BIN)/python" tools/prune_model.py models/SmolLM2-135M-Instruct models/SmolLM2-pruned --drop 12 15 18 21
+	  "$(BIN)/megatron-opd" prune models/SmolLM2-135M-Instruct models/SmolLM2-pruned --drop 12 15 18 21
 	rm -rf runs/quickstart_llm
 	OMP_NUM_THREADS=2 "$(BIN)/megatron-opd" train examples/llm/quickstart.yaml
 	OMP_NUM_THREADS=1 "$(BIN)/python" tools/side_by_side.py examples/llm/quickstart.yaml  # a row of threads waits for the last

@@ -13,6 +13,7 @@ SGLANG = ["aiohttp>=3.9", "tenacity>=8.2"]
 DATASETS = ["datasets>=3", "pyarrow>=15"]
 TENSORBOARD = ["tensorboard>=2.14"]
 WANDB = ["wandb>=0.17"]
+PANDAS = ["pandas>=2"]
 # GGUF files as models are read with these; transformers asks for `accelerate` there.
 GGUF = ["gguf>=0.10", "accelerate"]
 
@@ -52,6 +53,7 @@ setup(
     packages=[*find_namespace_packages(include=["megatron_opd", "megatron_opd.*"]), *EXAMPLES],
     package_dir=EXAMPLES,
     package_data={
+        "megatron_opd": ["py.typed"],
         "megatron_opd.loss.fused": ["*.cpp", "*.h"],  # compiled at first use
         "megatron_opd.launch.slurm": ["*.sh"],
         "megatron_opd.methods": ["*.yaml"],
@@ -95,6 +97,8 @@ setup(
         "sglang": SGLANG,
         # Prompts from Parquet files (pyarrow alone would do) and from the Hugging Face hub.
         "datasets": DATASETS,
+        # Tables of a run in Python (`megatron_opd.read_run`).
+        "pandas": PANDAS,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         # The authors' checker of IFEval, as lm-eval keeps it; brings scikit-learn and SciPy (0.3 GB), but no torch.
@@ -117,7 +121,9 @@ setup(
             *SGLANG,
             *WANDB,
             *TENSORBOARD,
-            *GGUF,
+PANDAS = ["pandas>=2"]
+# GGUF files as models are read with these; transformers asks for `accelerate` there.
+GGUF = ["gguf>=0.10", "accelerate"]
         ],
     },
     entry_points={"console_scripts": ["megatron-opd = megatron_opd.__main__:main"]},

@@ -27,7 +27,7 @@ ROOMS = {
     "launch": "starting a run: its processes on this machine, or a Slurm job",
     "commands": "what users call: a module for each command of `megatron-opd`",
 }
-AT_THE_ROOT = ["__init__.py", "__main__.py"]
+AT_THE_ROOT = ["__init__.py", "__main__.py", "py.typed"]
 DATA = ["methods"]  # folders without code
 LEAVES = ["config/*", "core/*"]
 HTTP = ["aiohttp", "httpx", "requests", "urllib.request"]

@@ -9,8 +9,9 @@ It works offline:
 - A link to a file must lead to a file of the checkout, and its #anchor to a heading there, spelt as GitHub does.
 - The address of another site must look like an address. Nothing is fetched.
 - Within code, inline or in a block, a path to a source file must be the end of the path of a file, as
-  `rollout/ahead.py` is; `make NAME` must name a target of the Makefile, and `megatron_opd.NAME` a module.
-  Paths with placeholders (<run.dir>, NAME, *) are skipped, and so is the changelog, which names files that are gone.
+  `rollout/ahead.py` is, unless the page makes it (`cat > NAME`); `make NAME` must name a target of the Makefile, and
+  `megatron_opd.NAME` a module or a public name. Paths with placeholders (<run.dir>, NAME, *) are skipped, and so is
+  the changelog, which names files that are gone.
 
 Prints a line for each problem and exits with 1 if there is one.
 """
@@ -18,6 +19,7 @@ Prints a line for each problem and exits with 1 if there is one.
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from collections import Counter
@@ -37,6 +39,7 @@ SOURCES = ["docs", "examples", "megatron_opd", "slurm", "tests", "tools"]
 _PATH = re.compile(r"(?<![\w./<>*{}$-])[\w-][\w.-]*(?:/[\w.-]+)*/?(?![\w/<>*{}])")
 _MODULE = re.compile(r"(?<![\w.])megatron_opd\.[\w.]*\w")
 _SOURCE = re.compile(r"\.(py|sh|cpp|h|md)$")
+_MADE = re.compile(r"^cat > (\S+)", re.MULTILINE)
 _MAKE = re.compile(r"(?<![\w-])make ((?!\w+=)[a-z][a-z-]*)")
 _PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|…|\.\.\.")
 _HTML_ANCHOR = re.compile(r"""\b(?:id|name)=["']([^"']+)["']""")
@@ -66,6 +69,14 @@ class Checkout:
         text = makefile.read_text(encoding="utf-8") if makefile.is_file() else ""
         return set(re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE))
 
+    @cached_property
+    def public(self) -> set[str]:
+        """The names that the package itself has, as its `__all__` lists them."""
+        package = self.root / "megatron_opd/__init__.py"
+        tree = ast.parse(package.read_text(encoding="utf-8") if package.is_file() else "")
+        lists = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        return {name for found in lists for name in ast.literal_eval(found)}
+
     def anchors(self, page: Path) -> set[str]:
         """What links to the page may have behind their #."""
         if page not in self._anchors:
@@ -90,14 +101,16 @@ def anchors(text: str) -> Iterator[str]:
 
 def problems(page: Path, checkout: Checkout) -> Iterator[tuple[int, str]]:
     """(line, what is wrong) on the page."""
-    for token, line in _flat(_parsed(page.read_text(encoding="utf-8"))):
+    text = page.read_text(encoding="utf-8")
+    made = {*_MADE.findall(text)}
+    for token, line in _flat(_parsed(text)):
         target = token.attrGet("href") or token.attrGet("src")
         if target is not None and (wrong := _wrong_link(str(target), page, checkout)):
             yield line, wrong
         if token.type in ("code_inline", "code_block", "fence") and page.name != HISTORY:
-            for offset, text in enumerate(token.content.splitlines()):
+            for offset, code in enumerate(token.content.splitlines()):
                 at = line + offset + (token.type == "fence")
-                yield from ((at, wrong) for wrong in _wrong_code(text, checkout))
+                yield from ((at, wrong) for wrong in _wrong_code(code, checkout, made))
 
 
 def _parsed(text: str) -> list[Token]:
@@ -129,15 +142,16 @@ def _wrong_link(target: str, page: Path, checkout: Checkout) -> str:
     return ""
 
 
-def _wrong_code(text: str, checkout: Checkout) -> Iterator[str]:
+def _wrong_code(text: str, checkout: Checkout, made: set[str]) -> Iterator[str]:
+    """What is wrong with a line of code on a page that tells its reader to make the files `made`."""
     for found in _PATH.finditer(text):
         path = found[0].rstrip("./")
         is_source = _SOURCE.search(path) or path.startswith(tuple(f"{folder}/" for folder in SOURCES))
-        if is_source and not _PLACEHOLDER.search(path) and path not in checkout.tails:
+        if is_source and not _PLACEHOLDER.search(path) and path not in checkout.tails | made:
             yield f"there is no file {path}"
     for found in _MODULE.finditer(text):
         module = "/".join(found[0].split(".")[:2])
-        if not checkout.tails & {module, f"{module}.py"}:
+        if found[0].split(".")[1] not in checkout.public and not checkout.tails & {module, f"{module}.py"}:
             yield f"{found[0]} names no module of the package"
     for name in _MAKE.findall(text):
         if name not in checkout.targets:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.core.arguments import Commands, add_config
+from megatron_opd.core.run_dir import HF_EXPORT
 
 if TYPE_CHECKING:
+    from megatron_opd.config import Config
     from megatron_opd.tracking.tracker import Tracker
 
 
@@ -33,19 +35,32 @@ def run(arguments: argparse.Namespace) -> int:
     """Sample the answers, grade them, print the means."""
     from rich.console import Console
 
-    from megatron_opd.config.file import ConfigError, load
-    from megatron_opd.core.run_dir import HF_EXPORT
+    from megatron_opd.config.file import load
+    from megatron_opd.tracking.report import print_grades
+
+    config = load(arguments.config, arguments.overrides)
+    model = arguments.model or _newest(config.run.dir, config.student.model)
+    print_grades(str(model), evaluate(config, model), console=Console())
+    return 0
+
+
+def evaluate(config: Config, model: str | Path | None = None) -> dict[str, float]:
+    """Grade a model's answers to the config's held-out prompts, by transformers in this process.
+
+    `model` is a Hugging Face directory, a name of the hub or a checkpoint of a run; None: the run's export, or
+    student.model where there is none yet. Returns `eval/<measure>/<source>`, such as `eval/accuracy/all`, with the 95 % interval as
+    `<measure>_low` and `<measure>_high`: docs/metrics.md. Raises ConfigError for a config without a graded source, and
+    ValueError for a model that cannot be read.
+    """
+    from megatron_opd.config.file import ConfigError
     from megatron_opd.models import hub
     from megatron_opd.models.tokenizer import load_tokenizer
     from megatron_opd.rollout.embedded_engine import LocalEngine
-    from megatron_opd.tracking.report import print_grades
     from megatron_opd.tracking.tracker import console_alone
     from megatron_opd.trainer.evaluate import Evaluator, means, num_answers
     from megatron_opd.trainer.preflight import check_model, read_inputs
 
-    config = load(arguments.config, arguments.overrides)
-    exported = Path(config.run.dir) / HF_EXPORT
-    named = str(arguments.model or (exported if exported.is_dir() else config.student.model))
+    named = str(model or _newest(config.run.dir, config.student.model))
     wanted: dict[str, hub.Need] = {**dict.fromkeys(config.model_settings, "texts"), named: "weights"}
     places, unavailable = hub.look_up(wanted)
     config = config.with_models(places)
@@ -62,16 +77,20 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError([f"--model: {unavailable[named]}"])
     samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
     ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
-    called = hub.origin(places[named]) or named
-    with console_alone() as shown, _readable(places[named], shown) as model:
-        check_model(model, config.student.model)
-        with shown.phase(f"loading {called}"):
-            engine = LocalEngine(model, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
-        evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(model))
+    with console_alone() as shown, _readable(places[named], shown) as readable:
+        check_model(readable, config.student.model)
+        with shown.phase(f"loading {hub.origin(places[named]) or named}"):
+            engine = LocalEngine(readable, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
+        evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(readable))
         with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
             _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())
-    print_grades(called, means([totals], "eval"), console=Console())
-    return 0
+    return means([totals], "eval")
+
+
+def _newest(run_dir: str, student: str) -> str | Path:
+    """The run's export; the student that it begins with, where there is none."""
+    exported = Path(run_dir) / HF_EXPORT
+    return exported if exported.is_dir() else student
 
 
 @contextmanager

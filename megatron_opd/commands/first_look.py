@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from megatron_opd.config import Config
+from megatron_opd.config.file import load
 from megatron_opd.tracking import train_log
 
 
-def look(config: Config, path: str) -> Config:
-    """Say that the config at `path` is checked, check it, and warn where this machine has too little memory for it.
+def look(path: str | Path, overrides: Sequence[str], *, name: str = "") -> Config:
+    """The config; says that it is checked, checks it, and warns where this machine has too little memory for it.
 
-    Models that the hub has are downloaded first. Returns the config with their directories.
-    Raises what `read_inputs` raises.
+    Models that a hub has are downloaded first, and the config that is returned has their directories. `name` is what to
+    call it, if not `path`. Raises what `load` and `read_inputs` raise.
     """
-    with train_log.checking(config.run.dir, f"checking the settings of {path}, its models and its data"):
+    config = load(path, [*overrides])
+    with train_log.checking(config.run.dir, f"checking the settings of {name or path}, its models and its data"):
         # Slow imports, which the line above does not wait for.
         from megatron_opd.launch import memory_warning
         from megatron_opd.models import hub

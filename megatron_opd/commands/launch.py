@@ -23,10 +23,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name, other in launchers.LAUNCHERS.items():
         if name != arguments.launcher:
             refuse(arguments, f"--{name}", launchers.defaults_of(other))
-    config = load(arguments.config, arguments.overrides)
     if arguments.launcher == launchers.DEFAULT and not arguments.dry_run:  # others start it where we cannot look
         from megatron_opd.commands import first_look
 
-        config = first_look.look(config, arguments.config)
+        config = first_look.look(arguments.config, arguments.overrides)
+    else:
+        config = load(arguments.config, arguments.overrides)
     launcher = launchers.LAUNCHERS[arguments.launcher]
     return launcher.launch(config, [arguments.config, *arguments.overrides], arguments)

@@ -27,10 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     if worker.is_worker():
         return _work(arguments)
     from megatron_opd.commands import first_look
-    from megatron_opd.config.file import load
 
-    config = load(arguments.config, arguments.overrides)
-    config = first_look.look(config, arguments.config)
+    config = first_look.look(arguments.config, arguments.overrides)
     from megatron_opd.launch import local
 
     return local.launch(config, [arguments.config, *arguments.overrides])

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CONFIG, CHECKPOINTS, LOGS, HF_EXPORT, SERVERS = "config.yaml", "checkpoints", "logs", "hf", "servers"
+COMPLETIONS = "completions.jsonl"
+"""Answers for people, a line each."""
 ADAPTER = "adapter"
 """What a run with LoRA exports beside the merged student: the adapters alone, for peft."""
 BEST, BEST_ADAPTER, BEST_RECORD = "best", "best_adapter", "best.json"

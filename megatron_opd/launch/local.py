@@ -7,8 +7,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from megatron_opd.sglang import process, serve
 from megatron_opd.sglang.keeper import Keeper, kept
 from megatron_opd.tracking import train_log
 
+_Servers = Callable[[], AbstractContextManager[list[process.Server]]]
 _INTERRUPTIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -82,14 +83,17 @@ def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0, s
     """
     with run_dir.claimed(config.run.dir):
         pass  # rank 0 claims it for good
+    tell = partial(train_log.say, config.run.dir)
+    servers = partial(serve.running, config, say=tell, beside_ranks=True)
     try:
         with _interruptible():
             for left in range(max_restarts, -1, -1):
-                code = _attempt(config, arguments, left, start)
+                trainer = plan(config, arguments)[-1]
+                code = _attempt(config.run.dir, trainer, servers, restarts=left, start=start)
                 if code != 1 or not left:
                     break
                 how = run_dir.how_to_continue(config.run.dir)
-                train_log.say(config.run.dir, f"starting again ({left - 1} more time(s) by run.max_restarts): {how}")
+                tell(f"starting again ({left - 1} more time(s) by run.max_restarts): {how}")
             return code
     except preemption.Preempted:
         return preemption.EXIT_CODE
@@ -134,17 +138,17 @@ def _passing_warnings_on(ranks: Ranks) -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before)
 
 
-def _attempt(config: Config, arguments: Sequence[str], restarts: int, start: Start) -> int:
-    """Servers and ranks once, to their end. Servers that end before are started again, `restarts` times.
+def _attempt(where: str, trainer: Process, servers: _Servers, *, restarts: int, start: Start) -> int:
+    """Servers and ranks once, to their end, in the run directory `where`. `servers` starts servers for a `with` block;
+    those that end before are started again, `restarts` times.
 
     Rank 0 writes to this terminal, the others to <run.dir>/logs/<start>/. When one rank fails, the others are ended,
     and the last message says which one failed by itself, and why.
     """
-    *_, trainer = plan(config, arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; more threads only get in each other's way
-    logs = run_dir.make(config.run.dir) / run_dir.LOGS
+    logs = run_dir.make(where) / run_dir.LOGS
     logs.mkdir(exist_ok=True)
-    tell = partial(train_log.say, config.run.dir)
+    tell = partial(train_log.say, where)
     number = "1 rank" if trainer.ranks == 1 else f"{trainer.ranks} ranks"
     kills = oom.Kills()
     with rendezvous.private_store() as store, last_words.collected(trainer.ranks) as (listener, heard):
@@ -157,8 +161,8 @@ def _attempt(config: Config, arguments: Sequence[str], restarts: int, start: Sta
         )
         with (
             _passing_warnings_on(ranks),
-            serve.running(config, say=tell, beside_ranks=True) as servers,
-            kept(Keeper(servers, restarts=restarts, say=tell)),
+            servers() as started,
+            kept(Keeper(started, restarts=restarts, say=tell)),
         ):
             tell(f"starting {number}; this takes some seconds")
             failures = ranks.run()

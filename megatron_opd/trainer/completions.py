@@ -18,6 +18,7 @@ import torch
 
 from megatron_opd.config import LogConfig
 from megatron_opd.core.parallel import Parallel
+from megatron_opd.core.run_dir import COMPLETIONS
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.loss.term import TeacherTerm
 from megatron_opd.models.tokenizer import Tokenizer
@@ -25,7 +26,6 @@ from megatron_opd.tracking import json_lines
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer import shown_answer
 
-COMPLETIONS_FILE = "completions.jsonl"
 AnswerLogps = list[dict[str, float | None]]
 """An answer after the other: by teacher, the log-probability in nats; None where it was not asked about the answer."""
 
@@ -38,7 +38,7 @@ class Completions:
     ) -> None:
         """`tokenizer` is for leaders."""
         self.config, self.parallel, self.tokenizer, self.tracker = config, parallel, tokenizer, tracker
-        self.path = Path(run_dir) / COMPLETIONS_FILE
+        self.path = Path(run_dir) / COMPLETIONS
 
     def log(
         self,

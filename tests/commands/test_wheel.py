@@ -4,8 +4,6 @@ The interpreter is that of the tests, so what the package depends on is there; t
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,6 @@ import yaml
 from megatron_opd.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "megatron_opd", "examples")
 NAMES = [module.__name__.rpartition(".")[2].replace("_", "-") for modules in COMMANDS.values() for module in modules]
 TIMEOUT_S = 600
 _HELP = """
@@ -46,44 +43,18 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A folder with the installed wheel. It is built from a copy, because setuptools leaves folders in the sources."""
-    sources, site = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("site")
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, sources / name)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    wheels = sources / "wheels"
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(sources)]
-    subprocess.run(build, check=True, timeout=TIMEOUT_S)
-    (wheel,) = wheels.iterdir()
-    install = [*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", str(site), str(wheel)]
-    subprocess.run(install, check=True, timeout=TIMEOUT_S)
-    return site
-
-
-@pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Where a user is: a folder of their own."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
-def user(site, home):
+def user(installed, home):
     """Runs Python with the installed package alone, in the user's folder; returns the finished process."""
 
     def run(*arguments, code=0):
-        hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        environment = {**{k: v for k, v in os.environ.items() if k not in hidden}, "PYTHONPATH": str(site)}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            env=environment,
-            cwd=home,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, env=installed, cwd=home, capture_output=True, text=True, timeout=TIMEOUT_S)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 

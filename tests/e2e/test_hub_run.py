@@ -46,7 +46,7 @@ def test_eval_downloads_the_weights_of_the_one_model_that_answers(served, tmp_pa
     done = here("eval", CONFIG, "--model", "org/other", *settings)
     assert done.returncode == 0, done.stderr
     assert len(served.downloads("safetensors")) == 1
-    assert "org/other@" in done.stdout
+    assert "org/other" in done.stdout
 
 
 def test_every_model_that_cannot_be_had_is_told_with_its_setting(served):

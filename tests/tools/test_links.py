@@ -37,6 +37,7 @@ def found(tmp_path, capsys):
     for name in ("docs/other.md", "docs/plot.png", "megatron_opd/rollout/ahead.py", "tools/with space.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("# Other\n")
+    (tmp_path / "megatron_opd/__init__.py").write_text('__all__ = ["train"]\n')
     (tmp_path / "Makefile").write_text(".PHONY: test\ntest: install ## all\n\tpytest\n")
     return check
 
@@ -52,6 +53,7 @@ def found(tmp_path, capsys):
         "`<run.dir>/a.py`, `examples/NAME.sh`, `docs/*.md`, `examples/{a,b}.md`, `make PYTHON=x test`, `make` it",
         "no code: docs/gone.md, make gone; `rollout/length`, `config.json`, `mine.yaml`, `and/or`",
         "    docs/other.md\n\n```\nmake test\n```",
+        "\n```\ncat > mine.py <<END\nEND\npython mine.py\n```\n`mine.py`, `megatron_opd.train(x)`",
     ],
 )
 def test_what_is_fine(found, text):
@@ -73,6 +75,7 @@ def test_what_is_fine(found, text):
         ("`rollout/behind.py`", "12: there is no file rollout/behind.py"),
         ("`head.py`", "12: there is no file head.py"),
         ("`docs/gone/`", "12: there is no file docs/gone"),
+        ("`megatron_opd.trains`", "12: megatron_opd.trains names no module of the package"),
         ("`megatron_opd.gone.x`", "12: megatron_opd.gone.x names no module of the package"),
         ("\n```\npython tools/gone.py\n```", "14: there is no file tools/gone.py"),
         ("\n    ls\n    make gone", "14: the Makefile has no target gone"),
