@@ -121,9 +121,8 @@ setup(
             *SGLANG,
             *WANDB,
             *TENSORBOARD,
-PANDAS = ["pandas>=2"]
-# GGUF files as models are read with these; transformers asks for `accelerate` there.
-GGUF = ["gguf>=0.10", "accelerate"]
+            *PANDAS,
+            *GGUF,
         ],
     },
     entry_points={"console_scripts": ["megatron-opd = megatron_opd.__main__:main"]},

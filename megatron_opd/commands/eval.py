@@ -48,9 +48,9 @@ def evaluate(config: Config, model: str | Path | None = None) -> dict[str, float
     """Grade a model's answers to the config's held-out prompts, by transformers in this process.
 
     `model` is a Hugging Face directory, a name of the hub or a checkpoint of a run; None: the run's export, or
-    student.model where there is none yet. Returns `eval/<measure>/<source>`, such as `eval/accuracy/all`, with the 95 % interval as
-    `<measure>_low` and `<measure>_high`: docs/metrics.md. Raises ConfigError for a config without a graded source, and
-    ValueError for a model that cannot be read.
+    student.model where there is none yet. Returns `eval/<measure>/<source>`, such as `eval/accuracy/all`, with the 95 %
+    interval as `<measure>_low` and `<measure>_high`: docs/metrics.md. Raises ConfigError for a config without a graded
+    source, and ValueError for a model that cannot be read.
     """
     from megatron_opd.config.file import ConfigError
     from megatron_opd.models import hub
