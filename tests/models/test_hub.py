@@ -9,7 +9,9 @@ import time
 
 import hub_server
 import pytest
+import tiny
 
+from megatron_opd.config import ServersConfig
 from megatron_opd.models import hub
 
 NAME = "org/tiny"
@@ -190,6 +192,7 @@ def test_a_download_that_is_cut_goes_on(served, monkeypatch):
 
 _RANK = """
 import sys
+from megatron_opd.config import ServersConfig
 from megatron_opd.models import hub
 print(hub.directory(sys.argv[1], say=lambda _: None))
 """
@@ -221,3 +224,35 @@ def test_a_process_that_was_killed_while_it_downloaded(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         found = done.stdout.strip()
         assert (hub.Path(found) / "model.safetensors").read_bytes() == WEIGHTS, done.stderr
+
+
+def test_what_a_run_reads_of_each_model():
+    base = {"name": "t", "model": "org/t"}
+    apart = {**base, "backend": "sglang", "carrier": "topk"}
+    urls = {"servers": ServersConfig(urls=["http://node7:30000"])}
+    for teacher, starts, asks, need in (
+        (base, False, False, "weights"),
+        ({**apart, **urls}, True, False, "texts"),
+        ({**apart, **urls}, True, True, "weights"),
+        ({**apart, **urls, "carrier": "hidden"}, True, False, "weights"),
+        (apart, True, False, "weights"),
+        (apart, False, False, "texts"),
+    ):
+        made = tiny.config("org/s", [teacher])
+        found = hub.needs(made.student, made.teachers, starts_servers=starts, asks_teachers=asks)
+        assert found == {"org/s": "weights", "org/t": need}
+    itself = tiny.config("org/s", [{**apart, **urls, "model": "org/s"}])
+    found = hub.needs(itself.student, itself.teachers, starts_servers=True, asks_teachers=False)
+    assert found == {"org/s": "weights"}
+
+
+def test_a_config_with_directories_in_place_of_names():
+    written = tiny.config("org/s", [{"name": "a", "model": "org/t"}, {"name": "b", "model": "models/b"}])
+    assert written.model_settings == {
+        "org/s": "student.model",
+        "org/t": "teachers.0.model",
+        "models/b": "teachers.1.model",
+    }
+    found = written.with_models({"org/s": "/cache/s", "org/t": "/cache/t"})
+    assert [found.student.model, *(t.model for t in found.teachers)] == ["/cache/s", "/cache/t", "models/b"]
+    assert written.student.model == "org/s"
