@@ -68,9 +68,11 @@ def test_files_that_are_relative_links_are_copied_and_dead_links_are_not(model_d
     for file in model_dir.iterdir():
         (source / file.name).symlink_to(os.path.relpath(file, source))
     (source / "gone.txt").symlink_to("../nowhere")
-    write(iter(weights(source).items()), tmp_path / "out", like=source)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in model_dir.iterdir()}
-    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    for name, like in (("direct", model_dir), ("linked", source)):
+        write(iter(weights(model_dir).items()), tmp_path / name, like=like)
+    direct, linked = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("direct", "linked"))
+    assert linked == direct
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
 
 
 def test_config_says_the_type_of_the_weights(model_dir, tmp_path):
