@@ -130,8 +130,16 @@ def directory(text: str, need: Need = "weights", *, say: Callable[[str], None] =
 
 def pinned(text: str, found: str) -> str:
     """A name with the commit that it was resolved to; `text` itself where `found`, its directory, is not the hub's."""
-    matched, of = _NAME.fullmatch(text), origin(found)
-    return of if matched and of and not matched["file"] else text
+    matched = _NAME.fullmatch(text)
+    if matched is None or found == text:
+        return text
+    if not matched["file"]:
+        return origin(found) or text
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(matched["repo"], matched["file"], revision=matched["revision"] or "main")
+    of = origin(Path(file).parent) if isinstance(file, str) else ""
+    return f"{of}:{matched['file']}" if of else text
 
 
 def origin(found: str | Path) -> str:

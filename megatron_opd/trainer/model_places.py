@@ -1,12 +1,13 @@
 """The directories of a run's models on every rank, of the same commits everywhere.
 
-Rank 0 finds out which commit a name means; one rank of each machine downloads, and the others wait for as long as it
-does. A download ends by itself when the hub does not answer any more, and a rank that is lost is noticed by the others.
+Rank 0 finds out which commit a name means; one rank of each machine downloads, and the others wait for it. A download
+ends by itself when the hub does not answer any more, and a rank that is lost is noticed by the others.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from threading import Thread
 
@@ -16,6 +17,8 @@ from megatron_opd.models.hub import Need
 
 _LOOK_S = 2.0
 """Time between two looks at whether somebody still downloads, in seconds: shorter than any time-out of a run."""
+_LONGEST_S = 6 * 3600.0
+"""Longest wait of the ranks."""
 
 
 def settle(
@@ -53,12 +56,22 @@ def _in_turn(parallel: Parallel, is_mine: bool, find: Callable[[], dict[str, str
             failed.append(error)
 
     worker = Thread(target=work, daemon=True, name="models")
-    if is_mine:
-        worker.start()
-        worker.join(_LOOK_S)
-    while parallel.any_world(worker.is_alive()):
+    deadline = time.monotonic() + _LONGEST_S
+
+    def is_busy() -> bool:
         if is_mine:
             worker.join(_LOOK_S)
+        return worker.is_alive() and time.monotonic() < deadline
+
+    if is_mine:
+        worker.start()
+    while parallel.any_world(is_busy()):
+        pass
+    if worker.is_alive():
+        hours = f"{_LONGEST_S / 3600:.2g} hours"
+        failed.append(
+            ValueError(f"the models are not here after {hours}; download them before the run (`hf download`)")
+        )
     said = [why for why in parallel.gather_world(str(failed[0]) if failed else "") if why]
     if failed:
         raise failed[0]

@@ -106,9 +106,12 @@ def test_weights_config_and_tokenizer(tmp_path, home, model, kind, dtype):
 
 @needs_reader
 def test_a_file_of_the_hub(tmp_path, home, model):
-    home.add("org/tiny-GGUF", {"tiny.Q8_0.gguf": write(tmp_path / "t.gguf", model, "Q8_0").read_bytes(), "other": b"x"})
+    commit = home.add(
+        "org/tiny-GGUF", {"tiny.Q8_0.gguf": write(tmp_path / "t.gguf", model, "Q8_0").read_bytes(), "other": b"x"}
+    )
     found = hub.directory("org/tiny-GGUF:tiny.Q8_0.gguf", say=lambda _: None)
     assert read_architecture(found).family == "qwen2"
+    assert hub.pinned("org/tiny-GGUF:tiny.Q8_0.gguf", found) == f"org/tiny-GGUF@{commit}:tiny.Q8_0.gguf"
     assert [path.rpartition("/")[2] for path in home.downloads()] == ["tiny.Q8_0.gguf"]
 
 

@@ -1,11 +1,13 @@
 """Ranks agree on the directories of models by name: one of a machine downloads, and an error is everybody's."""
 
 import os
+import time
 
 import hub_server
 import pytest
 from ranks import RankError
 
+from megatron_opd.core.parallel import PeerError
 from megatron_opd.trainer import model_places
 
 NAMES = {"org/student": "weights", "org/teacher": "texts", "here/own": "weights"}
@@ -65,6 +67,27 @@ def test_an_error_of_one_is_the_error_of_all(served, ranks, tmp_path):
         "ValueError: teachers.0.model: org/teacher is not a Hugging Face model directory, and the hub has none"
         in str(raised.value)
     )
+
+
+def hanging(parallel, seconds):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(model_places, "_LONGEST_S", 0.2)
+    patch.setattr(model_places, "_LOOK_S", 0.05)
+    patch.setattr(model_places.hub, "directories", lambda *_, **__: time.sleep(seconds))
+    try:
+        model_places.settle(NAMES, SETTINGS, parallel, say=print)
+    except (ValueError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        patch.undo()
+
+
+def test_nobody_waits_for_ever(ranks):
+    told = ranks.run(2, hanging, 5.0, context=2)
+    assert [line.split(" after")[0] for line in told] == [
+        "ValueError: the models are not here",
+        "PeerError: the models are not here",
+    ]
 
 
 def test_without_names_the_ranks_do_not_meet():
