@@ -7,6 +7,8 @@ import pytest
 from program import CONFIG, MODELS, SMALL, assert_user_error, here, opd, train
 
 from megatron_opd.config import yaml_text
+from megatron_opd.models import hub
+from megatron_opd.models.convert import find_like
 
 BY_NAME = [
     *("student.model=org/student", "teachers.0.model=org/teacher@v1", "teachers.1.model=org/other"),
@@ -47,6 +49,37 @@ def test_eval_downloads_the_weights_of_the_one_model_that_answers(served, tmp_pa
     assert done.returncode == 0, done.stderr
     assert len(served.downloads("safetensors")) == 1
     assert "org/other" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "org/student"],
+        ["verify", "org/student", str(MODELS / "student")],
+        ["prune", "org/student", "OUT", "--drop", "1", "--dry-run"],
+        ["convert", "hf-to-megatron", "--hf", "org/student@v1", "--out", "OUT", "--dry-run"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_on_models_take_names(served, tmp_path, command):
+    done = here(*(str(tmp_path / "out") if word == "OUT" else word for word in command))
+    assert done.returncode == 0, done.stderr
+    assert len(served.downloads("safetensors")) == 1
+
+
+def test_a_checkpoint_of_a_run_by_name_is_converted(served, tmp_path):
+    """The config and tokenizer are those of the name in the run's config.yaml."""
+    checkpoint = tmp_path / "run/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ".metadata").write_bytes(b"")
+    (tmp_path / "run/config.yaml").write_text("student: {model: org/student}\n")
+    assert hub.origin(find_like(checkpoint)).startswith("org/student@")
+    assert not served.downloads("safetensors")
+    (tmp_path / "run/config.yaml").write_text("student: {model: org/nothing}\n")
+    with pytest.raises(
+        ValueError, match=r"org/nothing as student\.model, which is not here.*give its place with --like"
+    ):
+        find_like(checkpoint)
 
 
 def test_every_model_that_cannot_be_had_is_told_with_its_setting(served):
