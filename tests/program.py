@@ -116,9 +116,13 @@ class Started:
 
     def wait_for_step(self, step):
         """Until train.log tells of the step."""
+        self.wait_for_line(f"step {step}/")
+
+    def wait_for_line(self, text):
+        """Until train.log has it."""
         until = time.monotonic() + PATIENCE_S
         log = self.dir / "train.log"
-        while not (log.is_file() and f"step {step}/" in log.read_text()):
+        while not (log.is_file() and text in log.read_text()):
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < until, "the run does not get on"
             time.sleep(0.002)

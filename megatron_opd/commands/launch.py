@@ -23,11 +23,15 @@ def run(arguments: argparse.Namespace) -> int:
     for name, other in launchers.LAUNCHERS.items():
         if name != arguments.launcher:
             refuse(arguments, f"--{name}", launchers.defaults_of(other))
-    if arguments.launcher == launchers.DEFAULT and not arguments.dry_run:  # others start it where we cannot look
-        from megatron_opd.commands import first_look
+    given, launcher = [arguments.config, *arguments.overrides], launchers.LAUNCHERS[arguments.launcher]
+    config = load(arguments.config, arguments.overrides)
+    if arguments.launcher != launchers.DEFAULT or arguments.dry_run:  # others start it where we cannot look
+        return launcher.launch(config, given, arguments)
+    from megatron_opd.commands import first_look
+    from megatron_opd.launch.interruption import until_interrupted
 
-        config = first_look.look(arguments.config, arguments.overrides)
-    else:
-        config = load(arguments.config, arguments.overrides)
-    launcher = launchers.LAUNCHERS[arguments.launcher]
-    return launcher.launch(config, [arguments.config, *arguments.overrides], arguments)
+    def look_and_launch() -> int:
+        found = first_look.look(arguments.config, arguments.overrides)
+        return launcher.launch(found, given, arguments)
+
+    return until_interrupted(config.run.dir, look_and_launch)

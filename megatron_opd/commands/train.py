@@ -27,11 +27,16 @@ def run(arguments: argparse.Namespace) -> int:
     if worker.is_worker():
         return _work(arguments)
     from megatron_opd.commands import first_look
+    from megatron_opd.config.file import load
+    from megatron_opd.launch.interruption import until_interrupted
 
-    config = first_look.look(arguments.config, arguments.overrides)
-    from megatron_opd.launch import local
+    def look_and_launch() -> int:
+        config = first_look.look(arguments.config, arguments.overrides)
+        from megatron_opd.launch import local
 
-    return local.launch(config, [arguments.config, *arguments.overrides])
+        return local.launch(config, [arguments.config, *arguments.overrides])
+
+    return until_interrupted(load(arguments.config, arguments.overrides).run.dir, look_and_launch)
 
 
 def _work(arguments: argparse.Namespace) -> int:

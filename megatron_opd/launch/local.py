@@ -14,15 +14,14 @@ from functools import partial
 
 from megatron_opd.config import Config
 from megatron_opd.core import last_words, preemption, rendezvous, run_dir
-from megatron_opd.core.interrupts import Interrupted
 from megatron_opd.launch import culprit, oom
+from megatron_opd.launch.interruption import mend_terminal, until_interrupted
 from megatron_opd.launch.rank_processes import Ranks, Start, spawn
 from megatron_opd.sglang import process, serve
 from megatron_opd.sglang.keeper import Keeper, kept
 from megatron_opd.tracking import train_log
 
 _Servers = Callable[[], AbstractContextManager[list[process.Server]]]
-_INTERRUPTIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,49 +76,27 @@ def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0, s
     """Run the config's servers and the trainer's ranks on this machine and wait; returns an exit code.
 
     After a failure all of it is started again, up to `max_restarts` times: the ranks go on from the newest checkpoint.
-    SIGUSR1 is passed on to the ranks, which save and leave; the exit code is then preemption.EXIT_CODE. SIGTERM, SIGHUP
-    and SIGINT end the run; the exit code is then 128 and the signal's number, as shells have it. `start` starts a rank.
-    Raises ValueError when another run has the directory, before anything of that is touched.
+    SIGUSR1 is passed on to the ranks, which save and leave; the exit code is then preemption.EXIT_CODE. Other signals
+    end the run, as `until_interrupted` does. `start` starts a rank. Raises ValueError when another run has the
+    directory, before anything of that is touched.
     """
     with run_dir.claimed(config.run.dir):
         pass  # rank 0 claims it for good
     tell = partial(train_log.say, config.run.dir)
     servers = partial(serve.running, config, say=tell, beside_ranks=True)
-    try:
-        with _interruptible():
-            for left in range(max_restarts, -1, -1):
-                trainer = plan(config, arguments)[-1]
-                code = _attempt(config.run.dir, trainer, servers, restarts=left, start=start)
-                if code != 1 or not left:
-                    break
-                how = run_dir.how_to_continue(config.run.dir)
-                tell(f"starting again ({left - 1} more time(s) by run.max_restarts): {how}")
-            return code
-    except preemption.Preempted:
-        return preemption.EXIT_CODE
-    except Interrupted as interrupted:
-        _mend_terminal()
-        print(f"error: interrupted; {run_dir.how_to_continue(config.run.dir)}", file=sys.stderr)
-        return 128 + interrupted.number
 
+    def attempts() -> int:
+        code = 1
+        for left in range(max_restarts, -1, -1):
+            trainer = plan(config, arguments)[-1]
+            code = _attempt(config.run.dir, trainer, servers, restarts=left, start=start)
+            if code != 1 or not left:
+                break
+            how = run_dir.how_to_continue(config.run.dir)
+            tell(f"starting again ({left - 1} more time(s) by run.max_restarts): {how}")
+        return code
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within the block, signals that end programs raise Interrupted. Ignored ones stay so, for us and for what we
-    start: `nohup` ignores SIGHUP, and shells ignore SIGINT in what they start in the background."""
-
-    def interrupt(number: int, _: object) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.getsignal(number) for number in _INTERRUPTIONS}
-    ours = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    try:
-        for number in ours:
-            signal.signal(number, interrupt)
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+    return until_interrupted(config.run.dir, attempts)
 
 
 @contextmanager
@@ -169,7 +146,7 @@ def _attempt(where: str, trainer: Process, servers: _Servers, *, restarts: int, 
         words = heard()
     if not failures:
         return 0
-    _mend_terminal()
+    mend_terminal()
     if {failure.code for failure in failures.values()} & {preemption.EXIT_CODE, -signal.SIGUSR1}:
         return preemption.EXIT_CODE
     culprit.keep_trace(words, ranks.logs)
@@ -181,9 +158,3 @@ def _attempt(where: str, trainer: Process, servers: _Servers, *, restarts: int, 
 def say(message: str) -> None:
     """A line of progress, while there is no rank yet that could log it."""
     print(train_log.for_console(message), file=sys.stderr, flush=True)
-
-
-def _mend_terminal() -> None:
-    """Show the cursor and begin a line: rank 0 may have been ended in the middle of its progress bar."""
-    if sys.stderr.isatty():
-        print("\x1b[?25h", file=sys.stderr)

@@ -76,9 +76,7 @@ def test_a_checkpoint_of_a_run_by_name_is_converted(served, tmp_path):
     assert hub.origin(find_like(checkpoint)).startswith("org/student@")
     assert not served.downloads("safetensors")
     (tmp_path / "run/config.yaml").write_text("student: {model: org/nothing}\n")
-    with pytest.raises(
-        ValueError, match=r"org/nothing as student\.model, which is not here.*give its place with --like"
-    ):
+    with pytest.raises(ValueError, match=r"org/nothing as student\.model, which is not here.*with --like"):
         find_like(checkpoint)
 
 

@@ -8,6 +8,7 @@ import psutil
 import pytest
 from program import CONFIG, SMALL, Terminal, assert_gone, assert_user_error, checkpoints, started, train
 
+from megatron_opd.core import preemption
 from megatron_opd.core import run_dir as run_directory
 from megatron_opd.launch import oom
 
@@ -81,6 +82,25 @@ def test_interrupted_before_anything_has_started(tmp_path):
     assert returned == 130
     assert "Traceback" not in printed
     assert "error: interrupted" in printed
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGUSR1, preemption.EXIT_CODE)],
+)
+def test_interrupted_while_its_settings_are_checked(tmp_path, number, code):
+    """That may take long, and nothing has been started yet."""
+    run_dir, endless = tmp_path / "run", tmp_path / "prompts.jsonl"
+    os.mkfifo(endless)
+    data = ["data.eval=[]", f"data.train=[{{name: add, path: {endless}}}]"]
+    with started(run_dir, *data) as run:
+        run.wait_for_line("checking the settings")
+        run.process.send_signal(number)
+        returned, printed = run.end(timeout=END_S)
+    assert returned == code
+    assert "Traceback" not in printed
+    assert printed.count("error: interrupted; ") == (number != signal.SIGUSR1)
+    assert not run_dir.exists()
 
 
 def test_rank_that_dies_ends_the_others_and_is_named(tmp_path):
