@@ -23,15 +23,14 @@ def run(arguments: argparse.Namespace) -> int:
     for name, other in launchers.LAUNCHERS.items():
         if name != arguments.launcher:
             refuse(arguments, f"--{name}", launchers.defaults_of(other))
-    given, launcher = [arguments.config, *arguments.overrides], launchers.LAUNCHERS[arguments.launcher]
     config = load(arguments.config, arguments.overrides)
+    given, launcher = [arguments.config, *arguments.overrides], launchers.LAUNCHERS[arguments.launcher]
     if arguments.launcher != launchers.DEFAULT or arguments.dry_run:  # others start it where we cannot look
         return launcher.launch(config, given, arguments)
     from megatron_opd.commands import first_look
     from megatron_opd.launch.interruption import until_interrupted
 
     def look_and_launch() -> int:
-        found = first_look.look(arguments.config, arguments.overrides)
-        return launcher.launch(found, given, arguments)
+        return launcher.launch(first_look.look(arguments.config, arguments.overrides), given, arguments)
 
     return until_interrupted(config.run.dir, look_and_launch)

@@ -63,15 +63,21 @@ def train(config: Config) -> RunTables:
     KeyboardInterrupt for one that is interrupted. Only a program's main thread can call it, as only that gets signals.
     """
     from megatron_opd.commands import first_look
-    from megatron_opd.launch import local
+    from megatron_opd.launch.interruption import until_interrupted
 
     if worker.is_worker():
         raise ValueError("this program is a rank itself (RANK is set); train starts ranks of its own")
     with tempfile.TemporaryDirectory(prefix="megatron-opd-") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(file.dump(file.to_dict(config)), encoding="utf-8")
-        found = first_look.look(path, [], name=f"the run {config.run.dir}")
-        code = local.launch(found, [str(path)], max_restarts=config.run.max_restarts)
+
+        def look_and_launch() -> int:
+            found = first_look.look(path, [], name=f"the run {config.run.dir}")
+            from megatron_opd.launch import local
+
+            return local.launch(found, [str(path)], max_restarts=config.run.max_restarts)
+
+        code = until_interrupted(config.run.dir, look_and_launch)
     if code in _INTERRUPTED:
         raise KeyboardInterrupt
     if code:

@@ -86,9 +86,8 @@ def launch(config: Config, arguments: Sequence[str], *, max_restarts: int = 0, s
     servers = partial(serve.running, config, say=tell, beside_ranks=True)
 
     def attempts() -> int:
-        code = 1
+        trainer, code = plan(config, arguments)[-1], 1
         for left in range(max_restarts, -1, -1):
-            trainer = plan(config, arguments)[-1]
             code = _attempt(config.run.dir, trainer, servers, restarts=left, start=start)
             if code != 1 or not left:
                 break
