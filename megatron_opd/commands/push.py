@@ -28,9 +28,10 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Upload, or with --dry-run say what would be. Raises ValueError for a run that has no whole export."""
+    from megatron_opd.config.model_names import may_be_name
     from megatron_opd.models import hub
 
-    if not hub.may_be_name(arguments.to) or ":" in arguments.to or "@" in arguments.to:
+    if not may_be_name(arguments.to) or ":" in arguments.to or "@" in arguments.to:
         raise ValueError(f"--to {arguments.to} must be Org/Name, with your account or organisation as Org")
     export = _export(Path(arguments.run_dir))
     card = _card(arguments)

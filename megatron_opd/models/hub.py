@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opd.config import StudentConfig, TeacherConfig
+from megatron_opd.config.model_names import NAME
 from megatron_opd.models import hub_errors
 
 Need = Literal["config", "texts", "weights"]
@@ -37,7 +38,6 @@ _PATTERNS: Mapping[Need, list[str]] = {
 }
 _NEVER = ["*/*", "consolidated*.safetensors"]
 """Other forms of the same weights: folders such as onnx/, and Mistral's own format."""
-_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^@:\s]+))?(:(?P<file>[^:\s]+\.gguf))?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
 _CACHED = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?")
 _ROOM_BYTES = 64 << 20
@@ -52,11 +52,6 @@ class HubName:
     repo: str
     revision: str
     file: str
-
-
-def may_be_name(text: str) -> bool:
-    """Whether a model's place has the form of a name; the disk is not asked, so every machine says the same."""
-    return _NAME.fullmatch(text) is not None or text.endswith(".gguf")
 
 
 def needs(
@@ -119,7 +114,7 @@ def directory(text: str, need: Need = "weights", *, say: Callable[[str], None] =
         from megatron_opd.models import gguf_dir
 
         return str(gguf_dir.unpacked(Path(text), say=say))
-    if (matched := _NAME.fullmatch(text)) is None:
+    if (matched := NAME.fullmatch(text)) is None:
         return text  # whoever reads it says that it is not there
     name = HubName(matched["repo"], matched["revision"] or "main", matched["file"] or "")
     try:
@@ -130,7 +125,7 @@ def directory(text: str, need: Need = "weights", *, say: Callable[[str], None] =
 
 def pinned(text: str, found: str) -> str:
     """A name with the commit that it was resolved to; `text` itself where `found`, its directory, is not the hub's."""
-    matched = _NAME.fullmatch(text)
+    matched = NAME.fullmatch(text)
     if matched is None or found == text:
         return text
     if not matched["file"]:

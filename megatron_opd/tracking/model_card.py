@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import HUB, yaml_text
+from megatron_opd.config.model_names import may_be_name
 from megatron_opd.core.run_dir import CHECKPOINTS, MARKER, complete
-from megatron_opd.models import hub
 from megatron_opd.tracking.report import accuracy_table, headline, kl_table
 from megatron_opd.tracking.report_likeness import agreement_table, nll_table
 from megatron_opd.tracking.report_run import RecordedRun
@@ -48,7 +48,7 @@ def _front(run: RecordedRun, models: Mapping[str, str], license_name: str) -> st
     """The metadata that a hub reads."""
     base = models.get("student", "")
     told: dict[str, Any] = {"license": license_name} if license_name else {}
-    told |= {"base_model": base.partition("@")[0]} if hub.may_be_name(base) else {}
+    told |= {"base_model": base.partition("@")[0]} if may_be_name(base) else {}
     told |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     told["tags"] = ["on-policy-distillation", "megatron-opd", str(run.config.get("method", "opd"))]
     sources = [str(source.get("path", "")) for source in (run.config.get("data") or {}).get("train") or ()]
@@ -110,7 +110,5 @@ def _models(run: RecordedRun) -> dict[str, str]:
 def _place(path: Any) -> str:
     """A hub's name as it is, and the last part of anything else."""
     text = str(path)
-    is_name = text.startswith(HUB) or (
-        hub.may_be_name(text) and not Path(text).exists() and "." not in text.split("/")[0]
-    )
+    is_name = text.startswith(HUB) or (may_be_name(text) and not Path(text).exists() and "." not in text.split("/")[0])
     return text if is_name else Path(text).name

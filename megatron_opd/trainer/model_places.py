@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from threading import Thread
 
+from megatron_opd.config.model_names import may_be_name
 from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.models import hub
 from megatron_opd.models.hub import Need
@@ -28,7 +29,7 @@ def settle(
 
     `what` has the setting of each. Raises ValueError on a rank that cannot have a model, and PeerError on the others.
     """
-    if not any(hub.may_be_name(text) for text in wanted):
+    if not any(may_be_name(text) for text in wanted):
         return {text: text for text in wanted}
     found = _in_turn(parallel, parallel.is_main, lambda: hub.directories(wanted, what, say=say))
     names = parallel.share_world(lambda: {text: hub.pinned(text, found[text]) for text in wanted})

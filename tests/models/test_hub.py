@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from megatron_opd.config import ServersConfig
+from megatron_opd.config.model_names import may_be_name
 from megatron_opd.models import hub
 
 NAME = "org/tiny"
@@ -84,7 +85,7 @@ def test_a_local_directory_of_that_name_wins(served, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["/nowhere/model", "./model", "model", "a/b/c", "~/model", "org/na me", "a/b:c", ""])
 def test_what_has_not_the_form_of_a_name_is_left_alone(served, text):
-    assert not hub.may_be_name(text)
+    assert not may_be_name(text)
     assert hub.directory(text) == text
     assert not served.asked
 
@@ -193,6 +194,7 @@ def test_a_download_that_is_cut_goes_on(served, monkeypatch):
 _RANK = """
 import sys
 from megatron_opd.config import ServersConfig
+from megatron_opd.config.model_names import may_be_name
 from megatron_opd.models import hub
 print(hub.directory(sys.argv[1], say=lambda _: None))
 """
