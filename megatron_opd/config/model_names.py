@@ -1,4 +1,4 @@
-"""The form of a model's name: a repository of the Hugging Face hub, with a revision and a GGUF file where they matter."""
+"""The form of a model's name: a repository of the Hugging Face hub, maybe with a revision and a GGUF file."""
 
 from __future__ import annotations
 
