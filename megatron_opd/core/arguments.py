@@ -52,7 +52,7 @@ def refuse(arguments: argparse.Namespace, needed: str, defaults: Mapping[str, An
 
 def add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
     """The positional arguments `config` and `overrides`; without a default, the config must be given."""
-    shown = f"YAML file (default: {default})" if default else "YAML file (see examples/)"
+    shown = f"YAML file (default: {default})" if default else "YAML file (`megatron-opd example` writes one)"
     parser.add_argument("config", nargs="?" if default else None, default=default, help=shown)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file, e.g. train.steps=20"
