@@ -14,8 +14,8 @@ DATASETS = ["datasets>=3"]
 TENSORBOARD = ["tensorboard>=2.14"]
 WANDB = ["wandb>=0.17"]
 PANDAS = ["pandas>=2"]
-# tools/fetch_smollm2.py reads a GGUF file with these; transformers asks for `accelerate` there.
-LLM = ["gguf>=0.10", "accelerate"]
+# GGUF files as models are read with these; transformers asks for `accelerate` there.
+GGUF = ["gguf>=0.10", "accelerate"]
 
 # Two stacks are tested, and nothing between them: megatron-core changes functions, files of checkpoints and marks of
 # weights from version to version. megatron_opd/core/stacks.py has these ranges too, and every difference that the code
@@ -75,6 +75,9 @@ setup(
         # it too; the one other writer, fastparquet, needs pandas itself.
         "pyarrow>=15",
         "safetensors",
+        # Models by name. transformers needs it too, but the code imports it by itself.
+        "huggingface_hub>=1.0",
+        "filelock",
         "pydantic>=2.10",
         "pyyaml",
         "jinja2>=3.1",
@@ -104,7 +107,8 @@ setup(
         "wandb": WANDB,
         # The authors' checker of IFEval, as lm-eval keeps it; brings scikit-learn and SciPy (0.3 GB), but no torch.
         "ifeval": ["lm-eval[ifeval]>=0.4.13"],
-        "llm": LLM,
+        "gguf": GGUF,
+        "llm": GGUF,  # what tools/fetch_smollm2.py needs
         # For the test that reads exported adapters with peft itself; writing them needs nothing.
         "peft": ["peft>=0.15"],
         "dev": [
@@ -122,7 +126,7 @@ setup(
             *WANDB,
             *TENSORBOARD,
             *PANDAS,
-            *LLM,
+            *GGUF,
         ],
     },
     entry_points={"console_scripts": ["megatron-opd = megatron_opd.__main__:main"]},

@@ -21,6 +21,7 @@ from megatron_opd.commands import (
     launch,
     methods,
     prune,
+    push,
     report,
     serve,
     train,
@@ -33,7 +34,7 @@ from megatron_opd.core.arguments import Commands, Parser
 COMMANDS = {
     "to begin with": (example, methods, install_sglang),
     "a run": (check, train, launch, serve),
-    "what came of it": (report, view, eval),
+    "what came of it": (report, view, eval, push),
     "models and checkpoints": (convert, inspect, verify, compare_logprobs, prune, check_fp8),
 }
 """The modules of the commands, by their heading in --help."""
@@ -48,6 +49,7 @@ examples:
   megatron-opd report runs/quickstart                          table and plot of a run
   megatron-opd view runs/quickstart                            its answers token by token, as a page for a browser
   megatron-opd eval examples/quickstart.yaml --model runs/quickstart/hf
+  megatron-opd push runs/quickstart --to Org/Name --dry-run    its model card, and the files that would be uploaded
   megatron-opd launch my.yaml --slurm --dry-run                the Slurm job of a run; without --dry-run it is submitted
 
 each command has its own --help; every setting: `megatron-opd check CONFIG --all`, and docs/config.md of the sources

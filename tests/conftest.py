@@ -12,6 +12,7 @@ from ranks import Ranks
 if not torch.cuda.is_available():
     # Triton kernels run in its interpreter then. It must be told before it is imported, which Megatron does, too.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that does not exist can have the form of a hub's name
 torch.set_num_threads(1)
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # as a shell's background jobs and nohup do, and then all children

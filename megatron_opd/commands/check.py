@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     refuse(arguments, "--plan", planner.DEFAULTS)
     from megatron_opd.config.file import dump, load, method_in, not_defaults, read, to_dict
     from megatron_opd.launch import local, memory_warning
+    from megatron_opd.models import hub
     from megatron_opd.planner.job import build
     from megatron_opd.trainer.other_data import check_newest
     from megatron_opd.trainer.preflight import read_inputs
@@ -39,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         processes = local.plan(config, [arguments.config, *arguments.overrides])
         print(*origins, "# models, tokenizers and data were not looked at", *processes, sep="\n")
         return 0
-    inputs = read_inputs(config, rows_to_try=_ROWS_TO_TRY)
+    places, unavailable = hub.look_up(dict.fromkeys(config.model_settings, "texts"))
+    found = config.with_models(places)
+    inputs = read_inputs(found, rows_to_try=_ROWS_TO_TRY, unavailable=unavailable)
     if config.data.on_change == "error":
         check_newest(config.run.dir, inputs.data)
     print(dump(to_dict(config) if arguments.all else not_defaults(config)))
@@ -48,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     for kind, sources in (("train", inputs.train), ("eval", inputs.eval)):
         for source, prompts in sources:
             print(f"# data.{kind}: {source.name}: {len(prompts)} prompts")
-    job = build(config)
-    for note in (*inputs.notes, *memory_warning.lines(job, inputs.longest_prompt)):
+    job = build(found)
+    for note in (*inputs.notes, *hub.notes(found.model_settings), *memory_warning.lines(job, inputs.longest_prompt)):
         print(f"# {note}")
     print(f"# vocabulary: {inputs.vocab_size} entries; a response ends with {inputs.eos_ids}")
     processes = local.plan(config, [arguments.config, *arguments.overrides])

@@ -82,9 +82,10 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Config]:
     if all(fp8.get(part) in (None, False, "off", []) for part in ("student", "teachers", "heads")):
         overrides += ["precision.fp8.student=full", "precision.fp8.teachers=[all]"]
         overrides += ["precision.fp8.heads=[all]"] if fp8.get("emulate") or set(recipes) == {"tensorwise"} else []
-    return {
-        recipe: config_file.load(arguments.config, [*overrides, f"precision.fp8.recipe={recipe}"]) for recipe in recipes
-    }
+    found = {r: config_file.load(arguments.config, [*overrides, f"precision.fp8.recipe={r}"]) for r in recipes}
+    settings = next(iter(found.values())).model_settings
+    places = {text: offline.model_dir(text) for text in settings}
+    return {recipe: config.with_models(places) for recipe, config in found.items()}
 
 
 def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def add(commands: Commands) -> None:
     """The command and its options."""
     parser = commands.add_parser("compare-logprobs", help="score the same tokens by transformers, Megatron and SGLang")
     offline.examples(parser, _EXAMPLES)
-    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face directory: tokenizer and reference")
+    parser.add_argument(
+        "--hf", required=True, metavar="MODEL", help="tokenizer and reference: Hugging Face directory, or hub name"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompts", metavar="FILE", help="file of prompts")
     what.add_argument("--text", nargs="+", help="the prompts themselves")
@@ -67,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from megatron_opd.models.architecture import read_architecture
 
+    arguments.hf = offline.model_dir(arguments.hf)
     arch = read_architecture(arguments.hf, vocab_multiple=arguments.tp)
     ids = _read_ids(arguments, arch)
     layout = _layout(arguments, arch)

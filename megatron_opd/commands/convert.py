@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
     there = directions.add_parser("hf-to-megatron", help=help_text, description=f"{help_text.capitalize()}.")
     offline.examples(there, _TO_MEGATRON)
     there.set_defaults(run=run, convert=_hf_to_megatron)
-    there.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and safetensors")
+    there.add_argument("--hf", required=True, metavar="MODEL", help="Hugging Face directory, or a name of the hub")
     _add_output(there)
     there.add_argument(
         "--vocab-multiple", type=offline.positive, default=1, metavar="N", help="pad the vocabulary to a multiple of it"
@@ -91,6 +91,7 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> None:
     from megatron_opd.models.architecture import read_architecture
     from megatron_opd.tracking.bytes_bar import BytesBar
 
+    arguments.hf = offline.model_dir(arguments.hf)
     multiple = math.lcm(arguments.vocab_multiple, arguments.tp)
     offline.layout(arguments, read_architecture(arguments.hf, vocab_multiple=multiple))
     plan = convert.plan_to_megatron(arguments.hf, vocab_multiple=multiple, dtype=offline.dtype(arguments.dtype))
@@ -103,6 +104,7 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> None:
     from megatron_opd.models import convert
     from megatron_opd.tracking.bytes_bar import BytesBar
 
+    arguments.like = arguments.like and offline.model_dir(arguments.like, "texts")
     like = convert.find_like(arguments.checkpoint, arguments.like)
     plan = convert.plan_to_hf(arguments.checkpoint, like=like, dtype=offline.dtype(arguments.dtype))
     if _may_start(arguments, plan, [arguments.checkpoint, like]):

@@ -23,8 +23,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser("eval", help="grade answers of a model or a checkpoint to the config's eval sources")
     parser.add_argument(
         "--model",
-        metavar="DIR",
-        help="Hugging Face directory, or a checkpoint of a run, e.g. runs/mine/checkpoints/step_00000100"
+        metavar="MODEL",
+        help="Hugging Face directory, hub name, or a checkpoint of a run, e.g. runs/mine/checkpoints/step_00000100"
         " (default: the run's export, else student.model)",
     )
     add_config(parser)
@@ -47,19 +47,24 @@ def run(arguments: argparse.Namespace) -> int:
 def evaluate(config: Config, model: str | Path | None = None) -> dict[str, float]:
     """Grade a model's answers to the config's held-out prompts, by transformers in this process.
 
-    `model` is a Hugging Face directory or a checkpoint of a run; None: the run's export, or student.model where there
-    is none yet. Returns `eval/<measure>/<source>`, such as `eval/accuracy/all`, with the 95 % interval as
-    `<measure>_low` and `<measure>_high`: docs/metrics.md. Raises ConfigError for a config without a graded source, and
-    ValueError for a model that cannot be read.
+    `model` is a Hugging Face directory, a name of the hub or a checkpoint of a run; None: the run's export, or
+    student.model where there is none yet. Returns `eval/<measure>/<source>`, such as `eval/accuracy/all`, with the 95 %
+    interval as `<measure>_low` and `<measure>_high`: docs/metrics.md. Raises ConfigError for a config without a graded
+    source, and ValueError for a model that cannot be read.
     """
     from megatron_opd.config.file import ConfigError
+    from megatron_opd.models import hub
     from megatron_opd.models.tokenizer import load_tokenizer
     from megatron_opd.rollout.embedded_engine import LocalEngine
     from megatron_opd.tracking.tracker import console_alone
     from megatron_opd.trainer.evaluate import Evaluator, means, num_answers
     from megatron_opd.trainer.preflight import check_model, read_inputs
 
-    inputs = read_inputs(config)
+    named = str(model or _newest(config.run.dir, config.student.model))
+    wanted: dict[str, hub.Need] = {**dict.fromkeys(config.model_settings, "texts"), named: "weights"}
+    places, unavailable = hub.look_up(wanted)
+    config = config.with_models(places)
+    inputs = read_inputs(config, unavailable=unavailable)
     if not inputs.eval:
         raise ConfigError(["data.eval is empty: add a source to evaluate on"])
     if all(source.reward == "none" for source, _ in inputs.eval):
@@ -68,12 +73,13 @@ def evaluate(config: Config, model: str | Path | None = None) -> dict[str, float
         )
     for note in inputs.notes:
         print(note, file=sys.stderr)
-    named = model or _newest(config.run.dir, config.student.model)
+    if named in unavailable:
+        raise ConfigError([f"--model: {unavailable[named]}"])
     samples, prompts = config.train.eval_samples, [p for _, source in inputs.eval for p in source]
     ends = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
-    with console_alone() as shown, _readable(named, shown) as readable:
+    with console_alone() as shown, _readable(places[named], shown) as readable:
         check_model(readable, config.student.model)
-        with shown.phase(f"loading {named}"):
+        with shown.phase(f"loading {hub.origin(places[named]) or named}"):
             engine = LocalEngine(readable, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
         evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(readable))
         with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_opd.models.describe import describe
 
     with offline.work():
-        facts = describe(arguments.dir, arguments.like)
+        facts = describe(offline.model_dir(arguments.dir), arguments.like)
     problems = facts["problems"]
     if arguments.json:
         print(json.dumps(facts, indent=2))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from megatron_opd.config import ParallelConfig
     from megatron_opd.models.architecture import Architecture
+    from megatron_opd.models.hub import Need
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Values of --dtype, with torch's names."""
@@ -103,6 +104,13 @@ def layout(arguments: argparse.Namespace, arch: Architecture, *, data: int = 1) 
             text = text.replace(f"parallel.{setting}=", f"{option} ").replace(f"parallel.{setting}", option)
         raise ValueError(text)
     return made
+
+
+def model_dir(text: str, need: Need = "weights") -> str:
+    """The directory of a model that an option names, downloaded where it is a name of the hub."""
+    from megatron_opd.models import hub
+
+    return hub.directory(text, need, say=hub.to_stderr if torchrun.is_main() else lambda _: None)
 
 
 def dtype(name: str | None) -> torch.dtype | None:

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     """The command and its options."""
     parser = commands.add_parser("prune", help="take layers out of a Hugging Face model: a smaller student to repair")
     offline.examples(parser, _EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory")
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or a name of the hub")
     parser.add_argument("out", metavar="OUT", help="the directory to make")
     parser.add_argument("--drop", nargs="+", required=True, metavar="N", help="layers, from 0; 4-7 is 4, 5, 6 and 7")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is in OUT")
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_opd.tracking.bytes_bar import BytesBar, gigabytes
 
     with offline.work():
+        arguments.model = offline.model_dir(arguments.model)
         num_layers = read_architecture(arguments.model).num_layers
         kept = prune.kept_layers(arguments.drop, num_layers)
         num_bytes = prune.size_of(arguments.model, kept)

@@ -72,10 +72,10 @@ def train(config: Config) -> RunTables:
         path.write_text(file.dump(file.to_dict(config)), encoding="utf-8")
 
         def look_and_launch() -> int:
-            first_look.look(path, [], name=f"the run {config.run.dir}")
+            found = first_look.look(path, [], name=f"the run {config.run.dir}")
             from megatron_opd.launch import local
 
-            return local.launch(config, [str(path)], max_restarts=config.run.max_restarts)
+            return local.launch(found, [str(path)], max_restarts=config.run.max_restarts)
 
         code = until_interrupted(config.run.dir, look_and_launch)
     if code in _INTERRUPTED:

@@ -23,11 +23,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Start the servers, and again those that end, until it is ended itself."""
     from megatron_opd.config.file import load
     from megatron_opd.launch import local
+    from megatron_opd.models import hub
     from megatron_opd.sglang import serve
     from megatron_opd.sglang.keeper import Keeper
 
     config = load(arguments.config, arguments.overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job step's end is an end like Ctrl-C
+    served = [t.model for t in config.teachers if t.is_served] + [config.student.model] * config.rollout.is_served
+    config = config.with_models(hub.directories(dict.fromkeys(served, "weights"), config.model_settings))
     try:
         with serve.running(config, say=local.say, only=arguments.only) as servers:
             if not servers:

@@ -50,7 +50,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from megatron_opd.models import compare, convert
     from megatron_opd.tracking.bytes_bar import BytesBar
 
-    a, b = (compare.open_side(path, arguments.like) for path in (arguments.a, arguments.b))
+    a, b = (compare.open_side(path, arguments.like) for path in map(offline.model_dir, (arguments.a, arguments.b)))
     settings = compare.differing_settings(a, b)
     if settings:
         raise ValueError(f"{a.path} and {b.path} are different models: {'; '.join(settings)}")

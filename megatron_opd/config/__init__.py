@@ -8,6 +8,7 @@ against models and files). The sections import nothing of ours.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from megatron_opd.config.answers import AnswersConfig
 from megatron_opd.config.crosstok import CrossTokenizerConfig
@@ -101,6 +102,12 @@ class Config:
         return self.rollout.is_served or any(t.is_served for t in self.teachers)
 
     @property
+    def model_settings(self) -> dict[str, str]:
+        """The first setting of each model, by the place that it names."""
+        named = {t.model: f"teachers.{i}.model" for i, t in reversed(list(enumerate(self.teachers)))}
+        return named | {self.student.model: "student.model"}
+
+    @property
     def crosses_tokenizers(self) -> bool:
         """Whether teachers read the student's answers in tokens of their own."""
         return crosses_tokenizers(self.teachers)
@@ -119,6 +126,12 @@ class Config:
     def has_rewards(self) -> bool:
         """Whether training answers are graded at all."""
         return self.is_graded or self.rewards.watch
+
+    def with_models(self, places: Mapping[str, str]) -> Config:
+        """The same with the models in other places, by the places that they have now."""
+        moved = [dataclasses.replace(t, model=places.get(t.model, t.model)) for t in self.teachers]
+        student = dataclasses.replace(self.student, model=places.get(self.student.model, self.student.model))
+        return dataclasses.replace(self, student=student, teachers=moved)
 
     def teacher_weights(self, source: str) -> list[float]:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""

@@ -47,7 +47,8 @@ class StudentConfig:
     """The model that learns."""
 
     model: FilePath
-    """Hugging Face directory of the student: config.json, safetensors, tokenizer."""
+    """Hugging Face directory of the student (config.json, safetensors, tokenizer), a Megatron checkpoint, a GGUF file
+    or a name of the hub: Org/Name, Org/Name@revision (docs/hub.md)."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 master weights, and with fp16 the
     loss is scaled (optim.initial_loss_scale)."""
@@ -103,7 +104,7 @@ class TeacherConfig:
     name: str
     """Name of the teacher in metrics (kl/<name>) and messages."""
     model: FilePath
-    """Hugging Face directory of the teacher."""
+    """Model of the teacher, in the same forms as student.model."""
     tokenizer: Literal["student", "own"] = "student"
     """Tokenizer of the teacher: student (it must be the same one), or own (the teacher reads the same text in its own
     tokens, and the section cross_tokenizer says how the two are compared)."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_opd.config import LoraConfig
-from megatron_opd.models import output_dir
+from megatron_opd.models import hub, output_dir
 
 
 def write(adapters: Iterable[tuple[str, torch.Tensor]], out: str | Path, config: LoraConfig, *, base: str) -> None:
@@ -26,10 +26,12 @@ def write(adapters: Iterable[tuple[str, torch.Tensor]], out: str | Path, config:
 
 
 def _config(config: LoraConfig, base: str) -> dict[str, object]:
+    name, _, commit = hub.origin(base).partition("@")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name or base,
+        **({"revision": commit} if commit else {}),
         "r": config.rank,
         "lora_alpha": config.alpha,
         "target_modules": list(config.modules),

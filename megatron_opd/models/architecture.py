@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import ParallelConfig
+from megatron_opd.models import hub
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -116,7 +117,8 @@ def quantised(model_dir: str | Path) -> str | None:
 def _read(model_dir: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{model_dir} is not a Hugging Face model directory: there is no {path.name} in it")
+        near = "" if path.parent.is_dir() else hub.nearby(str(model_dir))
+        raise ValueError(f"{model_dir} is not a Hugging Face model directory: there is no {path.name} in it{near}")
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON, or of UTF-8

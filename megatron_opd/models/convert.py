@@ -24,7 +24,7 @@ import yaml
 from megatron_opd.config import yaml_text
 from megatron_opd.core import hashed_files, marker
 from megatron_opd.core.run_dir import CHECKPOINTS, CONFIG, MARKER, complete
-from megatron_opd.models import output_dir
+from megatron_opd.models import hub, output_dir
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.checkpoint_keys import region
 from megatron_opd.models.headers import check_tensors, weight_names
@@ -135,9 +135,14 @@ def find_like(checkpoint_dir: str | Path, like: str | Path | None = None) -> str
         student = str(yaml_text.load(config.read_text())["student"]["model"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"{config} is not the config of a run ({error}); name the model with --like") from None
-    if not (Path(student) / "config.json").is_file():
-        raise ValueError(f"{config} names {student} as student.model, which is not here; give its place with --like")
-    return student
+    hint = "give its place with --like"
+    try:
+        place = hub.directory(student, "texts")
+    except ValueError as error:
+        raise ValueError(f"{config} names {student} as student.model, which is not here: {error}; {hint}") from None
+    if not (Path(place) / "config.json").is_file():
+        raise ValueError(f"{config} names {student} as student.model, which is not here; {hint}")
+    return place
 
 
 def plan_to_hf(checkpoint_dir: str | Path, *, like: str | Path, dtype: torch.dtype | None = None) -> ConversionPlan:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_opd.models import hub
 from megatron_opd.models.architecture import Architecture, quantised
 from megatron_opd.models.checkpoint_keys import is_optimizer, is_vocab, region
 from megatron_opd.models.lora_checkpoint import open_checkpoint
@@ -45,6 +46,8 @@ def check_tensors(model_dir: str | Path, arch: Architecture, *, at_most: int = 3
 
     Raises ValueError when not even the headers can be read.
     """
+    if hub.lacks_weights(model_dir):
+        return []  # they are still to be downloaded, whole
     if is_torch_dist(model_dir):
         wrong = _wrong_in_checkpoint(model_dir, arch)
     else:

@@ -76,9 +76,16 @@ def start(out: str | Path, *, like: str | Path) -> Path:
     target = temporary(out)
     shutil.rmtree(target, ignore_errors=True)
     durable.make_directory(target.parent)
-    shutil.copytree(like, target, ignore=shutil.ignore_patterns(*_NOT_COPIED), ignore_dangling_symlinks=True)
+    shutil.copytree(like, target, ignore=_left_out)
     (target / "config.json").unlink()  # it comes last
     return target
+
+
+def _left_out(directory: str, names: list[str]) -> set[str]:
+    """Of a directory's names: weights, and links to nothing. shutil takes relative links, of which the hub's cache is
+    full, for links to nothing."""
+    dangling = {name for name in names if not os.path.exists(os.path.join(directory, name))}
+    return dangling | shutil.ignore_patterns(*_NOT_COPIED)(directory, names)
 
 
 def finish(out: str | Path, *, like: str | Path, dtype: torch.dtype) -> None:

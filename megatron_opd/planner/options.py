@@ -26,12 +26,14 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megatron_opd.config.file import load
+    from megatron_opd.models import hub
     from megatron_opd.planner.job import build
     from megatron_opd.planner.plan import as_dict, plan
     from megatron_opd.planner.table import show
     from megatron_opd.sglang.weights.transports import way_of
 
     config = load(arguments.config, arguments.overrides)
+    config = config.with_models(hub.directories(dict.fromkeys(config.model_settings, "config"), config.model_settings))
     way_of(config.rollout)  # raises for one that is not known, or that cannot reach the servers
     lengths = {"prompt": arguments.prompt, "response": arguments.response}
     made = plan(build(config, gpu=arguments.gpu, **lengths))

@@ -13,6 +13,7 @@ import torch
 from megatron_opd.config import StudentConfig, TeacherConfig
 from megatron_opd.config.section import section
 from megatron_opd.core.parallel import Parallel
+from megatron_opd.models import hub
 from megatron_opd.models.sampled_digest import sampled_digest
 from megatron_opd.trainer.loss_backend import LossBackend
 
@@ -34,7 +35,8 @@ class Conditions:
     device: str
     versions: dict[str, str]
     models: dict[str, str]
-    """Digests of the files that a run goes on reading: the student's config and tokenizer, each teacher."""
+    """Digests of the files that a run goes on reading: the student's config and tokenizer, each teacher. For
+    models of the hub Org/Name@commit."""
 
 
 def measure(
@@ -68,8 +70,15 @@ def differences(before: Conditions, now: Conditions) -> list[str]:
     if not (before.loss_kernels and now.loss_kernels):
         del pairs["compiled kernels of the loss"]  # another backend says it all
     of_bits = [f"{name} {old} -> {new}; last bits may differ" for name, (old, new) in pairs.items() if old != new]
-    other = [name for name, digest in now.models.items() if before.models.get(name, digest) != digest]
-    return [*of_bits, *(f"the files of {name} are others than before" for name in other)]
+    return [*of_bits, *_other_models(before.models, now.models)]
+
+
+def _other_models(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    changed = {name: (before[name], found) for name, found in now.items() if before.get(name, found) != found}
+    return [
+        f"{name} {old} -> {new}" if "@" in old and "@" in new else f"the files of {name} are others than before"
+        for name, (old, new) in changed.items()
+    ]
 
 
 def _all(values: Iterable[str]) -> str:
@@ -77,8 +86,9 @@ def _all(values: Iterable[str]) -> str:
 
 
 def _models(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> dict[str, str]:
-    found = {"student.model (config and tokenizer)": sampled_digest(student.model, has_weights=False)}
-    return found | {f"teacher '{teacher.name}'": sampled_digest(teacher.model) for teacher in teachers}
+    own = hub.origin(student.model) or sampled_digest(student.model, has_weights=False)
+    theirs = {f"teacher '{t.name}'": hub.origin(t.model) or sampled_digest(t.model) for t in teachers}
+    return {"student.model (config and tokenizer)": own, **theirs}
 
 
 def _device() -> str:

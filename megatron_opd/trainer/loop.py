@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from megatron_opd.config import Config, TeacherConfig
@@ -21,6 +22,7 @@ from megatron_opd.core.parallel import Parallel, PeerError
 from megatron_opd.core.preemption import Notice, Preempted
 from megatron_opd.core.types import MicroBatch, Rollout
 from megatron_opd.core.watchdog import Watch
+from megatron_opd.models import hub
 from megatron_opd.prompts.mix import PromptMix
 from megatron_opd.rollout import colocated
 from megatron_opd.sglang import nccl, serve
@@ -30,7 +32,7 @@ from megatron_opd.teachers import build_teachers
 from megatron_opd.tracking import train_log
 from megatron_opd.tracking.phase import Phase
 from megatron_opd.tracking.tracker import METRICS_FILE, Tracker, build_tracker, read_metrics
-from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, shaping_metrics, step_metrics
+from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, model_places, shaping_metrics, step_metrics
 from megatron_opd.trainer.alarms import Watchman, alarms_of
 from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
@@ -45,6 +47,9 @@ from megatron_opd.trainer.shaping import Shaping, is_shaped
 from megatron_opd.trainer.together import ServersLost
 from megatron_opd.trainer.updates import split, update
 
+_AS_WRITTEN: Mapping[str, str] = {}
+"""Models that are all where the config says."""
+
 
 def train(config: Config, notice: Notice) -> None:
     """Run the config to its last step on this rank, from the newest checkpoint of run.dir if there is one.
@@ -54,9 +59,15 @@ def train(config: Config, notice: Notice) -> None:
     if serve.has_nccl_group(config.rollout):
         nccl.settle()
     parallel = groups.start(config.parallel, config.run, stay_here=not serve.reaches_out(config.rollout, config.run))
+    say = partial(train_log.say_early, config.run.dir)
+    asks = config.train.eval_teachers or config.train.eval_agreement
+    needs = hub.needs(config.student, config.teachers, starts_servers=False, asks_teachers=asks)
+    places = model_places.settle(needs, config.model_settings, parallel, say=say)
     if parallel.is_main:
-        train_log.say_early(config.run.dir, "reading the models' configs, tokenizers and prompts")
-    inputs = parallel.share_world(lambda: read_inputs(config, rows_to_try=0))  # the launcher has tried them
+        say("reading the models' configs, tokenizers and prompts")
+    inputs = parallel.share_world(
+        lambda: read_inputs(config.with_models(places), rows_to_try=0)
+    )  # the launcher has tried them
     if config.data.on_change == "error":
         parallel.share_world(lambda: check_newest(config.run.dir, inputs.data))
     with ExitStack() as opened:
@@ -74,7 +85,7 @@ def train(config: Config, notice: Notice) -> None:
             tracker.message(note)
         logs = Path(config.run.dir) / run_dir.LOGS
         watch = opened.enter_context(Watch(logs, parallel.rank, config.run.timeout_s))
-        run = Run(config, parallel, inputs, tracker)
+        run = Run(config, parallel, inputs, tracker, places)
         opened.callback(run.close)
         run.to_the_end(watch, notice)
     groups.stop()  # a rank that fails does not wait for the others here
@@ -83,17 +94,25 @@ def train(config: Config, notice: Notice) -> None:
 class Run:
     """The parts of a run on this rank, and the loop over them."""
 
-    def __init__(self, config: Config, parallel: Parallel, inputs: Inputs, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        config: Config,
+        parallel: Parallel,
+        inputs: Inputs,
+        tracker: Tracker,
+        places: Mapping[str, str] = _AS_WRITTEN,
+    ) -> None:
+        """`places` has the directories of models that the config names as a hub does."""
         self.config, self.parallel, self.inputs, self.tracker = config, parallel, inputs, tracker
         backend = loss_backend.settle(config.loss, config.student, config.teachers, parallel)
         if backend.note:
             tracker.message(f"warning: the loss runs on the backend {backend.name}: {backend.note}")
         loss = dataclasses.replace(config.loss, backend=backend.name or config.loss.backend)
-        config = dataclasses.replace(config, loss=loss)  # self.config stays as it was written
+        config = dataclasses.replace(config.with_models(places), loss=loss)  # self.config stays as it was written
         with tracker.phase("looking for the servers", is_told=config.is_served):
             served = parallel.share_world(lambda: serve.with_urls(config))
             colocated.clear_for_ranks(served.rollout, parallel)
-        with tracker.phase(f"loading the student {config.student.model}"):
+        with tracker.phase(f"loading the student {hub.shown(config.student.model)}"):
             self.student = Student(config, parallel)
         vocab = self.student.vocab_shard(inputs.vocab_size)
         teachers = build_teachers(served, parallel, vocab, loading=self._loading)
@@ -128,7 +147,7 @@ class Run:
 
     def _loading(self, teacher: TeacherConfig) -> AbstractContextManager[Phase]:
         how = "connecting to the servers of" if teacher.is_served else "loading"
-        return self.tracker.phase(f"{how} teacher {teacher.name} {teacher.model}")
+        return self.tracker.phase(f"{how} teacher {teacher.name} {hub.shown(teacher.model)}")
 
     def close(self) -> None:
         """End what runs beside the loop."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -46,6 +46,10 @@ from megatron_opd.trainer.source_reader import SourceReader, attempt, collecting
 _T = TypeVar("_T")
 
 
+_ALL_HERE: Mapping[str, str] = {}
+"""No model is missing."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
     """Everything that a run reads besides weights."""
@@ -63,14 +67,14 @@ class Inputs:
     """Tokens."""
 
 
-def read_inputs(config: Config, *, rows_to_try: int = 64) -> Inputs:
+def read_inputs(config: Config, *, rows_to_try: int = 64, unavailable: Mapping[str, str] = _ALL_HERE) -> Inputs:
     """Check the config against the models and files that it names. Raises ConfigError listing every problem.
 
     `rows_to_try` is the largest number of rows of a source whose tests are tried: tests that no answer fails are a
-    problem.
+    problem. `unavailable` has the reasons why models could not be had, by their names.
     """
     problems: list[str] = []
-    limits = _limits(config.student, config.teachers, config.parallel, config.lora, problems)
+    limits = _limits(config.student, config.teachers, config.parallel, config.lora, problems, unavailable)
     problems += _not_asked(config.teachers, config.train)
     of_ends: list[str] = []
     tokenizer = _tokenizers(config.student.model, config.teachers, config.data, problems, of_ends)
@@ -137,12 +141,22 @@ def _limits(
     parallel: ParallelConfig,
     lora: LoraConfig,
     problems: list[str],
+    unavailable: Mapping[str, str],
 ) -> list[tuple[int, int]]:
     """(entries of the vocabulary, longest context) of the student and the teachers; shorter if one cannot be read."""
     fits = functools.partial(_on_our_ranks, parallel=parallel, lora=lora, problems=problems)
-    found = [fits("student.model", student.model, student.vocab_multiple)]
+
+    def is_here(what: str, model: str) -> bool:
+        problems.extend(f"{what}: {why}" for name, why in unavailable.items() if name == model)
+        return model not in unavailable
+
+    found = []
+    if is_here("student.model", student.model):
+        found.append(fits("student.model", student.model, student.vocab_multiple))
     for i, teacher in enumerate(teachers):
         what = f"teachers.{i}.model"
+        if not is_here(what, teacher.model):
+            continue
         if teacher.tokenizer == "student" and not teacher.is_served:
             # Its embedding is padded as the layout needs it: its head is cut along the student's shards anyway.
             found.append(fits(what, teacher.model, parallel.tensor))

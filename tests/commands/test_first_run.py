@@ -15,8 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/first_run.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 NAMES = {module.__name__.rpartition(".")[2].replace("_", "-") for modules in COMMANDS.values() for module in modules}
-MAY_BE_ABSENT = {"view", "push"}
-"""Commands that the page has and a branch of the project may not have yet."""
 TIMEOUT_S = 600
 _SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 _TEMPLATE = (
@@ -65,7 +63,7 @@ def shell(installed, tmp_path):
 
 
 def test_its_commands_are_there():
-    assert {name for block in BLOCKS for name in called(block)} - NAMES <= MAY_BE_ABSENT
+    assert {name for block in BLOCKS for name in called(block)} <= NAMES
 
 
 def test_it_is_short():
@@ -77,7 +75,7 @@ def test_it_is_short():
 def test_its_blocks_run(shell, tmp_path):
     said = {}
     for block in BLOCKS:
-        if "sglang" not in block and {*called(block)} <= NAMES:
+        if "sglang" not in block:
             said |= dict.fromkeys(called(block), shell(block))
     assert "trainer: 1 rank of" in said["check"]
     assert "6 of 6 steps" in said["report"]

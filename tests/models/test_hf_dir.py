@@ -1,6 +1,7 @@
 """Hugging Face directories, written and read: complete or invisible, sharded, with everything beside the weights."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -58,6 +59,20 @@ def test_everything_but_weights_is_copied(model_dir, tmp_path):
     beside = {"tokenizer.model", "tokenizer.json", "generation_config.json", "chat_template.jinja", "merges.txt"}
     assert names == {"config.json", "model.safetensors", *beside}
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_files_that_are_relative_links_are_copied_and_dead_links_are_not(model_dir, tmp_path):
+    """As in the cache of the hub."""
+    source = tmp_path / "snapshots/one"
+    source.mkdir(parents=True)
+    for file in model_dir.iterdir():
+        (source / file.name).symlink_to(os.path.relpath(file, source))
+    (source / "gone.txt").symlink_to("../nowhere")
+    for name, like in (("direct", model_dir), ("linked", source)):
+        write(iter(weights(model_dir).items()), tmp_path / name, like=like)
+    direct, linked = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("direct", "linked"))
+    assert linked == direct
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
 
 
 def test_config_says_the_type_of_the_weights(model_dir, tmp_path):

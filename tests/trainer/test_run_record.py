@@ -123,6 +123,15 @@ def test_other_models_under_the_same_path_are_said():
     ]
 
 
+def test_models_of_the_hub_are_compared_by_their_commits():
+    loop = saved(record(models={"student.model": "org/s@11", "teacher 'carry'": "org/t@11", "teacher 'own'": "bb"}))
+    now = record(models={"student.model": "org/s@11", "teacher 'carry'": "org/t@22", "teacher 'own'": "org/o@33"})
+    assert now.differences(loop) == [
+        "changed since the checkpoint: teacher 'carry' org/t@11 -> org/t@22",
+        "changed since the checkpoint: the files of teacher 'own' are others than before",
+    ]
+
+
 def test_a_checkpoint_that_keeps_no_record_is_accepted_and_said():
     old = {"step": 40, "version": 40, "prompts": {"add": 7}, "skips": 0, "student": {}, "layout": [1, 1, 1]}
     for loop in (old, {name: value for name, value in old.items() if name != "skips"}):
