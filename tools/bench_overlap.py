@@ -25,7 +25,8 @@ from megatron_opd.student import cpu, groups
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.completions import Completions
 from megatron_opd.trainer.experience import Experience, Leader
-from megatron_opd.trainer.loop import Run, Stopwatch
+from megatron_opd.trainer.loop import Run
+from megatron_opd.trainer.stopwatch import Stopwatch
 
 FILLING = 3
 PROMPTS = [Prompt(source="all", index=i, text="", token_ids=(1, 2)) for i in range(64)]

@@ -44,6 +44,7 @@ from megatron_opd.trainer.preflight import Inputs, read_inputs
 from megatron_opd.trainer.run_record import RunRecord
 from megatron_opd.trainer.saving import Saving
 from megatron_opd.trainer.shaping import Shaping, is_shaped
+from megatron_opd.trainer.stopwatch import Stopwatch
 from megatron_opd.trainer.together import ServersLost
 from megatron_opd.trainer.updates import split, update
 
@@ -332,20 +333,6 @@ class Run:
         is_told = self.trained > self.saving.saved  # a run that has to stop may have just saved
         with self.tracker.phase(f"saving after step {self.trained}", is_told=is_told):
             self.saving.save(self.trained, self.cursor)
-
-
-class Stopwatch:
-    """The seconds of each stage, the last time it ran."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Times the block as `stage`."""
-        started = time.perf_counter()
-        yield
-        self.times[stage] = time.perf_counter() - started
 
 
 def _due(step: int, every: int, last: int) -> bool:
