@@ -135,13 +135,13 @@ def find_like(checkpoint_dir: str | Path, like: str | Path | None = None) -> str
         student = str(yaml_text.load(config.read_text())["student"]["model"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"{config} is not the config of a run ({error}); name the model with --like") from None
-    hint = "give its place with --like"
+    missing = f"{config} names {student} as student.model, which is not here; give its place with --like"
     try:
         place = hub.directory(student, "texts")
     except ValueError as error:
-        raise ValueError(f"{config} names {student} as student.model, which is not here: {error}; {hint}") from None
+        raise ValueError(f"{missing} ({error})") from None
     if not (Path(place) / "config.json").is_file():
-        raise ValueError(f"{config} names {student} as student.model, which is not here; {hint}")
+        raise ValueError(missing)
     return place
 
 
