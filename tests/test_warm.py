@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
@@ -182,3 +183,20 @@ def test_time_of_a_fork_is_not_that_of_the_imports():
     count = "import sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert run(count).stdout == "True True\n"
     assert run(count, cold=True).stdout == "False False\n"
+
+
+def test_one_thread_may_ask_while_another_waits():
+    for code in range(20):
+        process = warm.start(["-c", f"raise SystemExit({code})"])
+        asked = []
+
+        def ask(process=process, asked=asked):
+            while (found := process.poll()) is None:
+                pass
+            asked.append(found)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert process.wait(TIMEOUT_S) == code
+        thread.join(TIMEOUT_S)
+        assert asked == [code]

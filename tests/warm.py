@@ -28,6 +28,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +103,7 @@ class Process:
     def __init__(self, args, status, outputs):
         self.args, self.returncode = args, None
         self._status, self._outputs = status, outputs
+        self._looks = threading.Lock()
         self.pid = int(self._read(None))
 
     def poll(self):
@@ -131,10 +133,16 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def _look(self, timeout):
-        if self.returncode is None and (line := self._read(timeout)) is not None:
-            self.returncode = int(line or -signal.SIGKILL)  # nothing: the warm process is gone, and all forks with it
-            self._status.close()
-        return self.returncode
+        """One thread reads the end. Meanwhile others that only ask are told what is known."""
+        if not self._looks.acquire(blocking=timeout != 0):
+            return self.returncode
+        try:
+            if self.returncode is None and (line := self._read(timeout)) is not None:
+                self.returncode = int(line or -signal.SIGKILL)  # nothing: the warm process is gone, and its forks too
+                self._status.close()
+            return self.returncode
+        finally:
+            self._looks.release()
 
     def _read(self, timeout):
         """The next message of the warm process, b"" if it is gone, None after `timeout` seconds."""
