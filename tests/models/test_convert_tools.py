@@ -94,6 +94,7 @@ def change_weights(directory, change):
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow  # tests/commands/test_wheel.py converts in a process of its own, too
 def test_there_and_back_from_the_shell(tmp_path):
     """Both directions in processes of their own, the first of them shared by two."""
     torchrun = Path(sys.executable).with_name("torchrun")
