@@ -80,7 +80,7 @@ def test_a_run_with_servers_listens_on_loopback_only(tmp_path):
     served = [
         *(f"student.model={model}", f"teachers.0.model={model}", f"teachers.1.model={model}"),
         *("rollout.engine=sglang", "rollout.sync=disk", f"rollout.servers.python={python}"),
-        *("rollout.servers.port=41500", "rollout.servers.count=2", "parallel.data=2", "train.steps=2"),
+        *("rollout.servers.port=25500", "rollout.servers.count=2", "parallel.data=2", "train.steps=2"),
     ]
     with started(tmp_path / "run", *served) as run:
         found = watched(run)

@@ -43,7 +43,7 @@ def serve(tmp_path_factory):
     @contextmanager
     def serve(directory, *, name="server", **changes):
         python = ROOT / ".venv-sglang/bin/python"
-        common = {"port": 33000, "start_timeout_s": 300.0, "request_timeout_s": 60.0, "dtype": "fp32"}
+        common = {"port": 30500, "start_timeout_s": 300.0, "request_timeout_s": 60.0, "dtype": "fp32"}
         settings = ServersConfig(python=str(python), **{**common, **changes})
         extra = ("--weight-version", "0", "--enable-return-hidden-states")
         started = process.start(settings, directory, name=name, log_dir=logs, context=CONTEXT, extra=extra)

@@ -36,7 +36,7 @@ def fleet(models, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     python = str(ROOT / ".venv-sglang/bin/python")
     common = {"dtype": "fp32", "start_timeout_s": 300.0, "request_timeout_s": 20.0, "retries": 4}
-    settings = process.ServersConfig(python=python, count=2, port=33500, **common)
+    settings = process.ServersConfig(python=python, count=2, port=31500, **common)
     running = process.start(settings, models[FAMILY][1], name="first", log_dir=logs, context=CONTEXT)
 
     def start_again(old):

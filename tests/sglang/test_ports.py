@@ -16,12 +16,12 @@ sys.stdin.read()
 
 
 def test_a_port_is_given_out_once():
-    assert free_port("127.0.0.1", 42000) != free_port("127.0.0.1", 42000)
+    assert free_port("127.0.0.1", 26000) != free_port("127.0.0.1", 26000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names for sockets without files")
 def test_two_programs_are_not_given_the_same_port_and_one_that_ends_gives_its_ports_back():
-    own = free_port("127.0.0.1", 42100)
+    own = free_port("127.0.0.1", 26100)
     command = [sys.executable, "-c", HOLD, str(own)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         theirs = [int(port) for port in other.stdout.readline().split()]
@@ -35,4 +35,4 @@ def test_two_programs_are_not_given_the_same_port_and_one_that_ends_gives_its_po
 @pytest.mark.parametrize("host", ["203.0.113.7", "no such host"])
 def test_an_address_of_another_machine(host):
     with pytest.raises(ValueError, match=rf"servers\.host: {host} is not an address of this machine"):
-        free_port(host, 42000)
+        free_port(host, 26000)

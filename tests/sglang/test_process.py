@@ -63,7 +63,7 @@ def begin(program, tmp_path):
     begun = []
 
     def begin(model, **changes):
-        settings = ServersConfig(python=program, **{"port": 41000, "start_timeout_s": 20.0, **changes})
+        settings = ServersConfig(python=program, **{"port": 25000, "start_timeout_s": 20.0, **changes})
         begun.extend(process.start(settings, tmp_path / model, name="student", log_dir=tmp_path / "logs", context=99))
         return begun, settings
 
@@ -150,7 +150,7 @@ def test_a_server_that_gets_handles_sees_the_trainers_gpu_under_its_number(progr
     monkeypatch.setattr(process.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(process.torch.cuda, "device_count", lambda: 6)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9,8,7,6,5,4")
-    settings = ServersConfig(python=program, port=41000, start_timeout_s=60.0, count=2, tensor=2, gpus=[2, 3, 4, 5])
+    settings = ServersConfig(python=program, port=25000, start_timeout_s=60.0, count=2, tensor=2, gpus=[2, 3, 4, 5])
     servers = process.start(settings, tmp_path / "fine", name="s", log_dir=tmp_path, context=9, sees_all=True)
     try:
         process.wait(servers, settings, say=print)
@@ -218,7 +218,7 @@ from megatron_opd.config import ServersConfig
 from megatron_opd.sglang import process
 from megatron_opd.sglang.keeper import Keeper, kept
 from megatron_opd.sglang.weights.group import own_address
-servers = ServersConfig(python={program!r}, port=41100)
+servers = ServersConfig(python={program!r}, port=25100)
 (server,) = process.start(servers, {str(tmp_path / "fine")!r}, name="a", log_dir={str(tmp_path)!r}, context=9)
 print(server.pid, flush=True)
 time.sleep(600)
@@ -245,7 +245,7 @@ def test_without_sglang_the_message_says_how_to_get_it(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
 def test_an_address_of_ipv6(begin):
-    (server,), settings = begin("fine", host="::1", port=41400)
+    (server,), settings = begin("fine", host="::1", port=25400)
     process.wait([server], settings, say=print)
     assert server.url.startswith("http://[::1]:414")
     assert own_address([server.url]) == "127.0.0.1"
@@ -291,7 +291,7 @@ def test_a_server_that_ends_starts_again_at_its_address_and_the_others_stay(begi
 def test_serve_goes_on_with_the_servers_that_are_left(program, tmp_path, capsys):
     config = Path(__file__).resolve().parents[2] / "examples/quickstart.yaml"
     run = ["serve", str(config), f"run.dir={tmp_path}/run", "rollout.engine=sglang", "rollout.servers.count=2",
-           f"rollout.servers.python={program}", "rollout.servers.port=41200"]  # fmt: skip
+           f"rollout.servers.python={program}", "rollout.servers.port=25200"]  # fmt: skip
     logs = tmp_path / "run/logs"
 
     def ended(i):

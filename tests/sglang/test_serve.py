@@ -91,11 +91,11 @@ def test_servers_with_urls_are_not_ours_to_start(tmp_path):
 
 
 def test_ranks_find_what_was_started_and_nothing_afterwards(tmp_path, fake):
-    asked = config(tmp_path, "rollout.servers.count=2", "rollout.servers.port=41000")
+    asked = config(tmp_path, "rollout.servers.count=2", "rollout.servers.port=25000")
     with serve.running(asked, say=lambda _: None) as servers:
         assert len(servers) == 3
         found = serve.with_urls(asked)
-        assert found.rollout.servers.urls == ["http://127.0.0.1:41000", "http://127.0.0.1:41001"]
+        assert found.rollout.servers.urls == ["http://127.0.0.1:25000", "http://127.0.0.1:25001"]
         assert found.teachers[0].servers.urls == ["http://127.0.0.1:30000"]
         assert found.teachers[1] == asked.teachers[1]
     assert fake.stopped == servers

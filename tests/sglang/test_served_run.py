@@ -143,11 +143,11 @@ def test_launch_starts_a_server_that_died_again_and_the_run_ends(tmp_path, model
     python.write_text(f'#!/bin/sh\n{once} exec {sys.executable} {ROOT}/tests/slurm/standin_server.py "$@"\n')
     python.chmod(0o755)
     run_dir = tmp_path / "run"
-    servers_of = {"python": python, "port": 41300, "patience_s": PATIENCE_S}
+    servers_of = {"python": python, "port": 25300, "patience_s": PATIENCE_S}
     ours = [*(f"rollout.servers.{name}={value}" for name, value in servers_of.items()), "run.max_restarts=1"]
     done = opd("launch", *arguments(run_dir, model, [], servers(1), *ours))
     assert done.returncode == 0, done.stderr
-    assert "the server http://127.0.0.1:41300 was ended by SIGKILL" in done.stderr
+    assert "the server http://127.0.0.1:25300 was ended by SIGKILL" in done.stderr
     assert "it starts again (0 more restart(s)" in done.stderr
     assert "starting again" not in done.stderr, "the ranks were started again too"
     trained = [row for row in rows(run_dir) if "loss" in row]

@@ -92,7 +92,7 @@ def test_servers_on_nodes_of_their_own(submit, tmp_path, model):
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/slurm/standin_server.py "$@"\n')
     python.chmod(0o755)
     # Two nodes of this cluster are one host, so their servers must not ask for the same port.
-    rollout, teacher = (f"servers: {{python: {python}, port: {port}}}" for port in (33000, 34000))
+    rollout, teacher = (f"servers: {{python: {python}, port: {port}}}" for port in (31000, 32000))
     job = submit(
         "opd_70b_to_8b.sh",
         f"student={{model: {model}}}",
