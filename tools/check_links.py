@@ -143,7 +143,7 @@ def _wrong_link(target: str, page: Path, checkout: Checkout) -> str:
 
 
 def _wrong_code(text: str, checkout: Checkout, made: set[str]) -> Iterator[str]:
-    """What is wrong with a line of code on a page that tells its reader to make the files `made`."""
+    """The fault of a line of code on a page that tells its reader to make the files `made`."""
     for found in _PATH.finditer(text):
         path = found[0].rstrip("./")
         is_source = _SOURCE.search(path) or path.startswith(tuple(f"{folder}/" for folder in SOURCES))

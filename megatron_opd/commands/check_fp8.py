@@ -89,7 +89,7 @@ def _configs(arguments: argparse.Namespace) -> dict[str, Config]:
 
 
 def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """Of a config that nobody has checked: with only `emulate` in it, it would be refused."""
+    """A section of a config that nobody has checked: with only `emulate` in it, it would be refused."""
     found = tree.get(name)
     return found if isinstance(found, dict) else {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron_opd.commands import offline
@@ -51,10 +52,14 @@ def add(commands: Commands) -> None:
     offline.examples(parser, _EXAMPLES)
     directions = parser.add_subparsers(required=True, metavar="DIRECTION")
 
-    help_text = "write a Hugging Face model as a Megatron checkpoint"
-    there = directions.add_parser("hf-to-megatron", help=help_text, description=f"{help_text.capitalize()}.")
-    offline.examples(there, _TO_MEGATRON)
-    there.set_defaults(run=run, convert=_hf_to_megatron)
+    def direction(name: str, help_text: str, epilog: str, convert: Callable[[argparse.Namespace], int]) -> Any:
+        made = directions.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.")
+        offline.examples(made, epilog)
+        made.set_defaults(run=run, convert=convert)
+        return made
+
+    what = "write a Hugging Face model as a Megatron checkpoint"
+    there = direction("hf-to-megatron", what, _TO_MEGATRON, _hf_to_megatron)
     there.add_argument("--hf", required=True, metavar="MODEL", help="Hugging Face directory, or a name of the hub")
     _add_output(there)
     there.add_argument(
@@ -62,10 +67,8 @@ def add(commands: Commands) -> None:
     )
     offline.add_layout(there, "checked, and the vocabulary padded for it; the checkpoint itself has no layout")
 
-    help_text = "write a Megatron checkpoint as a Hugging Face model"
-    back = directions.add_parser("megatron-to-hf", help=help_text, description=f"{help_text.capitalize()}.")
-    offline.examples(back, _TO_HF)
-    back.set_defaults(run=run, convert=_megatron_to_hf)
+    what = "write a Megatron checkpoint as a Hugging Face model"
+    back = direction("megatron-to-hf", what, _TO_HF, _megatron_to_hf)
     back.add_argument("--checkpoint", required=True, metavar="DIR", help="torch_dist checkpoint")
     _add_output(back)
     back.add_argument("--like", metavar="HF_DIR", help="where config and tokenizer come from")

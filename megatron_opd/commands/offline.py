@@ -1,4 +1,4 @@
-"""What commands on models and checkpoints share: ranks under torchrun that divide the work, options of a layout."""
+"""Parts that commands on models and checkpoints share: ranks under torchrun that divide it, options of a layout."""
 
 from __future__ import annotations
 

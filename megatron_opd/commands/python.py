@@ -1,4 +1,4 @@
-"""What Python programs call: `megatron_opd.load_config`, `train`, `evaluate` and `read_run` (docs/api.md).
+"""Functions for Python programs: `megatron_opd.load_config`, `train`, `evaluate` and `read_run` (docs/api.md).
 
 Each does what the command does, so a run that a program began is continued by the command, and the other way round.
 """
@@ -28,7 +28,7 @@ _INTERRUPTED = range(128, 160)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunTables:
-    """What a run has written so far."""
+    """The tables of a run, as far as it is written."""
 
     dir: Path
     config: dict[str, Any]
@@ -86,7 +86,7 @@ def train(config: Config) -> RunTables:
 
 
 def read_run(run_dir: str | Path) -> RunTables:
-    """What a run has written so far, finished or not.
+    """The tables of a run, finished or not.
 
     Raises ValueError where there is no run, and ImportError where pandas is not installed.
     """

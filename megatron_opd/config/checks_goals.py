@@ -1,4 +1,4 @@
-"""What train.save_best and train.stop_when name."""
+"""Checks of train.save_best and train.stop_when."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _WITH_DATA = ("LICENSE*", "README.md")
 
 
 def folder() -> Path:
-    """Where they are."""
+    """The folder of all examples."""
     package = Path(__file__).resolve().parents[1]
     installed = package / FOLDER
     return installed if installed.is_dir() else package.parent / FOLDER
@@ -31,7 +31,7 @@ def names() -> list[str]:
 
 
 def about(name: str) -> str:
-    """What an example is: the first sentence of the comment at its top, behind the command."""
+    """The example in words: the first sentence of the comment at its top, behind the command."""
     _, _, text = _path(name).read_text(encoding="utf-8").partition("\n#\n")
     comment = " ".join(line.removeprefix("# ") for line in text.split("\n\n")[0].splitlines())
     return comment.split(". ")[0].removesuffix(".")

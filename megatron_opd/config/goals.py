@@ -1,4 +1,4 @@
-"""What a run is to reach: a condition on a metric that ends it, and which values of a metric are the better ones."""
+"""Conditions on metrics that end a run, and which values of a metric are the better ones."""
 
 from __future__ import annotations
 

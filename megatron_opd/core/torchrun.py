@@ -1,4 +1,4 @@
-"""What torchrun and its like tell a process about itself; without them it is alone."""
+"""The place of this process among those that torchrun or its like has started; without them it is alone."""
 
 from __future__ import annotations
 

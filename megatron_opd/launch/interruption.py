@@ -14,7 +14,7 @@ _INTERRUPTIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def until_interrupted(directory: str, work: Callable[[], int]) -> int:
-    """What `work` returns, which is the exit code of a run in `directory`.
+    """The exit code of `work`, a run in `directory`.
 
     SIGTERM, SIGHUP and SIGINT end it; the exit code is then 128 and the signal's number, as shells have it. SIGUSR1
     asks it to make room: `work` passes that on once there are ranks, and before, the exit code is preemption.EXIT_CODE.

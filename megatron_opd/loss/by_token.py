@@ -1,8 +1,8 @@
-"""What student and teachers say about every learnt token, for people to look at (`log.completions_every`).
+"""Scores of every learnt token by student and teachers, for people to look at (`log.completions_every`).
 
 All of it is at `loss.temperature`, as the divergence that is trained is; a teacher that lists its likeliest ids tells
-them as they came. What is not known is NaN: what a teacher was not asked about, the candidates of one that knows the
-sampled token alone, and everything but the log-probabilities of one that has a tokenizer of its own.
+them as they came. NaN stands for whatever is not known: tokens that a teacher was not asked about, candidates of one
+that knows the sampled token alone, and all but log-probabilities of one that has a tokenizer of its own.
 
 Shape suffixes: T learnt tokens of a micro-batch, C tokens of a chunk, L local vocabulary columns, K candidates.
 """
@@ -31,8 +31,7 @@ def measure(term: TeacherTerm, batch: MicroBatch, student: Logits, candidates: i
     """Float64 [T], and [T, candidates] for the likeliest tokens, by name; the same on every shard.
 
     `logp` and `entropy` are the student's, `logp_target` is the combined teachers', `kl` is KL(student || target) as
-    far as the target is known, `logp/NAME` and `kl/NAME` are a teacher's alone. Candidates that
-    are NaN are not there.
+    far as the target is known, `logp/NAME` and `kl/NAME` are a teacher's alone. Candidates that are NaN are not there.
     """
     found = _nothing(term, batch, candidates)
     for rows_C in torch.arange(len(batch.targets_T), device=batch.targets_T.device).split(term.config.chunk_tokens):

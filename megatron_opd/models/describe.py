@@ -1,4 +1,4 @@
-"""What is in a model directory of either kind, by its headers: for `megatron-opd inspect`.
+"""The contents of a model directory of either kind, by its headers: for `megatron-opd inspect`.
 
 A checkpoint with defects is described too, with the defects; one whose headers cannot be read is refused.
 """

@@ -57,7 +57,7 @@ class HubName:
 def needs(
     student: StudentConfig, teachers: Sequence[TeacherConfig], *, starts_servers: bool, asks_teachers: bool
 ) -> dict[str, Need]:
-    """What a run reads of each of its models, by their names as written.
+    """How much a run reads of each of its models, by their names as written.
 
     `starts_servers` is for the process that starts servers, which read the weights on this machine; `asks_teachers`
     for a run that loads teachers for its evaluations.

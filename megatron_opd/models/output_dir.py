@@ -82,8 +82,8 @@ def start(out: str | Path, *, like: str | Path) -> Path:
 
 
 def _left_out(directory: str, names: list[str]) -> set[str]:
-    """Of a directory's names: weights, and links to nothing. shutil takes relative links, of which the hub's cache is
-    full, for links to nothing."""
+    """The names that a copy leaves out: weights, and links to nothing. For these shutil also takes relative links, and
+    the hub's cache is full of them."""
     dangling = {name for name in names if not os.path.exists(os.path.join(directory, name))}
     return dangling | shutil.ignore_patterns(*_NOT_COPIED)(directory, names)
 

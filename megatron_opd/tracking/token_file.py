@@ -34,7 +34,7 @@ class ScoredAnswer:
     """An answer with n tokens."""
 
     row: Mapping[str, Any]
-    """What is known of it as a whole: the columns `ROW`."""
+    """The columns `ROW`, about the answer as a whole."""
     token_ids: Sequence[int]
     learnt: Sequence[bool]
     """Whether each is learnt."""
@@ -146,7 +146,7 @@ def _listed(array: Any) -> Lists:
 
 
 def _at_all(learnt: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Of learnt tokens -> of all tokens."""
+    """Values of all tokens from those of learnt ones; NaN elsewhere."""
     of_learnt = np.concatenate(parts)
     whole = np.full((len(learnt), *of_learnt.shape[1:]), np.nan)
     whole[learnt] = of_learnt

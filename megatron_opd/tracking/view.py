@@ -61,7 +61,7 @@ def page(data: dict[str, Any]) -> str:
 
 
 def data_of(run: RecordedRun, tables: Sequence[TokenScores]) -> dict[str, Any]:
-    """What the page shows. Raises ValueError for a run without answers."""
+    """The data of the page. Raises ValueError for a run without answers."""
     places: dict[str, int] = {"": 0}
     teachers = [name.removeprefix("logp/") for name in tables[0].numbers if name.startswith("logp/")]
     lists = [x for table in tables for x in table.lists.values()]

@@ -44,7 +44,7 @@ class Completions:
         self.dir = Path(run_dir)
         self.path = self.dir / COMPLETIONS
         self.texts: token_tables.Texts | None = None
-        """Of tokens, on the main rank from the first table on."""
+        """Texts of tokens, on the main rank from the first table on."""
 
     def log(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,16 +45,12 @@ class Goals:
 
     def is_best(self, step: int) -> bool:
         """Whether no value of `train.save_best` before `step` is as good as that of `step`."""
-        values = dict(self._series[self.best_of]) if self.best_of else {}
-        if (value := values.pop(step, None)) is None:
+        values = self._series.get(self.best_of, {})
+        if step not in values:
             return False
         smaller = is_smaller_better(self.best_of)
-        worst = float("inf") if smaller else -float("inf")
-        others = [
-            worst,
-            *(other for at, other in values.items() if at < step and is_better(other, worst, smaller=smaller)),
-        ]
-        return all(is_better(value, other, smaller=smaller) for other in others)
+        before = [value for at, value in values.items() if at < step and math.isfinite(value)]
+        return math.isfinite(values[step]) and all(is_better(values[step], x, smaller=smaller) for x in before)
 
     def reached(self) -> str:
         """The conditions that hold, with their values; empty while none does."""

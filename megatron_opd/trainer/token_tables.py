@@ -1,4 +1,4 @@
-"""What student and teachers say about every token of the logged answers, in <run.dir>/tokens (`log.completions_every`).
+"""Scores of every token of the logged answers by student and teachers, in <run.dir>/tokens (`log.completions_every`).
 
 The student is asked once more, before its update, so what is written is about the weights that the step began with, as
 the teachers' scores are. Nothing of it reaches the training: no gradient, no random number.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CANDIDATES = 5
 """The likeliest tokens that are kept of each model."""
 AnswerScores: TypeAlias = dict[str, np.ndarray]
-"""Of an answer with R learnt tokens: numbers [R], or [R, K] of candidates, by column; NaN: not known."""
+"""The scores of an answer with R learnt tokens: numbers [R], or [R, K] of candidates, by column; NaN: not known."""
 
 
 class Texts:
@@ -89,7 +89,7 @@ def write(
 
 
 def _row(rollout: Rollout, tokenizer: Tokenizer, step: int, number: int) -> dict[str, Any]:
-    """What is known of an answer as a whole; `number` counts the step's from 0."""
+    """The facts about an answer as a whole; `number` counts the step's from 0."""
     return {
         "step": step,
         "answer": number,

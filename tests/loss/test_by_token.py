@@ -4,7 +4,7 @@ import oracle
 import pytest
 import test_carriers as carriers
 import torch
-from test_carriers import COLUMNS, NUM_TOKENS, SIZE, made
+from test_carriers import NUM_TOKENS, SIZE, made
 
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss import by_token
@@ -18,11 +18,8 @@ MIXTURES = [i for i, (_, _, beta) in enumerate(carriers.CASES) if beta == 1.0]
 
 def on_shard(parallel, index):
     """From logits, and from hidden states and head."""
-    case, share = made(index), COLUMNS // parallel.tensor_size
-    here = slice(parallel.tensor_rank * share, (parallel.tensor_rank + 1) * share)
-    vocab = VocabShard(here.start, here.stop, SIZE, parallel.tensor_group if parallel.tensor_size > 1 else None)
-    heads = tuple(None if head is None else head[here] for head in case.heads)
-    term = Distillation(case.config, 1.0, vocab, case.teachers, heads)
+    case = made(index)
+    term, here = carriers.term_here(case, parallel)
     logits = case.logits[:, here].contiguous()
     factored = FactoredLogits(torch.eye(NUM_TOKENS), logits.T.contiguous())
     return [by_token.measure(term, case.batch, student, CANDIDATES) for student in (logits, factored)]

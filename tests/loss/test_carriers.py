@@ -115,14 +115,20 @@ def made(index):
     return Case(kind, carriers, beta, logits, heads, batch)
 
 
-def on_shard(parallel, index):
-    """(loss, gradient of UPSTREAM x loss, metrics) of this rank's columns."""
-    case = made(index)
+def term_here(case, parallel):
+    """(the term on this rank's columns, which these are)."""
     share = COLUMNS // parallel.tensor_size
     here = slice(parallel.tensor_rank * share, (parallel.tensor_rank + 1) * share)
     vocab = VocabShard(here.start, here.stop, SIZE, parallel.tensor_group if parallel.tensor_size > 1 else None)
     heads = tuple(None if head is None else head[here] for head in case.heads)
-    objective = Objective(Distillation(case.config, 1.0, vocab, case.teachers, heads))
+    return Distillation(case.config, 1.0, vocab, case.teachers, heads), here
+
+
+def on_shard(parallel, index):
+    """(loss, gradient of UPSTREAM x loss, metrics) of this rank's columns."""
+    case = made(index)
+    term, here = term_here(case, parallel)
+    objective = Objective(term)
     mine = case.logits[:, here].clone().requires_grad_()
     loss, _, metrics = objective(case.batch, mine)
     (UPSTREAM * loss).backward()

@@ -10,7 +10,7 @@ from llm_cells.methods import FIRST, THEN, Method
 
 TUNING_SEED = 0
 UNKNOWN_LR = 0.0
-"""Of a cell whose method is not tuned yet."""
+"""The learning rate of a cell whose method is not tuned yet."""
 
 Lines = Mapping[str, Mapping[str, Any]]
 """Finished cells by name."""

@@ -83,7 +83,7 @@ def trained_steps(cell: Cell, setting: Setting) -> int:
 
 
 def points(folder: Path, setting: Setting) -> list[dict[str, float]]:
-    """What was measured, at each evaluation, and the tokens that had a gradient until then."""
+    """The measures of each evaluation, and the tokens that had a gradient until then."""
     found: dict[int, dict[str, float]] = {}
     tokens = 0.0
     for row in _rows(folder):

@@ -70,7 +70,7 @@ class Setting:
         return self.folder / f"samples-{digest(follows_from)}"
 
     def overrides(self) -> list[str]:
-        """What all cells set, the same for all."""
+        """Settings that all cells have alike."""
         samples = [f"data.train.{i}.path={self.samples / name}.jsonl" for i, name in enumerate(_SOURCES)]
         return [f"student.model={self.student}", f"teachers.0.model={self.model}", *samples, *self._sizes()]
 
@@ -89,7 +89,7 @@ class Setting:
         ]
 
     def _recipe(self) -> dict[str, Any]:
-        """What else decides the numbers: all that the config says, with files as what is in them."""
+        """All else that decides the numbers: everything that the config says, with files as what is in them."""
         found: dict[str, Any] = _contents(read(CONFIG, [*self._sizes(), *of_lr(0.0)]))
         return found
 

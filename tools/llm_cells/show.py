@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 SEEDS = (1, 2, 3)
-"""Those of the page."""
+"""The seeds of the page."""
 _WIDTH = 120
 _GUESS_S = 540.0
 """Core seconds of a cell where none is finished."""
@@ -35,7 +35,7 @@ _HEAD = (
 
 
 def methods(chosen: Sequence[Method]) -> None:
-    """What there is."""
+    """Print the methods, with their settings and learning rates."""
     table = Table("method", "label", "what it sets", "learning rates")
     for method in chosen:
         table.add_row(method.name, method.label, " ".join(method.settings), " ".join(map(_rate, method.lrs)))
