@@ -35,7 +35,7 @@ def is_smaller_better(metric: str) -> bool:
 
 
 def is_better(value: float, other: float, *, smaller: bool) -> bool:
-    """Whether `value` is better than `other`; what is no number is better than nothing."""
+    """Whether `value` is better than `other`; a value that is not finite never is."""
     return math.isfinite(value) and (value < other if smaller else value > other)
 
 
