@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from megatron_opd.config.answers import AnswersConfig
 from megatron_opd.config.crosstok import CrossTokenizerConfig
 from megatron_opd.config.data import DataConfig, RewardsConfig, SourceConfig
+from megatron_opd.config.environment import EnvironmentConfig
 from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import (
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "CrossTokenizerConfig",
     "DataConfig",
+    "EnvironmentConfig",
     "Fp8Config",
     "LogConfig",
     "LoraConfig",
@@ -87,6 +89,8 @@ class Config:
     """Origin of the training answers."""
     data: DataConfig
     """The prompts."""
+    environment: EnvironmentConfig = dataclasses.field(default_factory=EnvironmentConfig)
+    """What answers the policy between its turns."""
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     """Grading of answers."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -132,6 +136,10 @@ class Config:
         moved = [dataclasses.replace(t, model=places.get(t.model, t.model)) for t in self.teachers]
         student = dataclasses.replace(self.student, model=places.get(self.student.model, self.student.model))
         return dataclasses.replace(self, student=student, teachers=moved)
+
+    def environment_of(self, source: SourceConfig) -> EnvironmentConfig:
+        """The environment of a source's prompts."""
+        return source.environment.or_of(self.environment)
 
     def teacher_weights(self, source: str) -> list[float]:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""

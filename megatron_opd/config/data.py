@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from typing import Literal
 
+from megatron_opd.config.environment import OF_THE_RUN, EnvironmentConfig
 from megatron_opd.config.section import AtLeastOne, Count, FilePath, Positive, section
 
 
@@ -34,7 +35,10 @@ class SourceConfig:
     reward: str = "exact"
     """Grader of answers: exact (equal to `answer`), gsm8k (the final number is that of `answer`), math (the mathematics
     of `answer`, by math-verify), code (passes `tests`, which call `entry_point`), ifeval (follows
-    `instruction_id_list`), none (answers are not graded), or your own as module:function; see docs/rewards.md."""
+    `instruction_id_list`), environment (what the environment says), none (answers are not graded), or your own as
+    module:function; see docs/rewards.md."""
+    environment: EnvironmentConfig = dataclasses.field(default_factory=lambda: EnvironmentConfig(name=OF_THE_RUN))
+    """Environment of this source; without it, the one of the whole run."""
 
 
 @section
@@ -84,7 +88,7 @@ class RewardsConfig:
     instruction (the share of the instructions that it follows)."""
 
 
-REWARDS = ("exact", "gsm8k", "math", "code", "ifeval", "none")
+REWARDS = ("exact", "gsm8k", "math", "code", "ifeval", "environment", "none")
 
 
 def problem_with_reward(name: str) -> str | None:

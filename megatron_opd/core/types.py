@@ -38,6 +38,10 @@ class Prompt:
     answers of the data set, or measure their cross-entropy."""
     teacher_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """By name, what a teacher sees instead of `token_ids`; only those that see something else."""
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    """Messages that `token_ids` show, the system's included; only where an environment adds others to them."""
+    teacher_messages: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict, hash=False)
+    """By name, the messages that `teacher_ids` show; only where an environment adds others to them."""
     repeat: int = 0
     """How often the row was drawn before in the same step, on whichever replica; the draws are prompts of their own."""
 
@@ -75,6 +79,29 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EpisodeLog:
+    """How an episode went; its trajectories share it. The default is a plain answer's, of one turn."""
+
+    turns: int = 1
+    """Turns of the policy."""
+    calls: int = 0
+    """Tools that it called."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Calls that failed, by reason."""
+    ended: str = ""
+    """Why it ended: `answered`, `done` (the environment said so), `length` (a turn was cut), `max_turns`, `context`,
+    `timeout`, `failed` (the environment raised an error), `empty` (it said nothing to a call); empty for a plain
+    answer."""
+    rewards: tuple[float, ...] = ()
+    """The environment's reward of each turn."""
+    info: Mapping[str, float] = field(default_factory=dict)
+    """The environment's own numbers."""
+
+
+PLAIN = EpisodeLog()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One trajectory: a prompt and all tokens behind it, which a model reads as one sequence.
 
@@ -108,6 +135,8 @@ class Rollout:
     reward: float | None = field(default=None, compare=False)
     """How good the episode is, from 0 to 1; None where it was not graded. It comes later than the rest, and a graded
     rollout is still the one that teachers were asked about."""
+    log: EpisodeLog = field(default=PLAIN, compare=False)
+    """How its episode went."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where the numbers of tokens disagree."""

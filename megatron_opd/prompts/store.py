@@ -61,5 +61,7 @@ class PackedPrompts(Sequence[Prompt]):
         fields = dict(zip(_OTHERS, json.loads(others), strict=True))
         fields["answer_ids"] = tuple(fields["answer_ids"])
         fields["teacher_ids"] = {name: tuple(ids) for name, ids in fields["teacher_ids"].items()}
+        fields["messages"] = tuple(fields["messages"])
+        fields["teacher_messages"] = {name: tuple(its) for name, its in fields["teacher_messages"].items()}
         token_ids = tuple(self._ids[self._ids_end[i] : self._ids_end[i + 1]])
         return Prompt(source=self.source, index=self._index[i], token_ids=token_ids, **fields)
