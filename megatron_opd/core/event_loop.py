@@ -52,16 +52,21 @@ class Loop:
         self._loop.call_soon_threadsafe(call, *arguments)
 
     def close(self) -> None:
-        """Cancel what is still running and end the thread."""
+        """Cancel what is still running and end the thread. One that does not answer within ten seconds is left to
+        itself: it ends with the process."""
         if self._loop.is_closed():
             return
-        self.start(_cancel_others()).result(_JOIN_S)
+        try:
+            self.start(_cancel_others()).result(_JOIN_S)
+        except FutureTimeoutError:
+            self.abandon()
+            return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_JOIN_S)
         self._loop.close()
 
     def abandon(self) -> None:
-        """Leave a thread that does not answer to itself. It is a daemon, and ends with the process."""
+        """Leave a thread that does not answer; it stops when it does."""
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 

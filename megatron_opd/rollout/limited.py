@@ -51,10 +51,7 @@ class EnvironmentThread:
 
     def close(self) -> None:
         """End what is still running."""
-        try:
-            self._loop.close()
-        except TimeoutError:
-            self._left.append(self._loop)
+        self._loop.close()
         for loop in self._left:
             loop.abandon()
 
