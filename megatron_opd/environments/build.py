@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable
-from typing import Any
-
 from megatron_opd.config.environment import NONE, OF_THE_RUN, TOOLS, EnvironmentConfig
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments import calculator
+from megatron_opd.environments import calculator, functions, python_session
 from megatron_opd.environments.environment import EnvironmentKind, Reply, Turn
+from megatron_opd.environments.imported import imported
 from megatron_opd.environments.tool import ToolKind
 from megatron_opd.environments.tools_environment import ToolsEnvironment
 
@@ -55,12 +50,17 @@ def _of_tools(settings: EnvironmentConfig) -> EnvironmentKind:
         name=TOOLS,
         make=lambda: ToolsEnvironment(kinds, turn_timeout_s=settings.turn_timeout_s),
         tools=tuple(kind.schema for kind in kinds),
+        note=python_session.note() if "python" in settings.tools else "",
     )
 
 
 def _tool(name: str, settings: EnvironmentConfig) -> ToolKind:
     if name == "calculator":
         return calculator.KIND
+    if name == "python":
+        return python_session.kind(output_tokens=settings.output_tokens, cpu_s=settings.episode_timeout_s)
+    if ":" in name:
+        return functions.kind(name)
     raise ValueError(
         f"there is no tool '{name}'; known: calculator, python, or a function of yours as module:function ({WHERE})"
     )
@@ -87,17 +87,3 @@ def _of_class(settings: EnvironmentConfig) -> EnvironmentKind:
         fields=None if fields is None else tuple(fields),
         note=str(getattr(found, "note", "")),
     )
-
-
-def imported(path: str, *, what: str) -> Callable[..., Any]:
-    """The class or function of `module:name`; the working directory is searched, too. Raises ValueError without one."""
-    module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:  # the console script has its own directory there instead
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:  # a script that ends when it is done must not end the run, as a success
-        raise ValueError(f"{what} '{path}': {module} cannot be imported: {error!r}") from error
-    if not callable(found):
-        raise ValueError(f"{what} '{path}': {module} has no {name or 'such name'} that can be called")
-    return found

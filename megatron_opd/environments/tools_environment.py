@@ -16,7 +16,7 @@ from megatron_opd.environments.environment import Call, Message, Reply, Turn
 from megatron_opd.environments.tool import Outcome, Tool, ToolKind
 
 SHARE_OF_TURN = 0.8
-"""A turn's calls have this share of its time limit, so that a tool that hangs is an answer, and not the episode's end."""
+"""A turn's calls have this share of its time limit, so that a tool that hangs is answered and the episode goes on."""
 _LEAST_S = 0.05
 
 
