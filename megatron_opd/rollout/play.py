@@ -126,7 +126,9 @@ class Episode:
 
     def _go_on(self, turn: Turn, drawn: TurnDrawn, reply: Reply) -> str:
         part, shown = self.parts[-1], self.world.shown(reply.messages)
-        more = self.talk.continued(message_of(turn), drawn.ids, shown)
+        message = message_of(turn, is_structured=self.world.calls.is_structured)
+        more = self.talk.continued(message, drawn.ids, shown)
+        self._info.update({"forged_tokens": more.forged} if more.forged else {})
         if not goes_on(more, len(part.all_ids), self.world.room):
             return "context"
         if more.is_rewritten:
