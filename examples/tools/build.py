@@ -23,9 +23,9 @@ ROWS = {"train": 400, "eval": 200}
 # Both also learn to answer at once where they have no tool. It cannot be learnt at this size, and they guess.
 WITHOUT_TOOL = Lesson(0.2, has_tool=False, calls=False)
 RECIPES = {
-    "teacher": Recipe([Lesson(0.8), WITHOUT_TOOL], seed=1),
+    "teacher": Recipe([Lesson(0.8), WITHOUT_TOOL], steps=400, seed=1),
     # Knows what a call looks like and rarely makes one; half of those are broken, or about other numbers.
-    "student": Recipe([Lesson(0.6, calls=False), Lesson(0.2, slip=0.25, broken=0.3), WITHOUT_TOOL], seed=2),
+    "student": Recipe([Lesson(0.5, calls=False), Lesson(0.3, slip=0.25, broken=0.3), WITHOUT_TOOL], steps=400, seed=2),
 }
 
 DESCRIPTION = """\

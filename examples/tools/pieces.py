@@ -11,8 +11,9 @@ PAD, END, UNKNOWN, START = "<pad>", "<|im_end|>", "<unk>", "<|im_start|>"
 SPECIAL = [PAD, END, UNKNOWN, START]
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 EXPRESSION, EXPRESSION_END = '{"name": "calculator", "arguments": {"expression": "', '"}}'
+MARKS = [CALL, CALL_END]
 # A call is 14 tokens, the end of its turn included: a tiny model learns it in seconds.
-PIECES = [CALL, CALL_END, EXPRESSION, EXPRESSION_END, "tools: ", "calculator", "system", "user", "assistant", "tool"]
+PIECES = [EXPRESSION, EXPRESSION_END, "tools: ", "calculator", "system", "user", "assistant", "tool"]
 CHARACTERS = sorted(string.digits + string.ascii_letters + string.punctuation + " \n")
 # As in large models, more than the tokenizer has; divisible by 16 even when two ranks share it.
 VOCAB_SIZE = 128
@@ -22,10 +23,11 @@ TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 def write_tokenizer(directory):
     """Write tokenizer.json and tokenizer_config.json, which has the chat template in it, into ``directory``."""
-    ids = {piece: i for i, piece in enumerate([*SPECIAL, *PIECES, *CHARACTERS])}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token=UNKNOWN))  # without merges: characters
+    names = [*SPECIAL, *MARKS, *PIECES, *CHARACTERS]
+    # Every piece costs the same, so a text becomes as few as it can.
+    tokenizer = Tokenizer(models.Unigram([(name, -1.0) for name in names], unk_id=names.index(UNKNOWN)))
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in PIECES])
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -46,7 +48,7 @@ def write_tokenizer(directory):
 def check_tokenizer(directory, conversations):
     """Assert that texts come back, and that the template writes each of the (messages, tools, text) as it is here."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert len(tokenizer) == len(SPECIAL) + len(PIECES) + len(CHARACTERS) <= VOCAB_SIZE
+    assert len(tokenizer) == len(SPECIAL) + len(MARKS) + len(PIECES) + len(CHARACTERS) <= VOCAB_SIZE
     assert (tokenizer.pad_token, tokenizer.eos_token) == (PAD, END)
     for messages, tools, text in conversations:
         rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
