@@ -16,7 +16,7 @@ from megatron_opd.prompts.chat import Encoder, build_encoder
 from megatron_opd.prompts.conversation import Continuation, Conversation, reader_for, render_later
 from megatron_opd.prompts.views import build_views
 
-_LEFT_OUT = "\n[… {} tokens left out …]\n"
+_LEFT_OUT = "\n[... {} tokens left out ...]\n"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
