@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from megatron_opd.config.answers import AnswersConfig
 from megatron_opd.config.crosstok import CrossTokenizerConfig
 from megatron_opd.config.data import DataConfig, RewardsConfig, SourceConfig
-from megatron_opd.config.environment import EnvironmentConfig
+from megatron_opd.config.environment import NONE, TOOLS, EnvironmentConfig
 from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import (
@@ -151,6 +151,11 @@ class Config:
     def plays_episodes(self) -> bool:
         """Whether training prompts have environments."""
         return any(self.environment_of(source).is_on for source in self.data.train)
+
+    @property
+    def rewards_turns(self) -> bool:
+        """Whether an environment of training prompts may reward turns, which the tools that come with it do not."""
+        return any(self.environment_of(source).name not in (NONE, TOOLS) for source in self.data.train)
 
     @property
     def longest(self) -> int:

@@ -32,7 +32,15 @@ from megatron_opd.teachers import build_teachers
 from megatron_opd.tracking import train_log
 from megatron_opd.tracking.phase import Phase
 from megatron_opd.tracking.tracker import METRICS_FILE, Tracker, build_tracker, read_metrics
-from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, model_places, shaping_metrics, step_metrics
+from megatron_opd.trainer import (
+    conditions,
+    episode_metrics,
+    fp8_fidelity,
+    loss_backend,
+    model_places,
+    shaping_metrics,
+    step_metrics,
+)
 from megatron_opd.trainer.alarms import Watchman, alarms_of
 from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
@@ -124,13 +132,15 @@ class Run:
             leader = build_leader(config, served, parallel, inputs)
         self.experience = Experience(config, parallel, teachers, leader)
         self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience, tracker)
-        self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
+        tokenizer, has_turns = leader and leader.tokenizer, config.plays_episodes
+        self.completions = Completions(config.log, config.run.dir, parallel, tokenizer, tracker, has_turns=has_turns)
         found = conditions.measure(backend, parallel, config.student, config.teachers)
         record = RunRecord(inputs.data, found, config.data.on_change)
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed, self.kept = Stopwatch(), process_memory.Kept()
         self.watchman = Watchman(alarms_of(config.rl, config.rollout))
-        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl)])
+        turns = episode_metrics.headlines() if config.plays_episodes else []
+        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl), *turns])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
             self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
@@ -274,8 +284,12 @@ class Run:
         grading = self._grading(step) if self.config.has_rewards else {}
         if self.shaping is None and self.config.has_rewards:
             grading |= shaping_metrics.of_rewards(rollouts, self.config.data.train, self.parallel)
+        played = {}
+        if self.config.plays_episodes:
+            played = episode_metrics.of_episodes(rollouts, self.parallel, has_rewards=self.config.rewards_turns)
         return {
             **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=is_mixed),
+            **played,
             **grading,
             **step_metrics.of_batches(batches, self.parallel),
             **step_metrics.of_parts(self.experience.parts, self.parallel),

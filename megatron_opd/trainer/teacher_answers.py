@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.config.section import Count, section
+from megatron_opd.core.episodes import once_an_episode
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.core.whole_file import write_whole
@@ -82,7 +83,7 @@ def _asked(
 
     with tracker.phase(f"evaluating teacher {teacher.name}", total=len(prompts), unit="answers") as phase:
         engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-        answers = evaluator.greedy(engine, prompts, lambda _: phase.advance())
+        answers = evaluator.greedy(engine, prompts, once_an_episode(phase.advance))
     return [list(answer.token_ids) for answer in answers]
 
 
