@@ -107,6 +107,8 @@ def _asked(rows: list[Row], source: SourceConfig, encoder: Encoder, reward: Rewa
             rendered.encode()  # half a surrogate pair is no text
             extra = _extra(row.fields, source, reward.fields)
             prompt = Prompt(source=source.name, index=row.index, text=text, token_ids=(), answer=answer, extra=extra)
+            if encoder.is_continued:
+                prompt = dataclasses.replace(prompt, messages=tuple(encoder.messages(messages or text)))
             if is_graded:
                 reward.check(prompt)
         except ValueError as error:

@@ -1,8 +1,11 @@
 """Two processes that the kernel confines: one runs the code under test, the other the tests, which call it over a pipe.
 
 Because only plain values cross, the code under test can neither say that the tests passed, nor end them early, nor
-change what they compare with, nor read them. Started by `sandbox.py` as `python -I -S <this directory> SETTINGS` with
-the task on standard input; the verdict, a JSON object, is all that goes to standard output.
+change what they compare with, nor read them. Started by `sandbox.py` as `python -s -P -S <this directory> SETTINGS`
+with the task on standard input; the verdict, a JSON object, is all that goes to standard output.
+
+With `notebook` in the settings it is one process, confined alike, which runs cells from standard input until that ends
+and writes a message for each.
 """
 
 from __future__ import annotations
@@ -10,19 +13,26 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import guards
+import notebook
 from answer import MAX_WORDS, serve
 from judge import judge, probe
+from messages import send
+
+NO_GUARD = "the kernel offers neither user namespaces nor seccomp, so the network cannot be cut off"
 
 
 def main() -> None:
     """Confine this process, split it in two, and write the verdict."""
     settings = json.loads(sys.argv[1])
     sys.set_int_max_str_digits(0)
+    del os.environ["PYTHONHASHSEED"]  # it has done its work
     verdict = os.fdopen(os.dup(1), "wb")
     in_force = _confine(settings)
+    if "notebook" in settings:
+        _cells(verdict, in_force, settings)
     (to_read, to_answer), (to_hear, to_ask) = os.pipe(), os.pipe()
     if os.fork() == 0:
         _answer(to_hear, to_answer, use_seccomp=guards.SECCOMP in settings["guards"])
@@ -30,10 +40,8 @@ def main() -> None:
     with open(0, encoding="utf-8") as stdin:
         task = json.load(stdin)
     _silence()
-    if guards.SECCOMP in settings["guards"] and guards.deny_calls():
-        in_force.append(guards.SECCOMP)
-    if not any(guard in in_force for guard in guards.CUT_THE_NETWORK):
-        said = {"refused": "the kernel offers neither user namespaces nor seccomp, so the network cannot be cut off"}
+    if not _cut_off(in_force, settings):
+        said = {"refused": NO_GUARD}
     else:
         ask, answers = os.fdopen(to_ask, "wb"), os.fdopen(to_read, "rb")
         why = probe(task) if task["probe"] else judge(task, ask, answers)
@@ -63,6 +71,24 @@ def _confine(settings: dict[str, Any]) -> list[str]:
         in_force.append(guards.LANDLOCK)
     guards.drop_privileges()
     return in_force
+
+
+def _cut_off(in_force: list[str], settings: dict[str, Any]) -> bool:
+    """The last guard, which stands when nothing more is to be opened. False where the network is still there."""
+    if guards.SECCOMP in settings["guards"] and guards.deny_calls():
+        in_force.append(guards.SECCOMP)
+    return any(guard in in_force for guard in guards.CUT_THE_NETWORK)
+
+
+def _cells(replies: BinaryIO, in_force: list[str], settings: dict[str, Any]) -> NoReturn:
+    """The one process of a session, which has the two ends of its pipes."""
+    requests = os.fdopen(os.dup(0), "rb")
+    _silence()
+    if not _cut_off(in_force, settings):
+        send(replies, {"refused": NO_GUARD})
+        os._exit(0)
+    send(replies, {"guards": in_force})
+    notebook.serve(requests, replies, characters=settings["notebook"]["characters"])
 
 
 def _silence() -> None:

@@ -1,0 +1,23 @@
+"""Classes and functions of the user's own, by their import path."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def imported(path: str, *, what: str) -> Callable[..., Any]:
+    """The class or function of `module:name`; the working directory is searched, too. Raises ValueError without one."""
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:  # the console script has its own directory there instead
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (Exception, SystemExit) as error:  # a script that ends when it is done must not end the run, as a success
+        raise ValueError(f"{what} '{path}': {module} cannot be imported: {error!r}") from error
+    if not callable(found):
+        raise ValueError(f"{what} '{path}': {module} has no {name or 'such name'} that can be called")
+    return found

@@ -1,0 +1,69 @@
+"""The environment `tools`: runs the calls of a turn, one after the other, and answers each with a message.
+
+A turn without calls is the answer: nothing follows it. A call that cannot be run has one outcome, which is counted and
+told to the policy in words (docs/environments.md has the table).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_opd.core.types import Prompt
+from megatron_opd.environments.arguments import problem_with
+from megatron_opd.environments.environment import Call, Message, Reply, Turn
+from megatron_opd.environments.tool import Outcome, Tool, ToolKind
+
+SHARE_OF_TURN = 0.8
+"""A turn's calls have this share of its time limit, so that a tool that hangs is answered and the episode goes on."""
+_LEAST_S = 0.05
+
+
+class ToolsEnvironment:
+    """Tools in one episode."""
+
+    def __init__(self, kinds: Sequence[ToolKind], *, turn_timeout_s: float) -> None:
+        """`turn_timeout_s`: the time limit of a turn, in seconds."""
+        self._kinds = {kind.name: kind for kind in kinds}
+        self._tools: dict[str, Tool] = {}
+        self._time_s = turn_timeout_s * SHARE_OF_TURN
+
+    async def start(self, prompt: Prompt) -> None:
+        """Tools are made when they are first called."""
+
+    async def answer(self, turn: Turn) -> Reply:
+        """A message for each call; none for a turn without calls."""
+        deadline = time.monotonic() + self._time_s
+        messages: list[Message] = []
+        failures: Counter[str] = Counter()
+        for call in turn.calls:
+            outcome = await self._outcome(call, deadline)
+            messages.append({"role": "tool", "name": call.name, "tool_call_id": call.id, "content": outcome.text})
+            if outcome.failure:
+                failures[outcome.failure] += 1
+        return Reply(messages=messages, failures=dict(failures))
+
+    async def close(self) -> None:
+        """Close every tool that was called."""
+        tools, self._tools = list(self._tools.values()), {}
+        for tool in tools:
+            await tool.close()
+
+    async def _outcome(self, call: Call, deadline: float) -> Outcome:
+        if call.problem:
+            return Outcome(text=f"Error: the call cannot be read: {call.problem}", failure="not_json")
+        kind = self._kinds.get(call.name)
+        if kind is None:
+            known = ", ".join(self._kinds) or "none"
+            text = f"Error: there is no tool {call.name[:80]!r}; there are: {known}"
+            return Outcome(text=text, failure="unknown_tool")
+        problem = problem_with(call.arguments, kind.schema["function"]["parameters"])
+        if problem:
+            return Outcome(text=f"Error: {problem}", failure="bad_arguments")
+        left_s = deadline - time.monotonic()
+        if left_s < _LEAST_S:
+            return Outcome(text="Error: the calls before this one have used up the turn's time", failure="timeout")
+        if call.name not in self._tools:
+            self._tools[call.name] = kind.make()
+        return await self._tools[call.name].call(call.arguments, left_s)
