@@ -32,18 +32,8 @@ _MOST_SHORT = 65535
 """The most texts whose places 16 bits hold."""
 _UNKNOWN, _LARGEST = -32768, 32767
 _KEPT = (
-    "source",
-    "index",
-    "sample",
-    "part",
-    "origin",
-    "finish",
-    "turns",
-    "calls",
-    "ended",
-    "reward",
-    "prompt",
-    "response",
+    *("source", "index", "sample", "part", "origin", "finish"),
+    *("turns", "calls", "ended", "reward", "prompt", "response"),
 )
 
 

@@ -74,12 +74,9 @@ class Completions:
         told = answer_logps(distillation, batches, len(first), self.parallel)
         mine = []
         if self.tokenizer is not None:
-            mine = [_row(r, logps, self.tokenizer, step) for r, logps in zip(first, told, strict=True)]
-            mine = (
-                [row | _turns(r, self.tokenizer) for row, r in zip(mine, first, strict=True)]
-                if self.has_turns
-                else mine
-            )
+            besides = [_turns(r, self.tokenizer) if self.has_turns else {} for r in first]
+            both = zip(first, told, besides, strict=True)
+            mine = [_row(r, logps, self.tokenizer, step) | more for r, logps, more in both]
         replicas = self.parallel.gather_leaders(mine)
         if self.parallel.is_main:
             rows = [row for replica in replicas for row in replica][: self.config.completions]
