@@ -45,12 +45,6 @@ def check_environments(
     if data.train and any(source.environment.or_of(environment).is_on for source in data.train):
         problems += _check_answers(answers)
         problems += _check_shapes(train, parallel)
-    if any(source.environment.or_of(environment).is_on for source in data.eval):
-        problems += [
-            f"train.{name}: teachers do not act in environments, and a source of data.eval has one; turn it off"
-            for name in ("eval_teachers", "eval_agreement")
-            if getattr(train, name)
-        ]
     return problems
 
 

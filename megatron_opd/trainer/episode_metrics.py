@@ -22,6 +22,8 @@ BROKEN = ("failed", "timeout")
 """Ends that are the environment's fault."""
 _TURNS = 8
 """Turns whose rewards have a metric."""
+_TOLD = 3
+"""Failures of environments that are said."""
 
 
 def count(rollouts: Sequence[Rollout], *, has_rewards: bool = False) -> Totals:
@@ -64,9 +66,27 @@ def means(parts: Iterable[Totals]) -> dict[str, float]:
     return {name: value / number for name, value, number in shares if number}
 
 
-def of_episodes(rollouts: Sequence[Rollout], parallel: Parallel, *, has_rewards: bool) -> dict[str, float]:
-    """The metrics of a step's episodes; arguments as of `count`. Collective."""
-    return means(parallel.gather_leaders(count(rollouts, has_rewards=has_rewards)))
+class EpisodeWatch:
+    """Looks at the episodes of every step."""
+
+    def __init__(self, parallel: Parallel, *, has_rewards: bool) -> None:
+        """`has_rewards` as of `count`."""
+        self.parallel, self.has_rewards = parallel, has_rewards
+        self._said: set[str] = set()
+
+    def look(self, rollouts: Sequence[Rollout]) -> tuple[dict[str, float], list[str]]:
+        """(the metrics of a step's episodes, warnings of what went wrong in environments, of which there are few in a
+        process and none comes again). Collective."""
+        wrong = dict.fromkeys(rollout.log.why for rollout in rollouts if rollout.log.why)
+        mine = count(rollouts, has_rewards=self.has_rewards), list(wrong)[:_TOLD]
+        parts, told = zip(*self.parallel.gather_leaders(mine), strict=True)
+        return means(parts), [line for replica in told for why in replica for line in self._news(why)]
+
+    def _news(self, why: str) -> list[str]:
+        if why in self._said or len(self._said) == _TOLD:
+            return []
+        self._said.add(why)
+        return [f"warning: an environment failed, and its episode ended there: {why}"]
 
 
 def by_source(rollouts: Sequence[Rollout]) -> dict[str, Totals]:

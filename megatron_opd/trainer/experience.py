@@ -28,6 +28,9 @@ from megatron_opd.rollout import colocated, sampling
 from megatron_opd.rollout.ahead import Ahead
 from megatron_opd.rollout.answers import Answers
 from megatron_opd.rollout.engines import build_answers, build_engine
+from megatron_opd.rollout.episode_engine import with_environments
+from megatron_opd.rollout.worlds import build_worlds
+from megatron_opd.sglang import serve
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import ask_all
@@ -60,13 +63,15 @@ def build_leader(config: Config, served: Config, parallel: Parallel, inputs: Inp
         return None
     ids: dict[str, Any] = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
     tokenizer = load_tokenizer(config.student.model)
-    engine = build_engine(served, parallel, **ids)
+    room = inputs.context - (serve.MARGIN if config.is_served else 0)
+    worlds = build_worlds(config.data, config.environment, config.teachers, tokenizer, context=room)
+    engine = with_environments(build_engine(served, parallel, **ids), worlds)
     grader = Grader if config.is_graded else Watcher
     return Leader(
         engine=engine,
         answers=build_answers(served, engine, **ids) if config.answers.has_others else None,
         grader=grader(config.data.train, config.rewards, tokenizer) if config.has_rewards else None,
-        evaluator=Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer),
+        evaluator=Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer, worlds),
         tokenizer=tokenizer,
     )
 

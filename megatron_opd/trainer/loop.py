@@ -139,7 +139,9 @@ class Run:
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed, self.kept = Stopwatch(), process_memory.Kept()
         self.watchman = Watchman(alarms_of(config.rl, config.rollout))
-        turns = episode_metrics.headlines() if config.plays_episodes else []
+        has_rewards = config.rewards_turns
+        self.episodes = episode_metrics.EpisodeWatch(parallel, has_rewards=has_rewards) if has_turns else None
+        turns = episode_metrics.headlines() if has_turns else []
         tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl), *turns])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
@@ -284,9 +286,9 @@ class Run:
         grading = self._grading(step) if self.config.has_rewards else {}
         if self.shaping is None and self.config.has_rewards:
             grading |= shaping_metrics.of_rewards(rollouts, self.config.data.train, self.parallel)
-        played = {}
-        if self.config.plays_episodes:
-            played = episode_metrics.of_episodes(rollouts, self.parallel, has_rewards=self.config.rewards_turns)
+        played, news = self.episodes.look(rollouts) if self.episodes else ({}, [])
+        for line in news:
+            self.tracker.message(line)
         return {
             **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=is_mixed),
             **played,

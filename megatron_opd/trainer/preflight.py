@@ -59,6 +59,8 @@ class Inputs:
     eos_ids: tuple[int, ...]
     vocab_size: int
     """Entries that distributions are normalised over and that may be sampled: those that every model has."""
+    context: int = sys.maxsize
+    """Positions of the model that has the fewest."""
     data: DataRecord = field(default_factory=lambda: DataRecord(train=[], eval=[]))
     """Fingerprints of the sources, to be compared when the run goes on another time."""
     notes: tuple[str, ...] = ()
@@ -110,6 +112,7 @@ def read_inputs(config: Config, *, rows_to_try: int = 64, unavailable: Mapping[s
         eval=read.sources("data.eval", config.data.eval, are_graded=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,
+        context=context,
         data=DataRecord(train=read.fingerprints["data.train"], eval=read.fingerprints["data.eval"]),
         notes=(
             *read.notes,

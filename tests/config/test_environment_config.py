@@ -59,10 +59,6 @@ REFUSED = {
     "stages and contexts": (
         tree_of(parallel={"pipeline": 2, "context": 2}), "parallel.pipeline: an episode", "micro_batch_size to 1",
     ),
-    "teachers' answers": (
-        tree_of(train={"eval_teachers": True}, data={"eval": [{"name": "a", "path": "p"}]}),
-        "train.eval_teachers: teachers do not act", "data.eval",
-    ),
 }  # fmt: skip
 
 

@@ -9,9 +9,9 @@ import tiny
 import torch
 
 from megatron_opd.config import ServersConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.sglang import process
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.event_loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, VOCAB_SIZE = 300, 96

@@ -34,9 +34,7 @@ def episode(log, *, source="a", index=0, origin="student"):
 
 def of(*replicas, **how):
     """The metrics of replicas' rollouts, as each of them has them."""
-    parts = [episode_metrics.count(rollouts, **how) for rollouts in replicas]
-    alone = SimpleNamespace(gather_leaders=lambda mine: parts)
-    return episode_metrics.of_episodes(replicas[0], alone, has_rewards=how.get("has_rewards", False))
+    return episode_metrics.means([episode_metrics.count(rollouts, **how) for rollouts in replicas])
 
 
 def test_numbers_of_all_replicas():
@@ -87,6 +85,17 @@ def test_held_out_ones_by_source():
     assert found["eval/episode/ended/timeout/a"] == 0.5
     assert found["eval/environment/moves/all"] == 3.0
     assert episode_metrics.of_held_out([{}]) == {}
+
+
+def test_failures_of_environments_are_said_a_few_times():
+    alone = SimpleNamespace(gather_leaders=lambda mine: [mine, mine])
+    watch = episode_metrics.EpisodeWatch(alone, has_rewards=False)
+    metrics, news = watch.look([*episode(replace(FAILED, why="no 1")), *episode(DONE)])
+    assert metrics["episode/broken_frac"] == 0.5
+    assert news == ["warning: an environment failed, and its episode ended there: no 1"]
+    assert watch.look(episode(replace(FAILED, why="no 1")))[1] == []
+    assert len(watch.look([r for i in range(9) for r in episode(replace(FAILED, why=f"no {i}"))])[1]) == 2
+    assert watch.look(episode(replace(FAILED, why="more")))[1] == []
 
 
 def test_an_episode_is_counted_once():
