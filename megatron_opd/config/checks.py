@@ -58,7 +58,13 @@ def check(config: Config) -> list[str]:
         *check_minibatches(c.train, c.rollout, c.parallel),
         *check_answers(c.answers, c.teachers, c.loss, c.rollout),
         *check_environments(
-            c.environment, c.data, answers=c.answers, rollout=c.rollout, train=c.train, parallel=c.parallel
+            c.environment,
+            c.data,
+            answers=c.answers,
+            rollout=c.rollout,
+            train=c.train,
+            parallel=c.parallel,
+            fp8=c.precision.fp8,
         ),
         *check_precision(c.precision, c.student, c.teachers, has_adapters=c.lora.rank > 0),
     ]

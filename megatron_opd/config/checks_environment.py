@@ -11,6 +11,7 @@ from megatron_opd.config import (
     AnswersConfig,
     DataConfig,
     EnvironmentConfig,
+    Fp8Config,
     ParallelConfig,
     RolloutConfig,
     TrainConfig,
@@ -29,6 +30,7 @@ def check_environments(
     rollout: RolloutConfig,
     train: TrainConfig,
     parallel: ParallelConfig,
+    fp8: Fp8Config,
 ) -> list[str]:
     """Every such problem; `environment` is the whole run's."""
     problems = []
@@ -44,7 +46,8 @@ def check_environments(
     problems += _check_rewards(environment, data)
     if data.train and any(source.environment.or_of(environment).is_on for source in data.train):
         problems += _check_answers(answers)
-        problems += _check_shapes(train, parallel)
+        if data.chat_template != "none":  # without, nothing is written anew: an episode is one trajectory
+            problems += _check_shapes(train, parallel, fp8)
     return problems
 
 
@@ -140,14 +143,22 @@ def _check_answers(answers: AnswersConfig) -> list[str]:
     return problems
 
 
-def _check_shapes(train: TrainConfig, parallel: ParallelConfig) -> list[str]:
-    """Pipeline stages exchange one shape, and the last micro-batch of several trajectories may be smaller."""
+def _check_shapes(train: TrainConfig, parallel: ParallelConfig, fp8: Fp8Config) -> list[str]:
+    """Where an episode may become several trajectories, replicas have different numbers of micro-batches, the last of
+    which may be smaller."""
+    problems = []
+    if fp8.student != "off" and fp8.recipe == "delayed" and not fp8.emulate and parallel.data > 1:
+        problems.append(
+            "precision.fp8.recipe: delayed compares scales of all replicas at every micro-batch, and episodes in"
+            " environments may give them different numbers of those; take another recipe, e.g. tensorwise"
+        )
     if parallel.pipeline == 1 or train.packing or train.micro_batch_size == 1:
-        return []
+        return problems
     instead = "train.micro_batch_size to 1" if parallel.context > 1 else "train.packing to true"
     return [
-        f"parallel.pipeline: an episode in an environment may become several trajectories, so micro-batches differ in"
-        f" size, and stages exchange one shape; set {instead}"
+        *problems,
+        "parallel.pipeline: an episode in an environment may become several trajectories, so micro-batches differ in"
+        f" size, and stages exchange one shape; set {instead}",
     ]
 
 

@@ -13,6 +13,7 @@ from megatron_opd.core.episodes import episodes
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.types import Rollout
 from megatron_opd.tracking.headline import Headline
+from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.evaluate import ALL
 
 Totals: TypeAlias = Counter[tuple[str, str]]
@@ -67,26 +68,31 @@ def means(parts: Iterable[Totals]) -> dict[str, float]:
 
 
 class EpisodeWatch:
-    """Looks at the episodes of every step."""
+    """Looks at the episodes of every step, where training prompts have environments."""
 
-    def __init__(self, parallel: Parallel, *, has_rewards: bool) -> None:
+    def __init__(self, parallel: Parallel, tracker: Tracker, *, is_on: bool, has_rewards: bool) -> None:
         """`has_rewards` as of `count`."""
-        self.parallel, self.has_rewards = parallel, has_rewards
+        self.parallel, self.tracker, self.is_on, self.has_rewards = parallel, tracker, is_on, has_rewards
         self._said: set[str] = set()
 
-    def look(self, rollouts: Sequence[Rollout]) -> tuple[dict[str, float], list[str]]:
-        """(the metrics of a step's episodes, warnings of what went wrong in environments, of which there are few in a
-        process and none comes again). Collective."""
+    def headlines(self) -> list[Headline]:
+        """What people are to see of episodes at every step."""
+        shown = [Headline("episode/turns", "turns", "{:.2f}"), Headline("episode/calls", "calls", "{:.2f}")]
+        return shown if self.is_on else []
+
+    def look(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """The metrics of a step's episodes. Says what went wrong in environments, a few times in a process and nothing
+        twice. Collective where it is on."""
+        if not self.is_on:
+            return {}
         wrong = dict.fromkeys(rollout.log.why for rollout in rollouts if rollout.log.why)
         mine = count(rollouts, has_rewards=self.has_rewards), list(wrong)[:_TOLD]
         parts, told = zip(*self.parallel.gather_leaders(mine), strict=True)
-        return means(parts), [line for replica in told for why in replica for line in self._news(why)]
-
-    def _news(self, why: str) -> list[str]:
-        if why in self._said or len(self._said) == _TOLD:
-            return []
-        self._said.add(why)
-        return [f"warning: an environment failed, and its episode ended there: {why}"]
+        for why in (why for replica in told for why in replica):
+            if why not in self._said and len(self._said) < _TOLD:
+                self._said.add(why)
+                self.tracker.message(f"warning: an environment failed, and its episode ended there: {why}")
+        return means(parts)
 
 
 def by_source(rollouts: Sequence[Rollout]) -> dict[str, Totals]:
@@ -103,8 +109,3 @@ def of_held_out(parts: Sequence[Mapping[str, Totals]]) -> dict[str, float]:
     sources = dict.fromkeys(source for part in parts for source in part)
     by_name = {source: means(part[source] for part in parts if source in part) for source in sources}
     return {f"eval/{name}/{source}": value for source, found in by_name.items() for name, value in found.items()}
-
-
-def headlines() -> list[Headline]:
-    """What people are to see of episodes at every step."""
-    return [Headline("episode/turns", "turns", "{:.2f}"), Headline("episode/calls", "calls", "{:.2f}")]

@@ -32,18 +32,11 @@ from megatron_opd.teachers import build_teachers
 from megatron_opd.tracking import train_log
 from megatron_opd.tracking.phase import Phase
 from megatron_opd.tracking.tracker import METRICS_FILE, Tracker, build_tracker, read_metrics
-from megatron_opd.trainer import (
-    conditions,
-    episode_metrics,
-    fp8_fidelity,
-    loss_backend,
-    model_places,
-    shaping_metrics,
-    step_metrics,
-)
+from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, model_places, shaping_metrics, step_metrics
 from megatron_opd.trainer.alarms import Watchman, alarms_of
 from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
+from megatron_opd.trainer.episode_metrics import EpisodeWatch
 from megatron_opd.trainer.experience import Experience, build_leader
 from megatron_opd.trainer.goals import Goals
 from megatron_opd.trainer.held_out import HeldOut
@@ -139,10 +132,8 @@ class Run:
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed, self.kept = Stopwatch(), process_memory.Kept()
         self.watchman = Watchman(alarms_of(config.rl, config.rollout))
-        has_rewards = config.rewards_turns
-        self.episodes = episode_metrics.EpisodeWatch(parallel, has_rewards=has_rewards) if has_turns else None
-        turns = episode_metrics.headlines() if has_turns else []
-        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl), *turns])
+        self.episodes = EpisodeWatch(parallel, tracker, is_on=has_turns, has_rewards=config.rewards_turns)
+        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl), *self.episodes.headlines()])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
             self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
@@ -286,12 +277,9 @@ class Run:
         grading = self._grading(step) if self.config.has_rewards else {}
         if self.shaping is None and self.config.has_rewards:
             grading |= shaping_metrics.of_rewards(rollouts, self.config.data.train, self.parallel)
-        played, news = self.episodes.look(rollouts) if self.episodes else ({}, [])
-        for line in news:
-            self.tracker.message(line)
         return {
             **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=is_mixed),
-            **played,
+            **self.episodes.look(rollouts),
             **grading,
             **step_metrics.of_batches(batches, self.parallel),
             **step_metrics.of_parts(self.experience.parts, self.parallel),

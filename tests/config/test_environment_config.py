@@ -18,6 +18,7 @@ def tree_of(environment=TOOLS, *, source=None, **sections):
     """A valid tree with the run's environment, the first source's, and other settings of sections."""
     tree = copy.deepcopy(MINIMAL)
     tree["environment"] = environment
+    tree["data"]["chat_template"] = "tokenizer"
     if source is not None:
         tree["data"]["train"][0]["environment"] = source
     for name, settings in sections.items():
@@ -55,6 +56,11 @@ REFUSED = {
     "rewards of tools": (graded("environment", **TOOLS), "data.train.0.reward: environment is", "gives no rewards"),
     "answers of the data": (tree_of(answers={"lmbda": 0.5}), "answers.lmbda (0.5) must be 1", "data.train"),
     "mixed answers": (tree_of(answers={"teacher_mixed_alpha": 0.2}), "answers.teacher_mixed_alpha must be 0", ""),
+    "scales of all replicas": (
+        tree_of(parallel={"data": 2}, student={"dtype": "bf16"},
+                precision={"fp8": {"student": "full", "recipe": "delayed"}}),
+        "precision.fp8.recipe: delayed compares", "tensorwise",
+    ),
     "stages": (tree_of(parallel={"pipeline": 2}), "parallel.pipeline: an episode", "train.packing to true"),
     "stages and contexts": (
         tree_of(parallel={"pipeline": 2, "context": 2}), "parallel.pipeline: an episode", "micro_batch_size to 1",
@@ -76,6 +82,7 @@ ALLOWED = {
     "none at a source": tree_of(source={"name": "none"}, parallel={"data": 2}),
     "rewards of a class": graded("environment", name="my:World"),
     "stages, packed": tree_of(parallel={"pipeline": 2}, train={"packing": True}),
+    "stages, where nothing is written anew": tree_of(parallel={"pipeline": 2}, data={"chat_template": "none"}),
     "switched off, as the rest says nothing then": tree_of({**TOOLS, "name": "none"}),
 }
 
@@ -111,7 +118,6 @@ def test_sequences_are_as_long_as_environments_allow():
     assert (mixed.longest, mixed.most_sampled) == (1152, 128)
     seen = tree_of({**TOOLS, "max_tokens": 3000})
     seen["teachers"][0]["system_prompt"] = "Be brief."
-    seen["data"]["chat_template"] = "tokenizer"
     assert cfg.from_dict(seen).longest_scored == 1024 + 2999
 
 

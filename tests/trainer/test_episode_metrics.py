@@ -89,13 +89,24 @@ def test_held_out_ones_by_source():
 
 def test_failures_of_environments_are_said_a_few_times():
     alone = SimpleNamespace(gather_leaders=lambda mine: [mine, mine])
-    watch = episode_metrics.EpisodeWatch(alone, has_rewards=False)
-    metrics, news = watch.look([*episode(replace(FAILED, why="no 1")), *episode(DONE)])
+    said = []
+    tracker = SimpleNamespace(message=said.append)
+    watch = episode_metrics.EpisodeWatch(alone, tracker, is_on=True, has_rewards=False)
+    metrics = watch.look([*episode(replace(FAILED, why="no 1")), *episode(DONE)])
     assert metrics["episode/broken_frac"] == 0.5
-    assert news == ["warning: an environment failed, and its episode ended there: no 1"]
-    assert watch.look(episode(replace(FAILED, why="no 1")))[1] == []
-    assert len(watch.look([r for i in range(9) for r in episode(replace(FAILED, why=f"no {i}"))])[1]) == 2
-    assert watch.look(episode(replace(FAILED, why="more")))[1] == []
+    assert said == ["warning: an environment failed, and its episode ended there: no 1"]
+    watch.look(episode(replace(FAILED, why="no 1")))
+    assert len(said) == 1
+    for whys in (range(9), range(20, 29)):
+        watch.look([r for i in whys for r in episode(replace(FAILED, why=f"no {i}"))])
+        assert len(said) == len(set(said)) == 3
+    assert [headline.metric for headline in watch.headlines()] == ["episode/turns", "episode/calls"]
+
+
+def test_without_environments_nothing_is_gathered():
+    watch = episode_metrics.EpisodeWatch(None, None, is_on=False, has_rewards=False)
+    assert watch.look(episode(DONE)) == {}
+    assert watch.headlines() == []
 
 
 def test_an_episode_is_counted_once():
