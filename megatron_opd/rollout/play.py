@@ -19,6 +19,7 @@ from megatron_opd.core.types import EpisodeLog, Prompt, Rollout, Sampling
 from megatron_opd.environments.environment import Environment, Reply, Turn
 from megatron_opd.prompts.conversation import Conversation, message_of
 from megatron_opd.rollout.limited import EnvironmentThread, Trouble
+from megatron_opd.rollout.replies import checked_reply
 from megatron_opd.rollout.worlds import World, goes_on
 
 _T = TypeVar("_T")
@@ -68,7 +69,7 @@ class Episode:
         self._seconds_left = world.settings.episode_timeout_s
         self._turns = self._calls = 0
         self._failures: Counter[str] = Counter()
-        self._info: Counter[str] = Counter()
+        self._info: dict[str, float] = {}
         self._rewards: list[float] = []
         self._trouble: Trouble | None = None
 
@@ -108,11 +109,12 @@ class Episode:
         """The environment's turn, as `_turn`."""
         turn = self.world.turn(self._turns - 1, drawn.ids)
         self._calls += len(turn.calls)
-        reply = await self._within(self._environments[0].answer(turn))
+        answered = await self._within(self._environments[0].answer(turn))
+        if self._trouble is not None:
+            self._rewards.append(0.0)
+            return self._trouble.kind
         try:
-            self._note(reply)
-            if self._trouble is not None:
-                return self._trouble.kind
+            self._note(reply := checked_reply(answered))
             if reply.is_done:
                 return "done"
             if not reply.messages:
@@ -120,13 +122,16 @@ class Episode:
             if self._turns == self.world.settings.max_turns:
                 return "max_turns"
             return self._go_on(turn, drawn, reply)
-        except (ValueError, TypeError, AttributeError) as error:  # an environment of the user's own may say anything
-            self._trouble = Trouble("failed", f"what it says cannot be shown to the policy: {error}")
+        except ValueError as error:
+            self._trouble = Trouble("failed", f"what it says cannot be used: {error}")
             return "failed"
 
     def _go_on(self, turn: Turn, drawn: TurnDrawn, reply: Reply) -> str:
         part, shown = self.parts[-1], self.world.shown(reply.messages)
-        more = self.talk.continued(message_of(turn), drawn.ids, shown)
+        message = message_of(turn, is_structured=self.world.calls.is_structured)
+        more = self.talk.continued(message, drawn.ids, shown)
+        if more.forged:
+            self._info["forged_tokens"] = self._info.get("forged_tokens", 0.0) + more.forged
         if not goes_on(more, len(part.all_ids), self.world.room):
             return "context"
         if more.is_rewritten:
@@ -136,27 +141,25 @@ class Episode:
         return ""
 
     def _note(self, reply: Reply) -> None:
-        if self._trouble is not None:
-            reply = Reply()
-        self._rewards.append(float(reply.reward))
+        self._rewards.append(reply.reward)
         self._failures.update(reply.failures)
         for name, value in reply.info.items():
-            self._info[str(name)] += float(value)  # type: ignore[assignment]
+            self._info[name] = self._info.get(name, 0.0) + value
 
     async def _start(self) -> None:
         environment = self.world.kind.make()
         self._environments.append(environment)
         await environment.start(self.prompt)
 
-    async def _within(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """The result of the environment's work, within its time limits; where it fails, that is the episode's trouble
-        and there is an empty reply."""
+    async def _within(self, work: Coroutine[Any, Any, _T]) -> _T | None:
+        """The result of the environment's work, within its time limits; None where it fails, which is the episode's
+        trouble then."""
         began = time.monotonic()
         try:
             return await self._thread.run(work, min(self.world.settings.turn_timeout_s, max(self._seconds_left, 0.0)))
         except Trouble as trouble:
             self._trouble = trouble
-            return Reply()  # type: ignore[return-value]
+            return None
         finally:
             self._seconds_left -= time.monotonic() - began
 

@@ -9,14 +9,14 @@ from megatron_opd.config import DataConfig, EnvironmentConfig, TeacherConfig
 from megatron_opd.config.environment import NONE
 from megatron_opd.core.types import Prompt
 from megatron_opd.environments.build import build_kind
-from megatron_opd.environments.calls import CallReader, reader_of
+from megatron_opd.environments.calls import CallReader
 from megatron_opd.environments.environment import EnvironmentKind, Message, Turn
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.prompts.chat import Encoder, build_encoder
-from megatron_opd.prompts.conversation import Continuation, Conversation, render_later
+from megatron_opd.prompts.conversation import Continuation, Conversation, reader_for, render_later
 from megatron_opd.prompts.views import build_views
 
-_LEFT_OUT = "\n[… {} tokens left out …]\n"
+_LEFT_OUT = "\n[... {} tokens left out ...]\n"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class World:
         tokenizer = self.encoder.tokenizer
         said = ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids
         text = tokenizer.decode_all(said)
-        content, calls = self.calls.read(text)
+        content, calls = self.calls.read(text, number)
         return Turn(number=number, text=text, content=content, calls=calls, token_ids=ids)
 
     def shown(self, messages: Sequence[Message]) -> list[Message]:
@@ -94,7 +94,7 @@ def build_worlds(
             kind=kind,
             settings=settings,
             encoder=encoder,
-            calls=reader_of(tokenizer, encoder.template, settings.calls),
+            calls=reader_for(encoder, settings.calls),
             room=min(settings.max_tokens, context),
             views={name: continued(its, kind) for name, its in views.items()},
         )
