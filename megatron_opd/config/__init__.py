@@ -165,6 +165,11 @@ class Config:
         return max((e.max_tokens if e.is_on else plain for e in sources), default=plain)
 
     @property
+    def longest_response(self) -> int:
+        """Most tokens behind a prompt of the longest; an episode counts as one trajectory."""
+        return max(self.longest - self.data.max_prompt_tokens, self.rollout.max_new_tokens)
+
+    @property
     def longest_scored(self) -> int:
         """Tokens of the longest sequence that a teacher reads: what is behind a prompt stays as long, and a teacher's
         own prompt may be as long as data.max_prompt_tokens."""

@@ -105,7 +105,7 @@ def build(config: Config, *, gpu: str = ANY_GPU, prompt: float | None = None, re
     Raises ValueError for models that cannot be read, for an unknown GPU, and for impossible lengths.
     """
     problems: list[str] = [] if gpu in GPUS else [f"--gpu {gpu} is not known; known: {', '.join(GPUS)}"]
-    limits = {"--prompt": config.data.max_prompt_tokens, "--response": _longest_response(config)}
+    limits = {"--prompt": config.data.max_prompt_tokens, "--response": config.longest_response}
     for (option, limit), mean in zip(limits.items(), (prompt, response), strict=True):
         if mean is not None and not 1 <= mean <= limit:
             problems.append(f"{option} {mean:g} must lie between 1 and the longest that the config allows, {limit}")
@@ -124,13 +124,8 @@ def build(config: Config, *, gpu: str = ANY_GPU, prompt: float | None = None, re
         teachers=tuple(teachers),
         gpu_name=gpu,
         prompt=prompt or config.data.max_prompt_tokens,
-        response=response or _longest_response(config),
+        response=response or config.longest_response,
     )
-
-
-def _longest_response(config: Config) -> int:
-    """Most tokens behind a prompt of the longest; an episode counts as one trajectory."""
-    return max(config.longest - config.data.max_prompt_tokens, config.rollout.max_new_tokens)
 
 
 def _teacher(what: str, teacher: TeacherConfig, tensor: int, problems: list[str]) -> Architecture | None:

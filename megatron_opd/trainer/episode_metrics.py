@@ -16,7 +16,7 @@ from megatron_opd.tracking.headline import Headline
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.evaluate import ALL
 
-Totals: TypeAlias = Counter[tuple[str, str]]
+EpisodeSums: TypeAlias = Counter[tuple[str, str]]
 """Sums by (number that they are divided by, name); those numbers themselves by (COUNT, which)."""
 COUNT, EPISODES, CALLS = "count", "episodes", "calls"
 BROKEN = ("failed", "timeout")
@@ -27,9 +27,9 @@ _TOLD = 3
 """Failures of environments that are said."""
 
 
-def count(rollouts: Sequence[Rollout], *, has_rewards: bool = False) -> Totals:
+def count(rollouts: Sequence[Rollout], *, has_rewards: bool = False) -> EpisodeSums:
     """The student's episodes in environments; `has_rewards`: also what each turn was rewarded with."""
-    found: Totals = Counter()
+    found: EpisodeSums = Counter()
     for its in episodes(rollouts):
         episode = [rollouts[i] for i in its]
         if episode[0].origin == "student" and episode[-1].log.ended:
@@ -37,7 +37,7 @@ def count(rollouts: Sequence[Rollout], *, has_rewards: bool = False) -> Totals:
     return found
 
 
-def _add(found: Totals, episode: Sequence[Rollout], *, has_rewards: bool) -> None:
+def _add(found: EpisodeSums, episode: Sequence[Rollout], *, has_rewards: bool) -> None:
     log = episode[-1].log
     found[COUNT, EPISODES] += 1
     found[COUNT, CALLS] += log.calls
@@ -57,9 +57,9 @@ def _add(found: Totals, episode: Sequence[Rollout], *, has_rewards: bool) -> Non
         found[COUNT, name] += 1
 
 
-def means(parts: Iterable[Totals]) -> dict[str, float]:
+def means(parts: Iterable[EpisodeSums]) -> dict[str, float]:
     """The metrics of all replicas' episodes together; without episodes none, and without calls none about them."""
-    totals: Totals = Counter()
+    totals: EpisodeSums = Counter()
     for part in parts:
         for key, value in part.items():  # `update` would do; `+` would leave out what is not above 0
             totals[key] += value
@@ -95,7 +95,7 @@ class EpisodeWatch:
         return means(parts)
 
 
-def by_source(rollouts: Sequence[Rollout]) -> dict[str, Totals]:
+def by_source(rollouts: Sequence[Rollout]) -> dict[str, EpisodeSums]:
     """As `count`, of the episodes of each source that has some, and of all."""
     its: dict[str, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
@@ -104,7 +104,7 @@ def by_source(rollouts: Sequence[Rollout]) -> dict[str, Totals]:
     return {source: totals for source, totals in found.items() if totals}
 
 
-def of_held_out(parts: Sequence[Mapping[str, Totals]]) -> dict[str, float]:
+def of_held_out(parts: Sequence[Mapping[str, EpisodeSums]]) -> dict[str, float]:
     """`eval/<metric>/<source>`, also for the source `all`, of what `by_source` counted on each replica."""
     sources = dict.fromkeys(source for part in parts for source in part)
     by_name = {source: means(part[source] for part in parts if source in part) for source in sources}

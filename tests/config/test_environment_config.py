@@ -8,7 +8,6 @@ from test_config import MINIMAL, problems_of
 from megatron_opd import config as c
 from megatron_opd.config import checks_environment
 from megatron_opd.config import file as cfg
-from megatron_opd.planner import job as jobs
 from megatron_opd.sglang import serve
 
 TOOLS = {"name": "tools", "tools": ["calculator"]}
@@ -121,8 +120,8 @@ def test_sequences_are_as_long_as_environments_allow():
     assert cfg.from_dict(seen).longest_scored == 1024 + 2999
 
 
-def test_servers_and_planner_have_room_for_them():
+def test_servers_and_plans_have_room_for_them():
     tree = tree_of({**TOOLS, "max_tokens": 3000}, rollout={"engine": "sglang"})
     made = cfg.from_dict(tree)
     assert [its.longest for its in serve.needed(made)] == [3000 + serve.MARGIN]
-    assert jobs._longest_response(made) == 3000 - 1024
+    assert made.longest_response == 3000 - 1024
