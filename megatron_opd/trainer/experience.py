@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from megatron_opd.config import AnswersConfig, Config, Fp8Config, ParallelConfig, TrainConfig
 from megatron_opd.core.batching import pack, packing_for, renormalised
+from megatron_opd.core.episodes import once_an_episode
 from megatron_opd.core.named_weights import drain
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.protocols import Part, RolloutEngine
@@ -97,7 +98,7 @@ class Experience:
         """Guards work for which some ranks talk to servers."""
         self.ahead: Ahead | None = None
         self.finished = Finished()
-        """Counts this replica's training answers."""
+        """Counts this replica's training answers; an episode is one."""
         self._grading_s: dict[int, float] = {}
         """Seconds of grading, by step."""
 
@@ -144,9 +145,11 @@ class Experience:
         assert self.leader is not None, "leaders sample"
         how = replace(self.drawn, seed=self.drawn.seed + step)
 
+        count = once_an_episode(lambda: self.finished.add(step))
+
         def told(rollout: Rollout) -> None:
             self._submit(rollout)
-            self.finished.add(step)
+            count(rollout)
 
         if self.leader.answers is None:
             rollouts = self.leader.engine.generate(self.mine(prompts), how, on_finished=told)

@@ -24,6 +24,8 @@ class KeptAnswer:
     """Positions of the tokens that an environment wrote."""
     rewards: list[float] = dataclasses.field(default_factory=list)
     """The environment's reward of each turn."""
+    ended: str = ""
+    """Why the episode ended; empty for a plain answer."""
 
 
 def kept(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[KeptAnswer]:
@@ -37,6 +39,7 @@ def kept(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[KeptAns
             tokens=list(rollout.token_ids),
             context=[i for i, is_learnt in enumerate(rollout.learnt) if not is_learnt],
             rewards=list(rollout.log.rewards),
+            ended=rollout.log.ended,
         )
         for rollout in rollouts
     ]
@@ -56,5 +59,5 @@ def rollout_of(answer: KeptAnswer, prompts: Sequence[Prompt]) -> Rollout:
         finish="stop",
         versions=(0,) * sum(learnt),
         origin="teacher",
-        log=EpisodeLog(rewards=tuple(answer.rewards)),
+        log=EpisodeLog(rewards=tuple(answer.rewards), ended=answer.ended),
     )

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from megatron_opd.config import LossConfig, TeacherConfig
 from megatron_opd.config.section import section
+from megatron_opd.core.episodes import once_an_episode
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.core.whole_file import write_whole
@@ -85,7 +86,7 @@ def _asked(
     with tracker.phase(f"evaluating teacher {teacher.name}", total=len(prompts), unit="answers") as phase:
         engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
         player = with_environments(engine, evaluator.worlds)
-        answers = evaluator.greedy(player, prompts, lambda _: phase.advance())
+        answers = evaluator.greedy(player, prompts, once_an_episode(phase.advance))
         player.close()
     return as_kept(answers, prompts)
 

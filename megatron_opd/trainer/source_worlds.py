@@ -1,0 +1,61 @@
+"""The environments of sources before a run: they can be had, and the chat template works with their tools."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from megatron_opd.config import DataConfig, EnvironmentConfig
+from megatron_opd.environments.build import build_kind
+from megatron_opd.environments.environment import EnvironmentKind
+from megatron_opd.prompts.chat import Encoder, build_encoder
+from megatron_opd.prompts.conversation import check_template
+
+
+@dataclass(frozen=True, slots=True)
+class SourceWorld:
+    """What prompts of a source need of their environment."""
+
+    encoder: Encoder
+    """The student's, with the environment's tools."""
+    kind: EnvironmentKind | None
+    """None: an answer is one turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceWorlds:
+    """Environments that are built, each once for all sources that have it."""
+
+    data: DataConfig
+    encoder: Encoder
+    """Of prompts without an environment."""
+    _found: dict[str, SourceWorld | str] = field(default_factory=dict)
+    """By settings; a text says why there is none."""
+
+    def of(self, settings: EnvironmentConfig) -> SourceWorld:
+        """The environment of these settings. Raises ValueError naming what is wrong with them, with the machine, or
+        with the chat template."""
+        if not settings.is_on:
+            return SourceWorld(self.encoder, None)
+        key = json.dumps(asdict(settings), sort_keys=True)
+        if key not in self._found:
+            try:
+                self._found[key] = self._built(settings)
+            except ValueError as error:
+                self._found[key] = str(error)
+        found = self._found[key]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What people should know about how they work here."""
+        kinds = [world.kind for world in self._found.values() if isinstance(world, SourceWorld)]
+        return list(dict.fromkeys(kind.note for kind in kinds if kind and kind.note))
+
+    def _built(self, settings: EnvironmentConfig) -> SourceWorld:
+        kind = build_kind(settings)
+        encoder = build_encoder(self.data, self.encoder.tokenizer, tools=kind.tools, is_continued=True)
+        check_template(encoder, settings.calls)
+        return SourceWorld(encoder, kind)
