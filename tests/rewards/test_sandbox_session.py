@@ -199,9 +199,7 @@ def test_a_forged_reply_is_the_codes_own_word_and_ends_the_session_at_the_next_c
 
 
 def test_nothing_goes_on_between_cells(cells):
-    cells(
-        "import threading, time\nn = 0\ndef count():\n    global n\n    while True:\n        n += 1\n        time.sleep(0)"
-    )
+    cells("import threading\nn = 0\ndef count():\n    global n\n    while True: n += 1")
     cells("threading.Thread(target=count, daemon=True).start()")
     process = next(p for p in psutil.Process().children() if str(sandbox.JAIL) in p.cmdline())
     deadline = time.monotonic() + 120
