@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_opd.core.imported import imported
 from megatron_opd.core.types import Prompt
 from megatron_opd.environments.arguments import answer_to, refused
 from megatron_opd.environments.environment import Call, Message, Reply, Schema, Turn
-from megatron_opd.environments.imported import imported
 from megatron_opd.environments.threads import run_once
 
 _MAX_WORDS = 1000
@@ -126,7 +126,7 @@ def _found(name: str, registry: str) -> Any:
     path = name if ":" in name else ":".join(names.get(name, ()))
     if not path:
         raise ValueError(f"aviary knows no {name!r}, but {', '.join(sorted(names))}; or write module:Class")
-    return imported(path, what="aviary")
+    return imported(path, what="aviary", kind="class")
 
 
 @functools.cache

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 
 from megatron_opd.config.environment import NONE, OF_THE_RUN, TOOLS, EnvironmentConfig
+from megatron_opd.core.imported import imported
 from megatron_opd.core.types import Prompt
 from megatron_opd.environments import calculator, functions, python_session
 from megatron_opd.environments.environment import EnvironmentKind, Reply, Turn
-from megatron_opd.environments.imported import imported
 from megatron_opd.environments.tool import ToolKind
 from megatron_opd.environments.tools_environment import ToolsEnvironment
 
@@ -70,7 +70,7 @@ def _tool(name: str, settings: EnvironmentConfig) -> ToolKind:
 
 def _of_class(settings: EnvironmentConfig) -> EnvironmentKind:
     name = f"environment '{settings.name}'"
-    found = imported(settings.name, what="environment")
+    found = imported(settings.name, what="environment", kind="class")
     options = dict(settings.options)
     try:
         tools = getattr(found, "tools", ())

@@ -6,6 +6,7 @@ told to the policy in words (docs/environments.md has the table).
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -48,8 +49,10 @@ class ToolsEnvironment:
     async def close(self) -> None:
         """Close every tool that was called."""
         tools, self._tools = list(self._tools.values()), {}
-        for tool in tools:
-            await tool.close()
+        results = await asyncio.gather(*(tool.close() for tool in tools), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def _outcome(self, call: Call, deadline: float) -> Outcome:
         refusal = refused(call, self._schemas)

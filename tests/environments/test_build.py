@@ -54,8 +54,8 @@ def test_its_tools_may_depend_on_its_options():
     ("name", "options", "why"),
     [
         ("nowhere:C", {}, "environment 'nowhere:C': nowhere cannot be imported"),
-        ("own_tools:Nothing", {}, "own_tools has no Nothing"),
-        ("own_tools:", {}, "own_tools has no such name"),
+        ("own_tools:Nothing", {}, "own_tools has no class Nothing"),
+        ("own_tools:", {}, "own_tools has no class"),
         ("own_tools:Bare", {}, "has no method answer"),
         ("own_tools:WithTools", {"other": 1}, "its tools cannot be listed: TypeError"),
         ("own_tools:Countdown", {"other": 1}, "environment.options do not fit: .*'other'"),

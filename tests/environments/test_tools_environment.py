@@ -94,7 +94,7 @@ def test_tools_that_cannot_be():
     assert "there is no tool 'abacus'; known: calculator, python, or a function" in refusal("abacus")
     assert "more than one tool of the name calculator" in refusal("calculator", "calculator")
     assert "nowhere cannot be imported" in refusal("nowhere:f")
-    assert "own_tools has no other" in refusal("own_tools:other")
+    assert "own_tools has no function other" in refusal("own_tools:other")
     assert "Write a type hint for each argument" in refusal("own_tools:undescribed")
     assert "there is no environment 'gym'; known: none, tools" in refusal(name="gym")
     assert "there is no environment 'run'" in refusal(name="run")
