@@ -54,15 +54,13 @@ def test_the_tools_by_their_name_are_the_same(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_ranks_and_sampling_ahead(whole, tmp_path):
+def test_four_ranks_end_at_the_same_numbers(whole, tmp_path):
     layout = ["parallel.tensor=2", "parallel.data=2", "train.packing=true"]
     done = train(tmp_path, *OWN, *layout, launched=True)
     assert done.returncode == 0, done.stderr
     for mine, theirs in zip(rows(tmp_path), rows(whole), strict=True):
         theirs = {name: value for name, value in theirs.items() if not name.startswith("batch/")}
         assert {name: mine[name] for name in theirs} == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    ahead = train(tmp_path / "ahead", *OWN, "rollout.max_staleness=1")
-    assert ahead.returncode == 0, ahead.stderr
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path):
