@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_opd.environments.calls import CallReader, reader_of
-from megatron_opd.environments.environment import Message, Turn
+from megatron_opd.environments.environment import Call, Message, Turn
 from megatron_opd.prompts.chat import Encoder, checked
 from megatron_opd.prompts.control import control_tokens
 
@@ -192,20 +192,16 @@ def _call(call_id: str, name: str, arguments: Mapping[str, Any]) -> dict[str, An
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
-_PROBE: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Looks a word up.",
-        "parameters": {"type": "object", "properties": {"word": {"type": "string", "description": "The word."}}},
-    },
-}
+_MARK, _ANSWER = "swordfish", "kingfisher"
+"""Words that no template contains, for a made-up turn and its answer."""
 
 
 def check_template(encoder: Encoder, wanted: str) -> None:
-    """Try made-up conversations with the encoder's tools. Raises ValueError naming the setting, where the template
-    cannot show tools, calls or answers, where it rewrites plain turns, or where calls of the form `wanted`
-    (environment.calls) cannot be told."""
+    """Try a made-up turn that calls a tool, or has a user's answer where the encoder has no tools.
+
+    Raises ValueError naming the setting, where the template does not show tools, calls or answers, or refuses them,
+    where it rewrites turns without thoughts, and where calls of the form `wanted` (environment.calls) cannot be told.
+    """
     reader = reader_for(encoder, wanted)
     if encoder.tools and not reader.has_calls:
         raise ValueError(
@@ -214,3 +210,41 @@ def check_template(encoder: Encoder, wanted: str) -> None:
         )
     if encoder.template is None:
         return
+    start = encoder.render("?")
+    names = [str(tool["function"]["name"]) for tool in encoder.tools]
+    if missing := [name for name in names if name not in start]:
+        raise ValueError(_unfit(f"does not show tools ({', '.join(missing)})"))
+    thought = f"Hm.\n{_CLOSE}\n\n" if start.rstrip().endswith(_OPEN) else ""
+    call = Call(name="".join(names[:1]), arguments={"it": _MARK}, id="Probe0001")
+    calls = (call,) if names else ()
+    turn = Turn(number=0, text=thought + _MARK, content=thought + ("" if names else _MARK), calls=calls)
+    answer: Message = {"role": "user", "content": _ANSWER}
+    if names:
+        answer = {"role": "tool", "name": call.name, "tool_call_id": call.id, "content": _ANSWER}
+    talk, are_rewritten = _tried(encoder, message_of(turn, is_structured=reader.is_structured), turn.text, answer)
+    whole = encoder.apply(talk.messages, add_generation_prompt=True)
+    for word, what in ((_ANSWER, f"messages of role {answer['role']}"), (_MARK, "the assistant's tool_calls")):
+        if word not in whole:
+            raise ValueError(_unfit(f"does not show {what}"))
+    if names and are_rewritten:
+        raise ValueError(_unfit("rewrites every turn, also one without a thought, so that no trajectory could go on"))
+    read = [(one.name, one.arguments) for one in reader.read(whole[len(start) :])[1][:1]]
+    if wanted == "auto" and names and read != [(call.name, call.arguments)]:
+        raise ValueError(
+            f"environment.calls: auto reads calls in the form {reader.form}, in which the template does not write"
+            " them; name the form: hermes, llama3, mistral or python"
+        )
+
+
+def _tried(encoder: Encoder, reply: Message, text: str, answer: Message) -> tuple[Conversation, bool]:
+    """(a conversation with the turn and its answer, and the same again; whether the template rewrote any of it)."""
+    talk = Conversation(encoder, encoder.messages("?"))
+    ids = [*encoder.tokenizer.encode_all([text], add_special_tokens=False)[0], encoder.tokenizer.eos_id]
+    try:
+        return talk, any([talk.continued(reply, ids, [answer]).is_rewritten for _ in range(2)])
+    except ValueError as error:
+        raise ValueError(_unfit(f"cannot go on with a message of role {answer['role']}: {error}")) from None
+
+
+def _unfit(why: str) -> str:
+    return f"data.chat_template: the template {why}; give it a file with a template made for tools"
