@@ -19,7 +19,6 @@ from megatron_opd.prompts.control import control_tokens
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _OPENED = re.compile(rf"{_OPEN}(?:\s*{_CLOSE})?\s*\Z")
-"""A thought that the prompt opens, or opens and closes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +115,7 @@ class Conversation:
         thoughts within the content or beside it."""
         text = self._text(*(ids[:-1] if ids and ids[-1] in self.encoder.tokenizer.eos_ids else ids))
         own = {_OPEN, _CLOSE, *(token for token, i in self._control.ids.items() if i in set(ids))}
-        opened = match[0] if (match := _OPENED.search(start)) else ""
+        opened = _opened(start)
         ways: list[dict[str, Any]] = [dict(reply)]
         if reply.get("tool_calls"):
             ways.append({"role": "assistant", "content": text})
@@ -174,10 +173,15 @@ class Conversation:
         return str(hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def _opened(start: str) -> str:
+    """The thought that a prompt opens, or opens and closes, at its end."""
+    return match[0] if (match := _OPENED.search(start)) else ""
+
+
 def _shows(turn: str, way: Message, start: str) -> bool:
     """Whether the template's text of a turn has all that its message says: thought, content, and calls."""
-    content, thought = str(way["content"]), str(way.get("reasoning_content", ""))
-    is_closed = _CLOSE in content or bool(thought)
+    thought, content = str(way.get("reasoning_content", "")), str(way["content"]).removeprefix(_opened(start))
+    is_closed = bool(thought) or _CLOSE in content
     if not thought and is_closed:
         thought, _, content = content.partition(_CLOSE)
         thought = thought.strip().removeprefix(_OPEN)

@@ -11,10 +11,10 @@ from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.prompts.chat import Encoder
 
 QWEN3 = """\
-{%- macro calls(message) -%}
+{%- macro calls(message, content) -%}
 {%- for one in message.tool_calls or [] -%}
 {%- set call = one.function or one -%}
-{{ '\\n' if message.content or not loop.first }}<tool_call>
+{{ '\\n' if content or not loop.first }}<tool_call>
 {"name": "{{ call.name }}", "arguments": {{ call.arguments if call.arguments is string else call.arguments | tojson }}}
 </tool_call>
 {%- endfor -%}
@@ -64,7 +64,7 @@ Call one in this form:
 {%- else -%}
 {{ said.content -}}
 {%- endif -%}
-{{ calls(message) }}<|im_end|>
+{{ calls(message, said.content) }}<|im_end|>
 {% elif message.role == 'tool' -%}
 {{ '<|im_start|>user' if loop.first or messages[loop.index0 - 1].role != 'tool' }}
 <tool_response>
