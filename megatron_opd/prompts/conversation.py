@@ -78,18 +78,28 @@ class Conversation:
         """Add the policy's message and the answers to it; what follows the turn.
 
         `reply` is `message_of` the turn, `ids` its sampled tokens with its end. Raises ValueError, and adds nothing,
-        where answers are malformed or the template refuses them.
+        where answers are malformed, or the template refuses them.
         """
-        clean, forged = self._control.broken(checked([dict(answer) for answer in answers]))
+        clean, forged = self._clean(answers)
         if self.encoder.template is None:
-            text, joined = self._control.broken("".join(answer["content"] for answer in clean))
             self.messages += [reply, *clean]
-            return self._behind_turn(text, ids, forged + joined)
+            return self._behind_turn("".join(str(answer["content"]) for answer in clean), ids, forged)
         way, whole, tail = self._best(reply, ids, clean)
         self.messages += [way, *clean]
         if tail:
             return self._behind_turn(tail, ids, forged)
         return Continuation(ids=tuple(self.encoder.encode([whole])[0]), is_rewritten=True, text=whole, forged=forged)
+
+    def _clean(self, answers: Sequence[Message]) -> tuple[list[Message], int]:
+        """(the answers without control tokens, how many they had). Raises ValueError where that cannot be had."""
+        clean, forged = self._control.broken(checked([dict(answer) for answer in answers]))
+        _, joined = self._control.broken("".join(answer["content"] for answer in clean))
+        if joined:  # a template may put one answer right behind another
+            clean = [{**answer, "content": answer["content"] + " "} for answer in clean]
+        for answer in clean:
+            if self._control.of_structure.intersection(self._encoded(answer["content"])):
+                raise ValueError("an answer spells a control token in a way that cannot be broken up")
+        return clean, forged + joined
 
     def _best(self, reply: Message, ids: Sequence[int], answers: list[Message]) -> tuple[Message, str, str]:
         """(the policy's message as the template is given it, the whole text, what of it follows the turn; empty where
@@ -245,9 +255,10 @@ def _tried(encoder: Encoder, reply: Message, text: str, answer: Message) -> tupl
     talk = Conversation(encoder, encoder.messages("?"))
     ids = [*encoder.tokenizer.encode_all([text], add_special_tokens=False)[0], encoder.tokenizer.eos_id]
     try:
-        return talk, any([talk.continued(reply, ids, [answer]).is_rewritten for _ in range(2)])
+        both = [talk.continued(reply, ids, [answer]) for _ in range(2)]
     except ValueError as error:
         raise ValueError(_unfit(f"cannot go on with a message of role {answer['role']}: {error}")) from None
+    return talk, any(more.is_rewritten for more in both)
 
 
 def _unfit(why: str) -> str:
