@@ -18,9 +18,9 @@ from typing import Any
 
 from megatron_opd.core.imported import imported
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.arguments import answer_to, refused
 from megatron_opd.environments.environment import Call, Message, Reply, Schema, Turn
-from megatron_opd.environments.threads import run_once
+from megatron_opd.environments.off_the_loop import run_once
+from megatron_opd.environments.refusals import answer_to, refused
 
 _MAX_WORDS = 1000
 

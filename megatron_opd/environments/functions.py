@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_opd.core.imported import imported
 from megatron_opd.environments.environment import Schema
-from megatron_opd.environments.threads import in_thread
+from megatron_opd.environments.off_the_loop import in_thread
 from megatron_opd.environments.tool import Outcome, ToolKind
 
 MAX_CHARACTERS = 100_000

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_opd.environments.environment import Schema
-from megatron_opd.environments.threads import in_thread
+from megatron_opd.environments.off_the_loop import in_thread
 from megatron_opd.environments.tool import Outcome, ToolKind
 from megatron_opd.rewards.sandbox import GUARDS, SandboxError, SandboxLimits
-from megatron_opd.rewards.sandbox_session import Ended, Session
+from megatron_opd.rewards.sandbox_session import SandboxSession, SessionEnded
 
 CALL_S = 10.0
 """Longest time of a call, in seconds."""
@@ -49,10 +49,10 @@ def kind(*, output_tokens: int, cpu_s: float) -> ToolKind:
 @functools.cache
 def guards_here() -> tuple[str, ...]:
     """The guards that confine sessions on this machine. Raises SandboxError where code cannot be confined."""
-    session = Session(SandboxLimits(timeout_s=_START_S), characters=80)
+    session = SandboxSession(SandboxLimits(timeout_s=_START_S), characters=80)
     try:
         session.run("", _START_S)
-    except Ended as error:
+    except SessionEnded as error:
         raise SandboxError(f"code cannot be run here: the sandbox failed at an empty program: {error.reason}") from None
     finally:
         session.close()
@@ -72,17 +72,17 @@ class PythonSession:
 
     def __init__(self, limits: SandboxLimits, *, characters: int) -> None:
         self._limits, self._characters = limits, characters
-        self._session: Session | None = None
+        self._session: SandboxSession | None = None
 
     async def call(self, arguments: Mapping[str, Any], timeout_s: float) -> Outcome:
         """What `code` prints, and the value of its last expression."""
         seconds = min(timeout_s, CALL_S)
         if self._session is None:
-            self._session = Session(self._limits, characters=self._characters)
+            self._session = SandboxSession(self._limits, characters=self._characters)
         try:
             run = functools.partial(self._session.run, with_start_s=timeout_s)
             said = await in_thread(run, arguments["code"], seconds)
-        except Ended as error:
+        except SessionEnded as error:
             await self.close()
             return Outcome(text=f"Error: {_words(error, self._limits, seconds)} {_ANEW}", failure=error.reason)
         if said.has_failed:
@@ -96,7 +96,7 @@ class PythonSession:
             await in_thread(session.close)
 
 
-def _words(error: Ended, limits: SandboxLimits, seconds: float) -> str:
+def _words(error: SessionEnded, limits: SandboxLimits, seconds: float) -> str:
     if error.reason == "timeout":
         return f"the code was ended after {seconds:.3g} seconds."
     return (

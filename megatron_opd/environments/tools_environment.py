@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.arguments import answer_to, refused
 from megatron_opd.environments.environment import Call, Message, Reply, Turn
+from megatron_opd.environments.refusals import answer_to, refused
 from megatron_opd.environments.tool import Outcome, Tool, ToolKind
 
 SHARE_OF_TURN = 0.8

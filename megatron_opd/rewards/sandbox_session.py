@@ -36,7 +36,7 @@ class Said:
     has_failed: bool
 
 
-class Ended(Exception):
+class SessionEnded(Exception):
     """The session is over, and all that the code had defined is gone."""
 
     def __init__(self, reason: Literal["timeout", "died"]) -> None:
@@ -44,7 +44,7 @@ class Ended(Exception):
         self.reason = reason
 
 
-class Session:
+class SandboxSession:
     """One session, which begins with its first cell. `close` may be called from any thread, also during a cell."""
 
     def __init__(self, limits: SandboxLimits, *, characters: int, guards: tuple[str, ...] = GUARDS) -> None:
@@ -64,8 +64,8 @@ class Session:
     def run(self, code: str, timeout_s: float, *, with_start_s: float = _START_S) -> Said:
         """Run a cell, within so many seconds of wall time, and with the session's start within `with_start_s`.
 
-        Raises Ended when it does not come to an end, and SandboxError, having run nothing, when the network cannot be
-        cut off.
+        Raises SessionEnded when it does not come to an end, and SandboxError, having run nothing, when the network
+        cannot be cut off.
         """
         last = time.monotonic() + max(with_start_s, timeout_s)
         with self._running:
@@ -88,7 +88,7 @@ class Session:
 
     def _begin(self, deadline: float) -> None:
         if self._is_over:
-            raise Ended("died")
+            raise SessionEnded("died")
         self._home = self._resources.enter_context(sandbox.home_of_code())
         # The process dies with the thread that starts it, and the one here may end before the next cell.
         starting = _starter(os.getpid()).submit(sandbox.start, self._settings, self._home, subprocess.PIPE)
@@ -96,7 +96,7 @@ class Session:
             self._process = starting.result()
         os.set_blocking(self._stdin, False)
         if self._is_over:
-            raise Ended("died")
+            raise SessionEnded("died")
         hello = self._received(deadline)
         if "refused" in hello:
             raise SandboxError(f"code cannot be run here: {hello['refused']}")
@@ -104,26 +104,26 @@ class Session:
 
     def _asked(self, code: str, deadline: float) -> Said:
         if self._is_over or sandbox.is_ready(self._stdout, select.POLLIN, 0):  # nobody has asked for that
-            raise Ended("died")
+            raise SessionEnded("died")
         self._number += 1
         self._signal(signal.SIGCONT)
         self._send(json.dumps({"number": self._number, "code": code}).encode() + b"\n", deadline)
         reply = self._received(deadline)
         number, text, failed = reply.get("number"), reply.get("text"), reply.get("failed")
         if type(number) is not int or number != self._number or type(text) is not str or type(failed) is not bool:
-            raise Ended("died")
+            raise SessionEnded("died")
         return Said(text=shortened(text.encode("utf-8", "replace").decode(), self._characters), has_failed=failed)
 
     def _send(self, message: bytes, deadline: float) -> None:
         while message:
             if not sandbox.is_ready(self._stdin, select.POLLOUT, deadline - time.monotonic()):
-                raise Ended("timeout")
+                raise SessionEnded("timeout")
             try:
                 message = message[os.write(self._stdin, message) :]
             except BlockingIOError:
                 continue
             except OSError:
-                raise Ended("died") from None
+                raise SessionEnded("died") from None
 
     def _received(self, deadline: float) -> dict[str, Any]:
         """The one line that the process says."""
@@ -134,17 +134,17 @@ class Session:
                 part = os.read(self._stdout, most)
                 line += part
                 if not part or len(line) > most:
-                    raise Ended("died")
+                    raise SessionEnded("died")
             elif left_s <= 0:
-                raise Ended("timeout")
+                raise SessionEnded("timeout")
             elif sandbox.bytes_in(self._home) > self._limits.total_mb * 2**20:
-                raise Ended("died")
+                raise SessionEnded("died")
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
-            raise Ended("died") from None
+            raise SessionEnded("died") from None
         if not isinstance(message, dict):
-            raise Ended("died")
+            raise SessionEnded("died")
         return message
 
     @property

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_opd.rewards import sandbox
 from megatron_opd.rewards.sandbox import GUARDS, SandboxError, SandboxLimits
-from megatron_opd.rewards.sandbox_session import Ended, Session
+from megatron_opd.rewards.sandbox_session import SandboxSession, SessionEnded
 
 LIMITS = SandboxLimits(timeout_s=120.0, memory_mb=256, total_mb=4, file_mb=2)
 PATIENT_S, SHORT_S = 120.0, 0.1
@@ -19,7 +19,7 @@ ME = os.getpid()
 
 
 def session(*, guards=GUARDS, characters=400, limits=LIMITS):
-    return Session(limits, characters=characters, guards=guards)
+    return SandboxSession(limits, characters=characters, guards=guards)
 
 
 def here():
@@ -42,7 +42,7 @@ def cells():
 def outcome(run):
     try:
         return run()
-    except Ended as error:
+    except SessionEnded as error:
         return error.reason
 
 
@@ -183,11 +183,11 @@ ENDS = {
 @pytest.mark.parametrize(("code", "reason"), ENDS.values(), ids=ENDS)
 def test_code_that_hangs_or_dies_or_speaks_out_of_turn_ends_the_session(cells, code, reason):
     cells("kept = 7")
-    with pytest.raises(Ended) as ended:
+    with pytest.raises(SessionEnded) as ended:
         cells(code, SHORT_S if reason == "timeout" else PATIENT_S)
     assert ended.value.reason == reason
     assert nothing_is_left()
-    with pytest.raises(Ended):
+    with pytest.raises(SessionEnded):
         cells("1")
 
 
@@ -244,7 +244,7 @@ def test_a_session_can_be_closed_from_another_thread_while_it_runs(tmp_path, mon
     def hang():
         try:
             one.run("while True: pass", PATIENT_S)
-        except Ended as error:
+        except SessionEnded as error:
             ended.append(error.reason)
 
     thread = threading.Thread(target=hang)
@@ -256,7 +256,7 @@ def test_a_session_can_be_closed_from_another_thread_while_it_runs(tmp_path, mon
     assert nothing_is_left()
     assert list(tmp_path.iterdir()) == []
     one.close()
-    with pytest.raises(Ended):
+    with pytest.raises(SessionEnded):
         one.run("1", PATIENT_S)
 
 

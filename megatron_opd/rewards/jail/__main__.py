@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import confinement
 
@@ -29,13 +29,13 @@ def main() -> None:
         _task(settings, replies)
 
 
-def _task(settings: confinement.Settings, replies: BinaryIO) -> None:
+def _task(settings: dict[str, Any], replies: BinaryIO) -> None:
     import trial  # before the confinement, which hides this directory
 
     trial.run(settings, replies, no_guard=NO_GUARD)
 
 
-def _cells(settings: confinement.Settings, replies: BinaryIO) -> None:
+def _cells(settings: dict[str, Any], replies: BinaryIO) -> None:
     import notebook
     from messages import send
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeAlias
+from typing import Any
 
 import guards
 
-Settings: TypeAlias = dict[str, Any]
 
-
-def confine(settings: Settings) -> list[str]:
+def confine(settings: dict[str, Any]) -> list[str]:
     """All but the last guard; returns the names of those in force."""
     guards.die_with_parent()
     guards.hide_memory()
@@ -32,7 +30,7 @@ def confine(settings: Settings) -> list[str]:
     return in_force
 
 
-def cut_off(in_force: list[str], settings: Settings) -> bool:
+def cut_off(in_force: list[str], settings: dict[str, Any]) -> bool:
     """The last guard, for when no process has to be started any more. False where the network is still there."""
     if guards.SECCOMP in settings["guards"] and guards.deny_calls():
         in_force.append(guards.SECCOMP)

@@ -20,7 +20,7 @@ NAME = "<cell>"
 _MAX_WORDS = 1000
 
 
-class Output:
+class Printed:
     """A text that is written piece by piece, of which the middle is left out when it is long."""
 
     encoding = "utf-8"
@@ -62,7 +62,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, *, characters: int) -> NoReturn
     try:
         while True:
             asked = receive(requests)
-            output = Output(characters)
+            output = Printed(characters)
             sys.stdout = sys.stderr = output  # type: ignore[assignment]
             has_failed = _run(asked["code"], module.__dict__, output)
             send(replies, {"number": asked["number"], "text": output.text(), "failed": has_failed})
@@ -70,7 +70,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, *, characters: int) -> NoReturn
         os._exit(1)
 
 
-def _run(code: str, namespace: dict[str, Any], output: Output) -> bool:
+def _run(code: str, namespace: dict[str, Any], output: Printed) -> bool:
     """Run a cell; True when it raised something."""
     try:
         loops.prepare(code)
@@ -87,7 +87,7 @@ def _run(code: str, namespace: dict[str, Any], output: Output) -> bool:
     return False
 
 
-def _on_a_new_line(output: Output, text: str) -> None:
+def _on_a_new_line(output: Printed, text: str) -> None:
     so_far = output.text()
     output.write(f"\n{text}" if so_far and not so_far.endswith("\n") else text)
 

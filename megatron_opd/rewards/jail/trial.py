@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import confinement
 import guards
@@ -17,7 +17,7 @@ from answer import MAX_WORDS, serve
 from judge import judge, probe
 
 
-def run(settings: confinement.Settings, verdict: BinaryIO, *, no_guard: str) -> NoReturn:
+def run(settings: dict[str, Any], verdict: BinaryIO, *, no_guard: str) -> NoReturn:
     """Confine this process, split it in two, and write the verdict; `no_guard`: why nothing was run."""
     in_force = confinement.confine(settings)
     (to_read, to_answer), (to_hear, to_ask) = os.pipe(), os.pipe()
