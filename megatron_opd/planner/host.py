@@ -38,7 +38,7 @@ class HostMemory:
     trainer: float
     """All ranks on the machine, each at its peak."""
     others: dict[str, float]
-    """Launcher and servers, by name."""
+    """Launcher, servers, and sessions of the tool python, by name."""
 
     @property
     def rank(self) -> RankMemory:
@@ -58,7 +58,7 @@ def machine(job: Job, *, on_gpu: bool) -> HostMemory:
     peers = layout.tensor * layout.context - 1
     every = layout.data * sum(rank.total + peers * _without_engine(rank).total for rank in ranks)
     machines = math.ceil(layout.world_size / job.assumed.gpus_per_node) if on_gpu else 1
-    others = {"launcher": job.assumed.process, "servers": _servers(job)}
+    others = {"launcher": job.assumed.process, "servers": _servers(job), "sessions": _sessions(job) / machines}
     return HostMemory(
         on_gpu=on_gpu,
         ranks=ranks,
@@ -128,6 +128,12 @@ def _unpacked(file: Path) -> int:
     with file.open("rb") as opened:
         opened.seek(-4, os.SEEK_END)
         return max(size, int.from_bytes(opened.read(4), "little"))
+
+
+def _sessions(job: Job) -> float:
+    """Bytes of all sessions of the tool python, one for each episode of a step."""
+    has_python = any("python" in environment.tools for environment in job.config.environments)
+    return job.assumed.session * job.sequences * has_python
 
 
 def _servers(job: Job) -> float:

@@ -102,7 +102,7 @@ def test_a_teachers_own_prompt_leaves_room_for_a_trajectory(read):
 
 def test_an_environment_that_the_context_ends_is_said(read):
     found = read([{"number": 1}], GUESS[0])
-    assert "environment.max_tokens (4096) is more than the models' context of 64 tokens" in "".join(found.notes)
+    assert "environment.max_tokens (4096) is more than the 64 tokens that the models" in "".join(found.notes)
     off = read([{}], "environment.tools=[calculator]")
     assert "environment.name is none" in "".join(off.notes)
 
