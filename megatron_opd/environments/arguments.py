@@ -1,4 +1,4 @@
-"""Whether the arguments of a call fit a tool's JSON schema, in words that a policy can learn from.
+"""Whether a call is one of a tool that there is, with arguments that fit its JSON schema; if not, why, in words.
 
 It knows what schemas of functions are made of: type, enum, items, properties, required, additionalProperties, anyOf,
 nullable, and bounds of numbers. What else a schema says is not looked at.
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_opd.environments.environment import Call, Message, Schema
+from megatron_opd.environments.tool import Outcome
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -18,6 +21,22 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "null": (type(None),),
 }
+
+
+def refused(call: Call, schemas: Mapping[str, Schema]) -> Outcome | None:
+    """The outcome of a call that no tool is asked to run, by the schemas of the tools by name; None for all others."""
+    if call.problem:
+        return Outcome(text=f"Error: the call cannot be read: {call.problem}", failure="not_json")
+    if call.name not in schemas:
+        text = f"Error: there is no tool {call.name[:80]!r}; there are: {', '.join(schemas) or 'none'}"
+        return Outcome(text=text, failure="unknown_tool")
+    problem = problem_with(call.arguments, schemas[call.name]["function"].get("parameters", {}))
+    return Outcome(text=f"Error: {problem}", failure="bad_arguments") if problem else None
+
+
+def answer_to(call: Call, text: str) -> Message:
+    """The message that tells the policy what came of its call."""
+    return {"role": "tool", "name": call.name, "tool_call_id": call.id, "content": text}
 
 
 def problem_with(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
@@ -62,7 +81,7 @@ def _of(value: Any, schema: Mapping[str, Any], where: str) -> str:
 
 
 def _is(value: Any, kind: str) -> bool:
-    is_wrong_bool = isinstance(value, bool) and kind not in ("boolean",)
+    is_wrong_bool = isinstance(value, bool) and kind != "boolean"
     return not is_wrong_bool and isinstance(value, _TYPES.get(kind, (object,)))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 from megatron_opd.config.environment import NONE, OF_THE_RUN, TOOLS, EnvironmentConfig
+from megatron_opd.core.imported import imported
 from megatron_opd.core.types import Prompt
 from megatron_opd.environments import calculator, functions, python_session
 from megatron_opd.environments.environment import EnvironmentKind, Reply, Turn
-from megatron_opd.environments.imported import imported
 from megatron_opd.environments.tool import ToolKind
 from megatron_opd.environments.tools_environment import ToolsEnvironment
 
@@ -68,7 +70,7 @@ def _tool(name: str, settings: EnvironmentConfig) -> ToolKind:
 
 def _of_class(settings: EnvironmentConfig) -> EnvironmentKind:
     name = f"environment '{settings.name}'"
-    found = imported(settings.name, what="environment")
+    found = imported(settings.name, what="environment", kind="class")
     options = dict(settings.options)
     try:
         tools = getattr(found, "tools", ())
@@ -78,6 +80,12 @@ def _of_class(settings: EnvironmentConfig) -> EnvironmentKind:
     missing = [method for method in ("start", "answer", "close") if not callable(getattr(found, method, None))]
     if missing:
         raise ValueError(f"{name} has no method {missing[0]} ({WHERE} says what an environment is)")
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{name}: environment.options do not fit: {error}") from None
+    except ValueError:  # it has no signature that can be read
+        pass
     fields = getattr(found, "fields", None)
     return EnvironmentKind(
         name=settings.name,

@@ -8,8 +8,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_opd.core.imported import imported
 from megatron_opd.environments.environment import Schema
-from megatron_opd.environments.imported import imported
 from megatron_opd.environments.threads import in_thread
 from megatron_opd.environments.tool import Outcome, ToolKind
 
@@ -20,7 +20,7 @@ _MAX_WORDS = 1000
 
 def kind(path: str) -> ToolKind:
     """The tool of `module:function`. Raises ValueError when it is not there, or cannot be described."""
-    function = imported(path, what="tool")
+    function = imported(path, what="tool", kind="function")
     return ToolKind(schema=schema_of(function, path), make=lambda: Function(function))
 
 

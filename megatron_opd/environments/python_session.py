@@ -80,7 +80,8 @@ class PythonSession:
         if self._session is None:
             self._session = Session(self._limits, characters=self._characters)
         try:
-            said = await in_thread(self._session.run, arguments["code"], seconds)
+            run = functools.partial(self._session.run, with_start_s=timeout_s)
+            said = await in_thread(run, arguments["code"], seconds)
         except Ended as error:
             await self.close()
             return Outcome(text=f"Error: {_words(error, self._limits, seconds)} {_ANEW}", failure=error.reason)

@@ -6,12 +6,13 @@ told to the policy in words (docs/environments.md has the table).
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
 
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.arguments import problem_with
+from megatron_opd.environments.arguments import answer_to, refused
 from megatron_opd.environments.environment import Call, Message, Reply, Turn
 from megatron_opd.environments.tool import Outcome, Tool, ToolKind
 
@@ -26,6 +27,7 @@ class ToolsEnvironment:
     def __init__(self, kinds: Sequence[ToolKind], *, turn_timeout_s: float) -> None:
         """`turn_timeout_s`: the time limit of a turn, in seconds."""
         self._kinds = {kind.name: kind for kind in kinds}
+        self._schemas = {kind.name: kind.schema for kind in kinds}
         self._tools: dict[str, Tool] = {}
         self._time_s = turn_timeout_s * SHARE_OF_TURN
 
@@ -39,7 +41,7 @@ class ToolsEnvironment:
         failures: Counter[str] = Counter()
         for call in turn.calls:
             outcome = await self._outcome(call, deadline)
-            messages.append({"role": "tool", "name": call.name, "tool_call_id": call.id, "content": outcome.text})
+            messages.append(answer_to(call, outcome.text))
             if outcome.failure:
                 failures[outcome.failure] += 1
         return Reply(messages=messages, failures=dict(failures))
@@ -47,23 +49,18 @@ class ToolsEnvironment:
     async def close(self) -> None:
         """Close every tool that was called."""
         tools, self._tools = list(self._tools.values()), {}
-        for tool in tools:
-            await tool.close()
+        results = await asyncio.gather(*(tool.close() for tool in tools), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def _outcome(self, call: Call, deadline: float) -> Outcome:
-        if call.problem:
-            return Outcome(text=f"Error: the call cannot be read: {call.problem}", failure="not_json")
-        kind = self._kinds.get(call.name)
-        if kind is None:
-            known = ", ".join(self._kinds) or "none"
-            text = f"Error: there is no tool {call.name[:80]!r}; there are: {known}"
-            return Outcome(text=text, failure="unknown_tool")
-        problem = problem_with(call.arguments, kind.schema["function"]["parameters"])
-        if problem:
-            return Outcome(text=f"Error: {problem}", failure="bad_arguments")
+        refusal = refused(call, self._schemas)
+        if refusal is not None:
+            return refusal
         left_s = deadline - time.monotonic()
         if left_s < _LEAST_S:
             return Outcome(text="Error: the calls before this one have used up the turn's time", failure="timeout")
         if call.name not in self._tools:
-            self._tools[call.name] = kind.make()
+            self._tools[call.name] = self._kinds[call.name].make()
         return await self._tools[call.name].call(call.arguments, left_s)

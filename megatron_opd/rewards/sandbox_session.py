@@ -25,6 +25,7 @@ from megatron_opd.rewards.sandbox import GUARDS, SandboxError, SandboxLimits
 _BYTES_A_CHARACTER = 12
 """At most, as JSON writes them."""
 _FRAME_BYTES = 4096
+_START_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,18 +61,18 @@ class Session:
         self._resources = contextlib.ExitStack()
         self._home = ""
 
-    def run(self, code: str, timeout_s: float) -> Said:
-        """Run a cell, within so many seconds of wall time; the first one's include the session's start.
+    def run(self, code: str, timeout_s: float, *, with_start_s: float = _START_S) -> Said:
+        """Run a cell, within so many seconds of wall time, and with the session's start within `with_start_s`.
 
         Raises Ended when it does not come to an end, and SandboxError, having run nothing, when the network cannot be
         cut off.
         """
-        deadline = time.monotonic() + timeout_s
+        last = time.monotonic() + max(with_start_s, timeout_s)
         with self._running:
             try:
                 if self._process is None:
-                    self._begin(deadline)
-                said = self._asked(code, deadline)
+                    self._begin(last)
+                said = self._asked(code, min(time.monotonic() + timeout_s, last))
             except BaseException:
                 self._end()
                 raise

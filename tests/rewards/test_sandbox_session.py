@@ -1,6 +1,7 @@
 """Sessions in the sandbox, against code that wants out, and against code that speaks where it should not."""
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -199,9 +200,7 @@ def test_a_forged_reply_is_the_codes_own_word_and_ends_the_session_at_the_next_c
 
 
 def test_nothing_goes_on_between_cells(cells):
-    cells(
-        "import threading, time\nn = 0\ndef count():\n    global n\n    while True:\n        n += 1\n        time.sleep(0)"
-    )
+    cells("import threading\nn = 0\ndef count():\n    global n\n    while True: n += 1")
     cells("threading.Thread(target=count, daemon=True).start()")
     process = next(p for p in psutil.Process().children() if str(sandbox.JAIL) in p.cmdline())
     deadline = time.monotonic() + 120
@@ -269,6 +268,29 @@ def test_it_outlives_the_thread_that_began_it():
     thread.join(120)
     assert one.run("x", PATIENT_S).text == "5"
     one.close()
+
+
+def test_it_ends_with_its_program_however_that_ends():
+    to_read, to_write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(to_write, session().run("import os\nos.getpid()", PATIENT_S).text.encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(to_write)
+    process = int(os.read(to_read, 100))
+    os.close(to_read)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 120
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_long_code_arrives_and_odd_code_is_an_error(cells):
+    assert cells(f"x = '{'a' * 10**6}'\nlen(x)").text == "1000000"
+    for code in ("\ud800", "x\0", "(" * 10**4, "\\", "é = 1\né²"):
+        assert cells(code).has_failed
+    assert cells("len(x)").text == "1000000"
 
 
 def test_the_same_cells_say_the_same_in_every_session():
