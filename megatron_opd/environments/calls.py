@@ -7,6 +7,7 @@ a thought (`<think>…</think>`) is no call.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -196,7 +197,7 @@ def _own(hf: Any, text: str, prompt: str, tools: Sequence[Schema]) -> tuple[str,
     try:
         message = hf.parse_response(text, prefix=prompt, tools=list(tools) or None)
         found = message.get("tool_calls") or []
-        calls = [called(one.get("function", one) if isinstance(one, dict) else one) for one in found]
+        calls = [_strict(one.get("function", one) if isinstance(one, dict) else one) for one in found]
         content = message.get("content") or ""
     except Exception:  # of any kind: the parsers of its fields raise their own
         return None
@@ -204,6 +205,12 @@ def _own(hf: Any, text: str, prompt: str, tools: Sequence[Schema]) -> tuple[str,
         return text, []
     thought = text[: _behind(text, 0)] + "\n\n" if _CLOSE in text else ""
     return thought + content, calls
+
+
+def _strict(value: Any) -> Call:
+    """The call that a value is, if it could be read as strictly as other forms are."""
+    again, _, problem = found_json(json.dumps(value), 0)
+    return Call(name="", problem=problem) if problem else called(again)
 
 
 def _id(seed: str) -> str:

@@ -7,6 +7,7 @@ broken up: a space goes behind its first character (`< |im_end|>`), and the toke
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -22,32 +23,45 @@ class ControlTokens:
     ids: Mapping[str, int]
     """By their text: special tokens, and other added tokens that the template writes."""
     pattern: re.Pattern[str]
+    of_structure: frozenset[int]
+    """All ids but that of unknown characters, which any text may have."""
 
     def broken(self, value: Any, *, own: Collection[str] = ()) -> tuple[Any, int]:
-        """(a text, or all texts in a value of JSON, without control tokens but its `own`; how many there were)."""
+        """(a text, or all texts in a value of JSON, without control tokens but its `own`; how many there were).
+
+        Half of a surrogate pair, which no tokenizer takes, becomes a question mark.
+        """
         if isinstance(value, str):
-            return self._broken(value, own)
+            return self._broken(value.encode("utf-8", "replace").decode(), own)
         if isinstance(value, Mapping):
-            names, counts = zip(*(self.broken(name, own=own) for name in value), strict=True) if value else ((), ())
-            found = [self.broken(one, own=own) for one in value.values()]
-            return dict(zip(names, (one for one, _ in found), strict=True)), sum(counts) + sum(n for _, n in found)
+            pairs, count = self.broken([[name, one] for name, one in value.items()], own=own)
+            return dict(pairs), count
         if isinstance(value, list | tuple):
             found = [self.broken(one, own=own) for one in value]
-            return [one for one, _ in found], sum(n for _, n in found)
+            return [one for one, _ in found], sum(count for _, count in found)
         return value, 0
 
     def _broken(self, text: str, own: Collection[str]) -> tuple[str, int]:
         total = 0
-        while True:  # what is left could be one as well; each round makes a text longer, and tokens end somewhere
+        for spaced in itertools.count():
             count = sum(match[0] not in own for match in self.pattern.finditer(text))
             if not count:
-                return text, total
-            text = self.pattern.sub(lambda match: match[0] if match[0] in own else _spaced(match[0]), text)
+                break
+            # What a space leaves can be a control token again; one that begins with blanks always is.
+            put = functools.partial(_apart, own=own, is_blank=spaced >= _SPACES)
+            text = self.pattern.sub(put, text)
             total += count
+        return text, total
 
 
-def _spaced(token: str) -> str:
-    return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
+_SPACES = 4
+
+
+def _apart(match: re.Match[str], *, own: Collection[str], is_blank: bool) -> str:
+    token = match[0]
+    if token in own:
+        return token
+    return " " if is_blank or len(token) == 1 else f"{token[0]} {token[1:]}"
 
 
 def control_tokens(tokenizer: Tokenizer, template: str | None) -> ControlTokens:
@@ -58,8 +72,9 @@ def control_tokens(tokenizer: Tokenizer, template: str | None) -> ControlTokens:
 @functools.lru_cache(maxsize=16)
 def _control_tokens(hf: Any, template: str) -> ControlTokens:
     added = {token.content: (i, token.special) for i, token in hf.added_tokens_decoder.items()}
-    found = {text: i for text, (i, special) in added.items() if text.strip() and (special or text in template)}
-    for text in hf.all_special_tokens:
-        found.setdefault(text, hf.convert_tokens_to_ids(text))
+    known = {text: i for text, (i, special) in added.items() if special or text in template}
+    known |= {text: hf.convert_tokens_to_ids(text) for text in hf.all_special_tokens}
+    found = {text: i for text, i in known.items() if text.strip()}  # blanks are in every text
     longest_first = sorted(map(re.escape, found), key=len, reverse=True)
-    return ControlTokens(found, re.compile("|".join(longest_first) or "(?!)"))
+    of_structure = frozenset(i for i in found.values() if i != hf.unk_token_id)
+    return ControlTokens(found, re.compile("|".join(longest_first) or "(?!)"), of_structure)

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_opd.environments.calls import CallReader, reader_of
-from megatron_opd.environments.environment import Message, Turn
+from megatron_opd.environments.environment import Call, Message, Turn
 from megatron_opd.prompts.chat import Encoder, checked
 from megatron_opd.prompts.control import control_tokens
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _OPENED = re.compile(rf"{_OPEN}(?:\s*{_CLOSE})?\s*\Z")
-"""A thought that the prompt opens, or opens and closes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,18 +78,28 @@ class Conversation:
         """Add the policy's message and the answers to it; what follows the turn.
 
         `reply` is `message_of` the turn, `ids` its sampled tokens with its end. Raises ValueError, and adds nothing,
-        where answers are malformed or the template refuses them.
+        where answers are malformed, or the template refuses them.
         """
-        clean, forged = self._control.broken(checked([dict(answer) for answer in answers]))
+        clean, forged = self._clean(answers)
         if self.encoder.template is None:
-            text, joined = self._control.broken("".join(answer["content"] for answer in clean))
             self.messages += [reply, *clean]
-            return self._behind_turn(text, ids, forged + joined)
+            return self._behind_turn("".join(str(answer["content"]) for answer in clean), ids, forged)
         way, whole, tail = self._best(reply, ids, clean)
         self.messages += [way, *clean]
         if tail:
             return self._behind_turn(tail, ids, forged)
         return Continuation(ids=tuple(self.encoder.encode([whole])[0]), is_rewritten=True, text=whole, forged=forged)
+
+    def _clean(self, answers: Sequence[Message]) -> tuple[list[Message], int]:
+        """(the answers without control tokens, how many they had). Raises ValueError where that cannot be had."""
+        clean, forged = self._control.broken(checked([dict(answer) for answer in answers]))
+        _, joined = self._control.broken("".join(answer["content"] for answer in clean))
+        if joined:  # a template may put one answer right behind another
+            clean = [{**answer, "content": answer["content"] + " "} for answer in clean]
+        for answer in clean:
+            if self._control.of_structure.intersection(self._encoded(answer["content"])):
+                raise ValueError("an answer spells a control token in a way that cannot be broken up")
+        return clean, forged + joined
 
     def _best(self, reply: Message, ids: Sequence[int], answers: list[Message]) -> tuple[Message, str, str]:
         """(the policy's message as the template is given it, the whole text, what of it follows the turn; empty where
@@ -116,7 +125,7 @@ class Conversation:
         thoughts within the content or beside it."""
         text = self._text(*(ids[:-1] if ids and ids[-1] in self.encoder.tokenizer.eos_ids else ids))
         own = {_OPEN, _CLOSE, *(token for token, i in self._control.ids.items() if i in set(ids))}
-        opened = match[0] if (match := _OPENED.search(start)) else ""
+        opened = _opened(start)
         ways: list[dict[str, Any]] = [dict(reply)]
         if reply.get("tool_calls"):
             ways.append({"role": "assistant", "content": text})
@@ -174,10 +183,15 @@ class Conversation:
         return str(hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def _opened(start: str) -> str:
+    """The thought that a prompt opens, or opens and closes, at its end."""
+    return match[0] if (match := _OPENED.search(start)) else ""
+
+
 def _shows(turn: str, way: Message, start: str) -> bool:
     """Whether the template's text of a turn has all that its message says: thought, content, and calls."""
-    content, thought = str(way["content"]), str(way.get("reasoning_content", ""))
-    is_closed = _CLOSE in content or bool(thought)
+    thought, content = str(way.get("reasoning_content", "")), str(way["content"]).removeprefix(_opened(start))
+    is_closed = bool(thought) or _CLOSE in content
     if not thought and is_closed:
         thought, _, content = content.partition(_CLOSE)
         thought = thought.strip().removeprefix(_OPEN)
@@ -192,20 +206,16 @@ def _call(call_id: str, name: str, arguments: Mapping[str, Any]) -> dict[str, An
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
-_PROBE: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Looks a word up.",
-        "parameters": {"type": "object", "properties": {"word": {"type": "string", "description": "The word."}}},
-    },
-}
+_MARK, _ANSWER = "swordfish", "kingfisher"
+"""Words that no template contains, for a made-up turn and its answer."""
 
 
 def check_template(encoder: Encoder, wanted: str) -> None:
-    """Try made-up conversations with the encoder's tools. Raises ValueError naming the setting, where the template
-    cannot show tools, calls or answers, where it rewrites plain turns, or where calls of the form `wanted`
-    (environment.calls) cannot be told."""
+    """Try a made-up turn that calls a tool, or has a user's answer where the encoder has no tools.
+
+    Raises ValueError naming the setting, where the template does not show tools, calls or answers, or refuses them,
+    where it rewrites turns without thoughts, and where calls of the form `wanted` (environment.calls) cannot be told.
+    """
     reader = reader_for(encoder, wanted)
     if encoder.tools and not reader.has_calls:
         raise ValueError(
@@ -214,3 +224,42 @@ def check_template(encoder: Encoder, wanted: str) -> None:
         )
     if encoder.template is None:
         return
+    start = encoder.render("?")
+    names = [str(tool["function"]["name"]) for tool in encoder.tools]
+    if missing := [name for name in names if name not in start]:
+        raise ValueError(_unfit(f"does not show tools ({', '.join(missing)})"))
+    thought = f"Hm.\n{_CLOSE}\n\n" if start.rstrip().endswith(_OPEN) else ""
+    call = Call(name="".join(names[:1]), arguments={"it": _MARK}, id="Probe0001")
+    calls = (call,) if names else ()
+    turn = Turn(number=0, text=thought + _MARK, content=thought + ("" if names else _MARK), calls=calls)
+    answer: Message = {"role": "user", "content": _ANSWER}
+    if names:
+        answer = {"role": "tool", "name": call.name, "tool_call_id": call.id, "content": _ANSWER}
+    talk, are_rewritten = _tried(encoder, message_of(turn, is_structured=reader.is_structured), turn.text, answer)
+    whole = encoder.apply(talk.messages, add_generation_prompt=True)
+    for word, what in ((_ANSWER, f"messages of role {answer['role']}"), (_MARK, "the assistant's tool_calls")):
+        if word not in whole:
+            raise ValueError(_unfit(f"does not show {what}"))
+    if names and are_rewritten:
+        raise ValueError(_unfit("rewrites every turn, also one without a thought, so that no trajectory could go on"))
+    read = [(one.name, one.arguments) for one in reader.read(whole[len(start) :])[1][:1]]
+    if wanted == "auto" and names and read != [(call.name, call.arguments)]:
+        raise ValueError(
+            f"environment.calls: auto reads calls in the form {reader.form}, in which the template does not write"
+            " them; name the form: hermes, llama3, mistral or python"
+        )
+
+
+def _tried(encoder: Encoder, reply: Message, text: str, answer: Message) -> tuple[Conversation, bool]:
+    """(a conversation with the turn and its answer, and the same again; whether the template rewrote any of it)."""
+    talk = Conversation(encoder, encoder.messages("?"))
+    ids = [*encoder.tokenizer.encode_all([text], add_special_tokens=False)[0], encoder.tokenizer.eos_id]
+    try:
+        both = [talk.continued(reply, ids, [answer]) for _ in range(2)]
+    except ValueError as error:
+        raise ValueError(_unfit(f"cannot go on with a message of role {answer['role']}: {error}")) from None
+    return talk, any(more.is_rewritten for more in both)
+
+
+def _unfit(why: str) -> str:
+    return f"data.chat_template: the template {why}; give it a file with a template made for tools"
