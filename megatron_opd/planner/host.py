@@ -22,7 +22,7 @@ from megatron_opd.planner.memory import RankMemory
 EXPORT_BUCKET = 64 << 20
 """Bytes of weights that an export gathers at a time."""
 _PROMPTS = 2
-"""Bytes for a byte of a file of prompts: the row, and its token ids."""
+"""Bytes for a byte of a file of prompts: the row, and its token ids. With an environment its messages come besides."""
 _OF_THE_ENGINE = ("engine weights", "engine cache", "engine's passes")
 
 
@@ -114,9 +114,12 @@ def _save(job: Job, stage: int) -> dict[str, float]:
 
 def _prompts(job: Job) -> float:
     """Bytes of the prompts, which every rank has, by the sizes of their files; of others nothing is known."""
-    data = job.config.data
-    files = [Path(source.path) for source in (*data.train, *data.eval) if source.path]
-    return float(_PROMPTS * sum(_unpacked(file) for file in files if file.is_file()))
+    data, found = job.config.data, 0
+    for source in (*data.train, *data.eval):
+        if source.path and (file := Path(source.path)).is_file():
+            keeps_messages = job.config.environment_of(source).is_on
+            found += (_PROMPTS + keeps_messages) * _unpacked(file)
+    return float(found)
 
 
 def _unpacked(file: Path) -> int:
