@@ -43,7 +43,7 @@ def check_environments(
                 f"{setting}.max_tokens ({own.max_tokens}) must be above rollout.max_new_tokens"
                 f" ({rollout.max_new_tokens}): a trajectory is a prompt and at least one turn"
             )
-    problems += _check_rewards(environment, data)
+    problems += [*_check_rewards(environment, data), *_check_shared_names(environment, data)]
     if data.train and any(source.environment.or_of(environment).is_on for source in data.train):
         problems += _check_answers(answers)
         if data.chat_template != "none":  # without, nothing is written anew: an episode is one trajectory
@@ -125,6 +125,17 @@ def _check_rewards(environment: EnvironmentConfig, data: DataConfig) -> list[str
                     f" grader of answers, or set data.{kind}.{i}.environment.name to a class of yours"
                 )
     return problems
+
+
+def _check_shared_names(environment: EnvironmentConfig, data: DataConfig) -> list[str]:
+    """A source is known by its name alone while episodes are played."""
+    trained_on = {source.name: source.environment.or_of(environment) for source in data.train}
+    return [
+        f"data.eval.{i}.environment: the source '{source.name}' of data.train has another one; give one of the two"
+        " another name, or both the same environment"
+        for i, source in enumerate(data.eval)
+        if trained_on.get(source.name, source.environment.or_of(environment)) != source.environment.or_of(environment)
+    ]
 
 
 def _check_answers(answers: AnswersConfig) -> list[str]:

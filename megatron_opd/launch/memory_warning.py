@@ -60,6 +60,8 @@ def remedy(part: str, job: Job) -> str:
             return f"set teachers.{whole[0]}.dtype=bf16" if whole else "take a smaller teachers.0.model"
         case "prompts":
             return "shorten the files of data.train"
+        case "sessions":
+            return "lower rollout.prompts_per_step or rollout.samples_per_prompt: each episode has a session"
         case "servers":
             return "lower rollout.servers.count, or give urls of servers elsewhere"
         case "programs" | "launcher":

@@ -88,7 +88,7 @@ def build_worlds(
         if settings.name == NONE or source.name in found:
             continue
         kind = build_kind(settings)
-        encoder = continued(build_encoder(data, tokenizer), kind)
+        encoder = build_encoder(data, tokenizer, tools=kind.tools, is_continued=True)
         views = {view.teacher: view.encoder for view in build_views(teachers, data, source, encoder)}
         found[source.name] = World(
             kind=kind,
@@ -96,14 +96,9 @@ def build_worlds(
             encoder=encoder,
             calls=reader_for(encoder, settings.calls),
             room=min(settings.max_tokens, context),
-            views={name: continued(its, kind) for name, its in views.items()},
+            views=views,
         )
     return found
-
-
-def continued(encoder: Encoder, kind: EnvironmentKind) -> Encoder:
-    """An encoder of prompts that show the environment's tools and keep their messages."""
-    return replace(encoder, tools=kind.tools, is_continued=True)
 
 
 def goes_on(continuation: Continuation, before: int, room: int) -> bool:

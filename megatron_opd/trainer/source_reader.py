@@ -94,9 +94,14 @@ class SourceReader:
                 self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
         return found
 
+    @property
+    def _positions(self) -> int:
+        """Tokens of the longest sequence that every model has room for. A server keeps some positions for itself."""
+        return self.context - (serve.MARGIN if self.config.is_served else 0)
+
     def _room(self) -> int:
-        """Tokens of a prompt that leave room for an answer in every model. A server keeps some positions for itself."""
-        return self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
+        """Tokens of a prompt that leave room for an answer in every model."""
+        return self._positions - self.config.rollout.max_new_tokens
 
     def _limit(self, source: SourceConfig) -> Limit:
         """Of the prompts of a source, and of those that teachers see instead."""
@@ -110,7 +115,7 @@ class SourceReader:
                 limit, why = left, f"environment.max_tokens of {environment.max_tokens} less rollout.max_new_tokens"
             asked = [teacher for teacher in config.teachers if teacher.weight_for(source.name) > 0]
             # Behind a teacher's prompt there may be all that a trajectory has behind a prompt of one token.
-            left = self._room() + config.rollout.max_new_tokens - environment.max_tokens + 1
+            left = self._positions - environment.max_tokens + 1
             if left < limit and any(teacher.has_own_prompt for teacher in asked):
                 what = f"the models' context of {self.context} tokens less environment.max_tokens"
                 limit, why = left, f"{what}, as a teacher sees prompts of its own; lower environment.max_tokens"
@@ -123,10 +128,10 @@ class SourceReader:
         what = "environment" if of_run else f"{setting}.environment"
         world = attempt(what, lambda: self.worlds.of(settings), problems)
         self.problems.extend(problem for problem in problems if problem not in self.problems)
-        if settings.is_on and settings.max_tokens > self.context:
+        if settings.is_on and settings.max_tokens > self._positions:
             note = (
-                f"{what}.max_tokens ({settings.max_tokens}) is more than the models' context of {self.context} tokens:"
-                " episodes end there"
+                f"{what}.max_tokens ({settings.max_tokens}) is more than the {self._positions} tokens that the models"
+                " have room for: episodes end there"
             )
             self.notes.extend([note] if note not in self.notes else [])
         return world

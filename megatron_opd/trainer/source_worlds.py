@@ -51,8 +51,11 @@ class SourceWorlds:
     @property
     def notes(self) -> list[str]:
         """What people should know about how they work here."""
-        kinds = [world.kind for world in self._found.values() if isinstance(world, SourceWorld)]
-        return list(dict.fromkeys(kind.note for kind in kinds if kind and kind.note))
+        kinds = [world.kind for world in self._found.values() if isinstance(world, SourceWorld) and world.kind]
+        found = [kind.note for kind in kinds if kind.note]
+        if self.encoder.template is None and any(kind.tools for kind in kinds):
+            found.append("warning: data.chat_template is none, so prompts do not show the tools of the environment")
+        return list(dict.fromkeys(found))
 
     def _built(self, settings: EnvironmentConfig) -> SourceWorld:
         kind = build_kind(settings)

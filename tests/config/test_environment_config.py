@@ -53,6 +53,10 @@ REFUSED = {
     ),
     "rewards of none": (graded("environment", name="none"), "data.train.0.reward: environment is", "one turn"),
     "rewards of tools": (graded("environment", **TOOLS), "data.train.0.reward: environment is", "gives no rewards"),
+    "one name, two environments": (
+        tree_of(data={"eval": [{"name": "math", "path": "p", "environment": {"name": "none"}}]}),
+        "data.eval.0.environment: the source 'math' of data.train has another", "another name",
+    ),
     "answers of the data": (tree_of(answers={"lmbda": 0.5}), "answers.lmbda (0.5) must be 1", "data.train"),
     "mixed answers": (tree_of(answers={"teacher_mixed_alpha": 0.2}), "answers.teacher_mixed_alpha must be 0", ""),
     "scales of all replicas": (

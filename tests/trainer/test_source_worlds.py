@@ -102,13 +102,14 @@ def test_a_teachers_own_prompt_leaves_room_for_a_trajectory(read):
 
 def test_an_environment_that_the_context_ends_is_said(read):
     found = read([{"number": 1}], GUESS[0])
-    assert "environment.max_tokens (4096) is more than the models' context of 64 tokens" in "".join(found.notes)
+    assert "environment.max_tokens (4096) is more than the 64 tokens that the models" in "".join(found.notes)
     off = read([{}], "environment.tools=[calculator]")
     assert "environment.name is none" in "".join(off.notes)
 
 
-def test_tools_without_a_template_that_shows_them_are_refused(read):
+def test_tools_without_a_template_need_a_form_and_are_not_shown(read):
     tools = ("environment.name=tools", "environment.tools=[calculator]")
-    problems = problems_of(read, [{}], *tools)
-    assert len(problems) == 1
-    assert problems[0].startswith("environment: ")
+    (problem,) = problems_of(read, [{}], *tools)
+    assert problem.startswith("environment: environment.calls: auto cannot tell")
+    found = read([{}], *tools, "environment.calls=hermes", "environment.max_tokens=40")
+    assert found.notes[-1].startswith("warning: data.chat_template is none, so prompts do not show the tools")
