@@ -66,7 +66,7 @@ class Encoder:
             return str(
                 self.tokenizer.hf.apply_chat_template(
                     [dict(message) for message in messages],
-                    tools=list(self.tools) or None,
+                    tools=[dict(tool) for tool in self.tools] or None,
                     chat_template=self.template,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,

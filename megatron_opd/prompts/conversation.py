@@ -125,7 +125,8 @@ class Conversation:
         thoughts within the content or beside it."""
         tokenizer = self.encoder.tokenizer
         text = tokenizer.decode_all(ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids)
-        own = {_OPEN, _CLOSE, *(token for token, i in self._control.ids.items() if i in set(ids))}
+        sampled = set(ids)
+        own = {_OPEN, _CLOSE, *(token for token, i in self._control.ids.items() if i in sampled)}
         opened = _opened(start)
         ways: list[dict[str, Any]] = [dict(reply)]
         if reply.get("tool_calls"):
@@ -236,7 +237,8 @@ def check_template(encoder: Encoder, wanted: str) -> None:
     if names:
         answer = {"role": "tool", "name": call.name, "tool_call_id": call.id, "content": _ANSWER}
     whole, more = _tried(encoder, message_of(turn, is_structured=reader.is_structured), turn.text, answer)
-    for word, what in ((_ANSWER, f"messages of role {answer['role']}"), (_MARK, "the assistant's tool_calls")):
+    turns = "the assistant's tool_calls" if names else "the assistant's turns"
+    for word, what in ((_ANSWER, f"messages of role {answer['role']}"), (_MARK, turns)):
         if word not in whole:
             raise ValueError(_unfit(f"does not show {what}"))
     if names and any(one.is_rewritten for one in more):
