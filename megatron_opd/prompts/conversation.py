@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_opd.environments.calls import CallReader, reader_of
-from megatron_opd.environments.environment import Call, Message, Turn
+from megatron_opd.core.environment import Call, Message, Turn
+from megatron_opd.prompts.calls import CallReader, reader_of
 from megatron_opd.prompts.chat import Encoder, checked
 from megatron_opd.prompts.control import control_tokens
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from megatron_opd.config import SourceConfig
+from megatron_opd.core.environment import EnvironmentKind
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.environment import EnvironmentKind
 from megatron_opd.prompts.chat import Encoder, Messages, checked
 from megatron_opd.prompts.files import Row, as_messages, at_path, read_rows
 from megatron_opd.prompts.fingerprint import Fingerprinting

@@ -8,17 +8,17 @@ which may be part of the markers around it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+
+from megatron_opd.core.environment import Message
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _CHANGED = "the chat template changes the answer, so it cannot be told what the student is to say"
 
-_Message = dict[str, Any]
-Apply = Callable[[_Message], str]
+Apply = Callable[[Message], str]
 """The text of a whole conversation whose last message is the one given."""
 
 
-def turn_of(apply: Apply, rendered: str, reply: _Message) -> str:
+def turn_of(apply: Apply, rendered: str, reply: Message) -> str:
     """What follows the `rendered` prompt where the assistant's message is `reply`, its end of turn included.
 
     A thought of `reply` (`reasoning_content`, or `<think>…</think>` in its content) stays in it, unless the prompt
@@ -50,7 +50,7 @@ def turn_of(apply: Apply, rendered: str, reply: _Message) -> str:
     return said
 
 
-def _parts(reply: _Message) -> tuple[str, str, bool]:
+def _parts(reply: Message) -> tuple[str, str, bool]:
     """(thought, content without it, whether the thought stands in the content) of a message."""
     content = str(reply["content"])
     if reply.get("reasoning_content"):
@@ -61,7 +61,7 @@ def _parts(reply: _Message) -> tuple[str, str, bool]:
     return before.strip().removeprefix(_OPEN).strip(), after.strip(), True
 
 
-def _cut(apply: Apply, reply: _Message, whole: str) -> tuple[str, str]:
+def _cut(apply: Apply, reply: Message, whole: str) -> tuple[str, str]:
     """(what the template shows of the content, what it puts behind it), by where it puts other contents."""
     plain = {name: x for name, x in reply.items() if name != "reasoning_content"}
     probes = [apply({**plain, "content": content}) for content in "XY"]
@@ -80,7 +80,7 @@ def _common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _check_calls(reply: _Message, said: str) -> None:
+def _check_calls(reply: Message, said: str) -> None:
     """Raises ValueError where the turn lacks a tool that the message calls."""
     for call in reply.get("tool_calls") or []:
         function = call.get("function", call) if isinstance(call, dict) else {}

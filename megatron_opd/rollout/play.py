@@ -14,9 +14,9 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from megatron_opd.core.environment import Environment, Reply, Turn
 from megatron_opd.core.protocols import DrawTurn, OnFinished, TurnAsked, TurnDrawn
 from megatron_opd.core.types import EpisodeLog, Prompt, Rollout, Sampling
-from megatron_opd.environments.environment import Environment, Reply, Turn
 from megatron_opd.prompts.conversation import Conversation, message_of
 from megatron_opd.rollout.limited import EnvironmentThread, Trouble
 from megatron_opd.rollout.replies import checked_reply

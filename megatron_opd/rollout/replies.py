@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_opd.environments.environment import Reply
+from megatron_opd.core.environment import Reply
 
 
 def checked_reply(reply: Any) -> Reply:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from megatron_opd.config import DataConfig, EnvironmentConfig, TeacherConfig
 from megatron_opd.config.environment import NONE
+from megatron_opd.core.environment import EnvironmentKind, Message, Turn
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.build import build_kind
-from megatron_opd.environments.calls import CallReader
-from megatron_opd.environments.environment import EnvironmentKind, Message, Turn
 from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.prompts.calls import CallReader
 from megatron_opd.prompts.chat import Encoder, build_encoder
 from megatron_opd.prompts.conversation import Continuation, Conversation, reader_for, render_later
 from megatron_opd.prompts.views import build_views
+from megatron_opd.rollout.environments.build import build_kind
 
 _LEFT_OUT = "\n[... {} tokens left out ...]\n"
 

@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from megatron_opd.config import DataConfig, EnvironmentConfig
-from megatron_opd.environments.build import build_kind
-from megatron_opd.environments.environment import EnvironmentKind
+from megatron_opd.core.environment import EnvironmentKind
 from megatron_opd.prompts.chat import Encoder, build_encoder
 from megatron_opd.prompts.conversation import check_template
+from megatron_opd.rollout.environments.build import build_kind
 
 
 @dataclass(frozen=True, slots=True)

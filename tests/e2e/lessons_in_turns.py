@@ -5,7 +5,7 @@ import os
 import signal
 
 from megatron_opd.config import EnvironmentConfig
-from megatron_opd.environments.build import build_kind
+from megatron_opd.rollout.environments.build import build_kind
 
 KIND = build_kind(EnvironmentConfig(name="tools", tools=["calculator"]))
 ANSWERED = []

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
-from megatron_opd.environments.environment import Turn
+from megatron_opd.core.environment import Turn
 from megatron_opd.prompts.chat import Encoder
 from megatron_opd.prompts.conversation import Conversation, check_template, message_of, reader_for, render_later
 

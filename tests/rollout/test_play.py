@@ -7,10 +7,10 @@ from functools import cache
 import pytest
 
 from megatron_opd.config import DataConfig, EnvironmentConfig, SourceConfig, TeacherConfig
+from megatron_opd.core.environment import EnvironmentKind, Reply
 from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import TurnDrawn
 from megatron_opd.core.types import Prompt, Sampling
-from megatron_opd.environments.environment import EnvironmentKind, Reply
 from megatron_opd.models.tokenizer import load_tokenizer
 from megatron_opd.rollout.limited import EnvironmentThread
 from megatron_opd.rollout.play import Episode

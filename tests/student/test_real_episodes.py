@@ -11,8 +11,8 @@ import tiny
 import torch
 from test_play import CALL, FORGETS, kind_of, prompt_for, tokenizer, world
 
+from megatron_opd.core.environment import Reply
 from megatron_opd.core.types import Sampling
-from megatron_opd.environments.environment import Reply
 from megatron_opd.rollout.embedded_engine import LocalEngine
 from megatron_opd.rollout.episode_engine import EpisodeEngine
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.config.file import ConfigError, load
-from megatron_opd.environments.environment import Reply
+from megatron_opd.core.environment import Reply
 from megatron_opd.trainer import preflight
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/quickstart.yaml"

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Pieces
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from megatron_opd.environments.calls import NOTHING, OWN, reader_of
 from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.prompts.calls import NOTHING, OWN, reader_of
 
 FORMS = ("hermes", "llama3", "mistral", "python")
 ADD = {"name": "add", "arguments": {"a": 1, "b": [2, {"c": None}]}}

@@ -7,9 +7,9 @@ import pytest
 from test_tools_environment import call, played, turn
 
 from megatron_opd.config.environment import EnvironmentConfig
-from megatron_opd.environments import functions
-from megatron_opd.environments.build import build_kind
-from megatron_opd.environments.refusals import problem_with
+from megatron_opd.rollout.environments import functions
+from megatron_opd.rollout.environments.build import build_kind
+from megatron_opd.rollout.environments.refusals import problem_with
 
 
 def parameters():

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_opd.environments.environment import Schema
-from megatron_opd.environments.off_the_loop import in_thread
-from megatron_opd.environments.tool import Outcome, ToolKind
+from megatron_opd.core.environment import Schema
 from megatron_opd.rewards.sandbox import GUARDS, SandboxError, SandboxLimits
 from megatron_opd.rewards.sandbox_session import SandboxSession, SessionEnded
+from megatron_opd.rollout.environments.off_the_loop import in_thread
+from megatron_opd.rollout.environments.tool import Outcome, ToolKind
 
 CALL_S = 10.0
 """Longest time of a call, in seconds."""

@@ -11,10 +11,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_opd.core.environment import Call, Message, Reply, Turn
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.environment import Call, Message, Reply, Turn
-from megatron_opd.environments.refusals import answer_to, refused
-from megatron_opd.environments.tool import Outcome, Tool, ToolKind
+from megatron_opd.rollout.environments.refusals import answer_to, refused
+from megatron_opd.rollout.environments.tool import Outcome, Tool, ToolKind
 
 SHARE_OF_TURN = 0.8
 """A turn's calls have this share of its time limit, so that a tool that hangs is answered and the episode goes on."""

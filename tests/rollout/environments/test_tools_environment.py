@@ -6,9 +6,9 @@ import own_tools
 import pytest
 
 from megatron_opd.config.environment import EnvironmentConfig
+from megatron_opd.core.environment import Call, Turn
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.build import build_kind
-from megatron_opd.environments.environment import Call, Turn
+from megatron_opd.rollout.environments.build import build_kind
 
 PROMPT = Prompt(source="s", index=0, text="?", token_ids=(1,))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 
 from megatron_opd.config.environment import NONE, OF_THE_RUN, TOOLS, EnvironmentConfig
+from megatron_opd.core.environment import EnvironmentKind, Reply, Turn
 from megatron_opd.core.imported import imported
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments import calculator, functions, python_session
-from megatron_opd.environments.environment import EnvironmentKind, Reply, Turn
-from megatron_opd.environments.tool import ToolKind
-from megatron_opd.environments.tools_environment import ToolsEnvironment
+from megatron_opd.rollout.environments import calculator, functions, python_session
+from megatron_opd.rollout.environments.tool import ToolKind
+from megatron_opd.rollout.environments.tools_environment import ToolsEnvironment
 
 WHERE = "docs/environments.md"
 

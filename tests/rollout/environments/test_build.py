@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from megatron_opd.config.environment import EnvironmentConfig
+from megatron_opd.core.environment import Turn
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.build import build_kind
-from megatron_opd.environments.environment import Turn
+from megatron_opd.rollout.environments.build import build_kind
 
 PROMPT = Prompt(source="s", index=0, text="?", token_ids=(1,), extra={"start": 3})
 TURN = Turn(number=0, text="", content="")

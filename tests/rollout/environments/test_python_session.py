@@ -7,9 +7,9 @@ import psutil
 import pytest
 from test_tools_environment import call, played, turn
 
-from megatron_opd.environments import python_session
 from megatron_opd.rewards import sandbox
 from megatron_opd.rewards.sandbox import SandboxLimits
+from megatron_opd.rollout.environments import python_session
 
 
 def python(*codes, **settings):

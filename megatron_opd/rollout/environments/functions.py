@@ -8,10 +8,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_opd.core.environment import Schema
 from megatron_opd.core.imported import imported
-from megatron_opd.environments.environment import Schema
-from megatron_opd.environments.off_the_loop import in_thread
-from megatron_opd.environments.tool import Outcome, ToolKind
+from megatron_opd.rollout.environments.off_the_loop import in_thread
+from megatron_opd.rollout.environments.tool import Outcome, ToolKind
 
 MAX_CHARACTERS = 100_000
 """Of a longer answer the rest is dropped before anybody counts its tokens."""

@@ -1,7 +1,7 @@
 """Environments of aviary (the package fhaviary), which work step by step in this process, without an endpoint.
 
     environment:
-      name: megatron_opd.environments.aviary:Aviary
+      name: megatron_opd.rollout.environments.aviary:Aviary
       options: {dataset: gsm8k, split: train}      # a row's `task` is a number: the environment of that index
       options: {environment: calculator}           # a row's `task` is a text: the environment's from_task makes it
 
@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_opd.core.environment import Call, Message, Reply, Schema, Turn
 from megatron_opd.core.imported import imported
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.environment import Call, Message, Reply, Schema, Turn
-from megatron_opd.environments.off_the_loop import run_once
-from megatron_opd.environments.refusals import answer_to, refused
+from megatron_opd.rollout.environments.off_the_loop import run_once
+from megatron_opd.rollout.environments.refusals import answer_to, refused
 
 _MAX_WORDS = 1000
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_opd.environments.environment import Schema
+from megatron_opd.core.environment import Schema
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

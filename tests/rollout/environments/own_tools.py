@@ -5,7 +5,7 @@ import os
 import threading
 from typing import Literal
 
-from megatron_opd.environments.environment import Reply
+from megatron_opd.core.environment import Reply
 
 LET_GO = threading.Event()
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_opd.environments.environment import Call, Message, Schema
-from megatron_opd.environments.tool import Outcome
+from megatron_opd.core.environment import Call, Message, Schema
+from megatron_opd.rollout.environments.tool import Outcome
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_opd.environments.environment import Call, Schema
-from megatron_opd.environments.json_in_text import found_json
+from megatron_opd.core.environment import Call, Schema
 from megatron_opd.models.tokenizer import Tokenizer
+from megatron_opd.prompts.json_in_text import found_json
 
 OWN, NOTHING, PYTHON = "own", "nothing", "python"
 """Forms besides those that a config names: the tokenizer's response template; no calls at all. And code."""

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_opd.environments.environment import Schema
-from megatron_opd.environments.tool import Outcome, ToolKind
+from megatron_opd.core.environment import Schema
+from megatron_opd.rollout.environments.tool import Outcome, ToolKind
 
 SCHEMA: Schema = {
     "type": "function",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opd.environments.calculator import MAX_CHARACTERS, CannotCompute, compute
+from megatron_opd.rollout.environments.calculator import MAX_CHARACTERS, CannotCompute, compute
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from importlib.util import find_spec
 import pytest
 
 from megatron_opd.config.environment import EnvironmentConfig
+from megatron_opd.core.environment import Call, Turn
 from megatron_opd.core.types import Prompt
-from megatron_opd.environments.build import build_kind
-from megatron_opd.environments.environment import Call, Turn
+from megatron_opd.rollout.environments.build import build_kind
 
-NAME = "megatron_opd.environments.aviary:Aviary"
+NAME = "megatron_opd.rollout.environments.aviary:Aviary"
 WHY = "" if find_spec("aviary") else "environments of aviary need the package fhaviary"
 needs_it = pytest.mark.skipif(bool(WHY), reason=WHY)
 QUIZ = {"dataset": "own_aviary:Quiz", "size": 3}
@@ -153,7 +153,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("task", [None, True, 1.5, ["a"]])
 def test_a_row_needs_a_task(task):
-    from megatron_opd.environments.aviary import Aviary
+    from megatron_opd.rollout.environments.aviary import Aviary
 
     with pytest.raises(ValueError, match='needs a field "task"'):
         Aviary.check(prompt(task))
