@@ -229,13 +229,7 @@ def check_template(encoder: Encoder, wanted: str) -> None:
     names = [str(tool["function"]["name"]) for tool in encoder.tools]
     if missing := [name for name in names if name not in start]:
         raise ValueError(_unfit(f"does not show tools ({', '.join(missing)})"))
-    thought = f"Hm.\n{_CLOSE}\n\n" if start.rstrip().endswith(_OPEN) else ""
-    call = Call(name="".join(names[:1]), arguments={"it": _MARK}, id="Probe0001")
-    calls = (call,) if names else ()
-    turn = Turn(number=0, text=thought + _MARK, content=thought + ("" if names else _MARK), calls=calls)
-    answer: Message = {"role": "user", "content": _ANSWER}
-    if names:
-        answer = {"role": "tool", "name": call.name, "tool_call_id": call.id, "content": _ANSWER}
+    turn, answer = _made_up(names[:1], is_thinking=start.rstrip().endswith(_OPEN))
     whole, more = _tried(encoder, message_of(turn, is_structured=reader.is_structured), turn.text, answer)
     turns = "the assistant's tool_calls" if names else "the assistant's turns"
     for word, what in ((_ANSWER, f"messages of role {answer['role']}"), (_MARK, turns)):
@@ -246,12 +240,22 @@ def check_template(encoder: Encoder, wanted: str) -> None:
     said = whole[len(start) : len(whole) - len(more[0].text)]
     for end in encoder.tokenizer.eos_ids:
         said = said.removesuffix(encoder.tokenizer.decode_all([end]))
-    read = [(one.name, one.arguments) for one in reader.read(said)[1]]
-    if wanted == "auto" and names and read != [(call.name, call.arguments)]:
+    read, written = ([(one.name, one.arguments) for one in calls] for calls in (reader.read(said)[1], turn.calls))
+    if wanted == "auto" and names and read != written:
         raise ValueError(
             f"environment.calls: auto reads calls in the form {reader.form}, in which the template does not write"
             " them; name the form: hermes, llama3, mistral or python"
         )
+
+
+def _made_up(names: Sequence[str], *, is_thinking: bool) -> tuple[Turn, Message]:
+    """A turn that calls the tool of this name, and the tool's answer; without a name, words and a user's answer."""
+    thought = f"Hm.\n{_CLOSE}\n\n" if is_thinking else ""
+    calls = tuple(Call(name=name, arguments={"it": _MARK}, id="Probe0001") for name in names)
+    turn = Turn(number=0, text=thought + _MARK, content=thought + ("" if calls else _MARK), calls=calls)
+    if not calls:
+        return turn, {"role": "user", "content": _ANSWER}
+    return turn, {"role": "tool", "name": calls[0].name, "tool_call_id": calls[0].id, "content": _ANSWER}
 
 
 def _tried(encoder: Encoder, reply: Message, text: str, answer: Message) -> tuple[str, list[Continuation]]:
