@@ -316,6 +316,12 @@ def test_qwen3_without_thinking_takes_the_empty_thought_out_behind_a_users_messa
     assert talk.ids == talk.rendered()
 
 
+def test_an_empty_thought_of_the_policy_is_taken_out_behind_a_users_message():
+    talk = Talk(encoder(QWEN3), USER)
+    assert talk.say("<think>\n\n</think>\n\nIt is 2.", user("Sure?"), content="It is 2.").is_rewritten
+    assert talk.ids == talk.rendered()
+
+
 def test_an_empty_thought_stays_behind_tools():
     talk = Talk(encoder(QWEN3), USER)
     said = hermes("1+1", before="<think>\n\n</think>\n\n")
