@@ -203,8 +203,8 @@ def test_a_reply_that_comes_late_is_no_reply_to_the_next_cell(cells):
     """The process is stopped before the real one, which comes when it goes on."""
     cells("import os, time")
     forged = b'{"number": 2, "text": "forged", "failed": false}\n'
-    assert cells(f"{spoken(repr(forged))}\ntime.sleep(1)\nprint('of cell 2')").text == "forged"
-    assert outcome(lambda: cells("print('of cell 3')").text) == "died"
+    assert cells(f"{spoken(repr(forged))}\ntime.sleep(0.3)\nprint('of cell 2')").text == "forged"
+    assert outcome(lambda: cells("time.sleep(1)\nprint('of cell 3')").text) == "died"
 
 
 def test_nothing_goes_on_between_cells(cells):
