@@ -12,7 +12,7 @@ from pathlib import Path
 import tool
 
 from megatron_opd.config.yaml_text import load_value
-from megatron_opd.environments.aviary import rows
+from megatron_opd.rollout.environments.aviary import rows
 
 _EXAMPLES = """\
 examples:
