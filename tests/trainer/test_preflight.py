@@ -474,7 +474,7 @@ def test_rewards_that_there_are_not(said):
     _, *problems = said("check", "data.eval.0.reward=exakt", "data.train.1.reward=a:b:c")
     assert len(problems) == 2
     assert (
-        "data.eval.0.reward: there is no reward 'exakt'; known: exact, gsm8k, math, code, ifeval, none, or a function"
+        "data.eval.0.reward: there is no reward 'exakt'; known: exact, gsm8k, math, code, ifeval, environment, none, or a function"
         in problems[1]
     )
     _, problem = said("check", "data.eval.0.reward=no_such_module:f")
