@@ -24,8 +24,17 @@ ROWS = {"train": 400, "eval": 200}
 WITHOUT_TOOL = Lesson(0.2, has_tool=False, calls=False)
 RECIPES = {
     "teacher": Recipe([Lesson(0.8), WITHOUT_TOOL], steps=400, seed=1),
-    # Knows what a call looks like and rarely makes one; half of those are broken, or about other numbers.
-    "student": Recipe([Lesson(0.5, calls=False), Lesson(0.3, slip=0.25, broken=0.3), WITHOUT_TOOL], steps=400, seed=2),
+    # Reads what the tool says well enough, when somebody has called it; rarely calls it, and then often wrongly.
+    "student": Recipe(
+        [
+            Lesson(0.45, calls=False),
+            Lesson(0.1, slip=0.25, broken=0.3),
+            Lesson(0.25, learns_call=False, slip=0.1),
+            WITHOUT_TOOL,
+        ],
+        steps=400,
+        seed=2,
+    ),
 }
 
 DESCRIPTION = """\

@@ -22,6 +22,9 @@ class Lesson:
     share: float
     has_tool: bool = True
     calls: bool = True
+    """Whether the tool is called; otherwise the answer comes at once."""
+    learns_call: bool = True
+    """Whether the call is learnt; otherwise somebody else made it, and only the answer is."""
     slip: float = 0.0
     """How often a digit that is copied becomes a random one."""
     broken: float = 0.0
@@ -89,7 +92,8 @@ def conversation(lesson, pair, rng):
         return [*parts, (call.replace(DROPPED[rng.integers(len(DROPPED))], "") + END, True)]
     between = products.told(answer)
     # The end of the turn is the model's, what follows it is not.
-    return [*parts, (call + END, True), (between[len(END) :], False), (_slipped(answer, lesson.slip, rng) + END, True)]
+    parts.append((call + END, lesson.learns_call))
+    return [*parts, (between[len(END) :], False), (_slipped(answer, lesson.slip, rng) + END, True)]
 
 
 def batch(lessons, count, rng, tokenizer):
