@@ -107,6 +107,8 @@ setup(
         "wandb": WANDB,
         # The authors' checker of IFEval, as lm-eval keeps it; brings scikit-learn and SciPy (0.3 GB), but no torch.
         "ifeval": ["lm-eval[ifeval]>=0.4.13"],
+        # Environments of aviary (docs/environments.md); those with data of their own are packages of their own.
+        "aviary": ["fhaviary>=0.37,<0.38"],
         "gguf": GGUF,
         "llm": GGUF,  # what tools/fetch_smollm2.py needs
         # For the test that reads exported adapters with peft itself; writing them needs nothing.

@@ -74,7 +74,9 @@ def example(has_tool=True):
     text = prompt(question, has_tool)
     if has_tool:
         function = {"name": "calculator", "arguments": arguments}
-        messages.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]})
+        messages.append(
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        )
         messages.append({"role": "tool", "name": "calculator", "content": answer})
         text += call(question) + told(answer)
     messages.append({"role": "assistant", "content": answer})

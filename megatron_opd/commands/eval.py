@@ -53,10 +53,14 @@ def evaluate(config: Config, model: str | Path | None = None) -> dict[str, float
     source, and ValueError for a model that cannot be read.
     """
     from megatron_opd.config.file import ConfigError
+    from megatron_opd.core.episodes import once_an_episode
     from megatron_opd.models import hub
     from megatron_opd.models.tokenizer import load_tokenizer
     from megatron_opd.rollout.embedded_engine import LocalEngine
+    from megatron_opd.rollout.episode_engine import with_environments
+    from megatron_opd.rollout.worlds import build_worlds
     from megatron_opd.tracking.tracker import console_alone
+    from megatron_opd.trainer import episode_metrics
     from megatron_opd.trainer.evaluate import Evaluator, means, num_answers
     from megatron_opd.trainer.preflight import check_model, read_inputs
 
@@ -81,10 +85,14 @@ def evaluate(config: Config, model: str | Path | None = None) -> dict[str, float
         check_model(readable, config.student.model)
         with shown.phase(f"loading {hub.origin(places[named]) or named}"):
             engine = LocalEngine(readable, **ends, dtype=config.rollout.dtype)  # as the evaluations of the run
-        evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, load_tokenizer(readable))
+        tokenizer = load_tokenizer(readable)
+        worlds = build_worlds(config.data, config.environment, config.teachers, tokenizer, context=inputs.context)
+        evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer, worlds)
+        player = with_environments(engine, worlds)
         with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
-            _, totals = evaluator.answer(engine, prompts, samples=samples, told=lambda _: phase.advance())
-    return means([totals], "eval")
+            told = once_an_episode(phase.advance)
+            greedy, totals = evaluator.answer(player, prompts, samples=samples, told=told)
+    return means([totals], "eval") | episode_metrics.of_held_out([episode_metrics.by_source(greedy)])
 
 
 def _newest(run_dir: str, student: str) -> str | Path:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from megatron_opd.config.answers import AnswersConfig
 from megatron_opd.config.crosstok import CrossTokenizerConfig
 from megatron_opd.config.data import DataConfig, RewardsConfig, SourceConfig
-from megatron_opd.config.environment import EnvironmentConfig
+from megatron_opd.config.environment import NONE, TOOLS, EnvironmentConfig
 from megatron_opd.config.lora import LoraConfig
 from megatron_opd.config.method import LossConfig, RolloutConfig
 from megatron_opd.config.models import (
@@ -140,6 +140,48 @@ class Config:
     def environment_of(self, source: SourceConfig) -> EnvironmentConfig:
         """The environment of a source's prompts."""
         return source.environment.or_of(self.environment)
+
+    @property
+    def environments(self) -> list[EnvironmentConfig]:
+        """The environments of all sources that have one."""
+        found = [self.environment_of(source) for source in (*self.data.train, *self.data.eval)]
+        return [environment for environment in found if environment.is_on]
+
+    @property
+    def plays_episodes(self) -> bool:
+        """Whether training prompts have environments."""
+        return any(self.environment_of(source).is_on for source in self.data.train)
+
+    @property
+    def rewards_turns(self) -> bool:
+        """Whether an environment of training prompts may reward turns, which the tools that come with it do not."""
+        return any(self.environment_of(source).name not in (NONE, TOOLS) for source in self.data.train)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the student's longest sequence, the prompt included."""
+        plain = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        sources = [self.environment_of(source) for source in (*self.data.train, *self.data.eval)]
+        return max((e.max_tokens if e.is_on else plain for e in sources), default=plain)
+
+    @property
+    def longest_response(self) -> int:
+        """Most tokens behind a prompt of the longest; an episode counts as one trajectory."""
+        return max(self.longest - self.data.max_prompt_tokens, self.rollout.max_new_tokens)
+
+    @property
+    def longest_scored(self) -> int:
+        """Tokens of the longest sequence that a teacher reads: what is behind a prompt stays as long, and a teacher's
+        own prompt may be as long as data.max_prompt_tokens."""
+        if not self.environments or not any(teacher.has_own_prompt for teacher in self.teachers):
+            return self.longest
+        return self.data.max_prompt_tokens + self.longest - 1
+
+    @property
+    def most_sampled(self) -> int:
+        """Most tokens that the policy samples in a trajectory."""
+        turns = [min(e.max_turns * self.rollout.max_new_tokens, e.max_tokens - 1) for e in self.environments]
+        return max((self.rollout.max_new_tokens, *turns))
 
     def teacher_weights(self, source: str) -> list[float]:
         """Ensemble weights of all teachers for prompts of `source`, in config order, summing to 1."""

@@ -24,6 +24,7 @@ from megatron_opd.config import (
 )
 from megatron_opd.config.checks_answers import check_answers, needs_teachers
 from megatron_opd.config.checks_context import check_context
+from megatron_opd.config.checks_environment import check_environments
 from megatron_opd.config.checks_goals import check_goals
 from megatron_opd.config.checks_lora import check_lora
 from megatron_opd.config.checks_method import check_method, check_minibatches
@@ -44,7 +45,7 @@ def check(config: Config) -> list[str]:
         *_check_schedule(c.optim),
         *check_goals(c.train, c.data),
         *_check_layout(c.parallel, c.rollout, c.train),
-        *check_context(c.parallel, c.teachers, c.train, longest=c.data.max_prompt_tokens + c.rollout.max_new_tokens),
+        *check_context(c.parallel, c.teachers, c.train, longest=c.longest),
         *check_lora(c.lora),
         *_check_run(c.run),
         *([] if c.teachers or not needs_teachers(c.loss, c.policy, c.answers) else [_NO_TEACHER]),
@@ -56,6 +57,15 @@ def check(config: Config) -> list[str]:
         *check_method(c.loss, c.policy, c.rl, c.rollout),
         *check_minibatches(c.train, c.rollout, c.parallel),
         *check_answers(c.answers, c.teachers, c.loss, c.rollout),
+        *check_environments(
+            c.environment,
+            c.data,
+            answers=c.answers,
+            rollout=c.rollout,
+            train=c.train,
+            parallel=c.parallel,
+            fp8=c.precision.fp8,
+        ),
         *check_precision(c.precision, c.student, c.teachers, has_adapters=c.lora.rank > 0),
     ]
 

@@ -23,6 +23,7 @@ def check_context(
     if parallel.length_multiple > longest:
         problems.append(
             f"parallel.context={parallel.context} splits sequences into {parallel.length_multiple} pieces, more than"
-            f" the {longest} tokens of data.max_prompt_tokens + rollout.max_new_tokens; lower it"
+            f" the {longest} tokens of the longest sequence (data.max_prompt_tokens + rollout.max_new_tokens, or"
+            " environment.max_tokens); lower it"
         )
     return problems

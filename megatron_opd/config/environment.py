@@ -39,6 +39,11 @@ class EnvironmentConfig:
     episode_timeout_s: Positive = 600.0
     """Longest time of all of the environment's work in an episode, in seconds; then the episode ends."""
 
+    @property
+    def is_on(self) -> bool:
+        """Whether something answers the policy. It must be the environment of a source (`or_of`)."""
+        return self.name != NONE
+
     def or_of(self, run: EnvironmentConfig) -> EnvironmentConfig:
         """This environment of a source, or the run's where the source has none of its own."""
         return run if self.name == OF_THE_RUN else self

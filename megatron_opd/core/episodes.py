@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from megatron_opd.core.types import Rollout
@@ -27,8 +27,22 @@ def episodes(rollouts: Sequence[Rollout]) -> list[list[int]]:
     return found
 
 
+def once_an_episode(advance: Callable[[], object]) -> Callable[[Rollout], None]:
+    """A receiver of finished trajectories that calls `advance` once an episode."""
+
+    def told(rollout: Rollout) -> None:
+        if rollout.part == 0:
+            advance()
+
+    return told
+
+
 def last_turn(rollout: Rollout) -> tuple[int, ...]:
     """The last learnt tokens that follow each other without another's in between: of a plain answer, all of it."""
+    return next((ids for is_learnt, ids in reversed(runs(rollout)) if is_learnt), ())
+
+
+def runs(rollout: Rollout) -> list[tuple[bool, tuple[int, ...]]]:
+    """(whether they are learnt, their ids) of tokens that follow each other, in order: turns and what is in between."""
     tokens = zip(rollout.learnt, rollout.token_ids, strict=True)
-    runs = [[i for _, i in run] for is_learnt, run in groupby(tokens, key=lambda token: token[0]) if is_learnt]
-    return tuple(runs[-1]) if runs else ()
+    return [(is_learnt, tuple(i for _, i in run)) for is_learnt, run in groupby(tokens, key=lambda token: token[0])]

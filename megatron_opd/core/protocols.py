@@ -5,8 +5,9 @@ Teachers' scorers, weight transports and launchers have theirs in their own room
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.core.types import Prompt, Rollout, Sampling
@@ -17,6 +18,36 @@ OnFinished: TypeAlias = Callable[[Rollout], None]
 
 class Lost(RuntimeError):
     """The run lost something that it needs, its servers for instance: all ranks save what is trained, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnAsked:
+    """A turn of an episode that is to be drawn."""
+
+    prompt: Prompt
+    """The episode's, as the data set has it; what is read is `ids`."""
+    sample: int
+    turn: int
+    """Number of the turn in its episode, from 0."""
+    ids: tuple[int, ...]
+    """All tokens before."""
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnDrawn:
+    """The tokens of a turn, each with its behaviour log-probability and the version of the weights."""
+
+    ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    versions: tuple[int, ...]
+    finish: str
+    """"stop" or "length", as a rollout's."""
+
+
+DrawTurn: TypeAlias = Callable[[TurnAsked], Awaitable[TurnDrawn]]
+Talk: TypeAlias = Callable[[DrawTurn], Coroutine[Any, Any, list[Rollout]]]
+"""Plays an episode, whose turns the given function draws; returns its trajectories."""
 
 
 class Part(Protocol):
@@ -37,6 +68,10 @@ class RolloutEngine(Part, Protocol):
     ) -> list[Rollout]:
         """All samples of all prompts, in order (prompt-major); never a short list. `on_finished` is told of each answer
         as soon as it is finished, from any thread. Raises Lost when nobody is left who could answer."""
+
+    def converse(self, talks: Sequence[Talk], sampling: Sampling) -> list[list[Rollout]]:
+        """Play episodes of several turns, all at once; what each of them returns, in order. Raises what `generate`
+        raises, and what an episode raises."""
 
     def load(self, weights: NamedWeights, version: int) -> None:
         """Replace the weights; later rollouts carry `version`. Run `weights` to its end even where that fails: other

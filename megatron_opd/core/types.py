@@ -71,10 +71,11 @@ class Sampling:
     """Every token's random number follows from (seed, prompt, sample), the prompt's `repeat` included, so it does not
     depend on layout or batching."""
 
-    def seed_of(self, prompt: Prompt, sample: int) -> int:
-        """The seed of one answer's random numbers in any engine, in [0, 2^63)."""
+    def seed_of(self, prompt: Prompt, sample: int, turn: int = 0) -> int:
+        """The seed of one turn's random numbers in any engine, in [0, 2^63); a plain answer is turn 0."""
         again = f"/repeat {prompt.repeat}" if prompt.repeat else ""
-        text = f"{self.seed}/{prompt.source}/{prompt.index}/{sample}{again}"
+        later = f"/turn {turn}" if turn else ""
+        text = f"{self.seed}/{prompt.source}/{prompt.index}/{sample}{again}{later}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -96,6 +97,8 @@ class EpisodeLog:
     """The environment's reward of each turn."""
     info: Mapping[str, float] = field(default_factory=dict)
     """The environment's own numbers."""
+    why: str = ""
+    """What failed, in words, where `ended` is `failed` or `timeout`."""
 
 
 PLAIN = EpisodeLog()

@@ -54,12 +54,14 @@ def remedy(part: str, job: Job) -> str:
         case "activations" | "loss":
             return _of_a_pass(job)
         case "engine cache" | "engine's passes" | "hidden states":
-            return "lower rollout.prompts_per_step or rollout.max_new_tokens"
+            return f"lower rollout.prompts_per_step or {_longest(job)}"
         case "teacher weights" | "teacher heads" | "teachers fetched" | "teachers that wait":
             whole = [i for i, t in enumerate(job.config.teachers) if not t.is_served and t.dtype == "fp32"]
             return f"set teachers.{whole[0]}.dtype=bf16" if whole else "take a smaller teachers.0.model"
         case "prompts":
             return "shorten the files of data.train"
+        case "sessions":
+            return "lower rollout.prompts_per_step or rollout.samples_per_prompt: each episode has a session"
         case "servers":
             return "lower rollout.servers.count, or give urls of servers elsewhere"
         case "programs" | "launcher":
@@ -73,4 +75,9 @@ def _of_a_pass(job: Job) -> str:
         return f"lower train.micro_batch_size (it is {size})"
     if job.config.student.recompute != "full":
         return "set student.recompute=full"
-    return "lower rollout.max_new_tokens or data.max_prompt_tokens"
+    return f"lower {_longest(job)}{'' if job.config.environments else ' or data.max_prompt_tokens'}"
+
+
+def _longest(job: Job) -> str:
+    """The setting that bounds sequences."""
+    return "environment.max_tokens" if job.config.environments else "rollout.max_new_tokens"

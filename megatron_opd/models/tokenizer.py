@@ -55,6 +55,10 @@ class Tokenizer:
         starts = (i for i in range(len(framed) - len(bare) + 1) if framed[i : i + len(bare)] == bare)
         return framed[: next(starts, 0)] if bare else []
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text of tokens, special ones included."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

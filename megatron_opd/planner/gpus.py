@@ -66,4 +66,6 @@ class Assumed:
     """Bytes of host memory that a process has besides when it uses a GPU: CUDA's libraries and contexts."""
     server_process: float = 4e9
     """Bytes of host memory of a server, a GPU."""
+    session: float = 16e6
+    """Bytes of host memory of a session of the tool python that computes little; it may take 32 times as much."""
     gpus_per_node: int = 8

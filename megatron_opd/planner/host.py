@@ -22,7 +22,7 @@ from megatron_opd.planner.memory import RankMemory
 EXPORT_BUCKET = 64 << 20
 """Bytes of weights that an export gathers at a time."""
 _PROMPTS = 2
-"""Bytes for a byte of a file of prompts: the row, and its token ids."""
+"""Bytes for a byte of a file of prompts: the row, and its token ids. With an environment its messages come besides."""
 _OF_THE_ENGINE = ("engine weights", "engine cache", "engine's passes")
 
 
@@ -38,7 +38,7 @@ class HostMemory:
     trainer: float
     """All ranks on the machine, each at its peak."""
     others: dict[str, float]
-    """Launcher and servers, by name."""
+    """Launcher, servers, and sessions of the tool python, by name."""
 
     @property
     def rank(self) -> RankMemory:
@@ -58,7 +58,7 @@ def machine(job: Job, *, on_gpu: bool) -> HostMemory:
     peers = layout.tensor * layout.context - 1
     every = layout.data * sum(rank.total + peers * _without_engine(rank).total for rank in ranks)
     machines = math.ceil(layout.world_size / job.assumed.gpus_per_node) if on_gpu else 1
-    others = {"launcher": job.assumed.process, "servers": _servers(job)}
+    others = {"launcher": job.assumed.process, "servers": _servers(job), "sessions": _sessions(job) / machines}
     return HostMemory(
         on_gpu=on_gpu,
         ranks=ranks,
@@ -114,9 +114,12 @@ def _save(job: Job, stage: int) -> dict[str, float]:
 
 def _prompts(job: Job) -> float:
     """Bytes of the prompts, which every rank has, by the sizes of their files; of others nothing is known."""
-    data = job.config.data
-    files = [Path(source.path) for source in (*data.train, *data.eval) if source.path]
-    return float(_PROMPTS * sum(_unpacked(file) for file in files if file.is_file()))
+    data, found = job.config.data, 0
+    for source in (*data.train, *data.eval):
+        if source.path and (file := Path(source.path)).is_file():
+            keeps_messages = job.config.environment_of(source).is_on
+            found += (_PROMPTS + keeps_messages) * _unpacked(file)
+    return float(found)
 
 
 def _unpacked(file: Path) -> int:
@@ -128,6 +131,12 @@ def _unpacked(file: Path) -> int:
     with file.open("rb") as opened:
         opened.seek(-4, os.SEEK_END)
         return max(size, int.from_bytes(opened.read(4), "little"))
+
+
+def _sessions(job: Job) -> float:
+    """Bytes of all sessions of the tool python, one for each episode of a step."""
+    has_python = any("python" in environment.tools for environment in job.config.environments)
+    return job.assumed.session * job.sequences * has_python
 
 
 def _servers(job: Job) -> float:

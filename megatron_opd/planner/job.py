@@ -25,7 +25,7 @@ class Job:
     prompt: float
     """Mean length of a prompt in tokens."""
     response: float
-    """Mean length of an answer in tokens."""
+    """Mean number of tokens behind a prompt: of an answer, or of all turns of an episode with what answers them."""
     on_gpu: bool = True
     """Whether RMSNorm is one kernel and products of bf16 have float32 sums; on CPUs PyTorch has a chain of operations
     in float32, and operands are converted."""
@@ -38,9 +38,8 @@ class Job:
     @property
     def longest(self) -> int:
         """Padded length of the longest sequence."""
-        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
         multiple = self.config.parallel.length_multiple
-        return -(-longest // multiple) * multiple
+        return -(-self.config.longest // multiple) * multiple
 
     @property
     def through_trainer(self) -> float:
@@ -106,7 +105,7 @@ def build(config: Config, *, gpu: str = ANY_GPU, prompt: float | None = None, re
     Raises ValueError for models that cannot be read, for an unknown GPU, and for impossible lengths.
     """
     problems: list[str] = [] if gpu in GPUS else [f"--gpu {gpu} is not known; known: {', '.join(GPUS)}"]
-    limits = {"--prompt": config.data.max_prompt_tokens, "--response": config.rollout.max_new_tokens}
+    limits = {"--prompt": config.data.max_prompt_tokens, "--response": config.longest_response}
     for (option, limit), mean in zip(limits.items(), (prompt, response), strict=True):
         if mean is not None and not 1 <= mean <= limit:
             problems.append(f"{option} {mean:g} must lie between 1 and the longest that the config allows, {limit}")
@@ -125,7 +124,7 @@ def build(config: Config, *, gpu: str = ANY_GPU, prompt: float | None = None, re
         teachers=tuple(teachers),
         gpu_name=gpu,
         prompt=prompt or config.data.max_prompt_tokens,
-        response=response or config.rollout.max_new_tokens,
+        response=response or config.longest_response,
     )
 
 

@@ -44,7 +44,7 @@ class _Sizes:
     def of(cls, job: Job) -> _Sizes:
         config = job.config
         length = job.longest // config.parallel.context
-        tokens = config.train.micro_batch_size * min(config.rollout.max_new_tokens, length)
+        tokens = config.train.micro_batch_size * min(config.most_sampled, length)
         return cls(
             positions=config.train.micro_batch_size * length,
             tokens=tokens,

@@ -179,7 +179,7 @@ def _teacher_heads(job: Job) -> float:
 
 def _hidden_states(job: Job) -> float:
     """Of all answers of a replica's step, which are whole on every context-parallel rank."""
-    tokens = job.sequences / job.config.parallel.data * job.config.rollout.max_new_tokens
+    tokens = job.sequences / job.config.parallel.data * job.config.most_sampled
     return sum(tokens * arch.hidden_size * BYTES[teacher.dtype] for teacher, arch in job.telling_hidden)
 
 

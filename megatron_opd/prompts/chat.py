@@ -32,6 +32,10 @@ class Encoder:
     """The template's text; None: prompts are encoded as they are, and messages are refused."""
     system_prompt: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of tools, which the template shows in every prompt."""
+    is_continued: bool = False
+    """Whether an environment adds messages to the prompts, which then keep their own."""
 
     def render(self, asked: str | Messages) -> str:
         """The text that the model gets. Raises ValueError where the template refuses, or is missing for messages."""
@@ -39,27 +43,30 @@ class Encoder:
             if isinstance(asked, str):
                 return asked
             raise ValueError('messages need a chat template: set data.chat_template to "tokenizer" or to a file')
-        return self._apply(self._messages(asked), add_generation_prompt=True)
+        return self.apply(self.messages(asked), add_generation_prompt=True)
 
     def turn(self, asked: str | Messages, rendered: str, reply: dict[str, Any]) -> str:
         """What follows the `rendered` prompt where the assistant's message is `reply`: with a template, also its end of
         turn. Raises ValueError where that cannot be told, as `turn_of` does."""
         if self.template is None:
             return str(reply["content"])
-        before = self._messages(asked)
-        return turn_of(lambda last: self._apply([*before, last], add_generation_prompt=False), rendered, reply)
+        before = self.messages(asked)
+        return turn_of(lambda last: self.apply([*before, last], add_generation_prompt=False), rendered, reply)
 
-    def _messages(self, asked: str | Messages) -> Messages:
+    def messages(self, asked: str | Messages) -> Messages:
+        """What the template gets for `asked`: the system's message included, a text as the user's."""
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         if self.system_prompt and messages[0]["role"] not in SYSTEM_ROLES:
             return [{"role": "system", "content": self.system_prompt}, *messages]
         return messages
 
-    def _apply(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+    def apply(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """The text of a conversation. Raises ValueError where the template refuses it."""
         try:
             return str(
                 self.tokenizer.hf.apply_chat_template(
-                    messages,
+                    [dict(message) for message in messages],
+                    tools=list(self.tools) or None,
                     chat_template=self.template,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
@@ -74,18 +81,27 @@ class Encoder:
         return self.tokenizer.encode_all(texts, add_special_tokens=self.template is None)
 
 
-def build_encoder(data: DataConfig, tokenizer: Tokenizer) -> Encoder:
-    """What the settings ask for. Raises ValueError naming the setting that does not fit the tokenizer or template."""
+def build_encoder(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    is_continued: bool = False,
+) -> Encoder:
+    """What the settings ask for, with the tools of an environment where there is one.
+
+    Raises ValueError naming the setting that does not fit the tokenizer or template.
+    """
     if data.chat_template == "none":
-        return Encoder(tokenizer)
-    template = _template(data.chat_template, tokenizer)
+        return Encoder(tokenizer, tools=tuple(tools), is_continued=is_continued)
+    template = _template(data.chat_template, tokenizer, tools)
     unknown = [name for name in data.chat_template_options if not re.search(rf"\b{re.escape(name)}\b", template)]
     if unknown:  # which jinja would ignore
         raise ValueError(f"data.chat_template_options: the chat template has no variable {', '.join(unknown)}")
     taken = set(inspect.signature(tokenizer.hf.apply_chat_template).parameters) | {"messages"}
     if clashing := sorted(taken & set(data.chat_template_options)):
         raise ValueError(f"data.chat_template_options: {', '.join(clashing)} cannot be set here")
-    encoder = Encoder(tokenizer, template, data.system_prompt, data.chat_template_options)
+    encoder = Encoder(tokenizer, template, data.system_prompt, data.chat_template_options, tuple(tools), is_continued)
     try:
         encoder.render("?")
     except ValueError as error:
@@ -94,10 +110,10 @@ def build_encoder(data: DataConfig, tokenizer: Tokenizer) -> Encoder:
     return encoder
 
 
-def _template(setting: str, tokenizer: Tokenizer) -> str:
+def _template(setting: str, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
     if setting == "tokenizer":
-        try:
-            return str(tokenizer.hf.get_chat_template())
+        try:  # some tokenizers have another template for tools
+            return str(tokenizer.hf.get_chat_template(tools=list(tools) or None))
         except ValueError:
             raise ValueError(
                 "data.chat_template: the tokenizer of student.model has no (default) chat template;"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_opd.config import SourceConfig
+from megatron_opd.core.environment import EnvironmentKind
 from megatron_opd.core.types import Prompt
 from megatron_opd.prompts.chat import Encoder, Messages, checked
 from megatron_opd.prompts.files import Row, as_messages, at_path, read_rows
@@ -64,18 +65,22 @@ def read_prompts(
     reward: Reward,
     is_graded: bool,
     complete: Complete | None = None,
+    kind: EnvironmentKind | None = None,
 ) -> PackedPrompts:
-    """All prompts of a source, in its order, with a progress bar on a terminal where that takes a while.
+    """All prompts of a source, in its order, with a progress bar on a terminal where that takes a while. `kind` is the
+    environment that answers the policy there; None: nothing does.
 
     Raises ValueError naming the source's line or row for one that cannot be read or has no prompt, for malformed
     messages, for a prompt that is too long (unless `limit` drops it; an error when nothing is left), for a row without
-    what the source's reward needs (`is_graded`), and for what `complete` refuses.
+    what the source's reward (`is_graded`) or its environment needs, and for what `complete` refuses.
     """
     prompts, told = PackedPrompts(source.name), Fingerprinting(source)
+    checks = [*([reward.check] if is_graded else []), *([kind.check] if kind else [])]
+    needs = _Needs(tuple(checks), _both(reward.fields, kind.fields if kind else ()))
     rows, seen = islice(read_rows(source), source.rows or None), 0
     with _progress(f"reading {source.name}") as show:
         while batch := list(islice(rows, _BATCH)):
-            asked = _asked(batch, source, encoder, reward, is_graded)
+            asked = _asked(batch, source, encoder, needs)
             fitting = _fitting(asked, encoder, limit)
             completed = complete(fitting) if complete else [one.prompt for one in fitting]
             ready = [prompt for prompt in completed if prompt is not None]
@@ -97,7 +102,22 @@ def read_prompts(
     return prompts
 
 
-def _asked(rows: list[Row], source: SourceConfig, encoder: Encoder, reward: Reward, is_graded: bool) -> list[ParsedRow]:
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What a row must have besides a prompt."""
+
+    checks: tuple[Callable[[Prompt], None], ...]
+    """Each raises ValueError saying what the row lacks."""
+    fields: tuple[str, ...] | None
+    """Fields that are kept; None: all of them."""
+
+
+def _both(some: tuple[str, ...] | None, others: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Fields of a row that one or the other wants; None: all of them."""
+    return None if some is None or others is None else (*some, *others)
+
+
+def _asked(rows: list[Row], source: SourceConfig, encoder: Encoder, needs: _Needs) -> list[ParsedRow]:
     """The rows, checked; their prompts without token ids."""
     asked = []
     for row in rows:
@@ -105,10 +125,12 @@ def _asked(rows: list[Row], source: SourceConfig, encoder: Encoder, reward: Rewa
             text, answer, messages, reply = _parse(row.fields, source)
             rendered = encoder.render(messages or text)
             rendered.encode()  # half a surrogate pair is no text
-            extra = _extra(row.fields, source, reward.fields)
+            extra = _extra(row.fields, source, needs.fields)
             prompt = Prompt(source=source.name, index=row.index, text=text, token_ids=(), answer=answer, extra=extra)
-            if is_graded:
-                reward.check(prompt)
+            if encoder.is_continued:
+                prompt = dataclasses.replace(prompt, messages=tuple(encoder.messages(messages or text)))
+            for check in needs.checks:
+                check(prompt)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from None
         told = {"where": row.where, "fields": row.fields, "rendered": rendered}
@@ -155,7 +177,7 @@ def _parse(fields: Any, source: SourceConfig) -> tuple[str, str | None, Messages
 
 
 def _extra(fields: Any, source: SourceConfig, wanted: tuple[str, ...] | None) -> dict[str, Any]:
-    """The fields of a row that its reward wants besides prompt and answer; None: all others."""
+    """The fields of a row that its reward and its environment want besides prompt and answer; None: all others."""
     own = (source.prompt_field, source.answer_field, "messages")
     return {name: x for name, x in fields.items() if name not in own and (wanted is None or name in wanted)}
 

@@ -8,12 +8,12 @@ which may be part of the markers around it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+
+from megatron_opd.core.environment import Message
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _CHANGED = "the chat template changes the answer, so it cannot be told what the student is to say"
 
-Message = dict[str, Any]
 Apply = Callable[[Message], str]
 """The text of a whole conversation whose last message is the one given."""
 

@@ -42,8 +42,8 @@ class RowReader:
             for i, ids in zip(answered, self._answers([asked[i] for i in answered]), strict=True):
                 prompts[i] = replace(asked[i].prompt, answer_ids=ids)
         for view in self.views:
-            rendered = [_of(one, view.render) for one in asked]
-            for i, ids in enumerate(view.encoder.encode(rendered)):
+            shown = [_of(one, view.shown) for one in asked]
+            for i, ids in enumerate(view.encoder.encode([text for _, text in shown])):
                 prompt = prompts[i]
                 fits = len(ids) <= self.limit.tokens or view.encoder is not self.encoder  # whose tokens are others
                 if not fits and not self.limit.drop:
@@ -52,8 +52,7 @@ class RowReader:
                         f" data.on_too_long is error; the limit is {self.limit.tokens} ({self.limit.why})"
                     )
                 if prompt is not None:
-                    teacher_ids = {**prompt.teacher_ids, view.teacher: tuple(ids)}
-                    prompts[i] = replace(prompt, teacher_ids=teacher_ids) if fits else None
+                    prompts[i] = view.added_to(prompt, ids, shown[i][0]) if fits else None
         return prompts
 
     def _answers(self, asked: Sequence[ParsedRow]) -> list[tuple[int, ...]]:
@@ -107,9 +106,23 @@ class View:
         if teacher.system_prompt:
             self._try_system_prompt()
 
-    def render(self, asked: ParsedRow) -> str:
-        """Its text. Raises ValueError where the row lacks what it is made of."""
-        own = self._own(asked)
+    def shown(self, row: ParsedRow) -> tuple[str | Messages, str]:
+        """(what the row asks this teacher, its text). Raises ValueError where the row lacks what it is made of."""
+        asked = self._asked(row)
+        rendered = self.encoder.render(asked)
+        rendered.encode()  # half a surrogate pair is no text
+        return asked, rendered
+
+    def added_to(self, prompt: Prompt, ids: Sequence[int], asked: str | Messages) -> Prompt:
+        """The prompt with what this teacher sees: token ids, and the messages where an environment adds others."""
+        prompt = replace(prompt, teacher_ids={**prompt.teacher_ids, self.teacher: tuple(ids)})
+        if not self.encoder.is_continued:
+            return prompt
+        messages = {**prompt.teacher_messages, self.teacher: tuple(self.encoder.messages(asked))}
+        return replace(prompt, teacher_messages=messages)
+
+    def _asked(self, row: ParsedRow) -> str | Messages:
+        own = self._own(row)
         if isinstance(own, list):
             own = checked(own)
             if own[-1]["role"] == "assistant":
@@ -118,9 +131,7 @@ class View:
             raise ValueError(f"the prompt that teacher '{self.teacher}' sees is empty")
         if not isinstance(own, str | list):
             raise ValueError(f"teacher '{self.teacher}' needs a text or messages in the field \"{self.field}\"")
-        rendered = self.encoder.render(self._with_system(own))
-        rendered.encode()  # half a surrogate pair is no text
-        return rendered
+        return self._with_system(own)
 
     def _try_system_prompt(self) -> None:
         """Once, before any row: a template that takes none refuses every one."""
@@ -159,7 +170,7 @@ def build_views(
     """The prompts besides the student's that teachers see of a source; `encoder` is the student's."""
     asked = [teacher for teacher in teachers if teacher.weight_for(source.name) > 0]
     return tuple(
-        View(teacher, build_encoder(data, load_tokenizer(teacher.model)) if teacher.tokenizer == "own" else encoder)
+        View(teacher, _own_encoder(teacher, data, encoder) if teacher.tokenizer == "own" else encoder)
         for teacher in asked
         if teacher.has_own_prompt or (teacher.tokenizer == "own" and _is_there(teacher))
     )
@@ -189,6 +200,11 @@ def build_row_reader(
         max_answer_tokens=max_answer_tokens,
         cuts=is_measured or answers.on_too_long == "cut",
     )
+
+
+def _own_encoder(teacher: TeacherConfig, data: DataConfig, encoder: Encoder) -> Encoder:
+    tokenizer = load_tokenizer(teacher.model)
+    return build_encoder(data, tokenizer, tools=encoder.tools, is_continued=encoder.is_continued)
 
 
 def _is_there(teacher: TeacherConfig) -> bool:

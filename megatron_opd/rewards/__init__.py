@@ -1,8 +1,8 @@
 """Graders of answers, by name: how good is a response to its prompt, from 0 to 1.
 
-`exact`, `gsm8k`, `math`, `code`, `ifeval`, `none`, or `module:function` of the user's own. Each is in a module of its
-own, imported when it is asked for. Evaluation uses them, and so can anything else that has prompts and responses. None
-of them sees a model's thinking.
+`exact`, `gsm8k`, `math`, `code`, `ifeval`, `environment`, `none`, or `module:function` of the user's own. Each is in a
+module of its own, imported when it is asked for. Evaluation uses them, and so can anything else that has prompts and
+responses. None of them sees a model's thinking. `environment` alone looks at how an episode went, and at no text.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def _build(name: str, settings: RewardsConfig) -> Reward:
         from megatron_opd.rewards import ifeval
 
         return ifeval.build(settings)
+    if name == "environment":
+        from megatron_opd.rewards import of_environment
+
+        return of_environment.REWARD
     if name == "none":
         from megatron_opd.rewards import ungraded
 

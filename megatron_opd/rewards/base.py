@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from megatron_opd.core.types import Prompt
+from megatron_opd.core.types import EpisodeLog, Prompt
 
 Answer: TypeAlias = tuple[Prompt, str]
 """A prompt and the text of a response to it."""
@@ -26,6 +26,9 @@ class Reward:
     trial: Callable[[Prompt], str | None] | None = None
     """Why the prompt's row cannot tell right answers from wrong ones, or None. It takes a while and may be called from
     several threads; None in its place: rows need no trial."""
+    of_log: Callable[[EpisodeLog], float] | None = None
+    """The reward, from 0 to 1, by how an episode went. It is asked in place of `grade`; None in its place: the text of
+    the last turn decides, whatever came before."""
     grades: bool = True
     """Whether it grades at all; evaluation leaves answers to other sources out."""
     note: str = ""

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 
+from megatron_opd.core.imported import imported
 from megatron_opd.core.types import Prompt
 from megatron_opd.rewards.base import Answer, Reward
 
 
 def build(name: str) -> Reward:
     """The reward of `module:function`; the working directory is searched, too. Raises ValueError if it is not there."""
-    function = _find(*name.split(":"))
+    function = imported(name, what="reward", kind="function")
 
     def grade(answers: Sequence[Answer]) -> list[float]:
         return [_one(name, function, *answer) for answer in answers]
 
     return Reward(name=name, grade=grade, check=lambda prompt: None, fields=None)
-
-
-def _find(module: str, function: str) -> Callable[[Prompt, str], float]:
-    if os.getcwd() not in sys.path:  # the console script has its own directory there instead
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except (Exception, SystemExit) as error:  # a script that ends when it is done must not end the run, as a success
-        raise ValueError(f"reward '{module}:{function}': {module} cannot be imported: {error!r}") from error
-    if not callable(found):
-        raise ValueError(f"reward '{module}:{function}': {module} has no function {function}")
-    return found
 
 
 def _one(name: str, function: Callable[[Prompt, str], float], prompt: Prompt, text: str) -> float:

@@ -10,6 +10,7 @@ from megatron_opd.core.episodes import episodes, last_turn
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.rewards import build_reward
+from megatron_opd.rewards.base import Reward
 from megatron_opd.rewards.thinking import KNOWN, markers_of, response_text
 
 
@@ -25,18 +26,24 @@ class Grader:
     def grade(self, rollouts: Sequence[Rollout]) -> list[float]:
         """The reward of each rollout, in order: its episode's. Raises ValueError when a reward fails.
 
-        The answer of an episode is the text of its last turn, without the thinking.
+        The answer of an episode is the text of its last turn, without the thinking; a reward with `of_log` is asked
+        about how the episode went instead.
         """
         by_source: dict[str, list[list[int]]] = defaultdict(list)
         for its in episodes(rollouts):
             by_source[rollouts[its[0]].prompt.source].append(its)
         graded: dict[int, float] = {}
         for source, found in by_source.items():
-            ends = [rollouts[its[-1]] for its in found]
-            answers = [(rollout.prompt, self._text(rollout)) for rollout in ends]
-            for its, reward in zip(found, self.rewards[source].grade(answers), strict=True):
+            rewards = self._grade(self.rewards[source], [rollouts[its[-1]] for its in found])
+            for its, reward in zip(found, rewards, strict=True):
                 graded |= dict.fromkeys(its, reward)
         return [graded[i] for i in range(len(rollouts))]
+
+    def _grade(self, reward: Reward, ends: Sequence[Rollout]) -> list[float]:
+        """The rewards of episodes by their last trajectories."""
+        if reward.of_log is not None:
+            return [reward.of_log(rollout.log) for rollout in ends]
+        return reward.grade([(rollout.prompt, self._text(rollout)) for rollout in ends])
 
     def news(self) -> list[str]:
         """Nothing: what goes wrong is raised."""

@@ -21,13 +21,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 JAIL = Path(__file__).with_name("jail")
 GUARDS = ("namespaces", "landlock", "seccomp")
 _MAX_VERDICT = 8192
 _REMOVAL_S = 600.0
-_LOOK_AT_FILES_S = 0.05
+LOOK_AT_FILES_S = 0.05
 _BYTES_AN_ENTRY = 4096
 """A file that is empty takes space, too."""
 _READABLE = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/dev/urandom")
@@ -109,16 +109,16 @@ def _no_verdict(limits: SandboxLimits) -> str:
 def _said(task: Task, limits: SandboxLimits, guards: tuple[str, ...], *, is_probe: bool) -> dict[str, Any] | None:
     """What the jail says; None when it says nothing."""
     content = dataclasses.asdict(task) | {"probe": is_probe}
-    with _home() as home:
-        said = _run(content, _settings(limits, guards), home, limits)
+    with home_of_code() as home:
+        said = _run(content, settings_of(limits, guards), home, limits)
     if said is not None and "refused" in said:
         raise SandboxError(f"code cannot be run here: {said['refused']}")
     return said
 
 
 @contextlib.contextmanager
-def _home() -> Iterator[str]:
-    """A directory for one task, gone afterwards."""
+def home_of_code() -> Iterator[str]:
+    """A directory for one task or session, gone afterwards."""
     home = tempfile.TemporaryDirectory(prefix="opd-code-", ignore_cleanup_errors=True)
     try:
         yield home.name
@@ -129,7 +129,8 @@ def _home() -> Iterator[str]:
             subprocess.run(["rm", "-rf", "--", home.name], stderr=subprocess.DEVNULL, timeout=_REMOVAL_S)
 
 
-def _settings(limits: SandboxLimits, guards: tuple[str, ...]) -> dict[str, Any]:
+def settings_of(limits: SandboxLimits, guards: tuple[str, ...]) -> dict[str, Any]:
+    """What the jail is told about confining a process."""
     paths = sysconfig.get_paths()
     own = [paths["stdlib"], paths["platstdlib"], str(Path(sys.base_prefix) / "lib")]
     most = {
@@ -147,15 +148,7 @@ def _run(content: dict[str, Any], settings: dict[str, Any], home: str, limits: S
     with tempfile.TemporaryFile() as stdin:  # has no name, so the code cannot find the tests in it
         stdin.write(json.dumps(content).encode())
         stdin.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-X", "utf8", JAIL, json.dumps(settings)],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=home,
-            env={"HOME": home, "LANG": "C.UTF-8"},  # nothing of ours: it may hold keys
-            start_new_session=True,
-        )
+        process = start(settings, home, stdin)
     try:
         said = _read(process, limits, home)
     finally:
@@ -170,13 +163,34 @@ def _run(content: dict[str, Any], settings: dict[str, Any], home: str, limits: S
         return None
 
 
+def start(settings: dict[str, Any], home: str, stdin: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """The jail, in a process group of its own. It ends with the thread that starts it."""
+    # As -I, but for the one variable of Python's: sets have the same order in every process.
+    return subprocess.Popen(
+        [sys.executable, "-s", "-P", "-S", "-B", "-X", "utf8", JAIL, json.dumps(settings)],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=home,
+        env={"HOME": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},  # nothing of ours: it may hold keys
+        start_new_session=True,
+    )
+
+
+def is_ready(stream: int, events: int, timeout_s: float) -> bool:
+    """Whether a file descriptor of any number is ready, or at its end, within so many seconds."""
+    waiting = select.poll()
+    waiting.register(stream, events)
+    return bool(waiting.poll(max(timeout_s, 0) * 1000))
+
+
 def _read(process: subprocess.Popen, limits: SandboxLimits, home: str) -> bytes:
     """The output up to its end, to the deadline, to too many files, or to what is longer than any verdict."""
     said, deadline = b"", time.monotonic() + limits.timeout_s
     while len(said) < _MAX_VERDICT:
         left = max(deadline - time.monotonic(), 0)
-        ready, _, _ = select.select([process.stdout], [], [], min(left, _LOOK_AT_FILES_S))
-        if not ready and left > 0 and _bytes_in(home) <= limits.total_mb * 2**20:
+        ready = is_ready(process.stdout.fileno(), select.POLLIN, min(left, LOOK_AT_FILES_S))
+        if not ready and left > 0 and bytes_in(home) <= limits.total_mb * 2**20:
             continue
         part = os.read(process.stdout.fileno(), _MAX_VERDICT) if ready else b""
         if not part:
@@ -185,7 +199,7 @@ def _read(process: subprocess.Popen, limits: SandboxLimits, home: str) -> bytes:
     return said
 
 
-def _bytes_in(home: str) -> int:
+def bytes_in(home: str) -> int:
     """Disk space of all files in a directory, as far as it can be looked at. In namespaces they are on a disk of their
     own, which is limited by itself and cannot be seen from here."""
     total, folders = 0, [home]

@@ -7,9 +7,9 @@ import torch
 from megatron_opd.core.types import Prompt, Sampling
 
 
-def uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> list[float]:
-    """The random numbers in [0, 1) of one answer, one for each token that it may have."""
-    generator = torch.Generator().manual_seed(sampling.seed_of(prompt, sample))
+def uniforms(sampling: Sampling, prompt: Prompt, sample: int, turn: int = 0) -> list[float]:
+    """The random numbers in [0, 1) of one turn, one for each token that it may have; a plain answer is turn 0."""
+    generator = torch.Generator().manual_seed(sampling.seed_of(prompt, sample, turn))
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64).tolist()
 
 

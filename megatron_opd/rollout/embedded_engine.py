@@ -6,18 +6,20 @@ same rollouts whatever the layout, the batch or the number of replicas; there is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from megatron_opd.core.protocols import Talk, TurnAsked, TurnDrawn
 from megatron_opd.core.types import Prompt, Rollout, Sampling
 from megatron_opd.rollout.decoding import Begun, Ended, decode
 from megatron_opd.rollout.drawing import uniforms
 from megatron_opd.rollout.own_cache import OwnCacheReader
 from megatron_opd.rollout.reading import BatchReader, ModelReader, has_rows
+from megatron_opd.rollout.rounds import play_rounds
 
 Dtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -78,12 +80,22 @@ class LocalEngine:
     ) -> list[Rollout]:
         """All samples of all prompts, prompt-major. Log-probabilities are those of the tempered distribution; greedy
         (temperature 0) reports those of temperature 1."""
+        self._check_weights()
+        return rollouts(self.reader(), prompts, sampling, eos_ids=self.eos_ids, version=self.version, told=on_finished)
+
+    def converse(self, talks: Sequence[Talk], sampling: Sampling) -> list[list[Rollout]]:
+        """Play episodes, turn by turn: all first turns, all second ones. So the batches, and with them the bits, do not
+        depend on how long an environment takes."""
+        self._check_weights()
+        draw = partial(turns, self.reader(), sampling, eos_ids=self.eos_ids, version=self.version)
+        return play_rounds(talks, draw)
+
+    def _check_weights(self) -> None:
         if not self.has_weights:
             raise ValueError(
                 f"{self.model.name_or_path or 'the model'} is a Megatron checkpoint, which this engine cannot read:"
                 " convert it with `megatron-opd convert megatron-to-hf`"
             )
-        return rollouts(self.reader(), prompts, sampling, eos_ids=self.eos_ids, version=self.version, told=on_finished)
 
     def reader(self) -> BatchReader:
         """The model, to be decoded with."""
@@ -136,6 +148,32 @@ def rollouts(
     begun = [Begun(prompt.token_ids, uniforms(sampling, prompt, sample)) for prompt, sample in wanted]
     decode(reader, begun, temperature=sampling.temperature, eos_ids=eos_ids, on_ended=ended)
     return [done[i] for i in range(len(wanted))]
+
+
+def turns(
+    reader: BatchReader,
+    sampling: Sampling,
+    asked: Sequence[TurnAsked],
+    told: Callable[[int, TurnDrawn], None],
+    *,
+    eos_ids: tuple[int, ...],
+    version: int,
+) -> None:
+    """Draw turns, all in one batch. `told` gets each one's number and its tokens as soon as it ends."""
+
+    def ended(number: int, answer: Ended) -> None:
+        drawn = TurnDrawn(
+            ids=tuple(answer.ids),
+            logps=tuple(answer.logps),
+            versions=(version,) * len(answer.ids),
+            finish="stop" if answer.is_whole else "length",
+        )
+        told(number, drawn)
+
+    begun = [
+        Begun(one.ids, uniforms(sampling, one.prompt, one.sample, one.turn)[: one.max_new_tokens]) for one in asked
+    ]
+    decode(reader, begun, temperature=sampling.temperature, eos_ids=eos_ids, on_ended=ended)
 
 
 def _places(model: Any) -> dict[str, torch.Tensor]:

@@ -19,9 +19,9 @@ from megatron_opd.core.protocols import RolloutEngine
 from megatron_opd.rollout.answers import Answers, Choice
 
 if TYPE_CHECKING:
+    from megatron_opd.core.event_loop import Loop
     from megatron_opd.rollout.mixed import MixedEngine
     from megatron_opd.rollout.served_engine import WeightSync
-    from megatron_opd.sglang.event_loop import Loop
     from megatron_opd.sglang.wire import ServerLimits
 
 
@@ -62,8 +62,8 @@ def _embedded(inputs: EngineInputs) -> RolloutEngine:
 
 
 def _served(inputs: EngineInputs) -> RolloutEngine:
+    from megatron_opd.core.event_loop import Loop
     from megatron_opd.rollout.served_engine import SGLangEngine
-    from megatron_opd.sglang.event_loop import Loop
     from megatron_opd.sglang.pool import connect
 
     rollout, loop = inputs.rollout, Loop()
@@ -151,8 +151,8 @@ def build_sampling_teacher(teacher: TeacherConfig, *, eos_ids: tuple[int, ...], 
 
 
 def _served_teacher(teacher: TeacherConfig, eos_ids: tuple[int, ...], vocab_size: int) -> RolloutEngine:
+    from megatron_opd.core.event_loop import Loop
     from megatron_opd.rollout.served_engine import SGLangEngine
-    from megatron_opd.sglang.event_loop import Loop
     from megatron_opd.sglang.pool import connect
 
     pool = connect(teacher.servers, _limits(teacher.model), name=f"teacher '{teacher.name}'")

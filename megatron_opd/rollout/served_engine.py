@@ -9,19 +9,21 @@ log-probabilities and weight versions that they were sampled with.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.named_weights import NamedWeights
-from megatron_opd.core.protocols import OnFinished
+from megatron_opd.core.protocols import OnFinished, Talk, TurnAsked, TurnDrawn
 from megatron_opd.core.types import Prompt, Rollout, Sampling
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Down
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import Pool, ServerGroup
 from megatron_opd.sglang.wire import Draw, Drawn
+
+_T = TypeVar("_T")
 
 MAX_ABORTS = 64
 """Aborts in a row of one answer, without a token that is kept, after which its server is taken for broken."""
@@ -89,6 +91,10 @@ class SGLangEngine:
         """
         return self.loop.run(self._all(prompts, sampling, on_finished or (lambda _: None)))
 
+    def converse(self, talks: Sequence[Talk], sampling: Sampling) -> list[list[Rollout]]:
+        """Play episodes; none waits for another one's turn. Raises as `generate` does."""
+        return self.loop.run(self._converse(talks, sampling))
+
     def load(self, weights: NamedWeights, version: int) -> None:
         """Push the weights to the servers; those that fail get no work until they have them.
 
@@ -121,34 +127,20 @@ class SGLangEngine:
 
     async def _all(self, prompts: list[Prompt], sampling: Sampling, on_finished: OnFinished) -> list[Rollout]:
         groups = [(prompt, ServerGroup()) for prompt in prompts]
-        tasks = [
-            asyncio.create_task(self._one(prompt, sample, sampling, group, on_finished))
-            for prompt, group in groups
-            for sample in range(sampling.samples_per_prompt)
-        ]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:  # of the first failure, or of an interrupt
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await _all_or_none(
+            [
+                self._one(prompt, sample, sampling, group, on_finished)
+                for prompt, group in groups
+                for sample in range(sampling.samples_per_prompt)
+            ]
+        )
 
     async def _one(
         self, prompt: Prompt, sample: int, sampling: Sampling, group: ServerGroup, on_finished: OnFinished
     ) -> Rollout:
-        draw = Draw(
-            rid="",  # the pool's
-            ids=prompt.token_ids,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop_ids=self.eos_ids,
-            banned_ids=self.banned_ids,
-            seed=sampling.seed_of(prompt, sample),
-            is_fixed=self.sync is None,
-        )
-        drawn = await self._finish(draw, group)
+        count = sampling.max_new_tokens
+        asked = TurnAsked(prompt=prompt, sample=sample, turn=0, ids=prompt.token_ids, max_new_tokens=count)
+        drawn = await self._finish(self._request(asked, sampling), group)
         rollout = Rollout(
             prompt=prompt,
             sample=sample,
@@ -160,6 +152,30 @@ class SGLangEngine:
         )
         on_finished(rollout)
         return rollout
+
+    async def _converse(self, talks: Sequence[Talk], sampling: Sampling) -> list[list[Rollout]]:
+        """An episode's turns go to one server, and so do the episodes of one prompt: it has their tokens already."""
+        groups: defaultdict[tuple[str, int, int], ServerGroup] = defaultdict(ServerGroup)
+
+        async def draw(asked: TurnAsked) -> TurnDrawn:
+            drawn = await self._finish(self._request(asked, sampling), groups[asked.prompt.group])
+            return TurnDrawn(ids=drawn.ids, logps=drawn.logps, versions=drawn.versions, finish=drawn.finish)
+
+        return await _all_or_none([talk(draw) for talk in talks])
+
+    def _request(self, asked: TurnAsked, sampling: Sampling) -> Draw:
+        return Draw(
+            rid="",  # the pool's
+            ids=asked.ids,
+            max_new_tokens=asked.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_ids=self.eos_ids,
+            banned_ids=self.banned_ids,
+            seed=sampling.seed_of(asked.prompt, asked.sample, asked.turn),
+            is_fixed=self.sync is None,
+        )
 
     async def _finish(self, draw: Draw, group: ServerGroup) -> Drawn:
         """Ask until the answer has an end."""
@@ -207,6 +223,17 @@ class SGLangEngine:
         for client in self.pool.clients:
             if client.url in failed:
                 self.pool.evict(client, failed[client.url])
+
+
+async def _all_or_none(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """The results, in order. The first failure, or an interrupt, ends all of it."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _end(draw: Draw, ids: tuple[int, ...], finish: str) -> Literal["stop", "length", "abort"]:

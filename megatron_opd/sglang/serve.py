@@ -47,7 +47,7 @@ class Served:
     servers: ServersConfig
     model: str
     longest: int
-    """Longest prompt and answer together that the config allows."""
+    """Longest prompt, with all that is behind it, that the config allows, and a margin; in tokens."""
     arguments: tuple[str, ...]
     """Of sglang.launch_server, as this use of the model needs."""
     is_local: bool = False
@@ -64,7 +64,6 @@ def needed(config: Config) -> list[Served]:
 
     Raises ValueError for a `rollout.sync` that cannot reach the servers.
     """
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens + MARGIN
     found = []
     if config.rollout.is_served:
         found.append(
@@ -73,7 +72,7 @@ def needed(config: Config) -> list[Served]:
                 setting="rollout.servers",
                 servers=_like_the_student(config.rollout.servers, config.student.dtype),
                 model=config.student.model,
-                longest=longest,
+                longest=config.longest + MARGIN,
                 arguments=_of_the_student(config.rollout.quantization, config.student.model),
                 is_local=way_of(config.rollout).is_local,
             )
@@ -87,7 +86,7 @@ def needed(config: Config) -> list[Served]:
                     setting=f"teachers.{i}.servers",
                     servers=teacher.servers,
                     model=teacher.model,
-                    longest=longest,
+                    longest=config.longest_scored + MARGIN,
                     arguments=hidden,
                 )
             )

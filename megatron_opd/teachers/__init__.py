@@ -117,8 +117,8 @@ def _in_process(
 def _served(
     teacher: TeacherConfig, _: TrainConfig, parallel: Parallel, vocab: VocabShard, plan: ModelPlan | None
 ) -> TeacherScorer:
+    from megatron_opd.core.event_loop import Loop
     from megatron_opd.models.architecture import read_limits
-    from megatron_opd.sglang.event_loop import Loop
     from megatron_opd.sglang.pool import connect
     from megatron_opd.sglang.wire import ServerLimits
     from megatron_opd.teachers.head_shard import load_head

@@ -12,12 +12,12 @@ from concurrent.futures import Future
 import torch
 
 from megatron_opd.config import TeacherConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.scores import Head, Hidden, TeacherScore
 from megatron_opd.core.types import Rollout
 from megatron_opd.precision.overflow import check_fp16
 from megatron_opd.sglang.errors import RETRIED
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import Pool, ServerGroup
 from megatron_opd.sglang.wire import Ask
 

@@ -24,7 +24,8 @@ TOP_ID, TOP_TOKEN, TOP_LOGP = "top_id", "top_token", "top_logp"
 """Columns of the likeliest tokens: the student's, and with a slash and its name behind them a teacher's."""
 ROW = {
     **{"step": "int64", "answer": "int64", "source": "string", "index": "int64", "sample": "int64", "part": "int64"},
-    **{"origin": "string", "finish": "string", "reward": "float64", "prompt": "string", "response": "string"},
+    **{"origin": "string", "finish": "string", "turns": "int64", "calls": "int64", "ended": "string"},
+    **{"reward": "float64", "prompt": "string", "response": "string"},
 }
 """Columns of an answer as a whole, and their types in every file, whatever a step has."""
 
@@ -115,7 +116,7 @@ def read(path: Path) -> TokenScores:
         table = found.combine_chunks()
         lists = {name: table.column(name).combine_chunks() for name in table.column_names if name not in ROW}
         return TokenScores(
-            rows=table.select(list(ROW)).to_pylist(),
+            rows=_rows(table),
             counts=np.diff(_plain(lists["token"].offsets)),
             texts=lists["token"].values.to_pylist(),
             learnt=_plain(lists["learnt"].values).astype(bool),
@@ -125,6 +126,13 @@ def read(path: Path) -> TokenScores:
     except (pa.ArrowException, OSError, LookupError, AttributeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as scores of tokens: {why}; move it away") from None
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    """The columns `ROW`; files of runs that began with an older version do not tell of episodes."""
+    older = {"turns": 1, "calls": 0, "ended": ""}
+    there = [name for name in ROW if name not in older or name in table.column_names]
+    return [{**older, **row} for row in table.select(there).to_pylist()]
 
 
 def _plain(array: Any) -> np.ndarray:

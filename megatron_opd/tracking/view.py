@@ -31,7 +31,10 @@ _POINTS = 600
 _MOST_SHORT = 65535
 """The most texts whose places 16 bits hold."""
 _UNKNOWN, _LARGEST = -32768, 32767
-_KEPT = ("source", "index", "sample", "part", "origin", "finish", "reward", "prompt", "response")
+_KEPT = (
+    *("source", "index", "sample", "part", "origin", "finish"),
+    *("turns", "calls", "ended", "reward", "prompt", "response"),
+)
 
 
 def view(run_dir: Path, out: Path, *, most_steps: int) -> list[int]:

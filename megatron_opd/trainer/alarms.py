@@ -55,6 +55,17 @@ COMMON = (
         " end, and a reward grades half an answer. Raise rollout.max_new_tokens, unless beginnings are what you want",
     ),
     Alarm(
+        bounds=(Bound("episode/broken_frac", ABOVE, 0.5),),
+        text="{value:.0%} of the episodes end because their environment fails or takes too long ({metric};"
+        " episode/ended/failed and /timeout tell them apart): what is learnt there are torn conversations. Repair the"
+        " environment, or raise environment.turn_timeout_s",
+    ),
+    Alarm(
+        bounds=(Bound("episode/ended/context", ABOVE, 0.5),),
+        text="{value:.0%} of the episodes end because no token more fits ({metric}). Raise environment.max_tokens, or"
+        " lower environment.output_tokens or environment.max_turns",
+    ),
+    Alarm(
         bounds=(Bound("rollout/length", BELOW, 1.5),),
         text="answers are empty ({metric} {value:.3g}, the end alone): there is nothing to learn from. Look whether"
         " prompts need data.chat_template; if it began in training, lower optim.lr and go on from an older checkpoint",

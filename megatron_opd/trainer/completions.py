@@ -10,13 +10,14 @@ Shape suffixes: T learnt tokens of a micro-batch, B its answers, N teachers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_opd.config import LogConfig
+from megatron_opd.core.episodes import episodes, runs
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.run_dir import COMPLETIONS
 from megatron_opd.core.types import MicroBatch, Rollout
@@ -37,9 +38,17 @@ class Completions:
     """What every rank holds; leaders tell of their answers, the main rank writes."""
 
     def __init__(
-        self, config: LogConfig, run_dir: str | Path, parallel: Parallel, tokenizer: Tokenizer | None, tracker: Tracker
+        self,
+        config: LogConfig,
+        run_dir: str | Path,
+        parallel: Parallel,
+        tokenizer: Tokenizer | None,
+        tracker: Tracker,
+        *,
+        has_turns: bool = False,
     ) -> None:
-        """`tokenizer` is for leaders."""
+        """`tokenizer` is for leaders. `has_turns`: whether lines tell of episodes in environments."""
+        self.has_turns = has_turns
         self.config, self.parallel, self.tokenizer, self.tracker = config, parallel, tokenizer, tracker
         self.dir = Path(run_dir)
         self.path = self.dir / COMPLETIONS
@@ -65,13 +74,15 @@ class Completions:
         told = answer_logps(distillation, batches, len(first), self.parallel)
         mine = []
         if self.tokenizer is not None:
-            mine = [_row(r, logps, self.tokenizer, step) for r, logps in zip(first, told, strict=True)]
+            besides = [_turns(r, self.tokenizer) if self.has_turns else {} for r in first]
+            both = zip(first, told, besides, strict=True)
+            mine = [_row(r, logps, self.tokenizer, step) | more for r, logps, more in both]
         replicas = self.parallel.gather_leaders(mine)
         if self.parallel.is_main:
             rows = [row for replica in replicas for row in replica][: self.config.completions]
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            self.tracker.table("completions", rows, step)
+            self.tracker.table("completions", [_flat(row) for row in rows], step)
 
     def look(
         self,
@@ -104,8 +115,9 @@ class Completions:
         at = shown_answer.place(rollouts)
         told = answer_logps(distillation, batches, at + 1, self.parallel)
         if self.parallel.is_main and self.tokenizer is not None and rollouts:
-            text = self.tokenizer.decode(rollouts[at].token_ids)
-            for line in shown_answer.lines(rollouts[at], text, told[at]):
+            its = next(its for its in episodes(rollouts) if at in its)
+            text, said = self.tokenizer.decode(rollouts[at].token_ids), _said(rollouts[at], self.tokenizer)
+            for line in shown_answer.lines(rollouts[at], text, told[at], said=said, trajectories=len(its)):
                 self.tracker.message(line)
 
     def rewind(self, step: int) -> None:
@@ -136,6 +148,23 @@ def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, 
         **{f"logprob/{teacher}": logp for teacher, logp in told.items()},
         "reward": rollout.reward,
     }
+
+
+def _turns(rollout: Rollout, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a line has besides in a run with environments."""
+    log = rollout.log
+    numbers = {"part": rollout.part, "turns": log.turns, "calls": log.calls, "ended": log.ended}
+    return {**numbers, "failures": dict(log.failures), "said": [list(one) for one in _said(rollout, tokenizer)]}
+
+
+def _said(rollout: Rollout, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """(who, text) in order: the policy's turns, and what its environment and the template put behind them."""
+    return [("policy" if is_learnt else "environment", tokenizer.decode(ids)) for is_learnt, ids in runs(rollout)]
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line for tables whose cells are texts and numbers."""
+    return {name: json.dumps(x, ensure_ascii=False) if isinstance(x, list | dict) else x for name, x in row.items()}
 
 
 def answer_logps(

@@ -18,10 +18,13 @@ from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.rewards.grading import Grader
 from megatron_opd.rollout import sampling
+from megatron_opd.rollout.worlds import World
 
 Tally = Mapping[tuple[str, str], tuple[float, int]]
 """By (measure, source): the sum over prompts, and how many they are."""
 ALL = "all"
+NOWHERE: Mapping[str, World] = {}
+"""No source has an environment."""
 _Z_95 = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
 
@@ -30,10 +33,17 @@ class Evaluator:
     """Asks an engine, grades what it says."""
 
     def __init__(
-        self, data: DataConfig, rewards: RewardsConfig, rollout: RolloutConfig, run: RunConfig, tokenizer: Tokenizer
+        self,
+        data: DataConfig,
+        rewards: RewardsConfig,
+        rollout: RolloutConfig,
+        run: RunConfig,
+        tokenizer: Tokenizer,
+        worlds: Mapping[str, World] = NOWHERE,
     ) -> None:
-        """Raises ValueError when a reward of `data.eval` cannot be had."""
-        self.rollout, self.seed = rollout, run.seed
+        """`worlds` are those of the sources with an environment. Raises ValueError when a reward of `data.eval` cannot
+        be had."""
+        self.rollout, self.seed, self.worlds = rollout, run.seed, worlds
         self.grader = Grader(data.eval, rewards, tokenizer)
 
     def greedy(self, engine: RolloutEngine, prompts: list[Prompt], told: OnFinished = lambda _: None) -> list[Rollout]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from megatron_opd.config import AnswersConfig, Config, Fp8Config, ParallelConfig, TrainConfig
 from megatron_opd.core.batching import pack, packing_for, renormalised
+from megatron_opd.core.episodes import once_an_episode
 from megatron_opd.core.named_weights import drain
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.core.protocols import Part, RolloutEngine
@@ -27,6 +28,9 @@ from megatron_opd.rollout import colocated, sampling
 from megatron_opd.rollout.ahead import Ahead
 from megatron_opd.rollout.answers import Answers
 from megatron_opd.rollout.engines import build_answers, build_engine
+from megatron_opd.rollout.episode_engine import with_environments
+from megatron_opd.rollout.worlds import build_worlds
+from megatron_opd.sglang import serve
 from megatron_opd.student import groups
 from megatron_opd.student.student import Student
 from megatron_opd.teachers import ask_all
@@ -59,13 +63,15 @@ def build_leader(config: Config, served: Config, parallel: Parallel, inputs: Inp
         return None
     ids: dict[str, Any] = {"eos_ids": inputs.eos_ids, "vocab_size": inputs.vocab_size}
     tokenizer = load_tokenizer(config.student.model)
-    engine = build_engine(served, parallel, **ids)
+    room = inputs.context - (serve.MARGIN if config.is_served else 0)
+    worlds = build_worlds(config.data, config.environment, config.teachers, tokenizer, context=room)
+    engine = with_environments(build_engine(served, parallel, **ids), worlds)
     grader = Grader if config.is_graded else Watcher
     return Leader(
         engine=engine,
         answers=build_answers(served, engine, **ids) if config.answers.has_others else None,
         grader=grader(config.data.train, config.rewards, tokenizer) if config.has_rewards else None,
-        evaluator=Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer),
+        evaluator=Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer, worlds),
         tokenizer=tokenizer,
     )
 
@@ -92,7 +98,7 @@ class Experience:
         """Guards work for which some ranks talk to servers."""
         self.ahead: Ahead | None = None
         self.finished = Finished()
-        """Counts this replica's training answers."""
+        """Counts this replica's training answers; an episode is one."""
         self._grading_s: dict[int, float] = {}
         """Seconds of grading, by step."""
 
@@ -139,9 +145,11 @@ class Experience:
         assert self.leader is not None, "leaders sample"
         how = replace(self.drawn, seed=self.drawn.seed + step)
 
+        count = once_an_episode(lambda: self.finished.add(step))
+
         def told(rollout: Rollout) -> None:
             self._submit(rollout)
-            self.finished.add(step)
+            count(rollout)
 
         if self.leader.answers is None:
             rollouts = self.leader.engine.generate(self.mine(prompts), how, on_finished=told)

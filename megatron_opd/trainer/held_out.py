@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_opd.config import LossConfig, TeacherConfig, TrainConfig
+from megatron_opd.core.episodes import once_an_episode
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.loss.objective import Objective
 from megatron_opd.student.student import Student
 from megatron_opd.tracking.phase import Phase
 from megatron_opd.tracking.tracker import Tracker
-from megatron_opd.trainer import reference_nll
+from megatron_opd.trainer import episode_metrics, reference_nll
 from megatron_opd.trainer.evaluate import Tally, means, num_answers, teacher_accuracies
 from megatron_opd.trainer.experience import Experience
 from megatron_opd.trainer.preflight import Inputs
@@ -50,6 +51,8 @@ class HeldOut:
         with self.tracker.phase(what, total=total, unit="answers") as phase, experience.together():
             rollouts, tally = parallel.share(lambda: self._answers(prompts, phase))
         metrics = means(parallel.gather_leaders(tally), "eval")
+        if self.experience.config.environments:
+            metrics |= episode_metrics.of_held_out(parallel.gather_leaders(episode_metrics.by_source(rollouts)))
         experience.release()
         with self.tracker.phase("comparing the answers with the teachers' distributions"):
             with experience.together():
@@ -76,7 +79,7 @@ class HeldOut:
     def _answers(self, prompts: list[Prompt], phase: Phase) -> tuple[list[Rollout], Tally]:
         assert self.leader is not None
         ask = self.leader.evaluator.answer
-        return ask(self.leader.engine, prompts, samples=self.train.eval_samples, told=lambda _: phase.advance())
+        return ask(self.leader.engine, prompts, samples=self.train.eval_samples, told=once_an_episode(phase.advance))
 
     def _ask_teachers(self) -> TeacherAnswers:
         assert self.leader is not None

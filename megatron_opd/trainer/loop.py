@@ -36,6 +36,7 @@ from megatron_opd.trainer import conditions, fp8_fidelity, loss_backend, model_p
 from megatron_opd.trainer.alarms import Watchman, alarms_of
 from megatron_opd.trainer.build_objective import build_objective
 from megatron_opd.trainer.completions import Completions
+from megatron_opd.trainer.episode_metrics import EpisodeWatch
 from megatron_opd.trainer.experience import Experience, build_leader
 from megatron_opd.trainer.goals import Goals
 from megatron_opd.trainer.held_out import HeldOut
@@ -124,13 +125,15 @@ class Run:
             leader = build_leader(config, served, parallel, inputs)
         self.experience = Experience(config, parallel, teachers, leader)
         self.held_out = HeldOut(config.train, config.loss, config.teachers, inputs, self.experience, tracker)
-        self.completions = Completions(config.log, config.run.dir, parallel, leader and leader.tokenizer, tracker)
+        tokenizer, has_turns = leader and leader.tokenizer, config.plays_episodes
+        self.completions = Completions(config.log, config.run.dir, parallel, tokenizer, tracker, has_turns=has_turns)
         found = conditions.measure(backend, parallel, config.student, config.teachers)
         record = RunRecord(inputs.data, found, config.data.on_change)
         self.saving = Saving(config.run, parallel, self.student, tracker, record=record, train=config.train)
         self.timed, self.kept = Stopwatch(), process_memory.Kept()
         self.watchman = Watchman(alarms_of(config.rl, config.rollout))
-        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl)])
+        self.episodes = EpisodeWatch(parallel, tracker, is_on=has_turns, has_rewards=config.rewards_turns)
+        tracker.show([*self.objective.headlines(), *step_metrics.headlines(config.rl), *self.episodes.headlines()])
         prompts = PromptMix(inputs.train, seed=config.run.seed)
         with tracker.phase("looking for a checkpoint to continue from"):
             self.trained = self.saving.restore(prompts, self.completions, to_dict(self.config))
@@ -276,6 +279,7 @@ class Run:
             grading |= shaping_metrics.of_rewards(rollouts, self.config.data.train, self.parallel)
         return {
             **step_metrics.of_rollouts(rollouts, self.parallel, version=step, is_mixed=is_mixed),
+            **self.episodes.look(rollouts),
             **grading,
             **step_metrics.of_batches(batches, self.parallel),
             **step_metrics.of_parts(self.experience.parts, self.parallel),

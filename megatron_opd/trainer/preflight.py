@@ -24,6 +24,7 @@ from megatron_opd.config import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
+    checks_environment,
 )
 from megatron_opd.config.checks_serving import check_vocabulary
 from megatron_opd.config.file import ConfigError
@@ -42,6 +43,7 @@ from megatron_opd.rollout import sampling
 from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.transports import check_sync
 from megatron_opd.trainer.source_reader import SourceReader, attempt, collecting
+from megatron_opd.trainer.source_worlds import SourceWorlds
 
 _T = TypeVar("_T")
 
@@ -59,6 +61,8 @@ class Inputs:
     eos_ids: tuple[int, ...]
     vocab_size: int
     """Entries that distributions are normalised over and that may be sampled: those that every model has."""
+    context: int = sys.maxsize
+    """Positions of the model that has the fewest."""
     data: DataRecord = field(default_factory=lambda: DataRecord(train=[], eval=[]))
     """Fingerprints of the sources, to be compared when the run goes on another time."""
     notes: tuple[str, ...] = ()
@@ -104,16 +108,19 @@ def read_inputs(config: Config, *, rows_to_try: int = 64, unavailable: Mapping[s
     encoder = attempt("data", lambda: build_encoder(config.data, tokenizer), problems)
     if encoder is None:
         raise ConfigError(problems)
-    read = SourceReader(config, encoder, context, problems, rows_to_try)
+    read = SourceReader(config, SourceWorlds(config.data, encoder), context, problems, rows_to_try)
     inputs = Inputs(
         train=read.sources("data.train", config.data.train, are_graded=config.is_graded),
         eval=read.sources("data.eval", config.data.eval, are_graded=True),
         eos_ids=tokenizer.eos_ids,
         vocab_size=vocab_size,
+        context=context,
         data=DataRecord(train=read.fingerprints["data.train"], eval=read.fingerprints["data.eval"]),
         notes=(
             *read.notes,
             *(reward.note for reward in read.rewards.values() if reward and reward.note),
+            *read.worlds.notes,
+            *checks_environment.notes(config.environment),
             *of_precision,
             *sampling.notes(config.rollout, config.loss),
             *of_ends,

@@ -6,7 +6,7 @@ Shape suffix: T learnt tokens of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -38,8 +38,7 @@ def nll(
     no_teacher = Distillation(loss, 1.0, vocab, (), ())  # nobody samples, so the temperature of samples does not matter
     objective = Objective(no_teacher, (CrossEntropy(),))
     answers = [
-        (source.name, [as_answer(p, p.answer_ids, origin="dataset") for p in prompts if p.answer_ids])
-        for source, prompts in sources
+        (source.name, [as_answer(p, p.answer_ids) for p in prompts if p.answer_ids]) for source, prompts in sources
     ]
     found = token_means(student, objective, "sft/nll", answers, packing=packing)
     return {f"eval/nll/{name}": value for name, value in found.items()}
@@ -66,8 +65,8 @@ def token_means(
     return means | ({ALL: total / tokens} if tokens else {})
 
 
-def as_answer(prompt: Prompt, ids: tuple[int, ...], *, origin: Literal["teacher", "dataset"]) -> Rollout:
-    """Tokens that somebody else wrote, as a rollout."""
+def as_answer(prompt: Prompt, ids: tuple[int, ...]) -> Rollout:
+    """Tokens of the data set, as a rollout."""
     return Rollout(
         prompt=prompt,
         sample=0,
@@ -76,7 +75,7 @@ def as_answer(prompt: Prompt, ids: tuple[int, ...], *, origin: Literal["teacher"
         logps=(0.0,) * len(ids),
         finish="stop",
         versions=(0,) * len(ids),
-        origin=origin,
+        origin="dataset",
     )
 
 

@@ -5,24 +5,46 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from megatron_opd.core.types import Rollout
+from megatron_opd.core.types import EpisodeLog, Rollout
 
-_PROMPT, _ANSWER = 300, 600
+_PROMPT, _ANSWER, _TURN = 300, 600, 200
 """Letters that are shown of each."""
+_SAID = 12
+"""Turns, and texts of the environment, that are shown of an episode."""
 
 
-def lines(rollout: Rollout, answer: str, told: Mapping[str, float | None]) -> list[str]:
-    """`told`: by teacher, the log-probability of the whole answer; None where it was not asked."""
+def lines(
+    rollout: Rollout,
+    answer: str,
+    told: Mapping[str, float | None],
+    *,
+    said: Sequence[tuple[str, str]] = (),
+    trajectories: int = 1,
+) -> list[str]:
+    """`told`: by teacher, the log-probability of the whole answer; None where it was not asked. `said`: who wrote
+    what, where that is more than the answer. `trajectories`: how many its episode has."""
     prompt = rollout.prompt
     parts = [f"answer to {prompt.source}, row {prompt.index + 1}"]
     parts += [f"by the {rollout.origin}"] if rollout.origin != "student" else []
     parts += [f"reward {rollout.reward:.3g}"] if rollout.reward is not None else []
     parts += [f"{rollout.num_learnt} tokens{', cut' if rollout.finish == 'length' else ''}"]
+    parts += _episode(rollout.log, trajectories) if rollout.log.ended else []
     return [
         "  ".join([*parts, *_confidence(rollout, told)]),
         f"  prompt: {printable(prompt.text, _PROMPT, keep_end=True)}",
-        f"  answer: {printable(answer, _ANSWER)}",
+        *(_turns(said) if len(said) > 1 else [f"  answer: {printable(answer, _ANSWER)}"]),
     ]
+
+
+def _episode(log: EpisodeLog, trajectories: int) -> list[str]:
+    turns, calls = (f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((log.turns, "turn"), (log.calls, "call")))
+    first = [f"the first of {trajectories} trajectories"] if trajectories > 1 else []
+    return [f"{turns}, {calls}, ended: {log.ended}", *first]
+
+
+def _turns(said: Sequence[tuple[str, str]]) -> list[str]:
+    shown = [f"  {who}: {printable(text.strip(), _TURN)}" for who, text in said[:_SAID]]
+    return [*shown, f"  … and {len(said) - _SAID} more"] if len(said) > _SAID else shown
 
 
 def _confidence(rollout: Rollout, told: Mapping[str, float | None]) -> list[str]:

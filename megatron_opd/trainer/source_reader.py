@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from megatron_opd.config import Config, SourceConfig
+from megatron_opd.config.environment import OF_THE_RUN
 from megatron_opd.core.types import Prompt
 from megatron_opd.prompts.chat import Encoder
 from megatron_opd.prompts.fingerprint import Fingerprint
@@ -20,6 +21,7 @@ from megatron_opd.rewards import build_reward
 from megatron_opd.rewards.base import Reward
 from megatron_opd.sglang import serve
 from megatron_opd.trainer.reward_trial import problems_of_rows
+from megatron_opd.trainer.source_worlds import SourceWorld, SourceWorlds
 
 _T = TypeVar("_T")
 
@@ -45,8 +47,9 @@ class SourceReader:
     """Reads sources one after the other, and collects what is found out on the way."""
 
     config: Config
-    encoder: Encoder
+    worlds: SourceWorlds
     context: int
+    """Positions of the model that has the fewest."""
     problems: list[str]
     rows_to_try: int
     notes: list[str] = field(default_factory=list)
@@ -61,9 +64,7 @@ class SourceReader:
         self, setting: str, sources: list[SourceConfig], *, are_graded: bool
     ) -> list[tuple[SourceConfig, Sequence[Prompt]]]:
         """The prompts of the sources under a setting, `data.train` or `data.eval`."""
-        # A server keeps some positions of its context for itself.
-        room = self.context - self.config.rollout.max_new_tokens - (serve.MARGIN if self.config.is_served else 0)
-        if room < 1:
+        if self._room() < 1:
             problem = (
                 f"rollout.max_new_tokens ({self.config.rollout.max_new_tokens}) leaves no room for a prompt in the"
                 f" models' context of {self.context} tokens"
@@ -71,17 +72,14 @@ class SourceReader:
             if problem not in self.problems:
                 self.problems.append(problem)
             return []
-        limit, why = self.config.data.max_prompt_tokens, "data.max_prompt_tokens"
-        if room < limit:
-            limit, why = room, f"the models' context of {self.context} tokens less rollout.max_new_tokens"
-        within = Limit(limit, why, drop=self.config.data.on_too_long == "drop")
         found: list[tuple[SourceConfig, Sequence[Prompt]]] = []
-        for source in sources:
-            reward = self._reward(source.reward)
-            if reward is None:
+        for i, source in enumerate(sources):
+            reward, world = self._reward(source.reward), self._world(f"{setting}.{i}", source)
+            if reward is None or world is None:
                 continue
-            read = functools.partial(read_prompts, source, self.encoder, limit=within, reward=reward)
-            rows = functools.partial(self._rows, source, within, is_trained_on=setting == "data.train")
+            within = self._limit(source)
+            read = functools.partial(read_prompts, source, world.encoder, limit=within, reward=reward, kind=world.kind)
+            rows = functools.partial(self._rows, source, within, world.encoder, is_trained_on=setting == "data.train")
             prompts = None
             with collecting("data", self.problems):
                 prompts = read(is_graded=are_graded and (reward.grades or setting == "data.train"), complete=rows())
@@ -96,11 +94,53 @@ class SourceReader:
                 self.notes.append(_dropped(f"{setting}: {source.name}", prompts, within))
         return found
 
-    def _rows(self, source: SourceConfig, limit: Limit, *, is_trained_on: bool) -> RowReader | None:
+    @property
+    def _positions(self) -> int:
+        """Tokens of the longest sequence that every model has room for. A server keeps some positions for itself."""
+        return self.context - (serve.MARGIN if self.config.is_served else 0)
+
+    def _room(self) -> int:
+        """Tokens of a prompt that leave room for an answer in every model."""
+        return self._positions - self.config.rollout.max_new_tokens
+
+    def _limit(self, source: SourceConfig) -> Limit:
+        """Of the prompts of a source, and of those that teachers see instead."""
+        config, environment = self.config, self.config.environment_of(source)
+        limit, why = config.data.max_prompt_tokens, "data.max_prompt_tokens"
+        if self._room() < limit:
+            limit, why = self._room(), f"the models' context of {self.context} tokens less rollout.max_new_tokens"
+        if environment.is_on:
+            left = environment.max_tokens - config.rollout.max_new_tokens
+            if left < limit:
+                limit, why = left, f"environment.max_tokens of {environment.max_tokens} less rollout.max_new_tokens"
+            asked = [teacher for teacher in config.teachers if teacher.weight_for(source.name) > 0]
+            # Behind a teacher's prompt there may be all that a trajectory has behind a prompt of one token.
+            left = self._positions - environment.max_tokens + 1
+            if left < limit and any(teacher.has_own_prompt for teacher in asked):
+                what = f"the models' context of {self.context} tokens less environment.max_tokens"
+                limit, why = left, f"{what}, as a teacher sees prompts of its own; lower environment.max_tokens"
+        return Limit(max(limit, 0), why, drop=config.data.on_too_long == "drop")
+
+    def _world(self, setting: str, source: SourceConfig) -> SourceWorld | None:
+        """The source's environment; None for one that cannot be had, which is reported then, once."""
+        settings, problems = self.config.environment_of(source), list[str]()
+        of_run = source.environment.name == OF_THE_RUN
+        what = "environment" if of_run else f"{setting}.environment"
+        world = attempt(what, lambda: self.worlds.of(settings), problems)
+        self.problems.extend(problem for problem in problems if problem not in self.problems)
+        if settings.is_on and settings.max_tokens > self._positions:
+            note = (
+                f"{what}.max_tokens ({settings.max_tokens}) is more than the {self._positions} tokens that the models"
+                " have room for: episodes end there"
+            )
+            self.notes.extend([note] if note not in self.notes else [])
+        return world
+
+    def _rows(self, source: SourceConfig, limit: Limit, encoder: Encoder, *, is_trained_on: bool) -> RowReader | None:
         config = self.config
         return build_row_reader(
-            build_views(config.teachers, config.data, source, self.encoder),
-            self.encoder,
+            build_views(config.teachers, config.data, source, encoder),
+            encoder,
             limit=limit,
             answers=config.answers,
             max_answer_tokens=config.rollout.max_new_tokens,

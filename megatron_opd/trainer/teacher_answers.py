@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from megatron_opd.config import LossConfig, TeacherConfig
-from megatron_opd.config.section import Count, section
+from megatron_opd.config.section import section
+from megatron_opd.core.episodes import once_an_episode
 from megatron_opd.core.types import Prompt, Rollout
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.core.whole_file import write_whole
@@ -23,15 +24,18 @@ from megatron_opd.loss.distillation import Distillation
 from megatron_opd.loss.objective import Objective
 from megatron_opd.loss.sampled_tokens import Likeliest
 from megatron_opd.models.sampled_digest import sampled_digest
+from megatron_opd.rollout.episode_engine import with_environments
 from megatron_opd.student.student import Student
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.evaluate import Evaluator
+from megatron_opd.trainer.kept_answers import KeptAnswer, rollout_of
+from megatron_opd.trainer.kept_answers import kept as as_kept
 from megatron_opd.trainer.preflight import Inputs
-from megatron_opd.trainer.reference_nll import as_answer, token_means
+from megatron_opd.trainer.reference_nll import token_means
 
 ANSWERS_FILE = "teacher_answers.json"
 TeacherAnswers: TypeAlias = dict[str, list[Rollout]]
-"""By the teacher's name, an answer to each prompt of `data.eval`, in order."""
+"""By the teacher's name, an answer to each prompt of `data.eval`, in order: one trajectory, or an episode's."""
 
 
 @section
@@ -40,7 +44,7 @@ class _Kept:
 
     of: str
     """Digest of everything that they follow from."""
-    tokens: list[list[Count]]
+    answers: list[KeptAnswer]
 
 
 def teacher_answers(
@@ -53,10 +57,9 @@ def teacher_answers(
     for teacher in teachers:
         settled = _digest(teacher, prompts, evaluator, inputs)
         if teacher.name not in kept or kept[teacher.name].of != settled:
-            kept[teacher.name] = _Kept(of=settled, tokens=_asked(teacher, prompts, evaluator, inputs, tracker))
+            kept[teacher.name] = _Kept(of=settled, answers=_asked(teacher, prompts, evaluator, inputs, tracker))
             write_whole(path, json.dumps({name: asdict(its) for name, its in kept.items()}))
-        both = zip(prompts, kept[teacher.name].tokens, strict=True)
-        answers[teacher.name] = [as_answer(prompt, tuple(ids), origin="teacher") for prompt, ids in both]
+        answers[teacher.name] = [rollout_of(answer, prompts) for answer in kept[teacher.name].answers]
     return answers
 
 
@@ -77,26 +80,33 @@ def forced_agreement(
 
 def _asked(
     teacher: TeacherConfig, prompts: list[Prompt], evaluator: Evaluator, inputs: Inputs, tracker: Tracker
-) -> list[list[int]]:
+) -> list[KeptAnswer]:
     from megatron_opd.rollout.embedded_engine import LocalEngine
 
     with tracker.phase(f"evaluating teacher {teacher.name}", total=len(prompts), unit="answers") as phase:
         engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-        answers = evaluator.greedy(engine, prompts, lambda _: phase.advance())
-    return [list(answer.token_ids) for answer in answers]
+        player = with_environments(engine, evaluator.worlds)
+        answers = evaluator.greedy(player, prompts, once_an_episode(phase.advance))
+        player.close()
+    return as_kept(answers, prompts)
 
 
 def _digest(teacher: TeacherConfig, prompts: list[Prompt], evaluator: Evaluator, inputs: Inputs) -> str:
     """Everything that the answers follow from."""
     asked = [[prompt.source, *prompt.token_ids] for prompt in prompts]
     settings = [evaluator.rollout.max_new_tokens, list(inputs.eos_ids), inputs.vocab_size, asked]
-    text = json.dumps([sampled_digest(teacher.model), *settings])
+    worlds = {name: asdict(world.settings) for name, world in evaluator.worlds.items()}
+    text = json.dumps([sampled_digest(teacher.model), *settings, worlds])
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _read(path: Path) -> dict[str, _Kept]:
     """The answers of the file, if it can be read: they can be made again."""
     try:
-        return {name: _Kept(**its) for name, its in json.loads(path.read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {name: _read_kept(its) for name, its in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
+
+
+def _read_kept(its: dict[str, Any]) -> _Kept:
+    return _Kept(of=its["of"], answers=[KeptAnswer(**answer) for answer in its["answers"]])

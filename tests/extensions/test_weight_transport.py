@@ -13,10 +13,10 @@ from standin_model import CONTEXT, END, VOCAB_SIZE
 
 from megatron_opd.__main__ import main
 from megatron_opd.config import RolloutConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.types import Prompt, Sampling
 from megatron_opd.rollout.served_engine import SGLangEngine
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import connect
 from megatron_opd.sglang.weights.buckets import buckets
 from megatron_opd.sglang.weights.sync import WeightPush

@@ -9,9 +9,9 @@ import torch
 from fp8_model import in_fp8
 
 from megatron_opd.config import RolloutConfig, ServersConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.sglang import process, server_memory
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.sync import WeightPush
 from megatron_opd.sglang.wire import Ask, Draw

@@ -6,6 +6,7 @@ import gzip
 import pytest
 import tiny
 
+from megatron_opd import config
 from megatron_opd.planner import host, memory, sizes
 from megatron_opd.planner.job import build
 
@@ -108,3 +109,15 @@ def test_the_engine_takes_fewer_sequences_when_their_cache_is_full(model):
     longer = job(model, rollout={"prompts_per_step": 128, "max_new_tokens": 2**16})
     a_sequence = longer.longest * memory.cache_bytes(longer.student, 4, 1)
     assert memory.engine_rows(longer) == memory.ENGINE_CACHE // a_sequence < 128
+
+
+def test_each_episode_may_have_a_session_of_python(model):
+    def planned(*tools):
+        made = job(model, rollout={"prompts_per_step": 6, "samples_per_prompt": 2})
+        environment = config.EnvironmentConfig(name="tools", tools=list(tools))
+        data = config.DataConfig(train=[config.SourceConfig(name="a", path="")])
+        made = dataclasses.replace(made, config=dataclasses.replace(made.config, environment=environment, data=data))
+        return host.machine(made, on_gpu=False).others
+
+    assert planned("calculator", "python")["sessions"] == 12 * 16e6
+    assert "sessions" not in planned("calculator")

@@ -9,9 +9,9 @@ import tiny
 import torch
 
 from megatron_opd.config import ServersConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.sglang import process
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.event_loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, VOCAB_SIZE = 300, 96
@@ -41,12 +41,12 @@ def serve(tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
 
     @contextmanager
-    def serve(directory, *, name="server", **changes):
+    def serve(directory, *, name="server", context=CONTEXT, **changes):
         python = ROOT / ".venv-sglang/bin/python"
         common = {"port": 30500, "start_timeout_s": 300.0, "request_timeout_s": 60.0, "dtype": "fp32"}
         settings = ServersConfig(python=str(python), **{**common, **changes})
         extra = ("--weight-version", "0", "--enable-return-hidden-states")
-        started = process.start(settings, directory, name=name, log_dir=logs, context=CONTEXT, extra=extra)
+        started = process.start(settings, directory, name=name, log_dir=logs, context=context, extra=extra)
         try:
             process.wait(started, settings, say=print)
             yield started[0], replace(settings, urls=[s.url for s in started])

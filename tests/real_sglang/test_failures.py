@@ -14,10 +14,10 @@ from conftest import CONTEXT, VOCAB_SIZE
 from safetensors.torch import load_file
 
 from megatron_opd.config import RolloutConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.types import Sampling
 from megatron_opd.rollout.served_engine import SGLangEngine
 from megatron_opd.sglang import ports, process
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import connect
 from megatron_opd.sglang.weights import broadcast
 from megatron_opd.sglang.weights import stream as stream_module

@@ -26,9 +26,9 @@ def asked(text="?", answer=None, **extra):
 
 
 def test_names():
-    assert [problem_with_reward(name) for name in (*REWARDS, "mine:score", "my.package:score")] == [None] * 8
+    assert [problem_with_reward(name) for name in (*REWARDS, "mine:score", "my.package:score")] == [None] * 9
     for name in ("gsm8", "", ":f", "m:", "m:f:g", "a b:c", "m:f()"):
-        known = "known: exact, gsm8k, math, code, ifeval, none, or a function"
+        known = "known: exact, gsm8k, math, code, ifeval, environment, none, or a function"
         assert problem_with_reward(name).startswith(f"there is no reward '{name}'; {known}")
     assert "did you mean 'gsm8k'?" in problem_with_reward("gsm8")
     with pytest.raises(ValueError, match="there is no reward"):

@@ -4,8 +4,8 @@ import pytest
 from standin import PROBE_S, StandIn, settings
 from standin_model import CONTEXT, VOCAB_SIZE
 
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.sglang.client import ADMIN_KEY, API_KEY, Client
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import Pool
 
 

@@ -20,7 +20,7 @@ from standin_faults import AFTER, BEFORE, KILLS
 from standin_model import CONTEXT, END, VERSION, VOCAB_SIZE, b64, cut, draw, hidden, logps
 
 from megatron_opd.config import ServersConfig
-from megatron_opd.sglang.event_loop import Loop
+from megatron_opd.core.event_loop import Loop
 
 PROBE_S = 0.05
 """Between looks at a server that failed, in place of the pool's own."""

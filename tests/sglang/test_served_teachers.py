@@ -14,13 +14,13 @@ from standin import PROBE_S, settings, wait_for
 from standin_model import CONTEXT, HIDDEN_SIZE, VOCAB_SIZE, hidden, logps
 
 from megatron_opd.config import Config, DataConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.scores import Hidden, Sampled, TopK
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.precision.fp8_plan import Products
 from megatron_opd.precision.recipes import RECIPES
 from megatron_opd.precision.scaled import ScaledHead
 from megatron_opd.sglang.errors import Down, Refused
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import connect
 from megatron_opd.sglang.wire import ServerLimits
 from megatron_opd.teachers.served_teacher import SGLangTeacher

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_opd.config import RolloutConfig, ServersConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.sglang.errors import BadAnswer
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.weights import hashes
 from megatron_opd.sglang.weights.buckets import buckets
 from megatron_opd.sglang.weights.expected import Expected

@@ -52,6 +52,15 @@ def test_what_view_reads(tmp_path, answers):
     assert table.lists["top_logp"].counts.sum() == len(table.lists["top_token"].values)
 
 
+def test_files_of_older_versions_have_plain_answers(tmp_path, answers):
+    from pyarrow import parquet
+
+    path = token_file.path_of(tmp_path, 10)
+    token_file.write(path, answers, viewed.WORDS.__getitem__)
+    parquet.write_table(parquet.read_table(path).drop_columns(["turns", "calls", "ended"]), path)
+    assert token_file.read(path).rows == [dict(answer.row) for answer in answers]
+
+
 def test_a_resume_leaves_one_version(tmp_path, answers):
     for step in (5, 10, 15):
         token_file.write(token_file.path_of(tmp_path, step), answers, viewed.WORDS.__getitem__)

@@ -24,6 +24,7 @@ def small(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "small & <b>"
     nasty = {"prompt": viewed.NASTY, "response": viewed.NASTY}
     answers = [viewed.scored(i, **(nasty if i == 2 else {})) for i in range(8)]
+    answers[6] = viewed.scored(6, turns=2, calls=1, ended="max_turns")
     before = [viewed.scored(i, 5) for i in range(3)]
     for answer in answers[:4]:
         answer.columns["advantage"][:] = np.linspace(-1, 1, 11)
@@ -63,6 +64,13 @@ def test_it_shows_the_last_step(page):
     assert page.js("document.querySelectorAll('.card[data-n=\"7\"] .tokens > .x').length") == 1  # not learnt
     assert page.js("document.querySelectorAll('#charts polyline').length") == 3
     assert "8 of 8 answers, 88 tokens" in page.js("document.getElementById('sum').textContent")
+
+
+def test_it_says_who_wrote_what(page):
+    first = "[...document.querySelectorAll('.card[data-n=\"7\"] .begins')].map((t) => t.dataset.who)"
+    assert page.js(first) == ["turn 1", "environment", "turn 2"]
+    later = "[...document.querySelectorAll('.card[data-n=\"6\"] .chip')].map((t) => t.textContent)"
+    assert page.js(later) == ["reward 0.5", "2 turns, 1 call", "ended: max_turns"]
 
 
 def test_texts_stay_texts(page):

@@ -32,7 +32,8 @@ def scored(number, step=10, *, length=12, teachers=TEACHERS, rng=None, **row):
             columns |= {f"logp{model}": -4 * rng.random(m), f"kl{model}": number + rng.random(m)}
     known = {
         **{"step": step, "answer": number, "source": ("gsm8k", "chat")[number % 2], "index": number, "sample": 0},
-        **{"part": 0, "origin": "student", "finish": "stop", "reward": (None, 0.0, 0.5, 1.0)[number % 4]},
+        **{"turns": 1, "calls": 0, "ended": "", "part": 0, "origin": "student", "finish": "stop"},
+        "reward": (None, 0.0, 0.5, 1.0)[number % 4],
         **{"prompt": f"question {number}", "response": "".join(WORDS[i] for i in ids)},
     }
     return ScoredAnswer(row=known | row, token_ids=ids.tolist(), learnt=learnt, columns=columns)

@@ -22,6 +22,8 @@ def warnings(rows, alarms=EVERY):
 CASES = {
     "mass": ({}, {"topk/math/mass_outside": 0.0501}, [{"topk/math/mass_outside": 0.05}]),
     "truncated": ({}, {"rollout/truncated_frac": 0.51}, [{"rollout/truncated_frac": 0.5}]),
+    "broken": ({}, {"episode/broken_frac": 0.51}, [{"episode/broken_frac": 0.5}]),
+    "no room": ({}, {"episode/ended/context": 0.51}, [{"episode/ended/context": 0.5}]),
     "empty": ({}, {"rollout/length": 1.49}, [{"rollout/length": 1.5}]),
     "same": ({}, {"rollout/most_common_frac": 0.91}, [{"rollout/most_common_frac": 0.9}]),
     "sure": (
@@ -110,7 +112,7 @@ def test_docs_have_the_metrics_and_their_limits(alarm):
 
 @pytest.mark.parametrize("alarm", EVERY, ids=CASES)
 def test_a_warning_names_settings_that_there_are(alarm):
-    named = re.findall(r"\b(?:rollout|optim|data|rewards|teachers\.N|rl|policy|loss)\.\w+", alarm.text)
+    named = re.findall(r"\b(?:rollout|optim|data|rewards|environment|teachers\.N|rl|policy|loss)\.\w+", alarm.text)
     assert named
     reference = (DOCS / "config.md").read_text()
     for setting in named:

@@ -16,6 +16,7 @@ from megatron_opd import config as c
 from megatron_opd.config import LogConfig
 from megatron_opd.core.batching import pack
 from megatron_opd.core.scores import Sampled
+from megatron_opd.core.types import EpisodeLog
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.tracking import token_file
@@ -52,10 +53,10 @@ def sampled(*logps):
     return Sampled(torch.tensor(logps))
 
 
-def completions(run_dir, *, every=1, most=32, **place):
-    return Completions(
-        LogConfig(completions_every=every, completions=most), run_dir, parallel(**place), TOKENIZER, Tracker()
-    )
+def completions(run_dir, *, every=1, most=32, has_turns=False, tracker=None, **place):
+    log = LogConfig(completions_every=every, completions=most)
+    place = parallel(**place)
+    return Completions(log, run_dir, place, TOKENIZER, tracker or Tracker(), has_turns=has_turns)
 
 
 def rows(run_dir):
@@ -78,6 +79,22 @@ def test_a_line_an_answer(tmp_path):
     }
     assert others["logprob"] is None  # it has none
     assert (others["origin"], others["finish"], others["reward"]) == ("dataset", "length", 0.5)
+
+
+def test_who_said_what_in_an_episode(tmp_path):
+    tables, tracker = [], Tracker()
+    tracker.table = lambda name, rows, step: tables.append(rows)
+    log = EpisodeLog(turns=2, calls=1, failures={"not_json": 1}, ended="answered")
+    played = replace(tiny.rollout((1, 2), (3, 4, 5, 6), learnt=(1, 1, 0, 1)), log=log)
+    completions(tmp_path, has_turns=True, tracker=tracker).log([played, *rollouts()], 3, *NO_TEACHER)
+    first, plain, _ = rows(tmp_path)
+    assert first["said"] == [["policy", "cd"], ["environment", "e"], ["policy", "f"]]
+    assert (first["part"], first["turns"], first["calls"], first["ended"]) == (0, 2, 1, "answered")
+    assert first["failures"] == {"not_json": 1}
+    assert (plain["said"], plain["ended"]) == ([["policy", "cd"]], "")
+    ((row, *others),) = tables
+    assert json.loads(row["said"]) == first["said"]  # its cells hold texts and numbers
+    assert {tuple(row), *map(tuple, others)} == {tuple(row)}
 
 
 def test_what_each_teacher_says_of_the_whole_answer(tmp_path):

@@ -2,6 +2,7 @@
 of transformers and plain torch in float64 with advantages by loops."""
 
 import copy
+import math
 from dataclasses import replace
 from functools import cache
 from statistics import fmean, stdev
@@ -202,15 +203,20 @@ def test_one_process_is_transformers_and_torch(alone, paths, method, tmp_path):
     assert metrics[0]["after/kl/ensemble"] == pytest.approx(metrics[1]["kl/ensemble"])  # the same answers again
 
 
-def of_replicas():
-    """By replica, four trajectories: three episodes of one prompt, of which one has two trajectories. The second begins
-    with a prompt that was written anew, and reads what the first learns as context. In the second replica it is in the
-    next micro-batch."""
+EQUAL = ((0, 0, 1, 2), (0.5, 0.0, 0.25)), ((0, 1, 1, 2), (0.0, 1.0, 0.0))
+"""By replica, the episodes of its trajectories, and the episodes' rewards."""
+UNEQUAL = ((0, 0, 1, 2), (0.5, 0.0, 0.25)), ((0, 1, 1, 2, 2), (0.0, 1.0, 0.0))
+
+
+def of_replicas(orders=EQUAL):
+    """By replica, trajectories of three episodes of one prompt. A further one begins with a prompt that was written
+    anew, and reads what the one before learns as context. In the second replica it is in the next micro-batch."""
     made = rollouts()
     found = []
-    for d, (order, rewards) in enumerate([((0, 0, 1, 2), (0.5, 0.0, 0.25)), ((0, 1, 1, 2), (0.0, 1.0, 0.0))]):
-        mine, masks = made[4 * d : 4 * d + 4], [(1, 1, 0, 0), (0, 0, 1, 0, 1), (0, 1, 1, 1), (1, 0, 0, 1)]
-        for i, (episode, mask) in enumerate(zip(order, masks, strict=True)):
+    for d, (order, rewards) in enumerate(orders):
+        mine, masks = [made[4 * d]] * len(order), [(1, 1, 0, 0), (0, 0, 1, 0, 1), (0, 1, 1, 1), (1, 0, 0, 1)]
+        masks.append((0, 0, 1, 1))
+        for i, (episode, mask) in enumerate(zip(order, masks, strict=False)):
             first = mine[0].prompt
             part = int(order[:i].count(episode))
             before = mine[i - 1].token_ids[:2] if part else ()
@@ -232,12 +238,42 @@ def of_replicas():
 )
 def test_episodes_of_several_trajectories(ranks, paths, method, layout, tmp_path):
     """They share a reward, a place in the group, and a weight in means over answers."""
-    by_replica = of_replicas()
+    assert_the_references(ranks, paths, config(paths, method), of_replicas(), layout, tmp_path / "m")
+
+
+UNEQUAL_CASES = {
+    "dp2": ("hybrid", {"data": 2}, {}),
+    "pp2": ("kdrl", {"pipeline": 2}, {"packing": True}),
+    "dp2pp2": ("hybrid", {"data": 2, "pipeline": 2}, {"packing": True}),
+}
+
+
+@pytest.mark.parametrize(("method", "layout", "settings"), UNEQUAL_CASES.values(), ids=UNEQUAL_CASES.keys())
+def test_replicas_with_different_numbers_of_trajectories(ranks, paths, method, layout, settings, tmp_path):
+    """One has two micro-batches, the other three, of which the last is smaller: stages need packing then."""
+    made = config(paths, method, **settings)
+    assert_the_references(ranks, paths, made, of_replicas(UNEQUAL), layout, tmp_path / "m")
+
+
+def test_two_updates_of_replicas_with_different_numbers_of_trajectories(ranks, paths):
+    by_replica = of_replicas(UNEQUAL)
+    answers = ranks.run(2, train_each, config(paths, "hybrid", minibatches=2), by_replica, VOCAB_SIZE, 1, data=2)
+    assert answers[0][0] == answers[1][0]
+    assert answers[0][0][0]["num_tokens"] == sum(sum(r.learnt) for mine in by_replica for r in mine)
+
+
+def train_each(parallel, config, by_replica, *arguments):
+    """As `train_shaped`, where each replica has trajectories of its own."""
+    mine = by_replica[parallel.data_rank]
+    return steps.train_shaped(parallel, config, [r for r in mine for _ in range(parallel.data_size)], *arguments)
+
+
+def assert_the_references(ranks, paths, made, by_replica, layout, folder):
+    """The steps on a layout are those of the reference with the trajectories of all replicas."""
     whole = [r for mine in by_replica for r in mine]
-    strided = [r for pair in zip(*by_replica, strict=True) for r in pair] if "data" in layout else whole
-    made = config(paths, method)
-    size = layout.get("tensor", 1) * layout.get("data", 1) * layout.get("context", 1)
-    answers = ranks.run(size, steps.train_shaped, made, strided, VOCAB_SIZE, NUM_STEPS, **layout)
+    size = math.prod(layout.values())
+    mine = by_replica if "data" in layout else [whole]
+    answers = ranks.run(size, train_each, made, mine, VOCAB_SIZE, NUM_STEPS, **layout)
     teachers = [copy.deepcopy(model(family, tuple(changes.items()))) for family, changes in TEACHERS]
     mine = copy.deepcopy(model("qwen3", tuple(STUDENTS["qwen3"].items())))
     reference = Reference(made, mine, teachers, VOCAB_SIZE)
@@ -249,7 +285,7 @@ def test_episodes_of_several_trajectories(ranks, paths, method, layout, tmp_path
             assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5, abs=1e-7)
             assert found["reward/mean"] == pytest.approx(1.75 / 6)  # of episodes, not of trajectories
             assert found["advantage/mean"] == pytest.approx(float(torch.cat(reference.advantages).mean()), abs=1e-5)
-    for name, tensor in saved(reference.student, tmp_path / "m").items():
+    for name, tensor in saved(reference.student, folder).items():
         torch.testing.assert_close(answers[0][1][name].double(), tensor, atol=1e-5, rtol=0, msg=name)
 
 

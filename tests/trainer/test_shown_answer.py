@@ -10,6 +10,7 @@ import torch
 from megatron_opd import config as c
 from megatron_opd.core.batching import pack
 from megatron_opd.core.scores import Sampled
+from megatron_opd.core.types import EpisodeLog
 from megatron_opd.core.vocab import VocabShard
 from megatron_opd.loss.distillation import Distillation
 from megatron_opd.trainer import shown_answer
@@ -102,3 +103,15 @@ def test_the_students_own_answer_with_its_own_numbers():
 def test_other_ranks_take_part_and_say_nothing():
     place = SimpleNamespace(**{**PLACE, "is_main": False}, gather_world=lambda value: [value])
     assert shown_at(1, 1, [rollout()], place) == [1]
+
+
+def test_an_episode_is_shown_turn_by_turn():
+    log = EpisodeLog(turns=2, calls=1, ended="answered")
+    said = [("policy", "<call>\n"), ("environment", "\n42\x1b"), ("policy", "It is 42.")]
+    first, prompt, *turns = shown_answer.lines(rollout(log=log), "all of it", {}, said=said, trajectories=2)
+    assert "  2 turns, 1 call, ended: answered  the first of 2 trajectories  logprob" in first
+    assert prompt == "  prompt: How many?"
+    assert turns == ["  policy: <call>", "  environment: 42\N{REPLACEMENT CHARACTER}", "  policy: It is 42."]
+    *_, last = shown_answer.lines(rollout(log=log), "", {}, said=said * 5)
+    assert last == "  … and 3 more"
+    assert shown_answer.lines(rollout(log=log), "42", {}, said=[("policy", "42")])[-1] == "  answer: 42"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import oracle
@@ -26,6 +27,10 @@ WORDS = SimpleNamespace(
 )
 
 
+def answer_of(prompt, ids):
+    return replace(as_answer(prompt, ids), origin="teacher")
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Every question that a teacher's engine got: (model, prompt ids). It says the first letter of its model's name."""
@@ -34,9 +39,9 @@ def asked(monkeypatch):
     def engine(model, *, eos_ids, vocab_size):
         def generate(prompts, sampling, on_finished=None):
             questions.extend((model.rsplit("/")[-1], prompt.token_ids) for prompt in prompts)
-            return [as_answer(prompt, (ord(model.rsplit("/")[-1][0]), 2), origin="teacher") for prompt in prompts]
+            return [answer_of(prompt, (ord(model.rsplit("/")[-1][0]), 2)) for prompt in prompts]
 
-        return SimpleNamespace(generate=generate)
+        return SimpleNamespace(generate=generate, close=lambda: None)
 
     monkeypatch.setattr(embedded_engine, "LocalEngine", engine)
     return questions
@@ -136,4 +141,4 @@ def answered(model, rollout):
         with torch.no_grad():
             logits = model(torch.tensor([[*rollout.prompt.token_ids, *ids[:at]]])).logits[0, -1]
         ids[at] = int(logits[: invariance.VOCAB_SIZE].argmax())
-    return as_answer(rollout.prompt, tuple(ids), origin="teacher")
+    return answer_of(rollout.prompt, tuple(ids))

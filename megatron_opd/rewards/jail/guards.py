@@ -1,7 +1,7 @@
 """What a process can be kept from, by the kernel: time, memory, files, network, other processes.
 
 Each guard that the kernel allows stays for the process and all that it starts, and cannot be taken back. All of them
-work without privileges. Only the standard library: this runs under `python -I -S`.
+work without privileges. Only the standard library: this runs under `python -s -P -S`.
 """
 
 from __future__ import annotations

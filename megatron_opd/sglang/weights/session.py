@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import SGLangError, Unfit
-from megatron_opd.sglang.event_loop import Loop
 
 _T = TypeVar("_T")
 Failures = dict[Client, SGLangError]

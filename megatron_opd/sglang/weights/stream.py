@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Refused
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.weights.buckets import Bucket, buckets
 from megatron_opd.sglang.weights.session import Failures, Session
 

@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 
 from megatron_opd.config import RolloutConfig
+from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.named_weights import NamedWeights, drain
 from megatron_opd.sglang import server_memory
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import Down, SGLangError
-from megatron_opd.sglang.event_loop import Loop
 from megatron_opd.sglang.pool import PROBE_S
 from megatron_opd.sglang.weights import fp8_weights
 from megatron_opd.sglang.weights.expected import Expected

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from megatron_opd.config import RolloutConfig
 
 if TYPE_CHECKING:
+    from megatron_opd.core.event_loop import Loop
     from megatron_opd.core.named_weights import NamedWeights
-    from megatron_opd.sglang.event_loop import Loop
     from megatron_opd.sglang.weights.session import Transport
 
 

@@ -53,8 +53,27 @@ function load(number) {
     return answer;
   });
   const learnt = new Uint8Array(bytes(its.learnt));
+  numberTurns(answers, learnt);
   its.loaded = { ...its, columns, answers, learnt, token: places(its.token), tops: {} };
   return its.loaded;
+}
+
+/* Who begins to write at a token: the policy, by the number of its turn, or its environment. A plain answer says
+   nothing; the turns of an episode's later parts go on counting. */
+function numberTurns(answers, learnt) {
+  answers.forEach((answer, i) => {
+    const before = answers[i - 1], goesOn = answer.part > 0 && before && before.part === answer.part - 1
+      && before.source === answer.source && before.index === answer.index && before.sample === answer.sample;
+    let turn = goesOn ? before.last : 0;
+    answer.begins = new Map();
+    for (let at = answer.from; at < answer.stop; at++) {
+      if (at > answer.from && learnt[at] === learnt[at - 1]) continue;
+      if (learnt[at]) turn++;
+      answer.begins.set(at, learnt[at] ? `turn ${turn}` : "environment");
+    }
+    answer.last = turn;
+    if (!answer.ended && answer.begins.size < 2) answer.begins.clear();
+  });
 }
 
 /* The likeliest tokens of a model, `data.candidates` for each token; they are unpacked when a window first asks. */
@@ -140,7 +159,11 @@ function card(answer) {
   const chips = [];
   if (answer.reward !== null) chips.push(`<span class="chip${answer.reward >= 1 ? " good" : ""}">reward ${number(answer.reward)}</span>`);
   if (answer.origin !== "student") chips.push(`<span class="chip">by ${text(answer.origin)}</span>`);
-  if (answer.finish !== "stop") chips.push(`<span class="chip">ended by ${text(answer.finish)}</span>`);
+  if (answer.ended) {
+    const many = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
+    chips.push(`<span class="chip">${many(answer.turns, "turn")}, ${many(answer.calls, "call")}</span>`);
+    if (answer.ended !== "answered") chips.push(`<span class="chip">ended: ${text(answer.ended)}</span>`);
+  } else if (answer.finish !== "stop") chips.push(`<span class="chip">ended by ${text(answer.finish)}</span>`);
   if (answer.part) chips.push(`<span class="chip">part ${answer.part + 1}</span>`);
   const lines = Math.ceil(answer.response.length / 95) + answer.response.split("\n").length - 1;
   return `<article class="card" data-n="${answer.number}"><div>`
@@ -160,8 +183,10 @@ function fill(article) {
     if (x < 0) names.push("m");
     if (Math.abs(x) >= far) names.push("far");
     if (id === state.marked) names.push("mark");
+    const who = answer.begins.get(i);
+    if (who) names.push("begins");
     const strength = Number.isNaN(x) || (x < 0 && !how.both) ? 0 : Math.min(1, Math.abs(x) / full) ** 0.7 * 0.72;
-    html.push(`<span${names.length ? ` class="${names.join(" ")}"` : ""}${strength > 0.01 ? ` style="--a:${strength.toFixed(2)}"` : ""}>${inText(data.texts[id])}</span>`);
+    html.push(`<span${names.length ? ` class="${names.join(" ")}"` : ""}${who ? ` data-who="${who}"` : ""}${strength > 0.01 ? ` style="--a:${strength.toFixed(2)}"` : ""}>${inText(data.texts[id])}</span>`);
   }
   box.innerHTML = html.join("");
   box.style.minHeight = "";

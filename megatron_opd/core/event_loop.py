@@ -1,4 +1,4 @@
-"""An asyncio event loop in a thread of its own, so that synchronous code can use the asynchronous client.
+"""An asyncio event loop in a thread of its own, so that synchronous code can use asynchronous code.
 
 Sessions, locks and tasks belong to one loop: whoever shares clients shares the Loop.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
@@ -19,9 +19,10 @@ _JOIN_S = 10.0
 class Loop:
     """Runs coroutines for synchronous callers until `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "sglang") -> None:
+        """`name` is the thread's."""
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
@@ -46,14 +47,27 @@ class Loop:
             future.cancel()  # an interrupt: do not leave it running
             raise
 
+    def soon(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Have the loop's thread call a function."""
+        self._loop.call_soon_threadsafe(call, *arguments)
+
     def close(self) -> None:
-        """Cancel what is still running and end the thread."""
+        """Cancel what is still running and end the thread. One that does not answer within ten seconds is left to
+        itself: it ends with the process."""
         if self._loop.is_closed():
             return
-        self.start(_cancel_others()).result(_JOIN_S)
+        try:
+            self.start(_cancel_others()).result(_JOIN_S)
+        except FutureTimeoutError:
+            self.abandon()
+            return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_JOIN_S)
         self._loop.close()
+
+    def abandon(self) -> None:
+        """Leave a thread that does not answer; it stops when it does."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 async def _cancel_others() -> None:

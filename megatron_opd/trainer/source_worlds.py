@@ -1,0 +1,64 @@
+"""The environments of sources before a run: they can be had, and the chat template works with their tools."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from megatron_opd.config import DataConfig, EnvironmentConfig
+from megatron_opd.core.environment import EnvironmentKind
+from megatron_opd.prompts.chat import Encoder, build_encoder
+from megatron_opd.prompts.conversation import check_template
+from megatron_opd.rollout.environments.build import build_kind
+
+
+@dataclass(frozen=True, slots=True)
+class SourceWorld:
+    """What prompts of a source need of their environment."""
+
+    encoder: Encoder
+    """The student's, with the environment's tools."""
+    kind: EnvironmentKind | None
+    """None: an answer is one turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceWorlds:
+    """Environments that are built, each once for all sources that have it."""
+
+    data: DataConfig
+    encoder: Encoder
+    """Of prompts without an environment."""
+    _found: dict[str, SourceWorld | str] = field(default_factory=dict)
+    """By settings; a text says why there is none."""
+
+    def of(self, settings: EnvironmentConfig) -> SourceWorld:
+        """The environment of these settings. Raises ValueError naming what is wrong with them, with the machine, or
+        with the chat template."""
+        if not settings.is_on:
+            return SourceWorld(self.encoder, None)
+        key = json.dumps(asdict(settings), sort_keys=True)
+        if key not in self._found:
+            try:
+                self._found[key] = self._built(settings)
+            except ValueError as error:
+                self._found[key] = str(error)
+        found = self._found[key]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What people should know about how they work here."""
+        kinds = [world.kind for world in self._found.values() if isinstance(world, SourceWorld) and world.kind]
+        found = [kind.note for kind in kinds if kind.note]
+        if self.encoder.template is None and any(kind.tools for kind in kinds):
+            found.append("warning: data.chat_template is none, so prompts do not show the tools of the environment")
+        return list(dict.fromkeys(found))
+
+    def _built(self, settings: EnvironmentConfig) -> SourceWorld:
+        kind = build_kind(settings)
+        encoder = build_encoder(self.data, self.encoder.tokenizer, tools=kind.tools, is_continued=True)
+        check_template(encoder, settings.calls)
+        return SourceWorld(encoder, kind)
