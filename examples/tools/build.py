@@ -24,15 +24,15 @@ ROWS = {"train": 400, "eval": 200}
 WITHOUT_TOOL = Lesson(0.2, has_tool=False, calls=False)
 RECIPES = {
     "teacher": Recipe([Lesson(0.8), WITHOUT_TOOL], steps=400, seed=1),
-    # Reads what the tool says well enough, when somebody has called it; rarely calls it, and then often wrongly.
+    # Reads what the tool says well enough, when somebody has called it; seldom calls it, and then mostly wrongly.
     "student": Recipe(
         [
-            Lesson(0.45, calls=False),
-            Lesson(0.1, slip=0.25, broken=0.3),
-            Lesson(0.25, learns_call=False, slip=0.1),
-            WITHOUT_TOOL,
+            Lesson(0.3, calls=False),
+            Lesson(0.2, slip=0.2, broken=0.6),
+            Lesson(0.35, learns_call=False, slip=0.05),
+            Lesson(0.15, has_tool=False, calls=False),
         ],
-        steps=400,
+        steps=600,
         seed=2,
     ),
 }
