@@ -24,8 +24,17 @@ ROWS = {"train": 400, "eval": 200}
 WITHOUT_TOOL = Lesson(0.2, has_tool=False, calls=False)
 RECIPES = {
     "teacher": Recipe([Lesson(0.8), WITHOUT_TOOL], steps=400, seed=1),
-    # Knows what a call looks like and rarely makes one; half of those are broken, or about other numbers.
-    "student": Recipe([Lesson(0.5, calls=False), Lesson(0.3, slip=0.25, broken=0.3), WITHOUT_TOOL], steps=400, seed=2),
+    # Reads what the tool says well enough, when somebody has called it; seldom calls it, and then mostly wrongly.
+    "student": Recipe(
+        [
+            Lesson(0.3, calls=False),
+            Lesson(0.2, slip=0.2, broken=0.6),
+            Lesson(0.35, learns_call=False, slip=0.05),
+            Lesson(0.15, has_tool=False, calls=False),
+        ],
+        steps=600,
+        seed=2,
+    ),
 }
 
 DESCRIPTION = """\

@@ -7,12 +7,10 @@ import numpy as np
 import products
 import torch
 import torch.nn.functional as F
-from pieces import CALL_END, CONTEXT, END, EXPRESSION_END, VOCAB_SIZE
+from pieces import CONTEXT, END, EXPRESSION_END, VOCAB_SIZE
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 IGNORED = -100
-DROPPED = [EXPRESSION_END, f"\n{CALL_END}"]
-"""What a careless caller forgets."""
 
 
 @dataclass
@@ -22,10 +20,13 @@ class Lesson:
     share: float
     has_tool: bool = True
     calls: bool = True
+    """Whether the tool is called; otherwise the answer comes at once."""
+    learns_call: bool = True
+    """Whether the call is learnt; otherwise somebody else made it, and only the answer is."""
     slip: float = 0.0
     """How often a digit that is copied becomes a random one."""
     broken: float = 0.0
-    """How often a piece of a call is forgotten; such a conversation ends there."""
+    """How often a call is not closed, and so is no JSON; such a conversation ends there."""
 
 
 @dataclass
@@ -86,10 +87,11 @@ def conversation(lesson, pair, rng):
     call, answer = products.call(f"{left}*{right}"), str(int(left) * int(right))
     parts = [(products.prompt(question, lesson.has_tool), False)]
     if rng.random() < lesson.broken:
-        return [*parts, (call.replace(DROPPED[rng.integers(len(DROPPED))], "") + END, True)]
+        return [*parts, (call.replace(EXPRESSION_END, "") + END, True)]
     between = products.told(answer)
     # The end of the turn is the model's, what follows it is not.
-    return [*parts, (call + END, True), (between[len(END) :], False), (_slipped(answer, lesson.slip, rng) + END, True)]
+    parts.append((call + END, lesson.learns_call))
+    return [*parts, (between[len(END) :], False), (_slipped(answer, lesson.slip, rng) + END, True)]
 
 
 def batch(lessons, count, rng, tokenizer):

@@ -39,10 +39,15 @@ def write_tokenizer(directory):
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(directory)
+    _write(directory / "tokenizer.json", json.loads((directory / "tokenizer.json").read_text()), indent=None)
     path = directory / "tokenizer_config.json"
     # The class's name and the template's place are those that every release of transformers knows.
     config = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps({**config, "chat_template": TEMPLATE.read_text()}, indent=2, sort_keys=True) + "\n")
+    _write(path, {**config, "chat_template": TEMPLATE.read_text()}, sort_keys=True)
+
+
+def _write(path, value, *, indent=2, sort_keys=False):
+    path.write_text(json.dumps(value, indent=indent, sort_keys=sort_keys) + "\n")
 
 
 def check_tokenizer(directory, conversations):
