@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -109,7 +109,7 @@ class Episode:
         """The environment's turn, as `_turn`."""
         turn = self.world.turn(self._turns - 1, drawn.ids)
         self._calls += len(turn.calls)
-        answered = await self._within(self._environments[0].answer(turn))
+        answered = await self._within(_called(self._environments[0].answer, turn))
         if self._trouble is not None:
             self._rewards.append(0.0)
             return self._trouble.kind
@@ -166,7 +166,7 @@ class Episode:
     async def _close(self) -> None:
         for environment in self._environments:
             try:
-                await self._thread.run(environment.close(), self.world.settings.turn_timeout_s)
+                await self._thread.run(_called(environment.close), self.world.settings.turn_timeout_s)
             except Trouble as trouble:
                 self._failures["close"] += 1
                 self._trouble = self._trouble or trouble
@@ -195,3 +195,8 @@ class Episode:
             )
             for number, part in enumerate(self.parts)
         ]
+
+
+async def _called(method: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
+    """What a method gives. It is called where it is awaited, as it may raise before there is anything to wait for."""
+    return await method(*arguments)

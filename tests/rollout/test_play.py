@@ -231,6 +231,15 @@ def test_rewards_and_numbers_of_an_environment():
     assert "not shown" not in says(rollout, False)
 
 
+class Odd:
+    def __repr__(self):
+        raise LookupError("no words")
+
+
+ENDLESS = []
+ENDLESS.append(ENDLESS)
+
+
 @pytest.mark.parametrize(
     ("reply", "why"),
     [
@@ -254,6 +263,13 @@ def test_rewards_and_numbers_of_an_environment():
         (Reply(is_done="yes"), "is_done"),
         (Reply(reward=float("nan")), "finite"),
         (Reply(info={"n": float("inf")}), "finite"),
+        (Reply(reward=-(7**500)), "finite"),
+        (Reply(info={"n": 3**700}), "finite"),
+        (Reply(failures={"odd": 2**1100}), "finite"),
+        (Reply(messages=[{"role": "tool", "content": "5", "when": {1, 2}}]), "JSON"),
+        (Reply(messages=[{"role": "tool", "content": "5", "within": ENDLESS}]), "JSON"),
+        (Reply(reward=Odd()), "cannot be read (LookupError)"),
+        (Odd(), "cannot be read (LookupError)"),
     ],
 )
 def test_nonsense_ends_the_episode_and_is_said(reply, why):
@@ -292,6 +308,35 @@ def test_one_that_fails_or_hangs_ends_its_episode(broken, ended):
     made = world(kind_of(again, log=log, close=lambda: broken()), turn_timeout_s=0.05, max_turns=2)
     (rollout,) = play(Scripted(CALL, "5"), made)
     assert (rollout.log.ended, rollout.log.turns, rollout.log.failures) == ("max_turns", 2, {"close": 1})
+
+
+class Sudden:
+    """Its methods are no coroutines, and those that are named raise as soon as they are called."""
+
+    def __init__(self, *broken):
+        self._broken = broken
+
+    def start(self, prompt):
+        return self._called("start")
+
+    def answer(self, turn):
+        return self._called("answer") if turn.number else again(turn)
+
+    def close(self):
+        return self._called("close")
+
+    def _called(self, name):
+        if name in self._broken:
+            raise LookupError(f"no {name}")
+        return asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("name", "turns"), [("start", 1), ("answer", 2), ("close", 2)])
+def test_a_method_that_raises_before_it_is_awaited(name, turns):
+    kind = EnvironmentKind(name="sudden", make=lambda: Sudden(name), tools=world().kind.tools)
+    (rollout,) = play(Scripted(CALL, "5"), world(kind, max_turns=4))
+    assert (rollout.log.ended, rollout.log.turns) == ("failed", turns)
+    assert (name == "close") == (rollout.log.failures == {"close": 1})
 
 
 def test_all_time_of_an_episode_is_limited():
