@@ -127,11 +127,13 @@ class Episode:
             return "failed"
 
     def _go_on(self, turn: Turn, drawn: TurnDrawn, reply: Reply) -> str:
-        part, shown = self.parts[-1], self.world.shown(reply.messages)
+        part, (shown, forged) = self.parts[-1], self.world.shown(reply.messages)
         message = message_of(turn, is_structured=self.world.calls.is_structured)
         more = self.talk.continued(message, drawn.ids, shown)
-        if more.forged:
-            self._info["forged_tokens"] = self._info.get("forged_tokens", 0.0) + more.forged
+        if forged := forged + more.forged:
+            self._info["forged_tokens"] = self._info.get("forged_tokens", 0.0) + forged
+        if not more.ids:  # two turns would follow each other as one
+            return "empty"
         if not goes_on(more, len(part.all_ids), self.world.room):
             return "context"
         if more.is_rewritten:
