@@ -8,9 +8,11 @@ Where the template rewrites earlier turns a further trajectory begins, whose pro
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -66,6 +68,7 @@ class Episode:
         self.parts = [Trajectory(prompt)]
         self._thread = thread
         self._environments: list[Environment] = []
+        self._is_over = False
         self._seconds_left = world.settings.episode_timeout_s
         self._turns = self._calls = 0
         self._failures: Counter[str] = Counter()
@@ -151,7 +154,13 @@ class Episode:
     async def _start(self) -> None:
         environment = self.world.kind.make()
         self._environments.append(environment)
-        await environment.start(self.prompt)
+        if not self._is_over:
+            return await environment.start(self.prompt)
+        # It took so long to make that the episode has ended, and cancelled this.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        for late in self._to_close():
+            await late.close()
 
     async def _within(self, work: Coroutine[Any, Any, _T]) -> _T | None:
         """The result of the environment's work, within its time limits; None where it fails, which is the episode's
@@ -166,12 +175,19 @@ class Episode:
             self._seconds_left -= time.monotonic() - began
 
     async def _close(self) -> None:
-        for environment in self._environments:
+        self._is_over = True
+        for environment in self._to_close():
             try:
                 await self._thread.run(_called(environment.close), self.world.settings.turn_timeout_s)
             except Trouble as trouble:
                 self._failures["close"] += 1
                 self._trouble = self._trouble or trouble
+
+    def _to_close(self) -> Iterator[Environment]:
+        """The environment, to whoever asks first."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield self._environments.pop()
 
     def _rollouts(self, ended: str) -> list[Rollout]:
         log = EpisodeLog(

@@ -1,6 +1,7 @@
 """One episode: what becomes of the policy's turns and of what the environment says, however it goes."""
 
 import asyncio
+import threading
 from dataclasses import replace
 from functools import cache
 
@@ -12,6 +13,7 @@ from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import TurnDrawn
 from megatron_opd.core.types import Prompt, Sampling
 from megatron_opd.models.tokenizer import load_tokenizer
+from megatron_opd.rollout import limited
 from megatron_opd.rollout.limited import EnvironmentThread
 from megatron_opd.rollout.play import Episode
 from megatron_opd.rollout.worlds import build_worlds
@@ -393,6 +395,27 @@ def test_an_environment_that_cannot_be_made():
 
     (rollout,) = play(Scripted("5"), world(EnvironmentKind(name="made", make=make)))
     assert (rollout.log.ended, rollout.log.why, rollout.log.turns) == ("failed", "OSError: no such thing", 1)
+
+
+def test_one_that_is_made_too_late_is_closed_and_not_started(monkeypatch):
+    monkeypatch.setattr(limited, "_ALIVE_S", 0.05)
+    free, closed, log = threading.Event(), threading.Event(), []
+
+    async def close():
+        await asyncio.sleep(0)
+        closed.set()
+
+    def make():
+        free.wait(300)
+        return Made(again, log, close=close)
+
+    made = world(EnvironmentKind(name="made", make=make), turn_timeout_s=0.05)
+    thread = EnvironmentThread()
+    (rollout,) = asyncio.run(Episode(prompt_for(made), 0, SAMPLING, made, thread).play(Scripted("5"), lambda _: None))
+    free.set()
+    assert closed.wait(300)
+    thread.close()
+    assert (rollout.log.ended, log) == ("timeout", ["close"])
 
 
 def test_no_answer_to_a_call():
