@@ -6,6 +6,7 @@ The student's tokenizer does both; teachers get the same ids, so they see the sa
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,13 +61,25 @@ class Encoder:
             return [{"role": "system", "content": self.system_prompt}, *messages]
         return messages
 
+    def kept(self, asked: str | Messages) -> tuple[dict[str, Any], ...]:
+        """The messages that a prompt keeps, where an environment adds others to them. Raises ValueError where they
+        hold what is no JSON, such as a date of a Parquet file."""
+        if not self.is_continued:
+            return ()
+        messages = self.messages(asked)
+        try:
+            json.dumps(messages)
+        except TypeError as error:
+            raise ValueError(f"messages that an environment adds to must be JSON: {error}") from None
+        return tuple(messages)
+
     def apply(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         """The text of a conversation. Raises ValueError where the template refuses it."""
         try:
             return str(
                 self.tokenizer.hf.apply_chat_template(
                     [dict(message) for message in messages],
-                    tools=list(self.tools) or None,
+                    tools=[dict(tool) for tool in self.tools] or None,
                     chat_template=self.template,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,

@@ -76,5 +76,7 @@ def _control_tokens(hf: Any, template: str) -> ControlTokens:
     known |= {text: hf.convert_tokens_to_ids(text) for text in hf.all_special_tokens}
     found = {text: i for text, i in known.items() if text.strip()}  # blanks are in every text
     longest_first = sorted(map(re.escape, found), key=len, reverse=True)
-    of_structure = frozenset(i for i in found.values() if i != hf.unk_token_id)
+    model = getattr(getattr(hf, "backend_tokenizer", None), "model", None)
+    unknown = (hf.unk_token, getattr(model, "unk_token", None))
+    of_structure = frozenset(i for text, i in found.items() if text not in unknown)
     return ControlTokens(found, re.compile("|".join(longest_first) or "(?!)"), of_structure)

@@ -123,8 +123,10 @@ class Conversation:
     def _ways(self, reply: Message, ids: Sequence[int], start: str, answers: list[Message]) -> Iterator[Message]:
         """The policy's message in all forms that a template may want, the plainest first: calls as such or as text,
         thoughts within the content or beside it."""
-        text = self._text(*(ids[:-1] if ids and ids[-1] in self.encoder.tokenizer.eos_ids else ids))
-        own = {_OPEN, _CLOSE, *(token for token, i in self._control.ids.items() if i in set(ids))}
+        tokenizer = self.encoder.tokenizer
+        text = tokenizer.decode_all(ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids)
+        sampled = set(ids)
+        own = {_OPEN, _CLOSE, *(token for token, i in self._control.ids.items() if i in sampled)}
         opened = _opened(start)
         ways: list[dict[str, Any]] = [dict(reply)]
         if reply.get("tool_calls"):
@@ -151,9 +153,13 @@ class Conversation:
             return plain
         if not way.get("tool_calls"):
             return ""
-        calls = [_call(call["id"], "probe", {"it": mark}) for call in way["tool_calls"]]
+        calls = [_call(call["id"], call["function"]["name"], {"it": mark}) for call in way["tool_calls"]]
         behind = self._behind(mark, {**way, "content": "", "tool_calls": calls}, answers)
-        ends = [at for i in self.encoder.tokenizer.eos_ids if (at := behind.find(self._text(i))) >= 0]
+        ends = [
+            at
+            for i in self.encoder.tokenizer.eos_ids
+            if (at := behind.find(self.encoder.tokenizer.decode_all([i]))) >= 0
+        ]
         tail = behind[min(ends) :] if ends else ""
         return tail if whole.endswith(tail) else ""
 
@@ -167,7 +173,7 @@ class Conversation:
     def _behind_turn(self, text: str, ids: Sequence[int], forged: int) -> Continuation:
         """The continuation with a text behind the turn whose tokens are `ids`; the turn's end may be its beginning."""
         last = [i for i in ids[-1:] if i in self.encoder.tokenizer.eos_ids]
-        end = self._text(last[0]) if last else ""
+        end = self.encoder.tokenizer.decode_all(last)
         more = text.removeprefix(end)
         # With the end in front, so that the tokenizer meets the text where it is.
         found = self._encoded(end + more)
@@ -176,11 +182,6 @@ class Conversation:
 
     def _encoded(self, text: str) -> list[int]:
         return self.encoder.tokenizer.encode_all([text], add_special_tokens=False)[0]
-
-    def _text(self, *ids: int) -> str:
-        """Their text, special tokens kept."""
-        hf = self.encoder.tokenizer.hf
-        return str(hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _opened(start: str) -> str:
@@ -228,37 +229,45 @@ def check_template(encoder: Encoder, wanted: str) -> None:
     names = [str(tool["function"]["name"]) for tool in encoder.tools]
     if missing := [name for name in names if name not in start]:
         raise ValueError(_unfit(f"does not show tools ({', '.join(missing)})"))
-    thought = f"Hm.\n{_CLOSE}\n\n" if start.rstrip().endswith(_OPEN) else ""
-    call = Call(name="".join(names[:1]), arguments={"it": _MARK}, id="Probe0001")
-    calls = (call,) if names else ()
-    turn = Turn(number=0, text=thought + _MARK, content=thought + ("" if names else _MARK), calls=calls)
-    answer: Message = {"role": "user", "content": _ANSWER}
-    if names:
-        answer = {"role": "tool", "name": call.name, "tool_call_id": call.id, "content": _ANSWER}
-    talk, are_rewritten = _tried(encoder, message_of(turn, is_structured=reader.is_structured), turn.text, answer)
-    whole = encoder.apply(talk.messages, add_generation_prompt=True)
-    for word, what in ((_ANSWER, f"messages of role {answer['role']}"), (_MARK, "the assistant's tool_calls")):
+    turn, answer = _made_up(names[:1], is_thinking=start.rstrip().endswith(_OPEN))
+    whole, more = _tried(encoder, message_of(turn, is_structured=reader.is_structured), turn.text, answer)
+    turns = "the assistant's tool_calls" if names else "the assistant's turns"
+    for word, what in ((_ANSWER, f"messages of role {answer['role']}"), (_MARK, turns)):
         if word not in whole:
             raise ValueError(_unfit(f"does not show {what}"))
-    if names and are_rewritten:
+    if names and any(one.is_rewritten for one in more):
         raise ValueError(_unfit("rewrites every turn, also one without a thought, so that no trajectory could go on"))
-    read = [(one.name, one.arguments) for one in reader.read(whole[len(start) :])[1][:1]]
-    if wanted == "auto" and names and read != [(call.name, call.arguments)]:
+    said = whole[len(start) : len(whole) - len(more[0].text)]
+    for end in encoder.tokenizer.eos_ids:
+        said = said.removesuffix(encoder.tokenizer.decode_all([end]))
+    read, written = ([(one.name, one.arguments) for one in calls] for calls in (reader.read(said)[1], turn.calls))
+    if wanted == "auto" and names and read != written:
         raise ValueError(
             f"environment.calls: auto reads calls in the form {reader.form}, in which the template does not write"
             " them; name the form: hermes, llama3, mistral or python"
         )
 
 
-def _tried(encoder: Encoder, reply: Message, text: str, answer: Message) -> tuple[Conversation, bool]:
-    """(a conversation with the turn and its answer, and the same again; whether the template rewrote any of it)."""
+def _made_up(names: Sequence[str], *, is_thinking: bool) -> tuple[Turn, Message]:
+    """A turn that calls the tool of this name, and the tool's answer; without a name, words and a user's answer."""
+    thought = f"Hm.\n{_CLOSE}\n\n" if is_thinking else ""
+    calls = tuple(Call(name=name, arguments={"it": _MARK}, id="Probe0001") for name in names)
+    turn = Turn(number=0, text=thought + _MARK, content=thought + ("" if calls else _MARK), calls=calls)
+    if not calls:
+        return turn, {"role": "user", "content": _ANSWER}
+    return turn, {"role": "tool", "name": calls[0].name, "tool_call_id": calls[0].id, "content": _ANSWER}
+
+
+def _tried(encoder: Encoder, reply: Message, text: str, answer: Message) -> tuple[str, list[Continuation]]:
+    """(the whole text of a conversation with the turn and its answer, what follows the turn, also a second time)."""
     talk = Conversation(encoder, encoder.messages("?"))
     ids = [*encoder.tokenizer.encode_all([text], add_special_tokens=False)[0], encoder.tokenizer.eos_id]
     try:
-        both = [talk.continued(reply, ids, [answer]) for _ in range(2)]
+        more = [talk.continued(reply, ids, [answer])]
+        whole = encoder.apply(talk.messages, add_generation_prompt=True)
+        return whole, [*more, talk.continued(reply, ids, [answer])]
     except ValueError as error:
         raise ValueError(_unfit(f"cannot go on with a message of role {answer['role']}: {error}")) from None
-    return talk, any(more.is_rewritten for more in both)
 
 
 def _unfit(why: str) -> str:

@@ -126,9 +126,8 @@ def _asked(rows: list[Row], source: SourceConfig, encoder: Encoder, needs: _Need
             rendered = encoder.render(messages or text)
             rendered.encode()  # half a surrogate pair is no text
             extra = _extra(row.fields, source, needs.fields)
-            prompt = Prompt(source=source.name, index=row.index, text=text, token_ids=(), answer=answer, extra=extra)
-            if encoder.is_continued:
-                prompt = dataclasses.replace(prompt, messages=tuple(encoder.messages(messages or text)))
+            more = {"answer": answer, "extra": extra, "messages": encoder.kept(messages or text)}
+            prompt = Prompt(source=source.name, index=row.index, text=text, token_ids=(), **more)
             for check in needs.checks:
                 check(prompt)
         except ValueError as error:

@@ -106,20 +106,19 @@ class View:
         if teacher.system_prompt:
             self._try_system_prompt()
 
-    def shown(self, row: ParsedRow) -> tuple[str | Messages, str]:
-        """(what the row asks this teacher, its text). Raises ValueError where the row lacks what it is made of."""
+    def shown(self, row: ParsedRow) -> tuple[tuple[dict[str, Any], ...], str]:
+        """(the messages that are kept of what this teacher sees, if any; its text). Raises ValueError where the row
+        lacks what it is made of."""
         asked = self._asked(row)
         rendered = self.encoder.render(asked)
         rendered.encode()  # half a surrogate pair is no text
-        return asked, rendered
+        return self.encoder.kept(asked), rendered
 
-    def added_to(self, prompt: Prompt, ids: Sequence[int], asked: str | Messages) -> Prompt:
-        """The prompt with what this teacher sees: token ids, and the messages where an environment adds others."""
-        prompt = replace(prompt, teacher_ids={**prompt.teacher_ids, self.teacher: tuple(ids)})
-        if not self.encoder.is_continued:
-            return prompt
-        messages = {**prompt.teacher_messages, self.teacher: tuple(self.encoder.messages(asked))}
-        return replace(prompt, teacher_messages=messages)
+    def added_to(self, prompt: Prompt, ids: Sequence[int], kept: tuple[dict[str, Any], ...]) -> Prompt:
+        """The prompt with what this teacher sees: token ids, and the messages that are `kept`."""
+        own = {self.teacher: kept} if kept else {}
+        teacher_ids = {**prompt.teacher_ids, self.teacher: tuple(ids)}
+        return replace(prompt, teacher_ids=teacher_ids, teacher_messages={**prompt.teacher_messages, **own})
 
     def _asked(self, row: ParsedRow) -> str | Messages:
         own = self._own(row)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import ParallelConfig, RunConfig
-from megatron_opd.core import rendezvous, threads
+from megatron_opd.core import headroom, rendezvous
 from megatron_opd.core.parallel import Parallel
 from megatron_opd.student import cpu, deterministic
 
@@ -31,7 +31,7 @@ def start(config: ParallelConfig, run: RunConfig, *, stay_here: bool = True) -> 
     if run.deterministic:
         deterministic.enable()
     check_world_size(config)
-    threads.check_room()
+    headroom.check()
     timeout = datetime.timedelta(seconds=run.timeout_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -170,7 +170,26 @@ R1 = """\
 {{ '<|Assistant|><think>\\n' if add_generation_prompt -}}
 """
 
+CHANNELS = """\
+{%- set last = namespace(call=none) -%}
+{{ '<|start|>developer<|message|>' + tools | tojson + '<|end|>' if tools -}}
+{%- for message in messages -%}
+{%- if message.tool_calls -%}
+{%- set last.call = message.tool_calls[0].function.name -%}
+{{ '<|start|>assistant' -}}
+{{ ' to=' + last.call + '<|message|>' + message.tool_calls[0].function.arguments | tojson + '<|call|>' -}}
+{%- elif message.role == 'tool' -%}
+{{ raise_exception('there was no call before the answer') if not last.call -}}
+{{ '<|start|>' + last.call + ' to=assistant<|message|>' + message.content + '<|end|>' -}}
+{%- else -%}
+{{ '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{{ '<|start|>assistant' if add_generation_prompt -}}
+"""
+
 CONTROL = {
+    CHANNELS: ["<|end|>", "<|call|>", "<|start|>", "<|message|>"],
     QWEN3: ["<|im_end|>", "<|endoftext|>", "<|im_start|>"],
     CHATML: ["<|im_end|>", "<|endoftext|>", "<|im_start|>"],
     LLAMA3: [
@@ -197,7 +216,7 @@ CONTROL = {
 """Special tokens by template; the first ends a turn."""
 ADDED = {QWEN3: ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]}
 BOS = ("<s>", "<|begin_of_text|>")
-NUM_ENDS = {QWEN3: 2, CHATML: 2, LLAMA3: 2}
+NUM_ENDS = {CHANNELS: 2, QWEN3: 2, CHATML: 2, LLAMA3: 2}
 SAID = "the calculator says that 12 * 34 is 408, and 5 + 6 is 11. Hello world! It's a tool, isn't it?\n\n<think> {name}"
 
 CALCULATOR = {

@@ -176,6 +176,13 @@ def test_bad_calls_of_other_forms(form, text, problems):
     assert all((call.name, call.arguments) == ADDS for call in calls if not call.problem)
 
 
+def test_a_call_that_is_neither_right_nor_closed_leaves_the_next_one():
+    assert read("hermes", f"<tool_call>oops\n{hermes(ADD)}")[1] == [
+        "it is not valid JSON (Expecting value at character 1)",
+        ADDS,
+    ]
+
+
 def test_an_end_mark_within_an_argument_does_not_end_the_call():
     call = {"name": "add", "arguments": {"code": "print('</tool_call><think>')"}}
     assert read("hermes", hermes(call, ADD)) == ("", [("add", call["arguments"]), ADDS])

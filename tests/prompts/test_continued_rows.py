@@ -1,6 +1,7 @@
 """Prompts keep their messages where an environment adds others to them; so do those that teachers see."""
 
 import copy
+import datetime
 import json
 from dataclasses import replace
 
@@ -53,6 +54,14 @@ def test_rows_keep_their_messages_where_an_environment_adds_to_them(tmp_path, is
     for prompt in prompts:
         assert prompt.token_ids == ids_of(ours, prompt.messages)
         assert prompt.teacher_ids["t"] == ids_of(ours, prompt.teacher_messages["t"])
+
+
+def test_messages_that_cannot_be_kept_are_refused():
+    dated = [{"role": "user", "content": "?", "sent": datetime.datetime(2026, 1, 1)}]
+    assert encoder(CHATML).kept([USER]) == (USER,)
+    with pytest.raises(ValueError, match="messages that an environment adds to must be JSON: Object of type datetime"):
+        encoder(CHATML).kept(dated)
+    assert replace(encoder(CHATML), is_continued=False).kept(dated) == ()
 
 
 def ids_of(ours, messages):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Pieces
 from tokenizers import pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from megatron_opd.models.tokenizer import Tokenizer
@@ -67,6 +67,13 @@ def test_any_tokens_of_any_tokenizer(texts):
     control = control_tokens(ours, None)
     broken, _ = control.broken("<a>< a><  a><   a>aba b§  x   x y aaaa  <a>")
     assert not control.of_structure.intersection(ours.encode(broken))
+
+
+def test_an_unknown_character_is_none():
+    words = Pieces(WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    hf = PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=["<unk>", "</s>"])
+    control = control_tokens(Tokenizer(hf, (2,)), None)
+    assert (set(control.ids.values()), control.of_structure) == ({0, 2}, {2})
 
 
 @settings(max_examples=60, deadline=None)

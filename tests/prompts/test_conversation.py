@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from chat_templates import CHATML, CONTROL, LLAMA3, MISTRAL, QWEN3, R1, encoder, tokenizer
+from chat_templates import CHANNELS, CHATML, CONTROL, LLAMA3, MISTRAL, QWEN3, R1, encoder, tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
@@ -16,7 +16,7 @@ from megatron_opd.prompts.chat import Encoder
 from megatron_opd.prompts.conversation import Conversation, check_template, message_of, reader_for, render_later
 
 USER = {"role": "user", "content": "What is 12 * 34?"}
-FORMS = {QWEN3: "hermes", LLAMA3: "llama3", MISTRAL: "mistral", CHATML: "hermes", R1: "hermes"}
+FORMS = {CHANNELS: "auto", QWEN3: "hermes", LLAMA3: "llama3", MISTRAL: "mistral", CHATML: "hermes", R1: "hermes"}
 NAMES = {QWEN3: "qwen3", LLAMA3: "llama3", MISTRAL: "mistral", CHATML: "chatml", R1: "r1"}
 
 
@@ -134,6 +134,37 @@ def test_mistral_moves_its_tools_to_a_users_next_message():
     without = Talk(encoder(MISTRAL, tools=()), USER)
     assert not without.say(" It is 408.", user("Are you sure?")).is_rewritten
     assert without.ids == without.rendered()
+
+
+def test_answers_that_name_their_call_and_calls_that_end_otherwise_than_words():
+    response = {
+        "start_anchor": "<|start|>assistant",
+        "fields": {
+            "tool_calls": {
+                "open_pattern": r" to=(?P<name>\w+)<\|message\|>",
+                "close": "<|call|>",
+                "repeats": True,
+                "content": "json",
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {"open": "<|message|>", "close": "<|end|>"},
+        },
+    }
+    ours = encoder(CHANNELS)
+    ours = replace(ours, tokenizer=replace(ours.tokenizer, hf=copy.copy(ours.tokenizer.hf)))
+    ours.tokenizer.hf.response_template = response
+    check_template(ours, "auto")
+    talk = Talk(ours, USER)
+    for expression in ("12*34", "é"):
+        words = f" to=calculator<|message|>{json.dumps({'expression': expression}, ensure_ascii=False)}"
+        more = talk.say(words, tool("408"), end="<|call|>", content="", tool_calls=call(expression))
+        assert more.text == "<|start|>calculator to=assistant<|message|>408<|end|><|start|>assistant"
+    assert not talk.say("<|message|>It is 408.", user("Sure?")).is_rewritten
+    assert [one.get("tool_calls", [{}])[0].get("type") for one in talk.talk.added[::2]] == [
+        "function",
+        "function",
+        None,
+    ]
 
 
 def test_several_calls_have_an_answer_each():
@@ -282,6 +313,12 @@ def test_qwen3_takes_thoughts_out_behind_a_users_message():
 def test_qwen3_without_thinking_takes_the_empty_thought_out_behind_a_users_message():
     talk = Talk(encoder(QWEN3, enable_thinking=False), USER)
     assert talk.say("It is 2.", user("Sure?")).is_rewritten
+    assert talk.ids == talk.rendered()
+
+
+def test_an_empty_thought_of_the_policy_is_taken_out_behind_a_users_message():
+    talk = Talk(encoder(QWEN3), USER)
+    assert talk.say("<think>\n\n</think>\n\nIt is 2.", user("Sure?"), content="It is 2.").is_rewritten
     assert talk.ids == talk.rendered()
 
 

@@ -199,11 +199,19 @@ def test_a_forged_reply_is_the_codes_own_word_and_ends_the_session_at_the_next_c
     assert outcome(lambda: cells("print('real')").text) == "died"
 
 
+def test_a_reply_that_comes_late_is_no_reply_to_the_next_cell(cells):
+    """The process is stopped before the real one, which comes when it goes on."""
+    cells("import os, time")
+    forged = b'{"number": 2, "text": "forged", "failed": false}\n'
+    assert cells(f"{spoken(repr(forged))}\ntime.sleep(0.3)\nprint('of cell 2')").text == "forged"
+    assert outcome(lambda: cells("time.sleep(1)\nprint('of cell 3')").text) == "died"
+
+
 def test_nothing_goes_on_between_cells(cells):
     cells("import threading\nn = 0\ndef count():\n    global n\n    while True: n += 1")
     cells("threading.Thread(target=count, daemon=True).start()")
     process = next(p for p in psutil.Process().children() if str(sandbox.JAIL) in p.cmdline())
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60
     while process.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
         time.sleep(0.01)
     before = process.cpu_times().user

@@ -473,10 +473,8 @@ def test_rows_without_what_their_reward_needs_are_named(said, tmp_path):
 def test_rewards_that_there_are_not(said):
     _, *problems = said("check", "data.eval.0.reward=exakt", "data.train.1.reward=a:b:c")
     assert len(problems) == 2
-    assert (
-        "data.eval.0.reward: there is no reward 'exakt'; known: exact, gsm8k, math, code, ifeval, none, or a function"
-        in problems[1]
-    )
+    known = "known: exact, gsm8k, math, code, ifeval, environment, none, or a function"
+    assert f"data.eval.0.reward: there is no reward 'exakt'; {known}" in problems[1]
     _, problem = said("check", "data.eval.0.reward=no_such_module:f")
     assert "no_such_module cannot be imported" in problem
 
