@@ -52,10 +52,12 @@ class CallReader:
     def read(self, text: str, number: int = 0) -> tuple[str, tuple[Call, ...]]:
         """(the turn's text without its calls, the calls); `number` is the turn's, so that ids differ between turns."""
         content, calls = self.parse(text)
-        found: list[Call] = []
-        for call in calls:
-            own = _ID.fullmatch(call.id) and call.id not in [other.id for other in found]
-            found.append(call if own else replace(call, id=_id(f"{number}/{len(found)}/{text}")))
+        turn = _digest(f"{number}/{text}") if calls else b""  # once: a turn may have thousands of calls
+        found, taken = list[Call](), set[str]()
+        for at, call in enumerate(calls):
+            is_own = _ID.fullmatch(call.id) and call.id not in taken
+            found.append(call if is_own else replace(call, id=_id(turn, at)))
+            taken.add(found[-1].id)
         return content, tuple(found)
 
 
@@ -213,6 +215,10 @@ def _strict(value: Any) -> Call:
     return Call(name="", problem=problem) if problem else called(again)
 
 
-def _id(seed: str) -> str:
-    number = int.from_bytes(hashlib.blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+def _id(turn: bytes, at: int) -> str:
+    number = int.from_bytes(_digest(f"{turn.hex()}/{at}")[:8], "big")
     return "".join(_LETTERS[number // len(_LETTERS) ** i % len(_LETTERS)] for i in range(9))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
+_WORD = re.compile(r"\S")
+"""A search from a place in the text copies nothing of it, however often it is asked."""
 _DEEPEST = 32
 """Objects and lists within each other: more than arguments need, and few enough for whoever walks through them."""
 
@@ -15,7 +18,8 @@ def found_json(text: str, at: int) -> tuple[Any, int, str]:
 
     Stricter than Python: no NaN, no number that overflows, no half of a surrogate pair, nothing nested too deeply.
     """
-    begin = at + len(text[at:]) - len(text[at:].lstrip())
+    word = _WORD.search(text, at)
+    begin = word.start() if word else len(text)
     try:
         value, end = _DECODER.raw_decode(text, begin)
         json.dumps(value, ensure_ascii=False).encode()

@@ -207,6 +207,21 @@ def test_ids_are_nine_letters_and_digits_and_the_same_every_time(form):
     assert ids[:2] == [call.id for call in reader.read(text)[1]]
 
 
+@pytest.mark.parametrize(
+    ("form", "one"),
+    [
+        ("hermes", "<tool_call>"),
+        ("hermes", "<tool_call> \u2003\n{}"),
+        ("mistral", '[TOOL_CALLS] [{"id": "sameSame1"}]'),
+    ],
+)
+def test_a_policy_that_repeats_itself(form, one):
+    content, calls = reader_of(tokenizer(), None, form).read(one * 3000)
+    assert content == ""
+    assert len({call.id for call in calls}) == len(calls) == 3000
+    assert all(call.problem for call in calls)
+
+
 def test_ids_of_the_policy_are_kept_where_they_can_be():
     given = [{**ADD, "id": one} for one in ("abcDEF123", "abcDEF123", "short", 9)]
     ids = [call.id for call in reader_of(tokenizer(), None, "mistral").read(f"[TOOL_CALLS]{json.dumps(given)}")[1]]
