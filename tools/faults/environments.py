@@ -21,7 +21,7 @@ _FAILED = ("episode/ended/failed", "episode/ended/timeout")
 
 @kind
 def environment_misbehaves(rng: random.Random, directory: Path) -> Played:
-    """Environments raise, hang, exit, flood and talk nonsense: their episodes end with a reason, and the run goes on."""
+    """Environments raise, hang, exit, flood and talk nonsense: episodes end with a reason, and the run goes on."""
     seed, share = rng.randrange(1000), rng.choice([0.2, 0.5, 1.0])
     stage = Stage(rng.choice([1, 1, 2]), directory)
     played = Played({"seed": seed, "share": share, "ranks": stage.ranks})
