@@ -6,7 +6,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,7 +89,8 @@ def evaluate(config: Config, model: str | Path | None = None) -> dict[str, float
         worlds = build_worlds(config.data, config.environment, config.teachers, tokenizer, context=inputs.context)
         evaluator = Evaluator(config.data, config.rewards, config.rollout, config.run, tokenizer, worlds)
         player = with_environments(engine, worlds)
-        with shown.phase("evaluating", total=num_answers(len(prompts), samples), unit="answers") as phase:
+        total = num_answers(len(prompts), samples)
+        with closing(player), shown.phase("evaluating", total=total, unit="answers") as phase:
             told = once_an_episode(phase.advance)
             greedy, totals = evaluator.answer(player, prompts, samples=samples, told=told)
     return means([totals], "eval") | episode_metrics.of_held_out([episode_metrics.by_source(greedy)])

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
+from megatron_opd.core import daemon_threads
+
 _T = TypeVar("_T")
 _JOIN_S = 10.0
 
@@ -22,6 +24,7 @@ class Loop:
     def __init__(self, name: str = "sglang") -> None:
         """`name` is the thread's."""
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(daemon_threads.executor())
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 

@@ -91,8 +91,8 @@ class EpisodeLog:
     """Calls that failed, by reason."""
     ended: str = ""
     """Why it ended: `answered`, `done` (the environment said so), `length` (a turn was cut), `max_turns`, `context`,
-    `timeout`, `failed` (the environment raised an error), `empty` (it said nothing to a call); empty for a plain
-    answer."""
+    `timeout`, `failed` (the environment raised an error), `empty` (it said nothing to a call, or what has no tokens);
+    empty for a plain answer."""
     rewards: tuple[float, ...] = ()
     """The environment's reward of each turn."""
     info: Mapping[str, float] = field(default_factory=dict)

@@ -52,8 +52,12 @@ def message_of(turn: Turn, *, is_structured: bool = True) -> Message:
 
 def render_later(encoder: Encoder, messages: Sequence[Message], talk: Conversation) -> tuple[int, ...]:
     """The prompt of `messages` with what the conversation added to its own: for a teacher with messages of its own,
-    where another trajectory begins. Raises ValueError where the template refuses them."""
-    both = [*messages, *talk.added]
+    where another trajectory begins. Raises ValueError where the template refuses them.
+
+    Control tokens of its tokenizer alone are plain text in what was added, since the student could only spell them.
+    """
+    theirs = control_tokens(encoder.tokenizer, encoder.template)
+    both = [*messages, *theirs.broken(talk.added, own=talk.control.ids)[0]]
     if encoder.template is None:
         return tuple(encoder.encode(["".join(str(message["content"]) for message in both)])[0])
     return tuple(encoder.encode([encoder.apply(both, add_generation_prompt=True)])[0])
@@ -67,7 +71,8 @@ class Conversation:
         self.encoder = encoder
         self.messages: list[Message] = list(messages)
         self._first = len(self.messages)
-        self._control = control_tokens(encoder.tokenizer, encoder.template)
+        self.control = control_tokens(encoder.tokenizer, encoder.template)
+        """Those of the student."""
 
     @property
     def added(self) -> list[Message]:
@@ -92,12 +97,12 @@ class Conversation:
 
     def _clean(self, answers: Sequence[Message]) -> tuple[list[Message], int]:
         """(the answers without control tokens, how many they had). Raises ValueError where that cannot be had."""
-        clean, forged = self._control.broken(checked([dict(answer) for answer in answers]))
-        _, joined = self._control.broken("".join(answer["content"] for answer in clean))
+        clean, forged = self.control.broken(checked([dict(answer) for answer in answers]))
+        _, joined = self.control.broken("".join(answer["content"] for answer in clean))
         if joined:  # a template may put one answer right behind another
             clean = [{**answer, "content": answer["content"] + " "} for answer in clean]
         for answer in clean:
-            if self._control.of_structure.intersection(self._encoded(answer["content"])):
+            if self.control.of_structure.intersection(self._encoded(answer["content"])):
                 raise ValueError("an answer spells a control token in a way that cannot be broken up")
         return clean, forged + joined
 
@@ -126,7 +131,7 @@ class Conversation:
         tokenizer = self.encoder.tokenizer
         text = tokenizer.decode_all(ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids)
         sampled = set(ids)
-        own = {_OPEN, _CLOSE, *(token for token, i in self._control.ids.items() if i in sampled)}
+        own = {_OPEN, _CLOSE, *(token for token, i in self.control.ids.items() if i in sampled)}
         opened = _opened(start)
         ways: list[dict[str, Any]] = [dict(reply)]
         if reply.get("tool_calls"):
@@ -143,7 +148,7 @@ class Conversation:
                 thought = thought.strip().removeprefix(_OPEN).strip() or "\n"  # which templates show as an empty one
                 variants.append({**way, "content": rest.lstrip("\n"), "reasoning_content": thought})
             for variant in variants:
-                yield self._control.broken(variant, own=own)[0]
+                yield self.control.broken(variant, own=own)[0]
 
     def _tail(self, way: Message, answers: list[Message], whole: str) -> str:
         """What of the `whole` text follows the turn, by where the template puts a made-up one; empty if unknown."""

@@ -8,9 +8,11 @@ Where the template rewrites earlier turns a further trajectory begins, whose pro
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -66,6 +68,7 @@ class Episode:
         self.parts = [Trajectory(prompt)]
         self._thread = thread
         self._environments: list[Environment] = []
+        self._is_over = False
         self._seconds_left = world.settings.episode_timeout_s
         self._turns = self._calls = 0
         self._failures: Counter[str] = Counter()
@@ -109,7 +112,7 @@ class Episode:
         """The environment's turn, as `_turn`."""
         turn = self.world.turn(self._turns - 1, drawn.ids)
         self._calls += len(turn.calls)
-        answered = await self._within(self._environments[0].answer(turn))
+        answered = await self._within(_called(self._environments[0].answer, turn))
         if self._trouble is not None:
             self._rewards.append(0.0)
             return self._trouble.kind
@@ -127,11 +130,13 @@ class Episode:
             return "failed"
 
     def _go_on(self, turn: Turn, drawn: TurnDrawn, reply: Reply) -> str:
-        part, shown = self.parts[-1], self.world.shown(reply.messages)
+        part, (shown, forged) = self.parts[-1], self.world.shown(reply.messages)
         message = message_of(turn, is_structured=self.world.calls.is_structured)
         more = self.talk.continued(message, drawn.ids, shown)
-        if more.forged:
-            self._info["forged_tokens"] = self._info.get("forged_tokens", 0.0) + more.forged
+        if forged := forged + more.forged:
+            self._info["forged_tokens"] = self._info.get("forged_tokens", 0.0) + forged
+        if not more.ids:  # two turns would follow each other as one
+            return "empty"
         if not goes_on(more, len(part.all_ids), self.world.room):
             return "context"
         if more.is_rewritten:
@@ -149,7 +154,13 @@ class Episode:
     async def _start(self) -> None:
         environment = self.world.kind.make()
         self._environments.append(environment)
-        await environment.start(self.prompt)
+        if not self._is_over:
+            return await environment.start(self.prompt)
+        # It took so long to make that the episode has ended, and cancelled this.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        for late in self._to_close():
+            await late.close()
 
     async def _within(self, work: Coroutine[Any, Any, _T]) -> _T | None:
         """The result of the environment's work, within its time limits; None where it fails, which is the episode's
@@ -164,12 +175,19 @@ class Episode:
             self._seconds_left -= time.monotonic() - began
 
     async def _close(self) -> None:
-        for environment in self._environments:
+        self._is_over = True
+        for environment in self._to_close():
             try:
-                await self._thread.run(environment.close(), self.world.settings.turn_timeout_s)
+                await self._thread.run(_called(environment.close), self.world.settings.turn_timeout_s)
             except Trouble as trouble:
                 self._failures["close"] += 1
                 self._trouble = self._trouble or trouble
+
+    def _to_close(self) -> Iterator[Environment]:
+        """The environment, to whoever asks first."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield self._environments.pop()
 
     def _rollouts(self, ended: str) -> list[Rollout]:
         log = EpisodeLog(
@@ -195,3 +213,8 @@ class Episode:
             )
             for number, part in enumerate(self.parts)
         ]
+
+
+async def _called(method: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
+    """What a method gives. It is called where it is awaited, as it may raise before there is anything to wait for."""
+    return await method(*arguments)

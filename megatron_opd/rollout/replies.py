@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_opd.core.environment import Reply
 
+_LARGEST = 1e300
+"""Of numbers: sums of them are finite, too, and integers of Python that no float can hold are none."""
+
 
 def checked_reply(reply: Any) -> Reply:
-    """The reply. Raises ValueError naming the field that is not what it must be."""
+    """The reply, of whose messages nobody holds a part any more. Raises ValueError naming the field that is not what it
+    must be, whatever the reply's parts do when they are read."""
+    try:
+        _check(reply)
+        return replace(reply, messages=_plain(reply.messages))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"it cannot be read ({type(error).__name__})") from error
+
+
+def _check(reply: Any) -> None:
     if not isinstance(reply, Reply):
         raise ValueError(f"`answer` must return a Reply, not {reply!r:.80}")
     if not isinstance(reply.is_done, bool):
@@ -22,7 +38,13 @@ def checked_reply(reply: Any) -> Reply:
     if not all(isinstance(count, int) and count >= 0 for count in reply.failures.values()):
         raise ValueError(f"failures must be counts, not {reply.failures!r:.80}")
     _check_messages(reply.messages)
-    return reply
+
+
+def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(json.dumps(dict(message))) for message in messages]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"messages must be JSON: {error}") from None
 
 
 def _check_messages(messages: Any) -> None:
@@ -43,4 +65,6 @@ def _check_numbers(name: str, numbers: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -_LARGEST <= value <= _LARGEST and math.isfinite(value)

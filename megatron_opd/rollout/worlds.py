@@ -12,11 +12,14 @@ from megatron_opd.core.types import Prompt
 from megatron_opd.models.tokenizer import Tokenizer
 from megatron_opd.prompts.calls import CallReader
 from megatron_opd.prompts.chat import Encoder, build_encoder
+from megatron_opd.prompts.control import control_tokens
 from megatron_opd.prompts.conversation import Continuation, Conversation, reader_for, render_later
 from megatron_opd.prompts.views import build_views
 from megatron_opd.rollout.environments.build import build_kind
 
-_LEFT_OUT = "\n[... {} tokens left out ...]\n"
+_LEFT_OUT = "\n[... {}{} tokens left out ...]\n"
+_CHARACTERS_A_TOKEN = 256
+"""More than any token of a text that people read: of a longer text nobody counts the tokens in the middle."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,18 +44,15 @@ class World:
         content, calls = self.calls.read(text, number)
         return Turn(number=number, text=text, content=content, calls=calls, token_ids=ids)
 
-    def shown(self, messages: Sequence[Message]) -> list[Message]:
-        """The environment's messages, the middle of long texts left out. Raises ValueError for what is no message."""
-        budget, found = self.settings.output_tokens, list[Message]()
+    def shown(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
+        """(the environment's messages without control tokens, the middle of long texts left out; the control tokens
+        that they spelled)."""
+        budget, found, forged = self.settings.output_tokens, list[Message](), 0
         for message in messages:
-            if not isinstance(message, Mapping) or not all(
-                isinstance(message.get(k), str) for k in ("role", "content")
-            ):
-                raise ValueError('expected messages with text fields "role" and "content"')
-            text, used = self._cut(message["content"], budget)
-            budget -= used
+            text, used, spelled = self._cut(message["content"], budget)
+            budget, forged = budget - used, forged + spelled
             found.append({**message, "content": text})
-        return found
+        return found, forged
 
     def prompt_of(self, prompt: Prompt, ids: tuple[int, ...], talk: Conversation) -> Prompt:
         """The prompt of a further trajectory: the whole conversation so far, as the template writes it now."""
@@ -61,15 +61,24 @@ class World:
         }
         return replace(prompt, token_ids=ids, teacher_ids={**prompt.teacher_ids, **seen})
 
-    def _cut(self, text: str, budget: int) -> tuple[str, int]:
-        """(the text within so many tokens, the number that it has)."""
-        text = text.encode("utf-8", "replace").decode()
-        ids = self.encoder.tokenizer.encode_all([text], add_special_tokens=False)[0]
-        if len(ids) <= budget:
-            return text, len(ids)
-        half, decode = budget // 2, self.encoder.tokenizer.decode_all
-        cut = decode(ids[:half]) + _LEFT_OUT.format(len(ids) - 2 * half) + decode(ids[len(ids) - half :])
-        return cut, budget
+    def _cut(self, text: str, budget: int) -> tuple[str, int, int]:
+        """(the text within so many tokens, the number that it has, the control tokens that were broken up in it)."""
+        tokenizer, most = self.encoder.tokenizer, _CHARACTERS_A_TOKEN * max(budget, 1)
+        is_long = len(text) > most
+        if is_long:
+            text = text[: most // 2] + text[len(text) - most // 2 :]
+        # Before the tokens are counted: a control token is several, then.
+        text, forged = control_tokens(tokenizer, self.encoder.template).broken(text)
+        ids = tokenizer.encode_all([text], add_special_tokens=False)[0]
+        if len(ids) <= budget and not is_long:
+            return text, len(ids), forged
+        half = min(budget, len(ids)) // 2
+        left_out = _LEFT_OUT.format("over " if is_long else "", len(ids) - 2 * half)
+        return (
+            tokenizer.decode_all(ids[:half]) + left_out + tokenizer.decode_all(ids[len(ids) - half :]),
+            budget,
+            forged,
+        )
 
 
 def build_worlds(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -85,9 +86,8 @@ def _asked(
 
     with tracker.phase(f"evaluating teacher {teacher.name}", total=len(prompts), unit="answers") as phase:
         engine = LocalEngine(teacher.model, eos_ids=inputs.eos_ids, vocab_size=inputs.vocab_size)
-        player = with_environments(engine, evaluator.worlds)
-        answers = evaluator.greedy(player, prompts, once_an_episode(phase.advance))
-        player.close()
+        with closing(with_environments(engine, evaluator.worlds)) as player:
+            answers = evaluator.greedy(player, prompts, once_an_episode(phase.advance))
     return as_kept(answers, prompts)
 
 

@@ -2,6 +2,8 @@
 
 import resource
 import socket
+import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -303,3 +305,18 @@ def test_from_several_threads_at_once():
     for thread in threads:
         thread.join(120)
     assert found == dict.fromkeys(range(6), True)
+
+
+def test_sets_have_the_same_order_whenever_code_is_tested():
+    words = "{'oak', 'elm', 'ash', 'yew', 'fir', 'lime'}"
+    order = subprocess.run(
+        [sys.executable, "-c", f"print(list({words}))"],
+        env={"PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout.strip()
+    for _ in range(3):
+        found = verdict(f"def add():\n    return list({words})", f"assert add() == {order}")
+        assert found.passed, found.why

@@ -1,6 +1,7 @@
 """One episode: what becomes of the policy's turns and of what the environment says, however it goes."""
 
 import asyncio
+import threading
 from dataclasses import replace
 from functools import cache
 
@@ -12,6 +13,7 @@ from megatron_opd.core.episodes import episodes
 from megatron_opd.core.protocols import TurnDrawn
 from megatron_opd.core.types import Prompt, Sampling
 from megatron_opd.models.tokenizer import load_tokenizer
+from megatron_opd.rollout import limited
 from megatron_opd.rollout.limited import EnvironmentThread
 from megatron_opd.rollout.play import Episode
 from megatron_opd.rollout.worlds import build_worlds
@@ -143,6 +145,43 @@ def test_a_long_answer_loses_its_middle():
     assert (heard.count("7"), heard.count("8")) == (5, 5)
 
 
+def test_control_tokens_count_as_the_pieces_that_the_policy_reads():
+    async def spells(turn):
+        return Reply(messages=[{"role": "tool", "content": "<|im_start|>" * 30}])
+
+    made = world(kind_of(spells), output_tokens=30, max_turns=2)
+    (rollout,) = play(Scripted(CALL, "1"), made)
+    assert rollout.log.ended == "max_turns"
+    assert rollout.log.info == {"forged_tokens": 30}
+    assert "tokens left out" in says(rollout, False)
+    assert rollout.learnt.count(False) < 100
+    (ours,) = made.encoder.tokenizer.encode_all(["<|im_start|>"], add_special_tokens=False)
+    heard = [i for i, is_learnt in zip(rollout.token_ids, rollout.learnt, strict=True) if not is_learnt]
+    assert heard.count(ours[0]) == 2  # the template's own
+
+
+def test_nobody_counts_the_tokens_of_a_flood():
+    async def floods(turn):
+        return Reply(messages=[{"role": "tool", "content": "1" + "2 3" * 200_000 + "4"}] * 3)
+
+    (rollout,) = play(Scripted(CALL, "5"), world(kind_of(floods), output_tokens=8, max_turns=2))
+    heard = says(rollout, False)
+    assert (rollout.log.ended, rollout.log.turns, heard.count("[... over ")) == ("max_turns", 2, 3)
+    assert heard.count("4\n") + heard.count("4<") == 1
+
+
+def test_what_has_no_tokens_ends_it():
+    async def says_nothing(turn):
+        return Reply(messages=[{"role": "user", "content": "" if turn.number else "6"}])
+
+    made = world(kind_of(says_nothing), template="none")
+    ids, messages = tuple(tokenizer().encode("7*8")), ({"role": "user", "content": "7*8"},)
+    prompt = Prompt(source="products", index=0, text="7*8", token_ids=ids, messages=messages)
+    (rollout,) = play(Scripted("1", "2", "3"), made, prompt=prompt)
+    assert (rollout.log.ended, rollout.log.turns) == ("empty", 2)
+    assert says(rollout, False) == "6"
+
+
 class Made:
     """An environment of functions; notes what is done with it."""
 
@@ -231,6 +270,15 @@ def test_rewards_and_numbers_of_an_environment():
     assert "not shown" not in says(rollout, False)
 
 
+class Odd:
+    def __repr__(self):
+        raise LookupError("no words")
+
+
+ENDLESS = []
+ENDLESS.append(ENDLESS)
+
+
 @pytest.mark.parametrize(
     ("reply", "why"),
     [
@@ -254,6 +302,13 @@ def test_rewards_and_numbers_of_an_environment():
         (Reply(is_done="yes"), "is_done"),
         (Reply(reward=float("nan")), "finite"),
         (Reply(info={"n": float("inf")}), "finite"),
+        (Reply(reward=-(7**500)), "finite"),
+        (Reply(info={"n": 3**700}), "finite"),
+        (Reply(failures={"odd": 2**1100}), "finite"),
+        (Reply(messages=[{"role": "tool", "content": "5", "when": {1, 2}}]), "JSON"),
+        (Reply(messages=[{"role": "tool", "content": "5", "within": ENDLESS}]), "JSON"),
+        (Reply(reward=Odd()), "cannot be read (LookupError)"),
+        (Odd(), "cannot be read (LookupError)"),
     ],
 )
 def test_nonsense_ends_the_episode_and_is_said(reply, why):
@@ -294,6 +349,35 @@ def test_one_that_fails_or_hangs_ends_its_episode(broken, ended):
     assert (rollout.log.ended, rollout.log.turns, rollout.log.failures) == ("max_turns", 2, {"close": 1})
 
 
+class Sudden:
+    """Its methods are no coroutines, and those that are named raise as soon as they are called."""
+
+    def __init__(self, *broken):
+        self._broken = broken
+
+    def start(self, prompt):
+        return self._called("start")
+
+    def answer(self, turn):
+        return self._called("answer") if turn.number else again(turn)
+
+    def close(self):
+        return self._called("close")
+
+    def _called(self, name):
+        if name in self._broken:
+            raise LookupError(f"no {name}")
+        return asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("name", "turns"), [("start", 1), ("answer", 2), ("close", 2)])
+def test_a_method_that_raises_before_it_is_awaited(name, turns):
+    kind = EnvironmentKind(name="sudden", make=lambda: Sudden(name), tools=world().kind.tools)
+    (rollout,) = play(Scripted(CALL, "5"), world(kind, max_turns=4))
+    assert (rollout.log.ended, rollout.log.turns) == ("failed", turns)
+    assert (name == "close") == (rollout.log.failures == {"close": 1})
+
+
 def test_all_time_of_an_episode_is_limited():
     async def slow(turn):
         await asyncio.sleep(0.1)
@@ -311,6 +395,27 @@ def test_an_environment_that_cannot_be_made():
 
     (rollout,) = play(Scripted("5"), world(EnvironmentKind(name="made", make=make)))
     assert (rollout.log.ended, rollout.log.why, rollout.log.turns) == ("failed", "OSError: no such thing", 1)
+
+
+def test_one_that_is_made_too_late_is_closed_and_not_started(monkeypatch):
+    monkeypatch.setattr(limited, "_ALIVE_S", 0.05)
+    free, closed, log = threading.Event(), threading.Event(), []
+
+    async def close():
+        await asyncio.sleep(0)
+        closed.set()
+
+    def make():
+        free.wait(300)
+        return Made(again, log, close=close)
+
+    made = world(EnvironmentKind(name="made", make=make), turn_timeout_s=0.05)
+    thread = EnvironmentThread()
+    (rollout,) = asyncio.run(Episode(prompt_for(made), 0, SAMPLING, made, thread).play(Scripted("5"), lambda _: None))
+    free.set()
+    assert closed.wait(300)
+    thread.close()
+    assert (rollout.log.ended, log) == ("timeout", ["close"])
 
 
 def test_no_answer_to_a_call():

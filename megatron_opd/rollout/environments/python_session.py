@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ MEMORY_MB = 512
 _CHARACTERS_A_TOKEN = 8
 _START_S = 60.0
 _NOTHING = "(no output)"
+_ADDRESS = re.compile(r"(?<= at )0x[0-9a-fA-F]+(?=[>,])")
+"""Where an object lies in memory, as its repr says it: another place in each session."""
 _ANEW = "The session begins anew: what was defined before is gone."
 
 SCHEMA: Schema = {
@@ -85,9 +88,10 @@ class PythonSession:
         except SessionEnded as error:
             await self.close()
             return Outcome(text=f"Error: {_words(error, self._limits, seconds)} {_ANEW}", failure=error.reason)
+        text = _ADDRESS.sub("0x...", said.text)  # so that an episode that is played again reads the same
         if said.has_failed:
-            return Outcome(text=said.text, failure="error")
-        return Outcome(text=said.text or _NOTHING)
+            return Outcome(text=text, failure="error")
+        return Outcome(text=text or _NOTHING)
 
     async def close(self) -> None:
         """End the session."""

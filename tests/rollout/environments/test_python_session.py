@@ -28,6 +28,19 @@ def test_names_live_on_from_turn_to_turn():
     ]
 
 
+def test_a_session_that_is_played_again_says_the_same():
+    codes = [
+        "class Cat: pass\nCat(), Cat().__init__, abs",
+        "def gen():\n    yield 1\nprint(gen, gen().__next__, gen.__code__)\nraise ValueError(gen())",
+        "{'pear', 'fig', 'plum', 'kiwi', 'nut'}",
+        "print('at 0x12 or 0xfe'); hex(254)",
+    ]
+    once, again = python(*codes), python(*codes)
+    assert once == again
+    assert once[0][0].startswith("(<__main__.Cat object at 0x...>, ")
+    assert once[3][0] == "at 0x12 or 0xfe\n'0xfe'"
+
+
 def test_a_session_that_dies_or_hangs_begins_anew_and_says_so(monkeypatch):
     monkeypatch.setattr(python_session, "CALL_S", 120.0)
     died, after = python("x = 3\nimport os\nos._exit(0)", "x")
