@@ -134,21 +134,22 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def not_defaults(section: Any) -> dict[str, Any]:
+def not_defaults(section: Any, otherwise: Any = None) -> dict[str, Any]:
     """The settings of a config, or of a section, that have another value than their default, as plain data.
 
     Sections in a list are told apart by their places, so each has an entry; one without other settings is empty.
+    `otherwise`: the section that stands where the config has none, and whose values are no defaults then.
     """
     found = {}
     for field in dataclasses.fields(section):
         value, factory = getattr(section, field.name), field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         if dataclasses.is_dataclass(value):
-            inside: Any = not_defaults(value)
+            inside: Any = None if value == default else not_defaults(value, default)
         elif isinstance(value, list) and any(dataclasses.is_dataclass(entry) for entry in value):
             inside = [not_defaults(entry) for entry in value]
         else:
-            inside = None if value == default else value
+            inside = None if value == default == getattr(otherwise, field.name, default) else value
         found |= {field.name: inside} if inside not in (None, {}) else {}
     return found
 

@@ -129,3 +129,11 @@ def test_servers_and_plans_have_room_for_them():
     made = cfg.from_dict(tree)
     assert [its.longest for its in serve.needed(made)] == [3000 + serve.MARGIN]
     assert made.longest_response == 3000 - 1024
+
+
+@pytest.mark.parametrize("own", [{}, {"name": "none"}, {**TOOLS, "max_turns": 3}])
+def test_what_is_no_default_is_the_same_config_again(own):
+    config = cfg.from_dict(tree_of(source=own) if own else tree_of())
+    shown = cfg.not_defaults(config)
+    assert shown["data"]["train"][0].get("environment", {}) == own
+    assert cfg.from_dict(shown) == config
