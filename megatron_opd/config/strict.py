@@ -24,6 +24,8 @@ def what_to_write(kind: str, value: Any) -> str:
             return "; write true" if word in _YES else "; write false" if word in _NO else "; write true or false"
         case "string_type" if isinstance(value, bool | int | float):
             return f'; write it in quotes: "{str(value).lower()}"'
+        case "list_type":
+            return f"; write a list: [{value}]" if isinstance(value, str | int | float) else "; write a list"
     return ""
 
 

@@ -38,6 +38,11 @@ REFUSED = {
     "a source's without a name": (
         tree_of(source={"max_turns": 3}), "data.train.0.environment needs a name of its own", "name is none",
     ),
+    "what a source does not take": (
+        tree_of(source={"max_turns": 3}), "data.train.0.environment needs", "no setting from the run's environment",
+    ),
+    "code without the tool": (tree_of({**TOOLS, "calls": "python"}), "environment.calls: python is", "tool python"),
+    "one tool": (tree_of({**TOOLS, "tools": "python"}), "environment.tools: Input should", "write a list: [python]"),
     "no tools": (tree_of({"name": "tools"}), "environment.tools: at least one is needed", "calculator, python"),
     "no such tool": (
         tree_of({**TOOLS, "tools": ["python", "calculater"]}), "environment.tools.1: there is no tool", "'calculator'?",
@@ -129,6 +134,10 @@ def test_servers_and_plans_have_room_for_them():
     made = cfg.from_dict(tree)
     assert [its.longest for its in serve.needed(made)] == [3000 + serve.MARGIN]
     assert made.longest_response == 3000 - 1024
+
+
+def test_a_name_that_is_none_is_the_only_problem():
+    assert len(problems_of(tree_of({**TOOLS, "name": "tool"}))) == 1
 
 
 @pytest.mark.parametrize("own", [{}, {"name": "none"}, {**TOOLS, "max_turns": 3}])
