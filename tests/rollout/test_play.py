@@ -310,7 +310,9 @@ def test_an_environment_that_cannot_be_made():
         raise OSError("no such thing")
 
     (rollout,) = play(Scripted("5"), world(EnvironmentKind(name="made", make=make)))
-    assert (rollout.log.ended, rollout.log.why, rollout.log.turns) == ("failed", "OSError: no such thing", 1)
+    line = make.__code__.co_firstlineno + 1
+    why = f"OSError: no such thing (test_play.py, line {line})"
+    assert (rollout.log.ended, rollout.log.why, rollout.log.turns) == ("failed", why, 1)
 
 
 def test_no_answer_to_a_call():
