@@ -54,7 +54,8 @@ class HeldOut:
         if self.experience.config.environments:
             metrics |= episode_metrics.of_held_out(parallel.gather_leaders(episode_metrics.by_source(rollouts)))
         experience.release()
-        with self.tracker.phase("comparing the answers with the teachers' distributions"):
+        told = bool(objective.distillation.teachers)
+        with self.tracker.phase("comparing the answers with the teachers' distributions", is_told=told):
             with experience.together():
                 batches = experience.score(rollouts) if rollouts else []
             found = student.evaluate(batches, replace(objective, measures_agreement=train.eval_agreement))
