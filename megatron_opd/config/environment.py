@@ -27,7 +27,7 @@ class EnvironmentConfig:
     """Form of a tool call in the policy's text: hermes (JSON between <tool_call> and </tool_call>, as Qwen writes it),
     llama3 (a JSON object with `name` and `parameters`), mistral (a JSON list behind [TOOL_CALLS]), python (code between
     <|python_tag|> and the end, or in a block of Python, for the tool python), or auto (the tokenizer's own
-    response schema, else what the chat template shows)."""
+    response template, else what the chat template shows)."""
     max_turns: AtLeastOne = 8
     """Largest number of the policy's turns in an episode."""
     max_tokens: AtLeastOne = 4096

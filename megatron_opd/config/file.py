@@ -134,24 +134,38 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def not_defaults(section: Any, otherwise: Any = None) -> dict[str, Any]:
+def not_defaults(section: Any) -> dict[str, Any]:
     """The settings of a config, or of a section, that have another value than their default, as plain data.
 
     Sections in a list are told apart by their places, so each has an entry; one without other settings is empty.
-    `otherwise`: the section that stands where the config has none, and whose values are no defaults then.
     """
-    found = {}
-    for field in dataclasses.fields(section):
-        value, factory = getattr(section, field.name), field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
+    return _different(section, {field.name: _default(field) for field in dataclasses.fields(section)})
+
+
+def _different(section: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """`not_defaults` where a section has other defaults in its place than its class has."""
+    found: dict[str, Any] = {}
+    for name, default in defaults.items():
+        value = getattr(section, name)
+        if value == default:
+            continue
         if dataclasses.is_dataclass(value):
-            inside: Any = None if value == default else not_defaults(value, default)
+            own = dataclasses.is_dataclass(default)
+            found[name] = _different(value, _settings_of(default)) if own else not_defaults(value)
         elif isinstance(value, list) and any(dataclasses.is_dataclass(entry) for entry in value):
-            inside = [not_defaults(entry) for entry in value]
+            found[name] = [not_defaults(entry) for entry in value]
         else:
-            inside = None if value == default == getattr(otherwise, field.name, default) else value
-        found |= {field.name: inside} if inside not in (None, {}) else {}
+            found[name] = value
     return found
+
+
+def _settings_of(section: Any) -> dict[str, Any]:
+    """The settings of a section by name."""
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def dump(settings: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import yaml
 
+from megatron_opd import config as c
 from megatron_opd.config import file as cfg
 from megatron_opd.config import other_names, retired, schema
 from megatron_opd.config.checks_serving import check_vocabulary
@@ -585,3 +586,13 @@ def test_nothing_asks_for_more_tokens_than_there_are():
 def test_names_that_differ_by_a_hash_are_two(tmp_path):
     options = cfg.read(write(tmp_path, MINIMAL), ["data.chat_template_options={a#: 1, a_: 2}"])
     assert options["data"]["chat_template_options"] == {"a#": 1, "a_": 2}
+
+
+def test_only_what_differs_in_its_place_is_shown():
+    """A source's environment has another default than the run's."""
+    none, tools = (c.EnvironmentConfig(name=name) for name in ("none", "tools"))
+    sources = [c.SourceConfig(name="a", path="p"), c.SourceConfig(name="b", path="p", environment=none)]
+    assert cfg.not_defaults(c.DataConfig(train=sources)) == {
+        "train": [{"name": "a", "path": "p"}, {"name": "b", "path": "p", "environment": {"name": "none"}}]
+    }
+    assert cfg.not_defaults(c.SourceConfig(name="a", path="p", environment=tools))["environment"] == {"name": "tools"}

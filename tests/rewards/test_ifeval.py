@@ -173,7 +173,9 @@ def test_preflight_names_the_line(reward, tmp_path):
     good = {"prompt": "?", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": None}]}
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(good)}\n{json.dumps({'prompt': '?'})}\n")
-    encoder = SimpleNamespace(render=lambda asked: asked, encode=lambda texts: [[1] for _ in texts], is_continued=False)
+    encoder = SimpleNamespace(
+        render=lambda asked: asked, encode=lambda texts: [[1] for _ in texts], kept=lambda asked: ()
+    )
     source = SourceConfig(name="s", path=str(path), reward="ifeval")
     with pytest.raises(ValueError, match=r'rows\.jsonl.*2.*"instruction_id_list"'):
         read_prompts(source, encoder, limit=Limit(9, ""), reward=reward, is_graded=True)

@@ -19,7 +19,7 @@ from megatron_opd.rewards.gsm8k import final_number
 PUBLIC_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PATIENT = RewardsConfig(code_timeout_s=60.0)
 BYTES = SimpleNamespace(
-    render=lambda asked: asked, encode=lambda texts: [list(text.encode()) for text in texts], is_continued=False
+    render=lambda asked: asked, encode=lambda texts: [list(text.encode()) for text in texts], kept=lambda asked: ()
 )
 
 
