@@ -42,6 +42,10 @@ REFUSED = {
         tree_of(source={"max_turns": 3}), "data.train.0.environment needs", "no setting from the run's environment",
     ),
     "code without the tool": (tree_of({**TOOLS, "calls": "python"}), "environment.calls: python is", "tool python"),
+    "options within options": (
+        tree_of({"name": "my:World", "options": {"top": {"a": 1}}}), "environment.options.top: Input should be", "",
+    ),
+    "a name alone": (tree_of("tools"), "environment: Input should be an object (got 'tools')", "each as name: value"),
     "one tool": (tree_of({**TOOLS, "tools": "python"}), "environment.tools: Input should", "write a list: [python]"),
     "no tools": (tree_of({"name": "tools"}), "environment.tools: at least one is needed", "calculator, python"),
     "no such tool": (
@@ -136,8 +140,11 @@ def test_servers_and_plans_have_room_for_them():
     assert made.longest_response == 3000 - 1024
 
 
-def test_a_name_that_is_none_is_the_only_problem():
-    assert len(problems_of(tree_of({**TOOLS, "name": "tool"}))) == 1
+@pytest.mark.parametrize(
+    "environment", [{**TOOLS, "name": "tool"}, {"name": "my:World", "options": {"a": [1]}}], ids=["name", "options"]
+)
+def test_a_fault_is_one_problem(environment):
+    assert len(problems_of(tree_of(environment))) == 1
 
 
 @pytest.mark.parametrize("own", [{}, {"name": "none"}, {**TOOLS, "max_turns": 3}])
