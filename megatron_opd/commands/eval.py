@@ -93,6 +93,8 @@ def evaluate(config: Config, model: str | Path | None = None) -> dict[str, float
         with closing(player), shown.phase("evaluating", total=total, unit="answers") as phase:
             told = once_an_episode(phase.advance)
             greedy, totals = evaluator.answer(player, prompts, samples=samples, told=told)
+    for why in episode_metrics.troubles(greedy):
+        print(episode_metrics.warning(why), file=sys.stderr)
     return means([totals], "eval") | episode_metrics.of_held_out([episode_metrics.by_source(greedy)])
 
 

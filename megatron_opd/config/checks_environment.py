@@ -71,7 +71,8 @@ def _check_name(setting: str, own: EnvironmentConfig) -> list[str]:
     if own.name == OF_THE_RUN and not of_a_source:
         return ["environment.name: run is for a source; write none, tools, or a class of yours as module:Class"]
     if of_a_source and own.name in (NONE, OF_THE_RUN) and own != EnvironmentConfig(name=own.name):
-        return [f"{setting} needs a name of its own: {setting}.name is {own.name}, and nothing else counts then"]
+        return [f"{setting} needs a name of its own: {setting}.name is {own.name}, and nothing else counts then;"
+                " it takes no setting from the run's environment"]  # fmt: skip
     known = (NONE, TOOLS, *([OF_THE_RUN] if of_a_source else []))
     if own.name in known or _is_path(own.name):
         return []
@@ -82,7 +83,7 @@ def _check_name(setting: str, own: EnvironmentConfig) -> list[str]:
 
 def _check_tools(setting: str, own: EnvironmentConfig) -> list[str]:
     if own.name != TOOLS:
-        if own.tools and own.name not in (NONE, OF_THE_RUN):
+        if own.tools and _is_path(own.name):
             return [f"{setting}.tools is for the environment tools; {own.name} has its own"]
         return []
     if not own.tools:
@@ -94,6 +95,8 @@ def _check_tools(setting: str, own: EnvironmentConfig) -> list[str]:
                 f"{setting}.tools.{i}: there is no tool '{tool}'; known: {', '.join(OWN_TOOLS)}, or a function of yours"
                 f" as module:function{_hint(tool, OWN_TOOLS)}"
             )
+    if own.calls == "python" and all(tool.rpartition(":")[2] != "python" for tool in own.tools):
+        problems.append(f"{setting}.calls: python is code for the tool python, which {setting}.tools does not have")
     names = Counter(tool.rpartition(":")[2] for tool in own.tools)
     twice = [name for name, count in names.items() if count > 1]
     return problems + [

@@ -23,7 +23,7 @@ from megatron_opd.config import Config, methods, retired, yaml_text
 from megatron_opd.config.checks import check
 from megatron_opd.config.other_names import meant_by
 from megatron_opd.config.schema import adapter, bounds, setting_at, without_empty
-from megatron_opd.config.strict import what_to_write
+from megatron_opd.config.strict import one_each, what_to_write
 
 _OUT_OF_BOUNDS = ("greater_than_equal", "greater_than", "less_than_equal", "less_than")
 
@@ -76,7 +76,7 @@ def from_dict(tree: dict[str, Any], where: str = "config") -> Config:
         config = _validated(tree)
         problems = check(config)
     except pydantic.ValidationError as error:
-        problems = [_explain(e) for e in error.errors()] + _further_problems(tree, error.errors())
+        problems = [_explain(e) for e in one_each(error.errors())] + _further_problems(tree, error.errors())
     except (RecursionError, TypeError) as error:
         problems = [f"this is not plain data of texts, numbers, lists and mappings: {error}"]
     if problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 _YES, _NO = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
@@ -24,7 +25,22 @@ def what_to_write(kind: str, value: Any) -> str:
             return "; write true" if word in _YES else "; write false" if word in _NO else "; write true or false"
         case "string_type" if isinstance(value, bool | int | float):
             return f'; write it in quotes: "{str(value).lower()}"'
+        case "dataclass_type":
+            return "; write its settings below it, each as name: value"
+        case "list_type":
+            return f"; write a list: [{value}]" if isinstance(value, str | int | float) else "; write a list"
     return ""
+
+
+def one_each(errors: Sequence[Any]) -> list[Any]:
+    """pydantic's errors, with one in place of four for a value that is neither true, false, a number nor a text."""
+    places = {error["loc"][:-1] for error in errors if (error["loc"][-1:], error["type"]) == (("bool",), "bool_type")}
+    plain = {"type": "plain_type", "msg": "Input should be true, false, a number or a text"}
+    return [
+        {**error, **plain, "loc": error["loc"][:-1]} if error["loc"][:-1] in places else error
+        for error in errors
+        if error["loc"][:-1] not in places or error["loc"][-1] == "bool"
+    ]
 
 
 def _number(value: Any) -> float | None:

@@ -20,8 +20,17 @@ def imported(path: str, *, what: str, kind: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        is_absent = error.name in _parents(module)
+        where = "; it is looked for in the working directory and on PYTHONPATH" if is_absent else ""
+        raise ValueError(f"{what} '{path}': {module} cannot be imported: {error!r}{where}") from error
     except (Exception, SystemExit) as error:  # a script that ends when it is done must not end the run, as a success
         raise ValueError(f"{what} '{path}': {module} cannot be imported: {error!r}") from error
     if not callable(found):
         raise ValueError(f"{what} '{path}': {module} has no {kind} {name}".rstrip())
     return found
+
+
+def _parents(module: str) -> list[str]:
+    """`a.b` and `a` for `a.b`: the modules without which it is not there."""
+    return [module, *(module[:at] for at, letter in enumerate(module) if letter == ".")]

@@ -223,16 +223,17 @@ def check_template(encoder: Encoder, wanted: str) -> None:
     where it rewrites turns without thoughts, and where calls of the form `wanted` (environment.calls) cannot be told.
     """
     reader = reader_for(encoder, wanted)
+    start = "" if encoder.template is None else encoder.render("?")
+    names = [str(tool["function"]["name"]) for tool in encoder.tools]
+    missing = [name for name in names if name not in start]
     if encoder.tools and not reader.has_calls:
         raise ValueError(
             "environment.calls: auto cannot tell how the policy calls tools here; name the form: hermes, llama3,"
-            " mistral or python"
+            f" mistral or python{_and_no_tools(encoder) if missing else ''}"
         )
     if encoder.template is None:
         return
-    start = encoder.render("?")
-    names = [str(tool["function"]["name"]) for tool in encoder.tools]
-    if missing := [name for name in names if name not in start]:
+    if missing:
         raise ValueError(_unfit(f"does not show tools ({', '.join(missing)})"))
     turn, answer = _made_up(names[:1], is_thinking=start.rstrip().endswith(_OPEN))
     whole, more = _tried(encoder, message_of(turn, is_structured=reader.is_structured), turn.text, answer)
@@ -273,6 +274,12 @@ def _tried(encoder: Encoder, reply: Message, text: str, answer: Message) -> tupl
         return whole, [*more, talk.continued(reply, ids, [answer])]
     except ValueError as error:
         raise ValueError(_unfit(f"cannot go on with a message of role {answer['role']}: {error}")) from None
+
+
+def _and_no_tools(encoder: Encoder) -> str:
+    if encoder.template is None:
+        return "; prompts show no tools either: set data.chat_template to tokenizer, or to a file"
+    return f"; and {_unfit('does not show tools')}"
 
 
 def _unfit(why: str) -> str:

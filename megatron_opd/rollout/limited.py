@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megatron_opd.core.event_loop import Loop
@@ -85,6 +87,13 @@ def _named(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return str(error)
     try:
-        return f"{type(error).__name__}: {error}"[:_MAX_WORDS]
+        said = f"{type(error).__name__}: {error}"[:_MAX_WORDS]
     except BaseException:
-        return type(error).__name__
+        said = type(error).__name__
+    return f"{said}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised: file and line, but for this file."""
+    last = next(iter(traceback.extract_tb(error.__traceback__)[:-2:-1]), None)
+    return "" if last is None or last.filename == __file__ else f" ({Path(last.filename).name}, line {last.lineno})"

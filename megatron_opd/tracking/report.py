@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatron_opd.core.run_dir import BEST, CHECKPOINTS, HF_EXPORT, complete
 from megatron_opd.tracking.headline import fitting
+from megatron_opd.tracking.report_episodes import episodes_table, evaluated
 from megatron_opd.tracking.report_likeness import agreement_table, nll_table
 from megatron_opd.tracking.report_plot import plot
 from megatron_opd.tracking.report_run import ALL, STAGES, RecordedRun, headline, last_value, read_run
@@ -45,7 +46,8 @@ def report(run_dir: str | Path, *, console: Console) -> None:
     plot_path = run.dir / "report.png"
     plot(run, plot_path)
     likeness = agreement_table(run), kl_table(run), nll_table(run)
-    made = accuracy_table(run), last_grades(run), *likeness, training_table(run), speed_table(run)
+    of_steps = training_table(run), episodes_table(run), speed_table(run)
+    made = accuracy_table(run), last_grades(run), *likeness, *of_steps
     tables = [without_empty_columns(table) for table in made if table.lines]
     notes = [headline(run), *(f"{what}: {path}" for what, path in places(run))]
     for table in tables:
@@ -60,6 +62,8 @@ def print_grades(what: str, metrics: Mapping[str, float], *, console: Console) -
     """The table of an evaluation, whose metrics `evaluate.means` gives."""
     console.print(f"Evaluation in percent, with 95 % intervals, {what}", markup=False, highlight=False, soft_wrap=True)
     console.print(to_rich(grades_table(metrics, title="")))
+    if (episodes := evaluated(metrics)).lines:
+        console.print(to_rich(episodes))
 
 
 def accuracy_table(run: RecordedRun) -> Table:

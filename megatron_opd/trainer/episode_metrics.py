@@ -67,13 +67,28 @@ def means(parts: Iterable[EpisodeSums]) -> dict[str, float]:
     return {name: value / number for name, value, number in shares if number}
 
 
+class Warnings:
+    """Says what went wrong in environments, a few times in a process and nothing twice."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._said: set[str] = set()
+
+    def say(self, replicas: Iterable[Sequence[str]]) -> None:
+        """Of the `troubles` of all replicas, those that are new."""
+        for why in (why for replica in replicas for why in replica):
+            if why not in self._said and len(self._said) < _TOLD:
+                self._said.add(why)
+                self._tracker.message(warning(why))
+
+
 class EpisodeWatch:
     """Looks at the episodes of every step, where training prompts have environments."""
 
     def __init__(self, parallel: Parallel, tracker: Tracker, *, is_on: bool, has_rewards: bool) -> None:
         """`has_rewards` as of `count`."""
         self.parallel, self.tracker, self.is_on, self.has_rewards = parallel, tracker, is_on, has_rewards
-        self._said: set[str] = set()
+        self._warnings = Warnings(tracker)
 
     def headlines(self) -> list[Headline]:
         """What people are to see of episodes at every step."""
@@ -85,14 +100,20 @@ class EpisodeWatch:
         twice. Collective where it is on."""
         if not self.is_on:
             return {}
-        wrong = dict.fromkeys(rollout.log.why for rollout in rollouts if rollout.log.why)
-        mine = count(rollouts, has_rewards=self.has_rewards), list(wrong)[:_TOLD]
+        mine = count(rollouts, has_rewards=self.has_rewards), troubles(rollouts)
         parts, told = zip(*self.parallel.gather_leaders(mine), strict=True)
-        for why in (why for replica in told for why in replica):
-            if why not in self._said and len(self._said) < _TOLD:
-                self._said.add(why)
-                self.tracker.message(f"warning: an environment failed, and its episode ended there: {why}")
+        self._warnings.say(told)
         return means(parts)
+
+
+def troubles(rollouts: Sequence[Rollout]) -> list[str]:
+    """What went wrong in environments, the first few that differ."""
+    return list(dict.fromkeys(rollout.log.why for rollout in rollouts if rollout.log.why))[:_TOLD]
+
+
+def warning(why: str) -> str:
+    """The line for people about one of the `troubles`."""
+    return f"warning: an environment failed, and its episode ended there: {why}"
 
 
 def by_source(rollouts: Sequence[Rollout]) -> dict[str, EpisodeSums]:

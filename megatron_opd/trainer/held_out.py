@@ -37,6 +37,7 @@ class HeldOut:
         self.directory = Path(experience.config.run.dir)
         self.inputs, self.experience, self.leader = inputs, experience, experience.leader
         self.tracker = tracker
+        self._warnings = episode_metrics.Warnings(tracker)
 
     def evaluate(self, student: Student, objective: Objective, step: int) -> dict[str, float]:
         """How good held-out answers are, and the divergence to the teachers on the greedy ones.
@@ -52,9 +53,13 @@ class HeldOut:
             rollouts, tally = parallel.share(lambda: self._answers(prompts, phase))
         metrics = means(parallel.gather_leaders(tally), "eval")
         if self.experience.config.environments:
-            metrics |= episode_metrics.of_held_out(parallel.gather_leaders(episode_metrics.by_source(rollouts)))
+            mine = episode_metrics.by_source(rollouts), episode_metrics.troubles(rollouts)
+            counted, wrong = zip(*parallel.gather_leaders(mine), strict=True)
+            metrics |= episode_metrics.of_held_out(counted)
+            self._warnings.say(wrong)
         experience.release()
-        with self.tracker.phase("comparing the answers with the teachers' distributions"):
+        told = bool(objective.distillation.teachers)
+        with self.tracker.phase("comparing the answers with the teachers' distributions", is_told=told):
             with experience.together():
                 batches = experience.score(rollouts) if rollouts else []
             found = student.evaluate(batches, replace(objective, measures_agreement=train.eval_agreement))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from megatron_opd.config import DataConfig, EnvironmentConfig
 from megatron_opd.core.environment import EnvironmentKind
+from megatron_opd.prompts.calls import OWN, CallReader
 from megatron_opd.prompts.chat import Encoder, build_encoder
-from megatron_opd.prompts.conversation import check_template
+from megatron_opd.prompts.conversation import check_template, reader_for
 from megatron_opd.rollout.environments.build import build_kind
 
 
@@ -20,6 +22,8 @@ class SourceWorld:
     """The student's, with the environment's tools."""
     kind: EnvironmentKind | None
     """None: an answer is one turn."""
+    notes: tuple[str, ...] = ()
+    """How the two of them go together, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,9 @@ class SourceWorlds:
     @property
     def notes(self) -> list[str]:
         """What people should know about how they work here."""
-        kinds = [world.kind for world in self._found.values() if isinstance(world, SourceWorld) and world.kind]
-        found = [kind.note for kind in kinds if kind.note]
+        worlds = [world for world in self._found.values() if isinstance(world, SourceWorld)]
+        kinds = [world.kind for world in worlds if world.kind]
+        found = [*(note for world in worlds for note in world.notes), *(kind.note for kind in kinds if kind.note)]
         if self.encoder.template is None and any(kind.tools for kind in kinds):
             found.append("warning: data.chat_template is none, so prompts do not show the tools of the environment")
         return list(dict.fromkeys(found))
@@ -61,4 +66,27 @@ class SourceWorlds:
         kind = build_kind(settings)
         encoder = build_encoder(self.data, self.encoder.tokenizer, tools=kind.tools, is_continued=True)
         check_template(encoder, settings.calls)
-        return SourceWorld(encoder, kind)
+        readers = [reader_for(encoder, form) for form in (settings.calls, "auto")]
+        return SourceWorld(encoder, kind, (_note(settings, kind, readers[0]), *_warnings(settings, kind, *readers)))
+
+
+def _note(settings: EnvironmentConfig, kind: EnvironmentKind, reader: CallReader) -> str:
+    tools = ", ".join(str(tool["function"]["name"]) for tool in kind.tools)
+    form = "by the tokenizer's response_template" if reader.form == OWN else f"in the form {reader.form}"
+    calls = f"calls {form}" if reader.has_calls else "calls are not looked for"
+    turns = "1 turn" if settings.max_turns == 1 else f"{settings.max_turns} turns"
+    most = f"at most {turns} and {settings.max_tokens} tokens"
+    return f"environment {kind.name}: {f'tools {tools}' if tools else 'no tools in the prompts'}; {calls}; {most}"
+
+
+def _warnings(
+    settings: EnvironmentConfig, kind: EnvironmentKind, reader: CallReader, shown: CallReader
+) -> Iterator[str]:
+    """`shown` reads calls as the chat template shows them."""
+    if shown.has_calls and shown.form not in (OWN, reader.form):
+        yield (
+            f"warning: environment.calls is {reader.form}, and the chat template shows calls in the form {shown.form}:"
+            " those are not seen"
+        )
+    if kind.tools and settings.max_turns == 1:
+        yield "warning: environment.max_turns is 1: an episode ends with its first call, before a tool's answer is read"

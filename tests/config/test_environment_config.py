@@ -38,6 +38,15 @@ REFUSED = {
     "a source's without a name": (
         tree_of(source={"max_turns": 3}), "data.train.0.environment needs a name of its own", "name is none",
     ),
+    "what a source does not take": (
+        tree_of(source={"max_turns": 3}), "data.train.0.environment needs", "no setting from the run's environment",
+    ),
+    "code without the tool": (tree_of({**TOOLS, "calls": "python"}), "environment.calls: python is", "tool python"),
+    "options within options": (
+        tree_of({"name": "my:World", "options": {"top": {"a": 1}}}), "environment.options.top: Input should be", "",
+    ),
+    "a name alone": (tree_of("tools"), "environment: Input should be an object (got 'tools')", "each as name: value"),
+    "one tool": (tree_of({**TOOLS, "tools": "python"}), "environment.tools: Input should", "write a list: [python]"),
     "no tools": (tree_of({"name": "tools"}), "environment.tools: at least one is needed", "calculator, python"),
     "no such tool": (
         tree_of({**TOOLS, "tools": ["python", "calculater"]}), "environment.tools.1: there is no tool", "'calculator'?",
@@ -129,3 +138,18 @@ def test_servers_and_plans_have_room_for_them():
     made = cfg.from_dict(tree)
     assert [its.longest for its in serve.needed(made)] == [3000 + serve.MARGIN]
     assert made.longest_response == 3000 - 1024
+
+
+@pytest.mark.parametrize(
+    "environment", [{**TOOLS, "name": "tool"}, {"name": "my:World", "options": {"a": [1]}}], ids=["name", "options"]
+)
+def test_a_fault_is_one_problem(environment):
+    assert len(problems_of(tree_of(environment))) == 1
+
+
+@pytest.mark.parametrize("own", [{}, {"name": "none"}, {**TOOLS, "max_turns": 3}])
+def test_what_is_no_default_is_the_same_config_again(own):
+    config = cfg.from_dict(tree_of(source=own) if own else tree_of())
+    shown = cfg.not_defaults(config)
+    assert shown["data"]["train"][0].get("environment", {}) == own
+    assert cfg.from_dict(shown) == config

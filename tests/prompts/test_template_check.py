@@ -35,6 +35,11 @@ def test_forms_and_options(options, wanted):
         (CHATML, "hermes", "data.chat_template: the template does not show tools (calculator); give it a file with a"),
         (R1, "hermes", "data.chat_template: the template does not show tools (calculator)"),
         (CHATML, "auto", "environment.calls: auto cannot tell how the policy calls tools here; name the form: hermes,"),
+        (
+            CHATML,
+            "auto",
+            "mistral or python; and data.chat_template: the template does not show tools; give it",
+        ),
         (CHATML, "hermse", "environment.calls: there is no form 'hermse'"),
         (
             WHOLE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),

@@ -38,6 +38,11 @@ def test_the_result(thread):
     assert asyncio.run(thread.run(returns(3), 60.0)) == 3
 
 
+def test_the_line_that_raised_is_told(thread):
+    with pytest.raises(Trouble, match=r"^ValueError: odd \(test_limited\.py, line \d+\)$"):
+        asyncio.run(thread.run(raises(ValueError("odd")), 60.0))
+
+
 @pytest.mark.parametrize(
     ("error", "why"),
     [

@@ -394,7 +394,9 @@ def test_an_environment_that_cannot_be_made():
         raise OSError("no such thing")
 
     (rollout,) = play(Scripted("5"), world(EnvironmentKind(name="made", make=make)))
-    assert (rollout.log.ended, rollout.log.why, rollout.log.turns) == ("failed", "OSError: no such thing", 1)
+    line = make.__code__.co_firstlineno + 1
+    why = f"OSError: no such thing (test_play.py, line {line})"
+    assert (rollout.log.ended, rollout.log.why, rollout.log.turns) == ("failed", why, 1)
 
 
 def test_one_that_is_made_too_late_is_closed_and_not_started(monkeypatch):

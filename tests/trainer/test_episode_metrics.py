@@ -87,6 +87,11 @@ def test_held_out_ones_by_source():
     assert episode_metrics.of_held_out([{}]) == {}
 
 
+def test_what_went_wrong_first():
+    answers = [one for why in ("a", "", "b", "a", "c", "d") for one in episode(replace(FAILED, why=why))]
+    assert episode_metrics.troubles(answers) == ["a", "b", "c"]
+
+
 def test_failures_of_environments_are_said_a_few_times():
     alone = SimpleNamespace(gather_leaders=lambda mine: [mine, mine])
     said = []

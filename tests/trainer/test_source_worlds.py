@@ -66,10 +66,23 @@ def test_prompts_keep_messages_and_the_fields_of_the_environment(read):
     (_, (prompt,)) = found.train[0]
     assert prompt.extra == {"number": 7}
     assert [dict(message) for message in prompt.messages] == [{"role": "user", "content": "1+1="}]
-    assert found.notes[-1] == Guess.note
+    shown = f"environment {GUESS[0].partition('=')[2]}: no tools in the prompts; calls are not looked for; at most"
+    assert found.notes[-2:] == (f"{shown} 8 turns and 40 tokens", Guess.note)
     (_, (plain,)) = read([{"number": 7}]).train[0]
     assert (plain.extra, plain.messages) == ({}, ())
     assert plain.token_ids == prompt.token_ids
+
+
+def test_the_tools_and_the_form_of_calls_are_told(monkeypatch):
+    monkeypatch.chdir(CONFIG.parents[1])
+    notes = preflight.read_inputs(load("examples/tools.yaml")).notes
+    assert "environment tools: tools calculator; calls in the form hermes; at most 3 turns and 256 tokens" in notes
+    assert "warning" not in "".join(notes)
+    unlike = ["environment.calls=llama3", "environment.max_turns=1"]
+    notes = "\n".join(preflight.read_inputs(load("examples/tools.yaml", unlike)).notes)
+    assert "tools calculator; calls in the form llama3; at most 1 turn and 256 tokens" in notes
+    assert "warning: environment.calls is llama3, and the chat template shows calls in the form hermes" in notes
+    assert "warning: environment.max_turns is 1" in notes
 
 
 def test_rows_without_what_the_environment_needs_are_named(read):

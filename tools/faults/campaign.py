@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from faults import changes, files, fuzz, limits, servers, signals  # noqa: F401  (each registers its kinds)
+from faults import changes, environments, files, fuzz, limits, servers, signals  # noqa: F401  (each registers its kinds)
 from faults.kind import KINDS, Played
 from megatron_opd.core.whole_file import write_whole
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from megatron_opd.config.environment import NONE, OF_THE_RUN, TOOLS, EnvironmentConfig
-from megatron_opd.core.environment import EnvironmentKind, Reply, Turn
+from megatron_opd.core.environment import EnvironmentKind, Reply, Schema, Turn
 from megatron_opd.core.imported import imported
 from megatron_opd.core.types import Prompt
 from megatron_opd.rollout.environments import calculator, functions, python_session
@@ -86,12 +88,48 @@ def _of_class(settings: EnvironmentConfig) -> EnvironmentKind:
         raise ValueError(f"{name}: environment.options do not fit: {error}") from None
     except ValueError:  # it has no signature that can be read
         pass
+    if wrong := _not_async(found):
+        raise ValueError(f"{name}: its method {wrong} must be async: write `async def {wrong}` ({WHERE})")
+    _check_schemas(name, tools)
     fields = getattr(found, "fields", None)
     return EnvironmentKind(
         name=settings.name,
         make=lambda: found(**options),
         tools=tools,
-        check=getattr(found, "check", lambda prompt: None),
+        check=_checked_by(name, found),
         fields=None if fields is None else tuple(fields),
         note=str(getattr(found, "note", "")),
     )
+
+
+def _not_async(found: Callable[..., Any]) -> str:
+    """The first method that is a plain function, whose result could not be awaited; empty where there is none."""
+    methods = {name: inspect.unwrap(getattr(found, name)) for name in ("start", "answer", "close")}
+    plain = [name for name, method in methods.items() if inspect.isfunction(method)]
+    return next((name for name in plain if not inspect.iscoroutinefunction(methods[name])), "")
+
+
+def _check_schemas(name: str, tools: Sequence[Schema]) -> None:
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"{name}: its `tools` must be schemas, not {tool!r:.80}: write"
+                f' {{"type": "function", "function": {{"name": …, "description": …, "parameters": …}}}} ({WHERE})'
+            )
+
+
+def _checked_by(name: str, found: Callable[..., Any]) -> Callable[[Prompt], None]:
+    """The class's own check of rows, whose exceptions all say what is wrong with a row."""
+    own = getattr(found, "check", None)
+
+    def check(prompt: Prompt) -> None:
+        try:
+            if own is not None:
+                own(prompt)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{name}: its check raised {error!r}") from error
+
+    return check

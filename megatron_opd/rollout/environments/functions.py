@@ -21,6 +21,8 @@ _MAX_WORDS = 1000
 def kind(path: str) -> ToolKind:
     """The tool of `module:function`. Raises ValueError when it is not there, or cannot be described."""
     function = imported(path, what="tool", kind="function")
+    if inspect.isclass(function):
+        raise ValueError(f"tool '{path}' is a class; name a function")
     return ToolKind(schema=schema_of(function, path), make=lambda: Function(function))
 
 
@@ -32,8 +34,8 @@ def schema_of(function: Callable[..., Any], path: str) -> Schema:
         schema = get_json_schema(function)
     except Exception as error:  # it has a kind of its own for each thing that may be missing
         raise ValueError(
-            f"tool '{path}' cannot be described: {error} Write a type hint for each argument, and a docstring that says"
-            ' what the function does and has "Args:" with a line "name: what it is" for each.'
+            f"tool '{path}' cannot be described: {str(error).rstrip(' .!')}. Write a type hint for each argument, and a"
+            ' docstring that says what the function does and has "Args:" with a line "name: what it is" for each.'
         ) from error
     return {"type": "function", "function": {k: v for k, v in schema["function"].items() if k != "return"}}
 

@@ -94,3 +94,22 @@ class WithTools(Countdown):
 
 class Bare:
     async def start(self, prompt): ...
+
+
+class Blocking(Countdown):
+    """Forgets that what answers must be async."""
+
+    def answer(self, turn):
+        return Reply(is_done=True)
+
+
+class ToolNames(Countdown):
+    """Gives names where schemas are asked for."""
+
+    tools = ("calculator",)
+
+
+class OddCheck(Countdown):
+    @classmethod
+    def check(cls, prompt):
+        return prompt.extra["nowhere"]

@@ -50,15 +50,23 @@ def test_its_tools_may_depend_on_its_options():
     assert kind.tools[0]["function"]["name"] == "by_7"
 
 
+def test_whatever_its_check_raises_says_what_is_wrong_with_a_row():
+    kind = build_kind(EnvironmentConfig(name="own_tools:OddCheck"))
+    with pytest.raises(ValueError, match=r"environment 'own_tools:OddCheck': its check raised KeyError\('nowhere'\)"):
+        kind.check(PROMPT)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "why"),
     [
-        ("nowhere:C", {}, "environment 'nowhere:C': nowhere cannot be imported"),
+        ("nowhere:C", {}, "environment 'nowhere:C': nowhere cannot be imported: .*; it is looked for in"),
         ("own_tools:Nothing", {}, "own_tools has no class Nothing"),
         ("own_tools:", {}, "own_tools has no class"),
         ("own_tools:Bare", {}, "has no method answer"),
         ("own_tools:WithTools", {"other": 1}, "its tools cannot be listed: TypeError"),
         ("own_tools:Countdown", {"other": 1}, "environment.options do not fit: .*'other'"),
+        ("own_tools:Blocking", {}, "its method answer must be async: write `async def answer`"),
+        ("own_tools:ToolNames", {}, "its `tools` must be schemas, not 'calculator': write"),
     ],
 )
 def test_a_class_that_cannot_be_is_refused_before_the_run(name, options, why):
