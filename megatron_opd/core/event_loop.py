@@ -25,7 +25,7 @@ class Loop:
         """`name` is the thread's."""
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(daemon_threads.executor())
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name=name, daemon=True)
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
@@ -71,6 +71,14 @@ class Loop:
     def abandon(self) -> None:
         """Leave a thread that does not answer; it stops when it does."""
         self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        try:
+            return loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            continue  # a task's own, which whoever awaits it gets: the other tasks go on
 
 
 async def _cancel_others() -> None:

@@ -64,6 +64,20 @@ def test_whatever_it_raises_is_trouble_in_words(thread, error, why):
     assert asyncio.run(thread.run(returns("still there"), 60.0)) == "still there"
 
 
+@pytest.mark.parametrize("error", [SystemExit(4), KeyboardInterrupt("own")])
+def test_a_task_of_one_that_ends_the_program_ends_no_other(thread, error):
+    async def in_a_task():
+        await asyncio.wait_for(raises(error), 60.0)
+
+    async def both():
+        other = asyncio.create_task(thread.run(asyncio.sleep(0.05, "the other"), 60.0))
+        with pytest.raises(Trouble, match=type(error).__name__) as caught:
+            await thread.run(in_a_task(), 60.0)
+        return caught.value.kind, await other
+
+    assert asyncio.run(both()) == ("failed", "the other")
+
+
 def test_one_that_takes_too_long_is_cancelled(thread):
     cancelled = threading.Event()
 

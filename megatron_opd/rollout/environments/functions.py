@@ -50,7 +50,7 @@ class Function:
         """What the function returns, as text. One that is not async runs in a thread, which goes on after the limit."""
         try:
             if inspect.iscoroutinefunction(self._function):
-                value = await asyncio.wait_for(self._function(**arguments), timeout_s)
+                value = await asyncio.wait_for(_awaited(self._function, arguments), timeout_s)
             else:
                 value = await asyncio.wait_for(in_thread(_text_of_call, self._function, arguments), timeout_s)
             return Outcome(text=_text(value))
@@ -61,6 +61,14 @@ class Function:
 
     async def close(self) -> None:
         """It holds nothing."""
+
+
+async def _awaited(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """What it returns; a SystemExit is an exception like any other, as in a thread."""
+    try:
+        return await function(**arguments)
+    except SystemExit as error:
+        raise RuntimeError(repr(error)) from error
 
 
 def _text_of_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:

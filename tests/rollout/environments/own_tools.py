@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import threading
 from typing import Literal
 
@@ -30,6 +31,15 @@ async def slowly(seconds: float) -> str:
     """
     await asyncio.sleep(seconds)
     return "done"
+
+
+async def leaves(status: int) -> str:
+    """End the program.
+
+    Args:
+        status: Its status.
+    """
+    sys.exit(status)
 
 
 def hang() -> str:

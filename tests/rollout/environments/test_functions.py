@@ -85,3 +85,9 @@ def test_an_async_function_that_takes_too_long():
     tool = functions.Function(own_tools.slowly)
     outcome = asyncio.run(tool.call({"seconds": 600.0}, 0.05))
     assert (outcome.failure, outcome.text) == ("timeout", "Error: the tool was given up after 0.05 seconds")
+
+
+def test_an_async_function_that_ends_the_program_is_told_and_counted():
+    (reply,) = played(turn(call("leaves", status=7)), tools=["own_tools:leaves"])
+    assert reply.messages[0]["content"] == "Error: RuntimeError: SystemExit(7)"
+    assert reply.failures == {"error": 1}
