@@ -1,7 +1,8 @@
 """Episodes that the embedded engine plays with real environments: the step on them is that of the dense formula in
-float64 on the policy's tokens alone, on every layout. One source calls a tool; at the other one the chat template
-rewrites earlier turns, so its episodes have several trajectories."""
+float64 on the policy's tokens alone, on every layout and for every carrier. One source calls a tool; at the other one
+the chat template rewrites earlier turns, so its episodes have several trajectories."""
 
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -10,6 +11,7 @@ import steps
 import tiny
 import torch
 from test_play import CALL, FORGETS, kind_of, prompt_for, tokenizer, world
+from test_trajectories import TOP_K, Told, train_on
 
 from megatron_opd.core.environment import Reply
 from megatron_opd.core.types import Sampling
@@ -18,6 +20,7 @@ from megatron_opd.rollout.episode_engine import EpisodeEngine
 
 MODELS = "examples/tools/models"
 VOCAB_SIZE, NUM_STEPS = 128, 2
+CALLER = {"name": "caller", "model": f"{MODELS}/teacher"}
 LAYOUTS = {
     "alone": ({"tensor": 1}, False),
     "tp2 sequence": ({"tensor": 2, "sequence": True}, False),
@@ -64,11 +67,11 @@ def model(name):
     return AutoModelForCausalLM.from_pretrained(f"{MODELS}/{name}", dtype=torch.float32, attn_implementation="eager")
 
 
-def settings(*, packing):
+def settings(*, packing, teacher=CALLER, **loss):
     return tiny.config(
         f"{MODELS}/student",
-        [{"name": "caller", "model": f"{MODELS}/teacher"}],
-        loss={"beta": 0.5, "chunk_tokens": 7},
+        [teacher],
+        loss={"beta": 0.5, "chunk_tokens": 7, **loss},
         optim={"lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.1, "eps": 1e-5},  # a gradient of nearly 0 has no sign
         train={"steps": 6, "micro_batch_size": 3, "packing": packing},
     )
@@ -77,8 +80,6 @@ def settings(*, packing):
 @pytest.fixture(scope="module")
 def reference(rollouts):
     """Metrics of the steps, and the weights after them, by the dense formula."""
-    import copy
-
     made = steps.Reference(settings(packing=False), copy.deepcopy(model("student")), [model("teacher")], VOCAB_SIZE)
     return [made.step(rollouts, number) for number in range(1, NUM_STEPS + 1)], made.student.state_dict()
 
@@ -101,3 +102,22 @@ def test_the_step_learns_the_policy_s_tokens_alone(ranks, rollouts, reference, l
         for name, tensor in exported.items():
             torch.testing.assert_close(tensor.double(), weights[name], atol=1e-5, rtol=0, msg=name)
     assert wanted[0]["num_tokens"] == sum(sum(r.learnt) for r in rollouts) < sum(len(r.learnt) for r in rollouts)
+
+
+@pytest.mark.parametrize(
+    ("carrier", "layout", "packing"),
+    [("topk", {"tensor": 2}, False), ("topk", {"tensor": 1}, True), ("sampled", {"context": 2}, False)],
+)
+def test_what_servers_tell_is_learnt_at_the_policy_s_tokens_alone(ranks, rollouts, carrier, layout, packing):
+    loss = {"kind": "sampled", "estimator": "k2"} if carrier == "sampled" else {"beta": 0.6}
+    told = {"name": "told", "model": "", "backend": "sglang", "carrier": carrier, "top_k": TOP_K}
+    made = settings(packing=packing, teacher=told, **loss)
+    reference = Told(made, copy.deepcopy(model("student")), [model("teacher")], VOCAB_SIZE)
+    scores = [reference.score(rollout) for rollout in rollouts]
+    wanted = [reference.step(rollouts, number) for number in range(1, NUM_STEPS + 1)]
+    weights, size = reference.student.state_dict(), max(layout.values())
+    for metrics, exported in ranks.run(size, train_on, made, rollouts, scores, VOCAB_SIZE, **layout):
+        for found, expected in zip(metrics, wanted, strict=True):
+            assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5)
+        for name, tensor in exported.items():
+            torch.testing.assert_close(tensor.double(), weights[name], atol=1e-5, rtol=0, msg=name)

@@ -96,7 +96,7 @@ def size(layout):
     return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
 
 
-def train_on(parallel, config, rollouts, scores):
+def train_on(parallel, config, rollouts, scores, vocab_size=VOCAB_SIZE):
     """A student whose one teacher said `scores` of the rollouts."""
     from megatron_opd.loss.distillation import Distillation
     from megatron_opd.loss.objective import Objective
@@ -104,7 +104,7 @@ def train_on(parallel, config, rollouts, scores):
     from megatron_opd.trainer.experience import packing_settings
 
     student = Student(config, parallel)
-    term = Distillation(config.loss, 1.0, student.vocab_shard(VOCAB_SIZE), tuple(config.teachers), (None,))
+    term = Distillation(config.loss, 1.0, student.vocab_shard(vocab_size), tuple(config.teachers), (None,))
     settings = packing_settings(config.train, config.precision.fp8, config.parallel, parallel)
     weights = [[1.0]] * len(rollouts)
     batches = pack(rollouts, **settings, scores=[scores], weights=weights)
@@ -134,7 +134,7 @@ class Told(Reference):
         for t, logq in enumerate(student):
             known = known_at(score, t)
             listed = sorted(known)
-            target = oracle.list_over_listed(known, listed, VOCAB_SIZE)
+            target = oracle.list_over_listed(known, listed, self.vocab_size)
             values.append(oracle.divergence(oracle.over_listed(logq, listed), target, self.config.loss.beta))
         return torch.stack(values)
 
