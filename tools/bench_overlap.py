@@ -24,6 +24,7 @@ from megatron_opd.prompts.mix import PromptMix
 from megatron_opd.student import cpu, groups
 from megatron_opd.tracking.tracker import Tracker
 from megatron_opd.trainer.completions import Completions
+from megatron_opd.trainer.episode_metrics import EpisodeWatch
 from megatron_opd.trainer.experience import Experience, Leader
 from megatron_opd.trainer.loop import Run
 from megatron_opd.trainer.stopwatch import Stopwatch
@@ -86,6 +87,7 @@ class StubRun(Run):
         self.student = stages  # type: ignore[assignment]
         self.objective = SimpleNamespace(distillation=None)  # type: ignore[assignment]
         self.shaping = None
+        self.episodes = EpisodeWatch(parallel, self.tracker, is_on=False, has_rewards=False)
         self.completions = Completions(config.log, config.run.dir, parallel, None, self.tracker)
         leader = Leader(engine=stages, answers=None, grader=None, evaluator=None, tokenizer=None)  # type: ignore[arg-type]
         self.experience = StubExperience(config, parallel, [], leader)
