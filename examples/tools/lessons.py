@@ -133,7 +133,7 @@ def train(recipe, tokenizer, log=print):
 
 @torch.no_grad()
 def _turn(model, contexts, tokenizer, greedy, generator):
-    """What the model says behind texts, until it ends its turn (24 tokens at most), special tokens left out."""
+    """The model's words behind texts, until it ends its turn (24 tokens at most), special tokens left out."""
     found = tokenizer(contexts, return_tensors="pt", padding=True)
     ids, mask = found["input_ids"], found["attention_mask"]
     start = ids.shape[1]

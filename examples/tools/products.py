@@ -62,7 +62,7 @@ def call(expression):
 
 
 def told(answer):
-    """What follows a call: its end of turn, the tool's message, and the place of the next turn."""
+    """The text behind a call: its end of turn, the tool's message, and the place of the next turn."""
     return f"{END}\n{START}tool\n{answer}{REPLY}"
 
 

@@ -90,7 +90,7 @@ class Config:
     data: DataConfig
     """The prompts."""
     environment: EnvironmentConfig = dataclasses.field(default_factory=EnvironmentConfig)
-    """What answers the policy between its turns."""
+    """The other side of a conversation: tools, or an environment of your own."""
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     """Grading of answers."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

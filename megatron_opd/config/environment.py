@@ -1,4 +1,4 @@
-"""What answers the policy between its turns: tools, or an environment of the user's own."""
+"""The settings of environments: tools, or a class of the user's own, answer the policy between its turns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOLS = "tools"
 
 @section
 class EnvironmentConfig:
-    """What answers the policy between its turns (docs/environments.md)."""
+    """An environment, which answers the policy between its turns (docs/environments.md)."""
 
     name: str = NONE
     """Environment of the prompts: none (an answer is one turn), tools (the policy calls `tools`), a class of your own

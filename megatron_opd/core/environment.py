@@ -1,4 +1,4 @@
-"""What an environment is: started for a prompt, told each turn of the policy, answers with messages.
+"""The protocol of environments: one is started for a prompt, told each turn of the policy, and answers with messages.
 
 kind = build_kind(settings)         once a source; its tools are in every prompt
 world = kind.make()                 one object an episode
@@ -36,7 +36,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What the policy said until it ended its turn."""
+    """A turn of the policy, up to its end."""
 
     number: int
     """From 0."""
@@ -51,10 +51,10 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What the environment says to a turn."""
+    """The answer of an environment to a turn."""
 
     messages: Sequence[Message] = ()
-    """What the policy is told next. None at all: there is nothing to answer, and the episode ends."""
+    """Messages that the policy is told next. None at all: there is nothing to answer, and the episode ends."""
     is_done: bool = False
     """Whether the episode ends here; `messages` are not shown to the policy then."""
     reward: float = 0.0
@@ -72,7 +72,7 @@ class Environment(Protocol):
         """Get ready; the policy has said nothing yet."""
 
     async def answer(self, turn: Turn) -> Reply:
-        """What follows the policy's turn."""
+        """The answer to the policy's turn."""
 
     async def close(self) -> None:
         """Give back what it holds. Called once for each object, however the episode ended."""
@@ -92,4 +92,4 @@ class EnvironmentKind:
     fields: tuple[str, ...] | None = ()
     """Fields of a row, besides prompt and answer, that Prompt.extra must keep; None: all of them."""
     note: str = ""
-    """What people should know about how it works here."""
+    """A line for people about how it works here."""

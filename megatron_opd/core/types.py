@@ -98,7 +98,7 @@ class EpisodeLog:
     info: Mapping[str, float] = field(default_factory=dict)
     """The environment's own numbers."""
     why: str = ""
-    """What failed, in words, where `ended` is `failed` or `timeout`."""
+    """The failure in words, where `ended` is `failed` or `timeout`."""
 
 
 PLAIN = EpisodeLog()

@@ -195,7 +195,7 @@ def called(value: Any) -> Call:
 
 
 def _own(hf: Any, text: str, prompt: str, tools: Sequence[Schema]) -> tuple[str, list[Call]] | None:
-    """What the tokenizer's own response template reads; None where it fails."""
+    """The message that the tokenizer's own response template reads; None where it fails."""
     try:
         message = hf.parse_response(text, prefix=prompt, tools=list(tools) or None)
         found = message.get("tool_calls") or []

@@ -55,7 +55,7 @@ class Encoder:
         return turn_of(lambda last: self.apply([*before, last], add_generation_prompt=False), rendered, reply)
 
     def messages(self, asked: str | Messages) -> Messages:
-        """What the template gets for `asked`: the system's message included, a text as the user's."""
+        """The messages that the template gets for `asked`: the system's message included, a text as the user's."""
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         if self.system_prompt and messages[0]["role"] not in SYSTEM_ROLES:
             return [{"role": "system", "content": self.system_prompt}, *messages]
@@ -101,7 +101,7 @@ def build_encoder(
     tools: Sequence[Mapping[str, Any]] = (),
     is_continued: bool = False,
 ) -> Encoder:
-    """What the settings ask for, with the tools of an environment where there is one.
+    """The encoder of the settings, with the tools of an environment where there is one.
 
     Raises ValueError naming the setting that does not fit the tokenizer or template.
     """

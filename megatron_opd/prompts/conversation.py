@@ -23,7 +23,7 @@ _OPENED = re.compile(rf"{_OPEN}(?:\s*{_CLOSE})?\s*\Z")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Continuation:
-    """What follows a turn of the policy."""
+    """The tokens behind a turn of the policy, or a prompt that takes its place."""
 
     ids: tuple[int, ...]
     """The tokens behind the turn's; with `is_rewritten`, the whole prompt that begins another trajectory."""
@@ -72,7 +72,7 @@ class Conversation:
         self.messages: list[Message] = list(messages)
         self._first = len(self.messages)
         self.control = control_tokens(encoder.tokenizer, encoder.template)
-        """Those of the student."""
+        """The prompt of the student."""
 
     @property
     def added(self) -> list[Message]:
@@ -151,7 +151,7 @@ class Conversation:
                 yield self.control.broken(variant, own=own)[0]
 
     def _tail(self, way: Message, answers: list[Message], whole: str) -> str:
-        """What of the `whole` text follows the turn, by where the template puts a made-up one; empty if unknown."""
+        """The part of the `whole` text behind the turn, by where the template puts a made-up one; empty if unknown."""
         mark = next(mark for i in range(len(whole) + 1) if (mark := f"X{i}X") not in whole)
         plain = self._behind(mark, {"role": "assistant", "content": mark}, answers)
         if plain and whole.endswith(plain):

@@ -104,7 +104,7 @@ def read_prompts(
 
 @dataclass(frozen=True, slots=True)
 class _Needs:
-    """What a row must have besides a prompt."""
+    """The demands on a row besides a prompt."""
 
     checks: tuple[Callable[[Prompt], None], ...]
     """Each raises ValueError saying what the row lacks."""

@@ -1,4 +1,4 @@
-"""What the environment gave: the sum of its rewards over an episode, cut to [0, 1]."""
+"""The environment's own reward: the sum of its rewards over an episode, cut to [0, 1]."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def home_of_code() -> Iterator[str]:
 
 
 def settings_of(limits: SandboxLimits, guards: tuple[str, ...]) -> dict[str, Any]:
-    """What the jail is told about confining a process."""
+    """The settings by which the jail confines a process."""
     paths = sysconfig.get_paths()
     own = [paths["stdlib"], paths["platstdlib"], str(Path(sys.base_prefix) / "lib")]
     most = {

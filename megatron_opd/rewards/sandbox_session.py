@@ -30,7 +30,7 @@ _START_S = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Said:
-    """What a cell printed, and the value of its last expression or the exception that ended it."""
+    """The text that a cell printed, with the value of its last expression or the exception that ended it."""
 
     text: str
     has_failed: bool
@@ -51,7 +51,7 @@ class SandboxSession:
         """`limits.timeout_s` is the CPU time of all cells together; of longer outputs than `characters` the middle is
         left out. `guards`: those to use where the kernel has them."""
         self.guards: tuple[str, ...] = ()
-        """What confines the code besides the limits, once it runs."""
+        """Guards that confine the code besides the limits, once it runs."""
         self._limits, self._characters = limits, characters
         self._settings = sandbox.settings_of(limits, guards) | {"notebook": {"characters": characters}}
         self._number = 0

@@ -216,5 +216,5 @@ class Episode:
 
 
 async def _called(method: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
-    """What a method gives. It is called where it is awaited, as it may raise before there is anything to wait for."""
+    """A method's result. It is called where it is awaited, as it may raise before there is anything to wait for."""
     return await method(*arguments)

@@ -1,4 +1,4 @@
-"""What an environment says, checked before anything relies on it: it may be the user's own."""
+"""Checks of an environment's replies, before anything relies on them: it may be the user's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from megatron_opd.core.environment import Reply
 
 _LARGEST = 1e300
-"""Of numbers: sums of them are finite, too, and integers of Python that no float can hold are none."""
+"""Largest size of a number: sums are finite, too, and integers of Python that no float can hold are none."""
 
 
 def checked_reply(reply: Any) -> Reply:

@@ -22,7 +22,7 @@ DrawTurns: TypeAlias = Callable[[Sequence[TurnAsked], Callable[[int, TurnDrawn],
 
 
 def play_rounds(talks: Sequence[Talk], draw: DrawTurns) -> list[list[Rollout]]:
-    """What the episodes return, in order. The first failure, or an interrupt, ends all of them."""
+    """The results of the episodes, in order. The first failure, or an interrupt, ends all of them."""
     rounds = _Rounds(len(talks))
     try:
         return rounds.play(talks, draw)

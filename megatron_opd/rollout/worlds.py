@@ -37,7 +37,7 @@ class World:
     """By name, the encoders of teachers that see prompts of their own."""
 
     def turn(self, number: int, ids: tuple[int, ...]) -> Turn:
-        """What the sampled tokens say."""
+        """The turn that the sampled tokens are."""
         tokenizer = self.encoder.tokenizer
         said = ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids
         text = tokenizer.decode_all(said)
@@ -92,12 +92,14 @@ def build_worlds(
     """By name, the worlds of all sources that have an environment. `context` is the longest sequence of the models in
     tokens. Raises ValueError where an environment cannot be had."""
     found: dict[str, World] = {}
+    built: list[tuple[EnvironmentConfig, EnvironmentKind, Encoder]] = []
     for source in (*data.train, *data.eval):
         settings = source.environment.or_of(environment)
         if settings.name == NONE or source.name in found:
             continue
-        kind = build_kind(settings)
-        encoder = build_encoder(data, tokenizer, tools=kind.tools, is_continued=True)
+        if settings not in [its for its, _, _ in built]:
+            built.append((settings, *kind_and_encoder(settings, data, tokenizer)))
+        kind, encoder = next((kind, encoder) for its, kind, encoder in built if its == settings)
         views = {view.teacher: view.encoder for view in build_views(teachers, data, source, encoder)}
         found[source.name] = World(
             kind=kind,
@@ -108,6 +110,15 @@ def build_worlds(
             views=views,
         )
     return found
+
+
+def kind_and_encoder(
+    settings: EnvironmentConfig, data: DataConfig, tokenizer: Tokenizer
+) -> tuple[EnvironmentKind, Encoder]:
+    """An environment, and the encoder of prompts that show its tools and keep their messages. Raises ValueError where
+    it cannot be had."""
+    kind = build_kind(settings)
+    return kind, build_encoder(data, tokenizer, tools=kind.tools, is_continued=True)
 
 
 def goes_on(continuation: Continuation, before: int, room: int) -> bool:

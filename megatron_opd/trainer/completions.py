@@ -151,7 +151,7 @@ def _row(rollout: Rollout, told: dict[str, float | None], tokenizer: Tokenizer, 
 
 
 def _turns(rollout: Rollout, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a line has besides in a run with environments."""
+    """The further fields of a line in a run with environments."""
     log = rollout.log
     numbers = {"part": rollout.part, "turns": log.turns, "calls": log.calls, "ended": log.ended}
     return {**numbers, "failures": dict(log.failures), "said": [list(one) for one in _said(rollout, tokenizer)]}

@@ -75,7 +75,7 @@ class Warnings:
         self._said: set[str] = set()
 
     def say(self, replicas: Iterable[Sequence[str]]) -> None:
-        """Of the `troubles` of all replicas, those that are new."""
+        """The new ones of all replicas' `troubles`."""
         for why in (why for replica in replicas for why in replica):
             if why not in self._said and len(self._said) < _TOLD:
                 self._said.add(why)
@@ -91,7 +91,7 @@ class EpisodeWatch:
         self._warnings = Warnings(tracker)
 
     def headlines(self) -> list[Headline]:
-        """What people are to see of episodes at every step."""
+        """The figures of episodes that people see at every step."""
         shown = [Headline("episode/turns", "turns", "{:.2f}"), Headline("episode/calls", "calls", "{:.2f}")]
         return shown if self.is_on else []
 
@@ -107,7 +107,7 @@ class EpisodeWatch:
 
 
 def troubles(rollouts: Sequence[Rollout]) -> list[str]:
-    """What went wrong in environments, the first few that differ."""
+    """The first few different failures of environments."""
     return list(dict.fromkeys(rollout.log.why for rollout in rollouts if rollout.log.why))[:_TOLD]
 
 

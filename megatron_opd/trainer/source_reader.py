@@ -104,7 +104,7 @@ class SourceReader:
         return self._positions - self.config.rollout.max_new_tokens
 
     def _limit(self, source: SourceConfig) -> Limit:
-        """Of the prompts of a source, and of those that teachers see instead."""
+        """The limit of a source's prompts, and of those that teachers see instead."""
         config, environment = self.config, self.config.environment_of(source)
         limit, why = config.data.max_prompt_tokens, "data.max_prompt_tokens"
         if self._room() < limit:

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, field
 from megatron_opd.config import DataConfig, EnvironmentConfig
 from megatron_opd.core.environment import EnvironmentKind
 from megatron_opd.prompts.calls import OWN, CallReader
-from megatron_opd.prompts.chat import Encoder, build_encoder
+from megatron_opd.prompts.chat import Encoder
 from megatron_opd.prompts.conversation import check_template, reader_for
-from megatron_opd.rollout.environments.build import build_kind
+from megatron_opd.rollout.worlds import kind_and_encoder
 
 
 @dataclass(frozen=True, slots=True)
 class SourceWorld:
-    """What prompts of a source need of their environment."""
+    """The parts of an environment that prompts of a source need."""
 
     encoder: Encoder
     """The student's, with the environment's tools."""
@@ -32,7 +32,7 @@ class SourceWorlds:
 
     data: DataConfig
     encoder: Encoder
-    """Of prompts without an environment."""
+    """Encoder of prompts without an environment."""
     _found: dict[str, SourceWorld | str] = field(default_factory=dict)
     """By settings; a text says why there is none."""
 
@@ -54,7 +54,7 @@ class SourceWorlds:
 
     @property
     def notes(self) -> list[str]:
-        """What people should know about how they work here."""
+        """Lines for people about how they work here."""
         worlds = [world for world in self._found.values() if isinstance(world, SourceWorld)]
         kinds = [world.kind for world in worlds if world.kind]
         found = [*(note for world in worlds for note in world.notes), *(kind.note for kind in kinds if kind.note)]
@@ -63,8 +63,7 @@ class SourceWorlds:
         return list(dict.fromkeys(found))
 
     def _built(self, settings: EnvironmentConfig) -> SourceWorld:
-        kind = build_kind(settings)
-        encoder = build_encoder(self.data, self.encoder.tokenizer, tools=kind.tools, is_continued=True)
+        kind, encoder = kind_and_encoder(settings, self.data, self.encoder.tokenizer)
         check_template(encoder, settings.calls)
         readers = [reader_for(encoder, form) for form in (settings.calls, "auto")]
         return SourceWorld(encoder, kind, (_note(settings, kind, readers[0]), *_warnings(settings, kind, *readers)))

@@ -34,7 +34,7 @@ class World:
             raise OSError("there is no world today")
 
     async def answer(self, turn: Turn) -> Reply:
-        """What an environment may say, or may not."""
+        """An answer that an environment may give, or one that it may not."""
         _COUNT.append(turn.number)
         if len(_COUNT) == self._kill_at and not Path(self._mark).exists():
             Path(self._mark).touch()

@@ -1,4 +1,4 @@
-"""What the sandbox starts: code that nobody has read runs here, in processes that the kernel confines first.
+"""The sandbox's program: code that nobody has read runs here, in processes that the kernel confines first.
 
 Started by `sandbox.py` as `python -s -P -S <this directory> SETTINGS`. Standard input has a task with tests
 (`trial.py`) or, with `notebook` in the settings, the cells of a session (`notebook.py`). What there is to say, a line

@@ -38,7 +38,7 @@ def cut_off(in_force: list[str], settings: dict[str, Any]) -> bool:
 
 
 def silence() -> None:
-    """What is printed goes nowhere; there is nothing to read."""
+    """Standard streams lead nowhere; there is nothing to read."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nowhere, number)

@@ -1,1 +1,1 @@
-"""What a policy acts on between its turns, by name: tools, their sessions, environments of the user's own."""
+"""Environments by name: tools with their sessions, classes of the user's own, those of aviary."""

@@ -137,7 +137,7 @@ def _shown(dataset: str, environment: str, **options: Any) -> tuple[Schema, ...]
 
 
 async def _beginning(source: Any, task: int | str) -> tuple[Sequence[Any], Sequence[Any]]:
-    """What the task's environment says first, and its tools."""
+    """The first words of the task's environment, and its tools."""
     world = source(task)
     try:
         said, tools = await world.reset()

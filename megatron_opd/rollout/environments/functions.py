@@ -14,7 +14,7 @@ from megatron_opd.rollout.environments.off_the_loop import in_thread
 from megatron_opd.rollout.environments.tool import Outcome, ToolKind
 
 MAX_CHARACTERS = 100_000
-"""Of a longer answer the rest is dropped before anybody counts its tokens."""
+"""Characters of the longest answer; the rest is dropped before anybody counts its tokens."""
 _MAX_WORDS = 1000
 
 
@@ -47,7 +47,7 @@ class Function:
         self._function = function
 
     async def call(self, arguments: Mapping[str, Any], timeout_s: float) -> Outcome:
-        """What the function returns, as text. One that is not async runs in a thread, which goes on after the limit."""
+        """The function's result as text. One that is not async runs in a thread, which goes on after the limit."""
         try:
             if inspect.iscoroutinefunction(self._function):
                 value = await asyncio.wait_for(_awaited(self._function, arguments), timeout_s)
@@ -64,7 +64,7 @@ class Function:
 
 
 async def _awaited(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """What it returns; a SystemExit is an exception like any other, as in a thread."""
+    """The function's result; a SystemExit is an exception like any other, as in a thread."""
     try:
         return await function(**arguments)
     except SystemExit as error:

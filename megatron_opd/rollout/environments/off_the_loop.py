@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """What the function returns or raises. A thread cannot be ended: where this is cancelled, the function goes on."""
+    """Its result, or its exception. A thread cannot be ended: where this is cancelled, the function goes on."""
     return await asyncio.wrap_future(started(function, *arguments))
 
 

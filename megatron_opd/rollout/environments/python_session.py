@@ -63,7 +63,7 @@ def guards_here() -> tuple[str, ...]:
 
 
 def note() -> str:
-    """What confines the code, in words."""
+    """The guards that confine the code, in words."""
     guards = guards_here()
     missing = [guard for guard in GUARDS if guard not in guards]
     without = f"; not available here: {', '.join(missing)} (docs/rewards.md says what that leaves open)"
@@ -78,7 +78,7 @@ class PythonSession:
         self._session: SandboxSession | None = None
 
     async def call(self, arguments: Mapping[str, Any], timeout_s: float) -> Outcome:
-        """What `code` prints, and the value of its last expression."""
+        """The output of `code`, and the value of its last expression."""
         seconds = min(timeout_s, CALL_S)
         if self._session is None:
             self._session = SandboxSession(self._limits, characters=self._characters)

@@ -40,7 +40,7 @@ def answer_to(call: Call, text: str) -> Message:
 
 
 def problem_with(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """What is wrong with the arguments, by the schema of the parameters; empty where they fit."""
+    """The first fault of the arguments, by the schema of the parameters; empty where they fit."""
     properties = parameters.get("properties", {})
     unknown = sorted(str(name) for name in arguments if name not in properties)
     if unknown and not parameters.get("additionalProperties", False):

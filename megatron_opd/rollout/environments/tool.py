@@ -1,4 +1,4 @@
-"""What a tool is: described by a JSON schema, made once an episode, called with arguments, answers with a text."""
+"""A tool: described by a JSON schema, made once an episode, called with arguments, answers with a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_opd.core.environment import Schema
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a call gave."""
+    """The outcome of a call."""
 
     text: str
     """The policy reads it; where the call failed, why."""
