@@ -15,6 +15,7 @@ import torch
 
 from megatron_opd.core.protocols import Talk, TurnAsked, TurnDrawn
 from megatron_opd.core.types import Prompt, Rollout, Sampling
+from megatron_opd.rollout import plain_answer
 from megatron_opd.rollout.decoding import Begun, Ended, decode
 from megatron_opd.rollout.drawing import uniforms
 from megatron_opd.rollout.own_cache import OwnCacheReader
@@ -128,26 +129,20 @@ def rollouts(
     told: Callable[[Rollout], None] | None,
 ) -> list[Rollout]:
     """As `LocalEngine.generate`, from any reader. `version` is that of its weights."""
-    wanted = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples_per_prompt)]
+    asked = [
+        plain_answer.asked(prompt, sample, sampling)
+        for prompt in prompts
+        for sample in range(sampling.samples_per_prompt)
+    ]
     done: dict[int, Rollout] = {}
 
-    def ended(number: int, answer: Ended) -> None:
-        prompt, sample = wanted[number]
-        done[number] = rollout = Rollout(
-            prompt=prompt,
-            sample=sample,
-            token_ids=tuple(answer.ids),
-            learnt=(True,) * len(answer.ids),
-            logps=tuple(answer.logps),
-            finish="stop" if answer.is_whole else "length",
-            versions=(version,) * len(answer.ids),
-        )
+    def ended(number: int, drawn: TurnDrawn) -> None:
+        done[number] = rollout = plain_answer.rollout(asked[number], drawn)
         if told:
             told(rollout)
 
-    begun = [Begun(prompt.token_ids, uniforms(sampling, prompt, sample)) for prompt, sample in wanted]
-    decode(reader, begun, temperature=sampling.temperature, eos_ids=eos_ids, on_ended=ended)
-    return [done[i] for i in range(len(wanted))]
+    turns(reader, sampling, asked, ended, eos_ids=eos_ids, version=version)
+    return [done[i] for i in range(len(asked))]
 
 
 def turns(

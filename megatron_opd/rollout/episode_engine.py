@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from megatron_opd.core.named_weights import NamedWeights
-from megatron_opd.core.protocols import DrawTurn, OnFinished, RolloutEngine, Talk, TurnAsked
+from megatron_opd.core.protocols import OnFinished, RolloutEngine, Talk
 from megatron_opd.core.types import Prompt, Rollout, Sampling
+from megatron_opd.rollout import plain_answer
 from megatron_opd.rollout.limited import EnvironmentThread
 from megatron_opd.rollout.play import Episode
 from megatron_opd.rollout.worlds import World
@@ -57,7 +58,7 @@ class EpisodeEngine:
             for sample in range(sampling.samples_per_prompt):
                 world = self.worlds.get(prompt.source)
                 if world is None:
-                    yield partial(_answer, prompt, sample, sampling, on_finished)
+                    yield partial(plain_answer.play, prompt, sample, sampling, on_finished)
                 else:
                     episode = Episode(prompt, sample, sampling, world, self._thread)
                     yield partial(episode.play, on_finished=on_finished)
@@ -66,22 +67,3 @@ class EpisodeEngine:
 def with_environments(engine: RolloutEngine, worlds: Mapping[str, World]) -> RolloutEngine:
     """The engine, which plays episodes where sources have environments."""
     return EpisodeEngine(engine, worlds) if worlds else engine
-
-
-async def _answer(
-    prompt: Prompt, sample: int, sampling: Sampling, on_finished: OnFinished, draw: DrawTurn
-) -> list[Rollout]:
-    """A plain answer, among episodes."""
-    count = sampling.max_new_tokens
-    drawn = await draw(TurnAsked(prompt=prompt, sample=sample, turn=0, ids=prompt.token_ids, max_new_tokens=count))
-    rollout = Rollout(
-        prompt=prompt,
-        sample=sample,
-        token_ids=drawn.ids,
-        learnt=(True,) * len(drawn.ids),
-        logps=drawn.logps,
-        finish=drawn.finish,
-        versions=drawn.versions,
-    )
-    on_finished(rollout)
-    return [rollout]

@@ -12,12 +12,14 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from megatron_opd.core.event_loop import Loop
 from megatron_opd.core.named_weights import NamedWeights
 from megatron_opd.core.protocols import OnFinished, Talk, TurnAsked, TurnDrawn
 from megatron_opd.core.types import Prompt, Rollout, Sampling
+from megatron_opd.rollout import plain_answer
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.errors import BadAnswer, Down
 from megatron_opd.sglang.pool import Pool, ServerGroup
@@ -126,32 +128,12 @@ class SGLangEngine:
         self.loop.close()
 
     async def _all(self, prompts: list[Prompt], sampling: Sampling, on_finished: OnFinished) -> list[Rollout]:
-        groups = [(prompt, ServerGroup()) for prompt in prompts]
-        return await _all_or_none(
-            [
-                self._one(prompt, sample, sampling, group, on_finished)
-                for prompt, group in groups
-                for sample in range(sampling.samples_per_prompt)
-            ]
-        )
-
-    async def _one(
-        self, prompt: Prompt, sample: int, sampling: Sampling, group: ServerGroup, on_finished: OnFinished
-    ) -> Rollout:
-        count = sampling.max_new_tokens
-        asked = TurnAsked(prompt=prompt, sample=sample, turn=0, ids=prompt.token_ids, max_new_tokens=count)
-        drawn = await self._finish(self._request(asked, sampling), group)
-        rollout = Rollout(
-            prompt=prompt,
-            sample=sample,
-            token_ids=drawn.ids,
-            learnt=(True,) * len(drawn.ids),
-            logps=drawn.logps,
-            finish=drawn.finish,
-            versions=drawn.versions,
-        )
-        on_finished(rollout)
-        return rollout
+        talks = [
+            partial(plain_answer.play, prompt, sample, sampling, on_finished)
+            for prompt in prompts
+            for sample in range(sampling.samples_per_prompt)
+        ]
+        return [answer for (answer,) in await self._converse(talks, sampling)]
 
     async def _converse(self, talks: Sequence[Talk], sampling: Sampling) -> list[list[Rollout]]:
         """An episode's turns go to one server, and so do the episodes of one prompt: it has their tokens already."""
