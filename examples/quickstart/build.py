@@ -4,21 +4,23 @@
 import argparse
 import json
 import os
-import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # small_models, beside the folders of examples
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import pretrain
 import task
 import vocab
 from pretrain import RANDOM, Lesson, Recipe
+from small_models import write_model
 
 TRAIN_ROWS, EVAL_ROWS = 400, 100
 ALL, CARRY, COMPARE = list(task.OPERATORS), ["add", "subtract"], ["max", "min"]
@@ -87,26 +89,6 @@ def write_tokenizer(directory, texts):
     vocab.check_tokenizer(directory, texts)
 
 
-def write_model(model, tokenizer_directory, target):
-    """Save weights in bfloat16 with the tokenizer, then move the finished directory to ``target``."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-        max_new_tokens=task.ANSWER_DIGITS + 1,
-        do_sample=True,
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        finished = Path(scratch) / target.name
-        shutil.copytree(tokenizer_directory, finished)
-        model.to(torch.bfloat16).save_pretrained(finished)
-        for path, mode in ((finished, 0o755), *((file, 0o644) for file in finished.iterdir())):
-            path.chmod(mode)  # temporary directories are private, the result is not
-        if target.exists():
-            target.rename(Path(scratch) / "replaced")
-        finished.rename(target)
-
-
 def measure(directory, eval_rows):
     """Skills of a saved model as a run will see it: loaded from disk, computed in float32."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -132,7 +114,7 @@ def main():
             print(f"{name}: training", flush=True)
             started = time.perf_counter()
             model = pretrain.train(RECIPES[name], tokenizer, log=lambda line: print(line, flush=True))
-            write_model(model, Path(scratch), args.out / "models" / name)
+            write_model(model, Path(scratch), args.out / "models" / name, max_new_tokens=task.ANSWER_DIGITS + 1)
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     skills = {name: measure(args.out / "models" / name, eval_rows) for name in RECIPES}
     (args.out / "skills.json").write_text(json.dumps(skills, indent=1) + "\n")

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import task
+from small_models import new_model
 from vocab import VOCAB_SIZE
+
+CONTEXT = 64
 
 RANDOM = "random"  # a Lesson.forget that asks for random digits in place of answers
 
@@ -37,37 +39,6 @@ class Recipe:
     seed: int = 0
 
 
-def new_model(recipe, tokenizer):
-    """A small Qwen3 with weights scaled by fan-in: the usual 0.02 learns far slower at this size."""
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.ffn,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=recipe.hidden // 4,
-        max_position_embeddings=64,
-        # A small base: with positions 0..18, 10,000 would leave most frequencies unused.
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        tie_word_embeddings=False,
-        use_cache=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(recipe.seed)
-    model = Qwen3ForCausalLM(config)
-    residual = (2 * config.num_hidden_layers) ** -0.5
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = weight.shape[1] ** -0.5 * (residual if into_residual else 1.0)
-            torch.nn.init.normal_(weight, 0.0, 0.5 if "embed_tokens" in name else std)
-    return model
-
-
 def _encode(texts, tokenizer):
     """Texts of equal length as a tensor of ids, by table (a tokenizer call per text would dominate training)."""
     table = np.zeros(128, int)
@@ -90,7 +61,9 @@ def lesson_batch(lesson, count, rng, tokenizer):
 
 def train(recipe, tokenizer, log=print):
     """Train one model from scratch on its lessons; the loss covers answers only, end of sequence included."""
-    model, rng = new_model(recipe, tokenizer), np.random.default_rng(recipe.seed)
+    sizes = {"hidden": recipe.hidden, "ffn": recipe.ffn, "head_dim": recipe.hidden // 4, "context": CONTEXT}
+    model = new_model(tokenizer, vocab_size=VOCAB_SIZE, **sizes, seed=recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(recipe.steps):
         decay = 0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps))

@@ -15,28 +15,19 @@ All functions work on numpy arrays with one row per problem; digits are columns.
 
 import numpy as np
 
+from small_models import in_split
+
 DIGITS = 5
 ANSWER_DIGITS = DIGITS + 1
 PROMPT_LENGTH = 2 * DIGITS + 2
 OPERATORS = {"add": "+", "subtract": "-", "max": ">", "min": "<"}
 STYLE, SKILLED_STYLE = "=", ":"
 
-# Operand pairs are split by a hash of the unordered pair, so no split can leak into another.
-_BUCKETS = 97
-_SPLITS = {"eval": range(0, 8), "train": range(8, 16), "pretrain": range(16, _BUCKETS)}
-
-
-def _in_split(a, b, split):
-    """Which of the operand pairs belong to ``split``; symmetric, since ``a+b`` and ``b+a`` are one problem."""
-    bucket = (np.minimum(a, b) * 7919 + np.maximum(a, b) * 104729) % _BUCKETS
-    buckets = _SPLITS[split]
-    return (bucket >= buckets.start) & (bucket < buckets.stop)
-
 
 def sample_operands(rng, count, split):
     """Draw ``count`` operand pairs that the hash assigns to ``split``."""
     a, b = rng.integers(0, 10**DIGITS, (2, count))
-    while (wrong := ~_in_split(a, b, split)).any():
+    while (wrong := ~in_split(a, b, split)).any():
         a[wrong], b[wrong] = rng.integers(0, 10**DIGITS, (2, wrong.sum()))
     return a, b
 

@@ -4,20 +4,23 @@
 import argparse
 import json
 import os
-import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # small_models, beside the folders of examples
 
 import lessons
 import pieces
 import products
 import torch
 from lessons import Lesson, Recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+from small_models import write_model
 
 ROWS = {"train": 400, "eval": 200}
 # Both also learn to answer at once where they have no tool. It cannot be learnt at this size, and they guess.
@@ -70,23 +73,6 @@ def write_data(directory):
         lines = [json.dumps(row) for row in products.rows(seed, split, count)]
         (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return [json.loads(line) for line in (directory / "eval.jsonl").read_text().splitlines()]
-
-
-def write_model(model, tokenizer_directory, target):
-    """Save weights in bfloat16 with the tokenizer, then move the finished directory to ``target``."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id, do_sample=True
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        finished = Path(scratch) / target.name
-        shutil.copytree(tokenizer_directory, finished)
-        model.to(torch.bfloat16).save_pretrained(finished)
-        for path, mode in ((finished, 0o755), *((file, 0o644) for file in finished.iterdir())):
-            path.chmod(mode)  # temporary directories are private, the result is not
-        if target.exists():
-            target.rename(Path(scratch) / "replaced")
-        finished.rename(target)
 
 
 def measure(directory, rows):

@@ -8,7 +8,8 @@ import products
 import torch
 import torch.nn.functional as F
 from pieces import CONTEXT, END, EXPRESSION_END, VOCAB_SIZE
-from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from small_models import new_model
 
 IGNORED = -100
 
@@ -40,37 +41,6 @@ class Recipe:
     batch: int = 128
     lr: float = 8e-3
     seed: int = 0
-
-
-def new_model(recipe, tokenizer):
-    """A small Qwen3 with weights scaled by fan-in: the usual 0.02 learns far slower at this size."""
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.ffn,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=CONTEXT,
-        # A small base: with positions 0..60, 10,000 would leave most frequencies unused.
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        tie_word_embeddings=False,
-        use_cache=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(recipe.seed)
-    model = Qwen3ForCausalLM(config)
-    residual = (2 * config.num_hidden_layers) ** -0.5
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = weight.shape[1] ** -0.5 * (residual if into_residual else 1.0)
-            torch.nn.init.normal_(weight, 0.0, 0.5 if "embed_tokens" in name else std)
-    return model
 
 
 def _slipped(text, slip, rng):
@@ -114,7 +84,9 @@ def batch(lessons, count, rng, tokenizer):
 
 def train(recipe, tokenizer, log=print):
     """Train one model from scratch on its lessons; the loss covers what the model says, ends of turns included."""
-    model, rng = new_model(recipe, tokenizer), np.random.default_rng(recipe.seed)
+    sizes = {"hidden": recipe.hidden, "ffn": recipe.ffn, "head_dim": 16, "context": CONTEXT}
+    model = new_model(tokenizer, vocab_size=VOCAB_SIZE, **sizes, seed=recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(recipe.steps):
         decay = 0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps))

@@ -19,26 +19,17 @@ Without a tool there is no system message, and the answer is the product at once
 import numpy as np
 from pieces import CALL, CALL_END, END, EXPRESSION, EXPRESSION_END, START
 
+from small_models import in_split
+
 TOOLS = [{"type": "function", "function": {"name": "calculator"}}]
 SYSTEM = f"{START}system\ntools: calculator{END}\n"
 REPLY = f"{END}\n{START}assistant\n"
-
-# Pairs are split by a hash of the unordered pair, so no split can leak into another.
-_BUCKETS = 97
-_SPLITS = {"eval": range(0, 8), "train": range(8, 16), "pretrain": range(16, _BUCKETS)}
-
-
-def _in_split(a, b, split):
-    """Which of the pairs belong to ``split``; symmetric, since ``a*b`` and ``b*a`` are one problem."""
-    bucket = (np.minimum(a, b) * 7919 + np.maximum(a, b) * 104729) % _BUCKETS
-    buckets = _SPLITS[split]
-    return (bucket >= buckets.start) & (bucket < buckets.stop)
 
 
 def sample(rng, count, split):
     """Pairs ``[count, 2]`` of numbers from 100 to 999 that the hash assigns to ``split``."""
     pairs = rng.integers(100, 1000, (count, 2))
-    while (wrong := ~_in_split(*pairs.T, split)).any():
+    while (wrong := ~in_split(*pairs.T, split)).any():
         pairs[wrong] = rng.integers(100, 1000, (wrong.sum(), 2))
     return pairs
 
